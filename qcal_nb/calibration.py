@@ -75,7 +75,7 @@ def calibrate_input_hook(module: Module, args: Any, kwargs: dict[str, Any] | Non
     "Forward-pre hook: show the module's first input to its input observer."
     value = args[0] if isinstance(args, tuple) and args else args
     if not isinstance(value, Tensor): value = next((v for v in (kwargs or {}).values() if isinstance(v, Tensor)), None)
-    if value is not None: module.input_observer(value)
+    if value is not None and module.input_observer.hears(): module.input_observer(value)
 
 
 def is_computed(module: Module, base_name: str) -> bool:
@@ -88,24 +88,24 @@ def is_computed(module: Module, base_name: str) -> bool:
 
 def calibrate_output_hook(module: Module, _args: Any, output: Tensor) -> Tensor:
     "Forward hook: show the output to its observer. The output itself changes only once its scale exists and quantization is enabled."
-    module.output_observer(output)
+    if module.output_observer.hears(): module.output_observer(output)
     if not (getattr(module, "quantization_enabled", False) is True and is_computed(module, "output")): return output
     return forward_quantize(module, output, "output", module.quantization_scheme.output_activations)
 
 # %% ../nbs/04_calibration.ipynb #97408068
 def calibrate_query_hook(module: Module, query_states: Tensor) -> None:
     "Show the query states (batch, heads, seq, head_dim) to the `q` observer."
-    module.q_observer(query_states)
+    if module.q_observer.hears(): module.q_observer(query_states)
 
 
 def calibrate_key_hook(module: Module, key_states: Tensor) -> None:
     "Show the key states to the `k` observer."
-    module.k_observer(key_states)
+    if module.k_observer.hears(): module.k_observer(key_states)
 
 
 def calibrate_value_hook(module: Module, value_states: Tensor) -> None:
     "Show the value states to the `v` observer."
-    module.v_observer(value_states)
+    if module.v_observer.hears(): module.v_observer(value_states)
 
 # %% ../nbs/04_calibration.ipynb #65568c99
 def update_qparams(module: Module | Iterable[Module], base_name: str | Iterable[str], only_update_onload: bool = False) -> None:

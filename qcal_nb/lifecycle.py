@@ -8,7 +8,7 @@ __all__ = ['Place', 'QUANTIZABLE', 'configs_of', 'Snapshot', 'snapshot', 'Edit',
            'check_schemes', 'QuantizationMixin', 'resolve_config', 'initialize_quantization', 'untie_embeddings',
            'observed_names', 'start_calibration', 'Coverage', 'uncomputed', 'remove_hooks', 'refuse_unset',
            'check_on_uncalibrated', 'end_calibration', 'sync_observers', 'EventType', 'Event', 'State',
-           'QuantizationModifier', 'compute_remaining', 'Match', 'match_report']
+           'QuantizationModifier', 'lacking_data', 'compute_remaining', 'Match', 'match_report']
 
 # %% ../nbs/05_lifecycle.ipynb #dc7d0c5f
 import warnings
@@ -121,8 +121,7 @@ def edits(before: Snapshot, after: Snapshot) -> list[Edit]:
     "The places that differ, in the objects that existed before, with what stood there."
     found = []
     for key, (obj, old) in before.places.items():
-        if key not in after.places: continue  # left the model: whoever held it has an edit of its own
-        new = after.places[key][1]
+        new = after.places[key][1] if key in after.places else _places(obj)  # an observer that was taken off, say: as it is now
         found += [Edit(obj, p, old.get(p, _MISSING)) for p in old.keys() | new.keys() if not _same(old.get(p, _MISSING), new.get(p, _MISSING))]
     return found
 
@@ -663,18 +662,24 @@ class QuantizationModifier(QuantizationMixin):
     on_calibration_start = on_start
     on_calibration_end = on_end
 
-# %% ../nbs/05_lifecycle.ipynb #21be2018
+# %% ../nbs/05_lifecycle.ipynb #aa8e5746
+def lacking_data(self: QuantizationMixin, model: Module) -> list[str]:
+    "The tensors (`module.base_name`) whose scale cannot be computed yet because no data reached their observer. Empty: the calibration can end."
+    chosen = schemes_by_module(model, self.resolved_config)
+    waiting = ((n.rpartition(".")[0], n.rpartition(".")[2]) for n in uncomputed(chosen))
+    found = ((name, base_name, observer_of(chosen[name][0], base_name)) for name, base_name in waiting if base_name != "weight")
+    return [f"{name}.{base_name}" for name, base_name, o in found if o is None or not o.has_statistics or o.consumed]
+
+
 def compute_remaining(self: QuantizationMixin, model: Module, on_uncalibrated: str | None = None) -> None:
     "Write every scale that follows from unconsumed statistics. If one would still be missing (and that is an error): ValueError, nothing written."
     ledger = _need(model, self, "calibrating", "end", "start_calibration" if phase_of(model) == "initialized" else "initialize_quantization")
-    chosen = schemes_by_module(model, ledger.config)
-    modules = [m for m, _ in chosen.values()]
+    modules = [m for m, _ in schemes_by_module(model, ledger.config).values()]
     self.sync_obs_act_stats(modules)
+    if (short := lacking_data(self, model)) and check_on_uncalibrated(on_uncalibrated or self.on_uncalibrated) == "raise": refuse_unset(short)
     observe([m for m in modules if not is_computed(m, "weight")], "weight")
-    ready = {(m, n) for m in modules for n in BASE_NAMES if (o := observer_of(m, n)) is not None and o.has_statistics and not o.consumed}
-    short = [f for f in uncomputed(chosen) if (chosen[f.rpartition(".")[0]][0], f.rpartition(".")[2]) not in ready]
-    if short and check_on_uncalibrated(on_uncalibrated or self.on_uncalibrated) == "raise": refuse_unset(short)
-    for module in modules: update_qparams(module, [n for n in BASE_NAMES if (module, n) in ready])
+    for module in modules:
+        update_qparams(module, [n for n in BASE_NAMES if (o := observer_of(module, n)) is not None and o.has_statistics and not o.consumed])
 
 # %% ../nbs/05_lifecycle.ipynb #e99d4dee
 @dataclass(frozen=True)

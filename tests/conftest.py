@@ -75,12 +75,13 @@ def write_json(path: Path, value) -> None:
     path.write_text(json.dumps(value), encoding="utf-8")
 
 def lab_environment(work: Path) -> dict[str, str]:
-    "The server's environment: nothing of the user's Jupyter, and this interpreter as the only Python kernel"
+    "The server's environment: nothing of the user's Jupyter; kernels are this interpreter and find this qcal_nb"
     argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     write_json(work/"data"/"kernels"/"python3"/"kernel.json", dict(argv=argv, display_name="python3", language="python"))
     own = dict(JUPYTER_CONFIG_DIR=work/"config", JUPYTER_DATA_DIR=work/"data", JUPYTER_PATH=work/"data", JUPYTER_RUNTIME_DIR=work/"runtime",
                IPYTHONDIR=work/"ipython", IN_TEST="1")                    # IN_TEST: a notebook's nbdev_export() does nothing
-    return dict(os.environ) | {k: str(v) for k, v in own.items()}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return dict(os.environ) | {k: str(v) for k, v in own.items()} | dict(PYTHONPATH=path)
 
 def lab_command(lab: Lab, work: Path, port: int) -> list[str]:
     options = {"ServerApp.ip": "127.0.0.1", "ServerApp.port": port, "ServerApp.port_retries": 0, "ServerApp.root_dir": lab.root,
@@ -129,18 +130,21 @@ def browser():
         chromium.close()
 
 # Run All before the kernel is connected is silently lost, and no element of the page tells: ask the page's own session object.
-READY = """async () => {
-  for (let i = 0; i < 600; i++) {
-    const panel = window.jupyterapp && window.jupyterapp.shell.currentWidget;
-    if (panel && panel.sessionContext && panel.content && panel.content.widgets) {
-      await panel.context.ready; await panel.sessionContext.ready;
-      const kernel = panel.sessionContext.session && panel.sessionContext.session.kernel;
-      if (kernel && kernel.connectionStatus === 'connected') { await kernel.info; if (kernel.status === 'idle') return; }
+READY = """async seconds => {
+  const ready = async () => {
+    for (;;) {
+      const panel = window.jupyterapp && window.jupyterapp.shell.currentWidget;
+      if (panel && panel.sessionContext && panel.content && panel.content.widgets) {
+        await panel.context.ready; await panel.sessionContext.ready;
+        const kernel = panel.sessionContext.session && panel.sessionContext.session.kernel;
+        if (kernel && kernel.connectionStatus === 'connected') { await kernel.info; if (kernel.status === 'idle') return true; }
+      }
+      await new Promise(resolve => setTimeout(resolve, 100));
     }
-    await new Promise(resolve => setTimeout(resolve, 100));
-  }
-  throw new Error('the kernel never became idle');
+  };
+  return Promise.race([ready(), new Promise(resolve => setTimeout(() => resolve(false), 1000*seconds))]);
 }"""
+READY_SECONDS = 60
 RUN_ALL = """async () => {
   await window.jupyterapp.commands.execute('notebook:run-all-cells');
   return window.jupyterapp.shell.currentWidget.content.widgets.filter(c => c.model.type === 'code').map(c => ({
@@ -169,7 +173,7 @@ def open_nb(lab, browser, request):
     def open_notebook(path: str, run: bool = True, viewport: tuple[int, int] = (1280, 1600)):
         page = new_page(browser, dict(width=viewport[0], height=viewport[1])); pages.append(page)
         page.goto(f"{lab.base}/doc/tree/{path}?reset&token={lab.token}", wait_until="domcontentloaded")
-        page.evaluate(READY)
+        if not page.evaluate(READY, READY_SECONDS): pytest.fail(f"{path}: no idle kernel after {READY_SECONDS} s: {page.inner_text('body')[-500:]}")
         if run: run_all(page)
         return page
     yield open_notebook

@@ -50,8 +50,8 @@ def prose(nb):
     return [f"{share:.0%} of the cells are prose, at least {MIN_PROSE:.0%}"]*(share < MIN_PROSE)
 
 def hiding(nb):
-    share = sum("hide" in directives(c) for c in nb["cells"])/len(nb["cells"])
-    return [f"{share:.0%} of the cells are hidden, at most {MAX_HIDDEN:.0%}"]*(share > MAX_HIDDEN)
+    n = sum("hide" in directives(c) for c in nb["cells"])                 # one is always allowed: a short notebook may need it
+    return [f"{n} of {len(nb['cells'])} cells are hidden, at most {MAX_HIDDEN:.0%}"]*(n > max(1, MAX_HIDDEN*len(nb["cells"])))
 
 def title(nb):
     first = nb["cells"][0]
@@ -113,7 +113,7 @@ def test_numbered_notebooks_export_and_others_do_not():
 
 def md(text): return dict(cell_type="markdown", id="m", metadata={}, source=[text])
 
-def py(text, *outputs): return dict(cell_type="code", id="c", metadata={}, execution_count=None, outputs=list(outputs), source=text.splitlines(keepends=True))
+def py(text, *outputs): return dict(md(text), cell_type="code", id="c", execution_count=None, outputs=list(outputs))
 
 def book(*cells, **metadata): return dict(cells=[md("# name\n\n> One line."), *cells], metadata=metadata, nbformat=4, nbformat_minor=5)
 
@@ -124,7 +124,7 @@ BAD = [
     (size, book(*[md("x")]*MAX_CELLS), "81 cells"),
     (size, book(md("x"*MAX_BYTES)), "bytes"),
     (prose, book(*[py("1")]*4), "20% of the cells are prose"),
-    (hiding, book(md("x"), py("#| hide\n1")), "33%"),
+    (hiding, book(md("x"), py("#| hide\n1"), py("#| hide\n2")), "2 of 4"),
     (title, dict(book(), cells=[py("1")]), "does not begin"),
     (title, dict(book(), cells=[md("# name")]), "does not begin"),
     (title, dict(book(), cells=[md("## name\n\n> line")]), "does not begin"),

@@ -75,6 +75,8 @@ def page_of(notebook: Path) -> Path:
     from nbdev.config import nbpath2html
     return nbpath2html(notebook)
 
+def page_link(link: re.Match) -> str: return f"{link[1]}{page_of(Path(link[2])).as_posix()}{link[3] or ''})"
+
 def prepared(path: Path):
     "A processed notebook as nbconvert takes it: nbdev's private keys, directives and hidden cells are gone, links go to pages."
     import nbformat
@@ -86,7 +88,7 @@ def prepared(path: Path):
         if cell["cell_type"] == "code" and hidden(source): continue
         cell = {k: v for k, v in cell.items() if k in keep} | dict(metadata={}, source=without_directives(source))
         if "echo:false" in directives(source): cell["metadata"] = dict(tags=["no-input"])
-        if cell["cell_type"] == "markdown": cell["source"] = LINK.sub(lambda m: f"{m[1]}{page_of(Path(m[2])).as_posix()}{m[3] or ''})", cell["source"])
+        if cell["cell_type"] == "markdown": cell["source"] = LINK.sub(page_link, cell["source"])
         cells.append(cell)
     return nbformat.from_dict(dict(nb, cells=front_matter(cells), metadata={"language_info": {"name": "python"}}))
 

@@ -1,0 +1,90 @@
+# Two commands do everything on a machine with Python >= 3.10, make and git:
+#   make lab     makes .venv, installs the tested versions, opens the workbench in JupyterLab
+#   make test    the same set-up, then everything that CI runs
+PYTHON ?= python3
+VENV   ?= .venv
+STAMP  := $(VENV)/.installed
+BIN    := $(abspath $(VENV))/bin
+RUN    := PATH="$(BIN):$$PATH" HF_HUB_OFFLINE=1
+NB     ?= nbs
+
+.DEFAULT_GOAL := help
+.PHONY: help setup lab test test-fast export drift notebooks outputs clean-notebooks lint pytest readme docs model clean distclean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+# --- set-up ---
+
+setup: $(STAMP) ## make .venv with the tested versions (constraints.txt); at once if nothing changed
+
+$(STAMP): settings.ini setup.py pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "make: no $(PYTHON) here; install Python 3.10 or newer, or say which: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "make: $(PYTHON) is $$($(PYTHON) --version 2>&1); qcal_nb needs Python 3.10 or newer; say which: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "make: $(PYTHON) cannot make virtual environments; on Debian or Ubuntu: apt-get install python3-venv"; exit 1; }
+	@echo "setting up $(VENV): about two minutes the first time"
+	@test -x $(VENV)/bin/python && $(VENV)/bin/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev,browser]' -c constraints.txt
+	@touch $@
+
+# --- use ---
+
+# Opens a browser where there is a screen; otherwise (or with BROWSER=none) prints the address. PORT=8890 asks for that very port.
+HEADLESS = [ "$(BROWSER)" = none ] || { [ -z "$(BROWSER)$$DISPLAY$$WAYLAND_DISPLAY" ] && [ "$$(uname)" != Darwin ]; }
+
+lab: $(STAMP) ## open the workbench in JupyterLab; PORT= and BROWSER= are respected, BROWSER=none prints the address
+	@set -- --ServerApp.root_dir="$(CURDIR)"; \
+	if $(HEADLESS); then set -- "$$@" --no-browser; unset BROWSER; echo "no screen here: open one of the addresses below"; fi; \
+	if [ -n "$(PORT)" ]; then set -- "$$@" --port=$(PORT) --ServerApp.port_retries=0; fi; \
+	if [ "$$(id -u)" = 0 ]; then set -- "$$@" --allow-root; fi; \
+	if [ -f nbs/index.ipynb ]; then set -- "$$@" nbs/index.ipynb; fi; \
+	PATH="$(BIN):$$PATH" exec "$(BIN)/jupyter-lab" "$$@"
+
+# --- work ---
+
+export: $(STAMP) ## write qcal_nb/ from the notebooks
+	@$(RUN) nbdev-export
+
+drift: $(STAMP) ## is qcal_nb/ exactly what the notebooks export?
+	@$(BIN)/python tools/drift.py
+
+notebooks: $(STAMP) ## run all notebooks as tests; one of them: NB=nbs/01_schemes.ipynb
+	@$(RUN) OMP_NUM_THREADS=1 nbdev-test $(NB)
+
+outputs: export ## run the notebooks and keep their outputs, cleaned; one of them: NB=nbs/01_schemes.ipynb
+	@$(RUN) OMP_NUM_THREADS=1 nbdev-test $(NB) --save
+	@$(MAKE) --no-print-directory clean-notebooks
+
+clean-notebooks: $(STAMP) ## take out of the notebooks what does not belong in git
+	@$(RUN) nbdev-clean
+	@$(BIN)/python tools/clean_outputs.py
+
+lint: $(STAMP) ## ruff
+	@$(BIN)/ruff check --quiet .
+
+pytest: $(STAMP) ## all of tests/, browser and parity included; ARGS='-k drift'
+	@$(RUN) python -m pytest $(ARGS)
+
+test: lint drift notebooks pytest ## everything that CI runs
+
+test-fast: export lint drift ## under a minute: export, drift, and the tests that need no browser and no reference
+	@$(RUN) python -m pytest -m 'not browser and not parity and not slow' $(ARGS)
+
+# --- what is made from the notebooks ---
+
+readme: $(STAMP) ## README.md from nbs/index.ipynb
+	@$(BIN)/python tools/docs.py readme
+
+docs: $(STAMP) ## HTML pages of all notebooks in _docs/
+	@$(RUN) python tools/docs.py docs
+
+model: $(STAMP) ## train the embedded model again (minutes to an hour)
+	@mkdir -p build
+	@cd nbs && $(RUN) jupyter-nbconvert --to notebook --execute train_tiny_llama.ipynb --output-dir ../build --ExecutePreprocessor.timeout=-1
+
+clean: ## remove what was built, but not .venv
+	@rm -rf build dist _docs _proc .pytest_cache .ruff_cache .hypothesis tests/shots nbs/llms.txt
+	@find . -path ./$(VENV) -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -print | xargs rm -rf
+
+distclean: clean ## remove .venv as well
+	@rm -rf $(VENV) qcal_nb.egg-info
