@@ -37,7 +37,7 @@ lab: $(STAMP) ## open the workbench in JupyterLab; PORT= and BROWSER= are respec
 	if $(HEADLESS); then set -- "$$@" --no-browser; unset BROWSER; echo "no screen here: open one of the addresses below"; fi; \
 	if [ -n "$(PORT)" ]; then set -- "$$@" --port=$(PORT) --ServerApp.port_retries=0; fi; \
 	if [ "$$(id -u)" = 0 ]; then set -- "$$@" --allow-root; fi; \
-	if [ -f nbs/index.ipynb ]; then set -- "$$@" nbs/index.ipynb; fi; \
+	if [ -f nbs/index.ipynb ]; then set -- "$$@" --LabApp.default_url=/lab/tree/nbs/index.ipynb; fi; \
 	PATH="$(BIN):$$PATH" exec "$(BIN)/jupyter-lab" "$$@"
 
 # --- work ---

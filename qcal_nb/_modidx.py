@@ -89,6 +89,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'qcal_nb/lifecycle.py'),
                                    'qcal_nb.lifecycle._Fields.validate_observer': ( 'lifecycle.html#_fields.validate_observer',
                                                                                     'qcal_nb/lifecycle.py'),
+                                   'qcal_nb.lifecycle._Missing': ('lifecycle.html#_missing', 'qcal_nb/lifecycle.py'),
                                    'qcal_nb.lifecycle._change': ('lifecycle.html#_change', 'qcal_nb/lifecycle.py'),
                                    'qcal_nb.lifecycle._check_observer': ('lifecycle.html#_check_observer', 'qcal_nb/lifecycle.py'),
                                    'qcal_nb.lifecycle._choose_observers': ('lifecycle.html#_choose_observers', 'qcal_nb/lifecycle.py'),

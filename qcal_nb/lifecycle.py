@@ -56,8 +56,16 @@ from .schemes import is_preset, needs_data, preset, preset_names
 # %% ../nbs/05_lifecycle.ipynb #57945029
 _STORES = frozenset(name for name, value in Module().__dict__.items() if isinstance(value, dict))  # _parameters, _modules, hooks, ...
 _QPARAMS = ("_scale", "_zero_point")
-_MISSING = object()
 Place = tuple[str, ...]
+
+
+class _Missing(Enum):
+    "Stands where nothing stood. A member of an Enum remains itself when a model is deep-copied."
+
+    MISSING = 0
+
+
+_MISSING = _Missing.MISSING
 
 
 def _places(obj: Any) -> dict[Place, Any]:

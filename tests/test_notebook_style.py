@@ -29,13 +29,18 @@ def code(cell): return re.sub(r"^#\|.*$", "", source(cell), flags=re.M)
 def exported(nb): return [c for c in nb["cells"] if directives(c) & EXPORTS]
 
 def names(cell):
-    "Public names that a cell defines: functions, classes, constants."
-    found = []
-    for node in ast.parse(code(cell)).body:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef): found.append(node.name)
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-        found += [t.id for t in targets if isinstance(t, ast.Name)]
-    return [n for n in found if not n.startswith("_")]
+    "Public functions and classes that a cell defines."
+    defined = (n.name for n in ast.parse(code(cell)).body if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef))
+    return [n for n in defined if not n.startswith("_")]
+
+def shows_something(cell):
+    "Is it a cell that a reader sees run: neither exported nor hidden nor imports alone?"
+    if cell["cell_type"] != "code" or directives(cell) & (EXPORTS | {"hide"}): return False
+    return any(not isinstance(n, ast.Import | ast.ImportFrom) for n in ast.parse(plain(cell)).body)
+
+def plain(cell):
+    "A cell's code as Python alone: magics and shell lines are comments"
+    return re.sub(r"^(\s*)([%!])", r"\1pass # \2", code(cell), flags=re.M)
 
 def data_of(nb): return [(c, o) for c in nb["cells"] for o in c.get("outputs", [])]
 
@@ -67,21 +72,12 @@ def function_lines(nb):
              if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
     return [f"{name} has {n} lines, at most {MAX_LINES}" for n, name in found if n > MAX_LINES]
 
-def undemonstrated(nb):
-    "(public names, cells that define some but are not followed by a cell that uses one of them)"
-    cells, missing, total = nb["cells"], [], 0
-    for i, c in enumerate(cells):
-        if not directives(c) & {"export", "exports"} or not (defined := names(c)): continue
-        total += 1
-        uses = re.compile(r"\b(" + "|".join(map(re.escape, defined)) + r")\b")
-        after = (d for d in cells[i+1:i+1+SHOW_WITHIN] if d["cell_type"] == "code" and not directives(d) & (EXPORTS | {"hide"}))
-        if not any(uses.search(code(d)) for d in after): missing.append(", ".join(defined))
-    return total, missing
-
 def shown(nb):
-    total, missing = undemonstrated(nb)
-    if not total or 1-len(missing)/total >= MIN_SHOWN: return []
-    return [f"{len(missing)} of {total} definitions not shown within {SHOW_WITHIN} cells: {'; '.join(missing)}"]
+    cells = nb["cells"]
+    defining = [(i, ", ".join(names(c))) for i, c in enumerate(cells) if directives(c) & {"export", "exports"} and names(c)]
+    missing = [n for i, n in defining if not any(map(shows_something, cells[i+1:i+1+SHOW_WITHIN]))]
+    if len(missing) <= (1-MIN_SHOWN)*len(defining): return []
+    return [f"{len(missing)} of {len(defining)} definitions without a demonstration within {SHOW_WITHIN} cells: {'; '.join(missing)}"]
 
 def output_kinds(nb):
     kinds = {mime for _, o in data_of(nb) for mime in o.get("data", {})}
@@ -131,10 +127,10 @@ BAD = [
     (cell_lines, book(py("#| export\n" + "x = 1\n"*(MAX_LINES+1))), "exports 41 lines"),
     (function_lines, book(py("#| export\n" + LONG)), "f has 41 lines"),
     (function_lines, book(py("#| exporti\nclass A:\n    def f(self):\n" + "        x = 1\n"*MAX_LINES)), "f has 41 lines"),
-    (shown, book(py("#| export\ndef f(): pass"), py("g()")), "1 of 1"),
+    (shown, book(py("#| export\ndef f(): pass"), py("from a import b")), "1 of 1"),
     (shown, book(py("#| export\nclass A: pass"), md("prose"), md("prose"), md("prose"), py("A()")), "A"),
     (shown, book(py("#| export\ndef f(): pass"), py("#| hide\nf()")), "f"),
-    (shown, book(py("#| export\nLIMIT = 3"), py("#| export\ndef f(): return LIMIT"), py("f()")), "LIMIT"),
+    (shown, book(py("#| export\ndef f(): pass"), py("#| export\ndef g(): pass"), *[md("prose")]*2, py("f()")), "1 of 2"),
     (output_kinds, book(py("w", out(**{"application_vnd.jupyter.widget-view+json": {}}))), "widget-view"),
     (output_kinds, book(py("w", out(image_jpeg="x"))), "image/jpeg"),
     (output_kinds, book(widgets={}), "widget state"),

@@ -90,7 +90,7 @@ def prepared(path: Path):
         if "echo:false" in directives(source): cell["metadata"] = dict(tags=["no-input"])
         if cell["cell_type"] == "markdown": cell["source"] = LINK.sub(page_link, cell["source"])
         cells.append(cell)
-    return nbformat.from_dict(dict(nb, cells=front_matter(cells), metadata={"language_info": {"name": "python"}}))
+    return nbformat.reads(json.dumps(dict(nb, cells=front_matter(cells), metadata={"language_info": {"name": "python"}})), as_version=4)
 
 def front_matter(cells: list[dict]) -> list[dict]:
     "nbdev turns `# title` and `> line` into a raw cell of YAML: turn it back."
