@@ -24,18 +24,23 @@ RANGE_COLUMNS = ["module", "base_name", "type", "layer", "min", "max", "absmax",
 
 def check_record(record: object) -> CalibrationRecord:
     "`record` itself, or a TypeError that says how to get one."
-    if not isinstance(record, CalibrationRecord): raise TypeError(f"record must be a CalibrationRecord, got {type(record).__name__}; make one with qcal_nb.record(model, data)")
+    if not isinstance(record, CalibrationRecord):
+        raise TypeError(f"record must be a CalibrationRecord, got {type(record).__name__}; "
+                        "make one with qcal_nb.record(model, data)")
     return record
 
 
 def ranges(record: CalibrationRecord) -> pd.DataFrame:
-    "A row per tensor: extremes, mean and standard deviation in the tensor's own units, counts of elements and of non-finite ones. In model order."
-    rows = [dict(module=module, base_name=base_name, type=record.types.get(module, ""), layer=layer_of(module), min=s.min if s.count else None, max=s.max if s.count else None,
+    """A row per tensor, in model order: extremes, mean and standard deviation in the tensor's own units,
+    counts of elements and of non-finite ones."""
+    rows = [dict(module=module, base_name=base_name, type=record.types.get(module, ""), layer=layer_of(module),
+                 min=s.min if s.count else None, max=s.max if s.count else None,
                  absmax=s.absmax, mean=s.mean, std=s.std, numel=s.count, nan=s.nan, inf=s.inf)
             for (module, base_name), s in check_record(record).tensors.items()]
     order = {module: i for i, module in enumerate(record.types)}
     table = pd.DataFrame(rows, columns=RANGE_COLUMNS).astype({"layer": "Int64", "min": float, "max": float})
-    return table.sort_values("module", key=lambda names: names.map(order), kind="stable").sort_values("base_name", kind="stable").reset_index(drop=True)
+    table = table.sort_values("module", key=lambda names: names.map(order), kind="stable")
+    return table.sort_values("base_name", kind="stable").reset_index(drop=True)
 
 # %% ../nbs/09_analysis.ipynb #38b3ab3d
 ORDERS = ("depth", "absmax", "std", "min", "max", "module")
@@ -47,10 +52,13 @@ def compile_pattern(pattern: str) -> re.Pattern:
     except re.error as error: raise ValueError(f"pattern={pattern!r} is not a regular expression: {error}") from None
 
 
-def choose(table: pd.DataFrame, pattern: str = "", base_name: str | None = None, layer: int | None = None, order: str = "depth") -> pd.DataFrame:
+def choose(
+    table: pd.DataFrame, pattern: str = "", base_name: str | None = None, layer: int | None = None, order: str = "depth",
+) -> pd.DataFrame:
     "The rows whose module matches a pattern, of one base name and layer (None: any), in model order or the largest first."
     if order not in ORDERS: raise ValueError(f"order={order!r} is unknown; it must be one of {', '.join(map(repr, ORDERS))}")
-    keep = table.module.map(lambda name: bool(compile_pattern(pattern).search(name))).astype(bool)
+    search = compile_pattern(pattern).search
+    keep = table.module.map(lambda name: bool(search(name))).astype(bool)
     if base_name is not None: keep &= table.base_name == base_name
     if layer is not None: keep &= (table.layer == layer).fillna(False).astype(bool)
     rows = table[keep]

@@ -8,6 +8,7 @@ __all__ = ['Key', 'TensorStats', 'measure', 'CalibrationRecord', 'Collector', 'm
 
 # %% ../nbs/08_records.ipynb #a371f400
 import math
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,11 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Linear, Module
+from torch.nn import Module
 from tqdm import tqdm
 
-from .lifecycle import QuantizationMixin, schemes_by_module
-from .pipelines import batches, calibration_context, exclusive, feed, guarded
+from .calibration import exclusive, feeding, guarded
+from .lifecycle import QuantizationMixin, ledger_of, schemes_by_module
+from .observers.base import same_tensor
+from .pipelines import batches, calibration_context, feed
 from .schemes import preset
 
 # %% ../nbs/08_records.ipynb #db04e381
@@ -88,7 +91,8 @@ class CalibrationRecord:
     def __len__(self) -> int: return len(self.tensors)
 
     def __repr__(self) -> str:
-        return f"CalibrationRecord({self.model or 'no model'}: {len(self)} tensors, {self.batches} batches, {self.tokens:,} tokens)"
+        seen = f"{len(self)} tensors, {self.batches} batches, {self.tokens:,} tokens"
+        return f"CalibrationRecord({self.model or 'no model'}: {seen})"
 
 # %% ../nbs/08_records.ipynb #d9fb9cd9
 class Collector:
@@ -97,18 +101,19 @@ class Collector:
     def __init__(self, modules: Mapping[str, Module]) -> None:
         self.modules = dict(modules)
         self._news: dict[Key, TensorStats] = {}
-        self._last: tuple[Tensor, int, TensorStats] | None = None  # held, so that its address cannot be taken by another tensor
+        self._last: tuple[Tensor, tuple, TensorStats] | None = None  # held, so that its address cannot be taken by another tensor
 
     def measure_once(self, value: Tensor) -> TensorStats:
         "The statistics of a tensor; computed once for modules that are fed the same one in a row."
-        if self._last is None or self._last[0] is not value or self._last[1] != value._version:
-            self._last = (value, value._version, measure(value))
+        if self._last is None or self._last[0] is not value or self._last[1] != same_tensor(value):
+            self._last = (value, same_tensor(value), measure(value))
         return self._last[2]
 
     def look(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         "Measure the first tensor that module `name` was called with."
         value = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
-        if value is not None: self._news[name, "input"] = self._news.get((name, "input"), TensorStats()) | self.measure_once(value)
+        if value is None: return
+        self._news[name, "input"] = self._news.get((name, "input"), TensorStats()) | self.measure_once(value)
 
     @contextmanager
     def attached(self) -> Iterator["Collector"]:
@@ -128,11 +133,14 @@ class Collector:
 # %% ../nbs/08_records.ipynb #61faa9df
 def modules_to_record(model: Module, scheme: Any = None, ignore: Iterable[str] = ("lm_head",)) -> dict[str, Module]:
     "The modules that a scheme (a preset's name, a modifier, or None for every Linear) would quantize."
-    if not isinstance(scheme, QuantizationMixin): scheme = QuantizationMixin(scheme=scheme or preset("INT8_STATIC"), ignore=list(ignore))
+    if not isinstance(scheme, QuantizationMixin):
+        scheme = QuantizationMixin(scheme=scheme or preset("INT8_STATIC"), ignore=list(ignore))
     return {name: module for name, (module, _) in schemes_by_module(model, scheme.resolved_config).items()}
 
 
-def new_record(model: Module, modules: Mapping[str, Module], base_names: Iterable[str] = ("input", "weight")) -> CalibrationRecord:
+def new_record(
+    model: Module, modules: Mapping[str, Module], base_names: Iterable[str] = ("input", "weight"),
+) -> CalibrationRecord:
     "A record of these modules before any data: their weights, if asked for, are measured at once."
     weights = {(name, "weight"): measure(m.weight) for name, m in modules.items()} if "weight" in base_names else {}
     return CalibrationRecord(weights, {name: type(m).__name__ for name, m in modules.items()}, type(model).__name__)
@@ -156,16 +164,22 @@ def record(
     base_names: Iterable[str] = ("input", "weight"),        # What to look at
     progress: bool = True,                                  # Show a bar with tokens per second
 ) -> CalibrationRecord:
-    "Run the data through the model once and keep what was seen. Nothing stays on the model; an interrupt returns the record so far."
-    names = check_base_names(base_names)
+    "Run data through the model once and keep what was seen. Nothing stays on the model; an interrupt returns the record so far."
+    names, owner = check_base_names(base_names), f"record {uuid.uuid4().hex}"
+    ledger_of(model)  # a TypeError unless it is a model
     modules = modules_to_record(model, scheme)
     collector, result = Collector(modules if "input" in names else {}), new_record(model, modules, names)
     stream = enumerate(batches(data, tokenizer, batch_size, max_length))
-    with exclusive(model, "record()"), calibration_context(model), collector.attached(), guarded(model), tqdm(desc="recording", unit=" tokens", unit_scale=True, disable=not progress) as bar:
+    with (exclusive(model, "record()"), calibration_context(model), collector.attached(), guarded(model),
+          tqdm(desc="recording", unit=" tokens", unit_scale=True, disable=not progress) as bar):
         try:
             for index, batch in stream:
-                tokens = feed(model, batch, index)
+                collector.take()  # what somebody else ran while the next batch was prepared
+                with feeding(owner): tokens = feed(model, batch, index)
                 result = result.seen(collector.take(), tokens, 1)
                 bar.update(tokens)
-        except KeyboardInterrupt: bar.write(f"interrupted: the record holds the {result.batches} batches that were finished")
+        except KeyboardInterrupt:
+            bar.write(f"interrupted: the record holds the {result.batches} batches that were finished")
+            return result
+    if "input" in names and not result.batches: raise ValueError("data is empty: not a single batch came of it; pass at least one text or batch")
     return result

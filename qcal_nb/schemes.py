@@ -46,8 +46,9 @@ def preset(
 
 # %% ../nbs/01_schemes.ipynb #25337638
 _SPAN = dict(tensor="one scale per tensor", channel="one scale per output channel", token="one scale per token",
-             group="one scale per group of {0.group_size}", tensor_group="one scale per group of {0.group_size}, under one global scale",
-             block="one scale per {0.block_structure[0]} × {0.block_structure[1]} block", attn_head="one scale per attention head")
+             group="one scale per group of {0.group_size}", attn_head="one scale per attention head",
+             tensor_group="one scale per group of {0.group_size}, under one global scale",
+             block="one scale per {0.block_structure[0]} × {0.block_structure[1]} block")
 
 
 def format_name(args: QuantizationArgs) -> str:
@@ -60,7 +61,8 @@ def describe_args(args: QuantizationArgs | None) -> str:
     if args is None: return "not quantized"
     when = {True: "dynamic", "local": "local scales dynamic"}.get(args.dynamic, "static")
     observer = "" if args.dynamic is True else f", observer {args.observer or 'default'}"
-    return f"{format_name(args)}, {'symmetric' if args.symmetric else 'asymmetric'}, {_SPAN[args.strategy].format(args)}, {when}{observer}"
+    symmetry = "symmetric" if args.symmetric else "asymmetric"
+    return f"{format_name(args)}, {symmetry}, {_SPAN[args.strategy].format(args)}, {when}{observer}"
 
 # %% ../nbs/01_schemes.ipynb #4aecbcee
 def describe(scheme: QuantizationScheme) -> dict[str, str]:
@@ -77,7 +79,7 @@ def needs_data(scheme: QuantizationScheme) -> bool:
 
 # %% ../nbs/01_schemes.ipynb #59820cc6
 def code_points(args: QuantizationArgs) -> torch.Tensor:
-    "Every value that the format of `args` can hold before scaling: ascending, distinct, float32. Source: OCP FP8 and MX specifications."
+    "Every value that the format of `args` can hold before scaling (OCP FP8 and MX specifications): ascending, distinct, float32."
     low, high = (int(v) for v in calculate_range(args, "cpu"))
     if args.type == "int": return torch.arange(low, high + 1, dtype=torch.float32)
     if args.num_bits == 4:

@@ -12,15 +12,16 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 from compressed_tensors.quantization import QuantizationStatus
 from compressed_tensors.quantization.utils import calculate_range
+from torch import Tensor
 from torch.nn import Module
 
-from .calibration import observer_of, scheme_args
+from .calibration import all_or_nothing, claim, exclusive, feeding, guarded, observers_in, scheme_args
 from qcal_nb.lifecycle import (
     QUANTIZABLE,
     Match,
@@ -34,24 +35,27 @@ from qcal_nb.lifecycle import (
     phase_of,
     reset_quantization,
     restore,
-    schemes_by_module,
     snapshot,
 )
-from .observers.base import BASE_NAMES, current_feed
-from .pipelines import batches, calibration_context, exclusive, feed, guarded
+from .observers.base import BASE_NAMES
+from .pipelines import batches, calibration_context, feed
 from .records import CalibrationRecord, Collector, modules_to_record, new_record
 
 # %% ../nbs/12_session.ipynb #63123953
 class Replay:
-    "Batches by number, prepared when first asked for and kept."
+    "Batches by number, prepared when first asked for and kept. Data that fails while it is read fails again when asked again."
 
     def __init__(self, stream: Iterator[dict], expected: int | None = None) -> None:
-        self._stream, self._kept, self.total = stream, [], expected
+        self._stream, self._kept, self._failed, self.total = stream, [], None, expected
 
     def get(self, index: int) -> dict | None:
         "Batch `index`, or None if there are not that many; then `total` is known."
         while len(self._kept) <= index:
-            item = next(self._stream, None)
+            if self._failed is not None: raise self._failed
+            try: item = next(self._stream, None)
+            except Exception as error:
+                self._failed = error
+                raise
             if item is None:
                 self.total = len(self._kept)
                 return None
@@ -62,7 +66,8 @@ class Replay:
 def expected_batches(data: Any, batch_size: int) -> int | None:
     "How many batches `data` will give, if it can be told without reading it."
     if not isinstance(data, (list, tuple)): return None
-    return -(-len(data) // batch_size) if all(isinstance(d, str) for d in data) else len(data)
+    if all(isinstance(d, (str, list)) for d in data): return -(-len(data) // batch_size)  # grouped
+    return len(data) if all(isinstance(d, Tensor) for d in data) else None
 
 # %% ../nbs/12_session.ipynb #06e44959
 SCALE_COLUMNS = ["module", "base_name", "scale", "zero_point", "clip_min", "clip_max", "scales"]
@@ -80,14 +85,16 @@ def _scale_row(name: str, module: Module, base_name: str) -> dict[str, Any] | No
 
 def scales_table(model: Module) -> pd.DataFrame:
     "A row per computed scale: its (median) value, and the widest range that the tensor's scales can represent."
-    rows = (_scale_row(name, m, base_name) for name, m in model.named_modules() if hasattr(m, "quantization_scheme") for base_name in BASE_NAMES)
+    rows = (_scale_row(name, m, base_name) for name, m in model.named_modules() if hasattr(m, "quantization_scheme")
+            for base_name in BASE_NAMES)
     return pd.DataFrame([r for r in rows if r], columns=SCALE_COLUMNS)
 
 # %% ../nbs/12_session.ipynb #ea10c5c0
 def module_statuses(model: Module) -> list[tuple[str, str]]:
     "Every module that could be quantized with its QuantizationStatus, `original` where it has none. In model order."
     candidates = [(name, m) for name, m in model.named_modules() if isinstance(m, QUANTIZABLE)]
-    return [(name, QuantizationStatus(m.quantization_status).value if hasattr(m, "quantization_status") else "original") for name, m in candidates]
+    return [(name, QuantizationStatus(m.quantization_status).value if hasattr(m, "quantization_status") else "original")
+            for name, m in candidates]
 
 # %% ../nbs/12_session.ipynb #76803f1e
 @dataclass(frozen=True)
@@ -132,7 +139,9 @@ def why_not(session: "Session", step: str) -> str | None:
     phase = session.phase
     if session.running: return f"{session.running} is running; stop it or wait for it"
     if step == "initialize": return None if phase == "original" else f"the model is {phase} already; go back or reset first"
-    if step == "start": return None if phase == "initialized" else "initialize the model first" if phase == "original" else f"calibration has started already (the model is {phase})"
+    if step == "start":
+        if phase == "original": return "initialize the model first"
+        return None if phase == "initialized" else f"calibration has started already (the model is {phase})"
     if step in ("feed", "feed_all"): return _why_not_feed(session, phase)
     if step == "end": return _why_not_end(session, phase)
     if step == "back": return None if session.history else "there is no step to take back"
@@ -142,34 +151,21 @@ def why_not(session: "Session", step: str) -> str | None:
 def _why_not_feed(session: "Session", phase: str) -> str | None:
     if phase in ("original", "initialized"): return "start the calibration first, so that observers are attached"
     if phase == "ended": return "the calibration has ended; go back to feed more"
-    if session.replay.get(session.fed) is None: return "all batches are fed" if session.fed else "there is no data; pass data= to feed some"
+    try: batch = session.replay.get(session.fed)
+    except Exception as error: return f"the data cannot be read: {error}"
+    if batch is None: return "all batches are fed" if session.fed else "there is no data; pass data= to feed some"
     return None
 
 
 def _why_not_end(session: "Session", phase: str) -> str | None:
-    if phase not in ("started", "fed"): return "the calibration has ended already" if phase == "ended" else "start the calibration first"
+    if phase not in ("started", "fed"):
+        return "the calibration has ended already" if phase == "ended" else "start the calibration first"
     lacking = lacking_data(session.modifier, session.model)
     return f"{len(lacking)} scales need data first, {lacking[0]} among them; feed a batch" if lacking else None
 
-# %% ../nbs/12_session.ipynb #3db33769
-class Session:
-    "Walks one model through a calibration. `phase` says where it stands; `initialize start feed feed_all end back reset` move it."
-
-    def __init__(self, model: Module, data: Any = None, tokenizer: Any = None, scheme: Any = "FP8", *, ignore: Iterable[str] = ("lm_head",),
-                 targets: Iterable[str] = ("Linear",), batch_size: int = 1, max_length: int | None = None) -> None:
-        if phase_of(model) != "original": raise ValueError(f"this model is {phase_of(model)}; a session starts with an original one, call reset_quantization(model) first")
-        self.model, self.tokenizer, self.owner = model, tokenizer, f"session {uuid.uuid4().hex[:8]}"
-        self._options = dict(scheme=scheme, ignore=list(ignore), targets=list(targets))
-        self.modifier = self._make_modifier()
-        self.replay = Replay(batches([] if data is None else data, tokenizer, batch_size, max_length), expected_batches(data, batch_size))
-        self.phase, self.record, self.fed = "original", CalibrationRecord(model=type(model).__name__), 0
-        self.history: list[Past] = []
-        self.code: list[str] = []
-        self.changes: list[ModuleChange] = []
-        self.progress, self.running, self.error = Progress(), "", None
-        self._listeners: list[Callable[[str], None]] = []
-        self._stop, self._go, self._thread = threading.Event(), threading.Event(), None
-        self._go.set()
+# %% ../nbs/12_session.ipynb #9a079136
+class _Options:
+    "The part of a session that says what to quantize: `scheme`, `targets` and `ignore`, and the modifier made of them."
 
     @property
     def scheme(self) -> Any:
@@ -189,8 +185,10 @@ class Session:
 
     def configure(self, **options: Any) -> None:
         "Set `scheme`, `targets` or `ignore`. Only in the original phase; a bad value is a ValueError and changes nothing."
-        if self.phase != "original": raise SessionError(f"the scheme is in use (the model is {self.phase}); go back to the original first")
-        if unknown := sorted(set(options) - set(self._options)): raise ValueError(f"unknown options {unknown}; there are scheme, targets and ignore")
+        if self.phase != "original":
+            raise SessionError(f"the scheme is in use (the model is {self.phase}); go back to the original first")
+        if unknown := sorted(set(options) - set(self._options)):
+            raise ValueError(f"unknown options {unknown}; there are scheme, targets and ignore")
         before = self._options
         self._options = {**before, **options}
         try: self.modifier = self._make_modifier()
@@ -199,22 +197,9 @@ class Session:
             raise
         self._log("configure(" + ", ".join(f"{k}={v!r}" for k, v in options.items()) + ")", "configured")
 
-    def initialize(self) -> None: run_step(self, "initialize", _initialize)
-
-    def start(self) -> None: run_step(self, "start", _start)
-
-    def feed(self, n: int = 1) -> None:
-        "Feed the next `n` batches. Stops early at the end of the data, at `stop()`, or at an interrupt."
-        if isinstance(n, bool) or not isinstance(n, int) or n < 1: raise ValueError(f"n={n!r} must be an int of at least 1, the number of batches")
-        run_feed(self, n, f"feed({n})")
-
-    def feed_all(self) -> None: run_feed(self, None, "feed_all()")
-
-    def end(self) -> None: run_step(self, "end", _end)
-
-    def back(self) -> None: step_back(self)
-
-    def reset(self) -> None: reset_session(self)
+# %% ../nbs/12_session.ipynb #1313ba5f
+class _Views:
+    "The part of a session that shows where it stands, and tells its listeners of every change."
 
     def match_report(self) -> list[Match]: return match_report(self.model, self.modifier)
 
@@ -236,12 +221,53 @@ class Session:
         self._listeners.append(listener)
         return lambda: self._listeners.remove(listener)
 
+    @property
+    def paused(self) -> bool: return not self._go.is_set()
+
     def tell(self, what: str) -> None:
         for listener in list(self._listeners): listener(what)
 
     def _log(self, line: str, what: str) -> None:
         self.code = [*self.code, line]
         self.tell(what)
+
+# %% ../nbs/12_session.ipynb #b7677deb
+class Session(_Options, _Views):
+    "Walks one model through a calibration. `phase` says where it is; `initialize start feed feed_all end back reset` move it."
+
+    def __init__(self, model: Module, data: Any = None, tokenizer: Any = None, scheme: Any = "FP8", *,
+                 ignore: Iterable[str] = ("lm_head",), targets: Iterable[str] = ("Linear",),
+                 batch_size: int = 1, max_length: int | None = None) -> None:
+        if phase_of(model) != "original":
+            raise ValueError(f"this model is {phase_of(model)}; a session starts with an original one, "
+                             "call reset_quantization(model) first")
+        self.model, self.tokenizer, self.owner = model, tokenizer, f"session {uuid.uuid4().hex[:8]}"
+        self._options = dict(scheme=scheme, ignore=list(ignore), targets=list(targets))
+        self.modifier = self._make_modifier()
+        stream = batches([] if data is None else data, tokenizer, batch_size, max_length)
+        self.replay = Replay(stream, expected_batches(data, batch_size))
+        self.phase, self.record, self.fed = "original", CalibrationRecord(model=type(model).__name__), 0
+        self.history: list[Past] = []
+        self.code: list[str] = []
+        self.changes: list[ModuleChange] = []
+        self.progress, self.running, self.error = Progress(), "", None
+        self._listeners: list[Callable[[str], None]] = []
+        self._stop, self._go, self._thread = threading.Event(), threading.Event(), None
+        self._go.set()
+        self._lock = threading.Lock()
+
+    def feed(self, n: int = 1) -> None:
+        "Feed the next `n` batches. Stops early at the end of the data, at `stop()`, or at an interrupt."
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise ValueError(f"n={n!r} must be an int of at least 1, the number of batches")
+        run_feed(self, n, f"feed({n})")
+
+    def initialize(self) -> None: run_step(self, "initialize", _initialize)
+    def start(self) -> None: run_step(self, "start", _start)
+    def feed_all(self) -> None: run_feed(self, None, "feed_all()")
+    def end(self) -> None: run_step(self, "end", _end)
+    def back(self) -> None: step_back(self)
+    def reset(self) -> None: reset_session(self)
 
 # %% ../nbs/12_session.ipynb #349a89c3
 def require(session: Session, step: str) -> None:
@@ -257,7 +283,12 @@ def run_step(session: Session, step: str, action: Callable[[Session], str]) -> N
     "Take one step: `action` does it and returns the new phase."
     require(session, step)
     past = _remember(session)
-    with exclusive(session.model, session.owner): phase = action(session)
+    with exclusive(session.model, session.owner):
+        try: phase = action(session)
+        except BaseException:
+            restore(session.model, past.model)
+            session.record = past.record
+            raise
     session.history.append(past)
     session.phase, session.error = phase, None
     session.changes = changes(past.model, snapshot(session.model))
@@ -271,12 +302,8 @@ def _initialize(session: Session) -> str:
 
 def _start(session: Session) -> str:
     session.modifier.start_calibration(session.model)
-    for module, _ in schemes_by_module(session.model, session.modifier.resolved_config).values():
-        for name in BASE_NAMES:
-            if (observer := observer_of(module, name)) is not None: observer.owner = session.owner
-    if not session.record.tensors:
-        modules = modules_to_record(session.model, session.modifier)
-        session.record = new_record(session.model, modules)
+    claim(session.model, session.owner)
+    if not session.fed: session.record = new_record(session.model, modules_to_record(session.model, session.modifier))
     return "started"
 
 
@@ -284,25 +311,17 @@ def _end(session: Session) -> str:
     session.modifier.on_end(State(session.model))
     return "ended"
 
-# %% ../nbs/12_session.ipynb #2b2dd6a7
-def run_feed(session: Session, n: int | None, line: str) -> None:
-    "Feed up to `n` batches (None: all that are left) in this thread, as one step that can be taken back."
-    require(session, "feed")
-    past, token = _remember(session), current_feed.set(session.owner)
+# %% ../nbs/12_session.ipynb #89e66c59
+def _claim_feed(session: Session, n: int | None, line: str) -> Past:
+    "Become the one feed that runs. From here on `stop` and `pause` have something to act on."
+    with session._lock:
+        require(session, "feed")
+        session.running = line.removesuffix("()")
+    past = _remember(session)
     session._stop.clear()
     session._go.set()
-    session.running, session.progress, session.error = line.removesuffix("()"), Progress(total=_to_do(session, n)), None
-    collector = Collector(modules_to_record(session.model, session.modifier))
-    try:
-        with exclusive(session.model, f"the {session.owner} ({line})"), calibration_context(session.model), collector.attached(), guarded(session.model):
-            _feed_batches(session, n, collector)
-    except Exception as error:
-        session.error = error
-        raise
-    finally:
-        current_feed.reset(token)
-        session.running = ""
-        _finish_feed(session, past, line)
+    session.progress, session.error = Progress(total=_to_do(session, n)), None
+    return past
 
 
 def _to_do(session: Session, n: int | None) -> int | None:
@@ -310,23 +329,41 @@ def _to_do(session: Session, n: int | None) -> int | None:
     return n if left is None else left if n is None else min(n, left)
 
 
+def run_feed(session: Session, n: int | None, line: str) -> None:
+    "Feed up to `n` batches (None: all that are left) in this thread, as one step that can be taken back."
+    _run_claimed(session, n, line, _claim_feed(session, n, line))
+
+# %% ../nbs/12_session.ipynb #bcb4960e
+def _run_claimed(session: Session, n: int | None, line: str, past: Past) -> None:
+    model = session.model
+    try:
+        collector = Collector(modules_to_record(model, session.modifier))
+        with (exclusive(model, f"the {session.owner} ({line})"), calibration_context(model), collector.attached(), guarded(model)):
+            _feed_batches(session, n, collector)
+    except Exception as error:
+        session.error = error
+        raise
+    finally:
+        session.running = ""
+        session._go.set()
+        _finish_feed(session, past, line)
+
+
 def _feed_batches(session: Session, n: int | None, collector: Collector) -> None:
-    began, first, tokens = time.perf_counter(), session.fed, 0
+    first, tokens, seconds = session.fed, 0, 0.0
     while (n is None or session.fed - first < n) and (batch := session.replay.get(session.fed)) is not None:
         session._go.wait()
         if session._stop.is_set(): return
+        began = time.perf_counter()
         tokens += _feed_one(session, batch, collector)
-        session.progress = Progress(session.fed - first, session.progress.total, tokens, time.perf_counter() - began)
+        seconds += time.perf_counter() - began  # a pause does not count
+        session.progress = Progress(session.fed - first, session.progress.total, tokens, seconds)
         session.tell("batch")
 
 
 def _feed_one(session: Session, batch: dict, collector: Collector) -> int:
-    before = snapshot(session.model)
-    try: tokens = feed(session.model, batch, session.fed)
-    except BaseException:
-        restore(session.model, before)
-        collector.take()
-        raise
+    collector.take()  # nothing of a batch that failed
+    with feeding(session.owner), all_or_nothing(observers_in(session.model)): tokens = feed(session.model, batch, session.fed)
     session.record, session.fed = session.record.seen(collector.take(), tokens, 1), session.fed + 1
     return tokens
 
@@ -336,8 +373,8 @@ def _finish_feed(session: Session, past: Past, line: str) -> None:
     session.history.append(past)
     session.phase = "fed"
     session.changes = changes(past.model, snapshot(session.model))
-    fed = session.fed - past.fed
-    session._log(line if line == "feed_all()" and session.replay.get(session.fed) is None else f"feed({fed})", "feed")
+    complete = line == "feed_all()" and session.fed == session.replay.total
+    session._log(line if complete else f"feed({session.fed - past.fed})", "feed")
 
 # %% ../nbs/12_session.ipynb #c9ce89ad
 def step_back(session: Session) -> None:
@@ -363,9 +400,10 @@ def reset_session(session: Session) -> None:
 # %% ../nbs/12_session.ipynb #3e4b0239
 def in_background(session: Session, n: int | None = None) -> threading.Thread:
     "Feed `n` batches (None: all) in a thread and return it. An error ends up in `session.error`."
-    require(session, "feed")
+    line = "feed_all()" if n is None else f"feed({n})"
+    past = _claim_feed(session, n, line)
     def work() -> None:
-        try: run_feed(session, n, "feed_all()" if n is None else f"feed({n})")
+        try: _run_claimed(session, n, line, past)
         except Exception as error: session.error = error  # kept for the view, which shows it; nobody could catch it here
         session.tell("idle")
     session._thread = threading.Thread(target=work, name=session.owner, daemon=True)

@@ -23,7 +23,8 @@ class WorkbenchState(HasTraits):
     order = Enum(ORDERS, "depth", help="Order of rows in tables: model order, or largest first")
 
     def __init__(self, **values: Any) -> None:
-        if unknown := sorted(set(values) - set(self.trait_names())): raise TypeError(f"unknown state {unknown}; there is {', '.join(sorted(self.trait_names()))}")
+        if unknown := sorted(set(values) - set(self.trait_names())):
+            raise TypeError(f"unknown state {unknown}; there is {', '.join(sorted(self.trait_names()))}")
         super().__init__(**values)
 
     @validate("pattern")

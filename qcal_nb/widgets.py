@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STYLE', 'PHASES', 'CHANGE_ORDERS', 'LABELS', 'TIPS', 'block', 'phase_html', 'table_html', 'changes_table',
            'changes_html', 'matches_html', 'tree_html', 'progress_text', 'error_html', 'Picture', 'bar_at', 'Panel',
-           'LifecycleStepper', 'refresh_stepper', 'describe_picture', 'RangeExplorer', 'refresh_ranges']
+           'LifecycleStepper', 'show_changes', 'refresh_stepper', 'describe_picture', 'RangeExplorer', 'refresh_ranges']
 
 # %% ../nbs/14_widgets.ipynb #2c050bcd
 import base64
@@ -22,7 +22,7 @@ from traitlets import Bytes, List, TraitError, Unicode
 
 from .analysis import ORDERS, choose, ranges
 from .lifecycle import Match, ModuleChange
-from .plots import PHASE_COLORS, new_axes, plot_ranges, to_png
+from .plots import PHASE_COLORS, plot_ranges, to_png
 from .schemes import describe, preset_names
 from .session import Progress, Session, in_background, pause, resume, stop
 from .state import WorkbenchState
@@ -31,7 +31,8 @@ from .state import WorkbenchState
 STYLE = """<style>
 .qcal { font-size: 13px; line-height: 1.45; color: var(--jp-ui-font-color1, inherit) }
 .qcal table { border-collapse: collapse; font-size: 12px }
-.qcal th, .qcal td { padding: 2px 10px 2px 0; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--jp-border-color2, #ddd) }
+.qcal th, .qcal td { padding: 2px 10px 2px 0; text-align: left; white-space: nowrap }
+.qcal th, .qcal td { border-bottom: 1px solid var(--jp-border-color2, #ddd) }
 .qcal td.n { text-align: right; font-variant-numeric: tabular-nums }
 .qcal .scroll { max-height: 260px; overflow: auto }
 .qcal .dot { display: inline-block; width: 10px; height: 10px; border-radius: 5px; margin-right: 5px }
@@ -68,7 +69,8 @@ def table_html(table: pd.DataFrame, limit: int = 400) -> str:
     "A table that scrolls. Numbers to four digits, right-aligned; beyond `limit` rows it says how many are left out."
     def cell(value: Any) -> str:
         if isinstance(value, bool): return f"<td>{'yes' if value else 'no'}</td>"
-        if isinstance(value, (int, float)): return f'<td class="n">{"" if value != value else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"}</td>'
+        if isinstance(value, int): return f'<td class="n">{value:,}</td>'
+        if isinstance(value, float): return f'<td class="n">{"" if value != value else f"{value:.4g}"}</td>'
         return f"<td>{escape('' if value is None or value is pd.NA else str(value))}</td>"
     head = "".join(f"<th>{escape(str(c).replace('_', ' '))}</th>" for c in table.columns)
     rows = "".join("<tr>" + "".join(cell(v) for v in row) + "</tr>" for row in table.head(limit).itertuples(index=False))
@@ -83,10 +85,15 @@ def _signed(added: Iterable[str], removed: Iterable[str]) -> str:
     return ", ".join([f"+{name}" for name in added] + [f"−{name}" for name in removed])
 
 
+def _transition(c: ModuleChange) -> str:
+    if c.status_before == c.status_after: return c.status_before
+    return f"{c.status_before or 'none'} → {c.status_after or 'none'}"
+
+
 def changes_table(changes: list[ModuleChange], order: str = "model order") -> pd.DataFrame:
     "What a step did, a row per module: + is added, − is removed."
-    rows = [dict(module=c.module or "(model)", status=c.status_before if c.status_before == c.status_after else f"{c.status_before or 'none'} → {c.status_after or 'none'}",
-                 observers=_signed(c.observers_added, c.observers_removed), hooks=f"{c.hooks_added - c.hooks_removed:+d}" if c.hooks_added or c.hooks_removed else "",
+    rows = [dict(module=c.module or "(model)", status=_transition(c), observers=_signed(c.observers_added, c.observers_removed),
+                 hooks=f"{c.hooks_added - c.hooks_removed:+d}" if c.hooks_added or c.hooks_removed else "",
                  parameters=_signed(c.parameters_added, c.parameters_removed), scales_computed=", ".join(c.scales_computed)) for c in changes]
     table = pd.DataFrame(rows, columns=["module", "status", "observers", "hooks", "parameters", "scales_computed"])
     return table if order == "model order" else table.sort_values(order, kind="stable", ascending=order in ("module", "status"))
@@ -94,13 +101,15 @@ def changes_table(changes: list[ModuleChange], order: str = "model order") -> pd
 
 def changes_html(changes: list[ModuleChange], order: str = "model order") -> str:
     "The table with a sentence above it."
-    if not changes: return block('<span class="faint">The last step changed nothing in the model. (Feeding changes what observers know, not the model.)</span>')
+    nothing = '<span class="faint">The last step changed nothing in the model. (Feeding changes what observers know, not the model.)</span>'
+    if not changes: return block(nothing)
     return block(f"{len(changes)} modules changed" + table_html(changes_table(changes, order)))
 
 # %% ../nbs/14_widgets.ipynb #f22e258c
 def matches_html(report: list[Match]) -> str:
     "Which modules the scheme would quantize and, for the others, why not."
-    table = pd.DataFrame([dict(module=m.module, type=m.type, shape=" × ".join(map(str, m.shape)), quantized=m.matched, why=m.reason) for m in report])
+    rows = [dict(module=m.module, type=m.type, shape=" × ".join(map(str, m.shape)), quantized=m.matched, why=m.reason) for m in report]
+    table = pd.DataFrame(rows)
     return block(f"{sum(m.matched for m in report)} of {len(report)} modules with a matrix will be quantized" + table_html(table))
 
 
@@ -136,7 +145,9 @@ def error_html(error: BaseException | None) -> str:
     "An error in words: its message, what was being done, its kind. Empty without one."
     if error is None: return ""
     notes = "".join(f"<div class='faint'>{escape(note)}</div>" for note in getattr(error, "__notes__", []))
-    return block(f'<div class="error" role="alert">{escape(str(error)) or type(error).__name__}{notes}<div class="faint">{type(error).__name__} · the session goes on; nothing was lost</div></div>')
+    kind = type(error).__name__
+    after = f'<div class="faint">{kind} · the session goes on; nothing was lost</div>'
+    return block(f'<div class="error" role="alert">{escape(str(error)) or kind}{notes}{after}</div>')
 
 # %% ../nbs/14_widgets.ipynb #751b8fd3
 _PICTURE_JS = """
@@ -144,7 +155,8 @@ function render({ model, el }) {
   const box = document.createElement("div"), img = document.createElement("img"), tip = document.createElement("div");
   box.style.cssText = "position: relative; display: inline-block; max-width: 100%";
   img.className = "qcal-picture"; img.style.cssText = "max-width: 100%; background: white; border-radius: 4px";
-  tip.style.cssText = "position: absolute; display: none; pointer-events: none; background: #222; color: white; padding: 3px 8px; font-size: 12px; border-radius: 3px; white-space: pre";
+  tip.style.cssText = "position: absolute; display: none; pointer-events: none; background: #222; color: white; "
+    + "padding: 3px 8px; font-size: 12px; border-radius: 3px; white-space: pre";
   let url = null, waiting = null;
   const show = () => {
     if (url) URL.revokeObjectURL(url);
@@ -181,7 +193,7 @@ class Picture(anywidget.AnyWidget):
 
 # %% ../nbs/14_widgets.ipynb #6cea3332
 def bar_at(ax: Axes, x: float, count: int) -> int | None:
-    "Index of the bar at fraction `x` of a picture's width; None beside the axes. The picture must show the whole figure, as `to_png` saves it."
+    "Index of the bar at fraction `x` of the width of a picture saved by `to_png`; None beside the axes."
     left, _, width, _ = ax.get_position().bounds
     low, high = ax.get_xlim()
     index = round(low + (x - left) / width * (high - low))
@@ -221,8 +233,9 @@ class Panel(w.VBox):
         bundle = super()._repr_mimebundle_(**kwargs)
         return {**bundle, "image/png": base64.b64encode(self.static_png()).decode()}
 
-# %% ../nbs/14_widgets.ipynb #3cfb94b6
-LABELS = {"initialize": "Initialize", "start": "Start", "feed": "Feed a batch", "feed_all": "Feed all", "end": "End", "back": "Back", "reset": "Reset"}
+# %% ../nbs/14_widgets.ipynb #cbeb9f46
+LABELS = {"initialize": "Initialize", "start": "Start", "feed": "Feed a batch", "feed_all": "Feed all", "end": "End",
+          "back": "Back", "reset": "Reset"}
 TIPS = {"initialize": "Attach the scheme: every matched module gets parameters for its scales, still empty (NaN)",
         "start": "Attach observers and hooks: from now on what passes can be watched",
         "feed": "Run the next batch of data through the model", "feed_all": "Run all remaining batches through the model",
@@ -249,6 +262,39 @@ def _names(text: str) -> list[str]:
     "Names from a text field, separated by commas."
     return [name.strip() for name in text.split(",") if name.strip()]
 
+# %% ../nbs/14_widgets.ipynb #4dfaf83e
+def _auto() -> w.Layout: return w.Layout(width="auto")
+
+
+def _make_scheme_fields(panel: "LifecycleStepper") -> None:
+    "Fields for scheme, targets and ignore, and the scheme in words."
+    s, narrow = panel.session, dict(description_width="60px")
+    presets = preset_names() if s.scheme in preset_names() else [str(s.scheme), *preset_names()]
+    panel.scheme = w.Dropdown(options=presets, value=str(s.scheme), description="Scheme", style=narrow, layout=w.Layout(width="230px"))
+    wide = dict(continuous_update=False, style=narrow, layout=w.Layout(width="260px"))
+    panel.targets = w.Text(", ".join(s.targets), description="Targets", **wide)
+    panel.ignore = w.Text(", ".join(s.ignore), description="Ignore", **wide)
+    for field in (panel.scheme, panel.targets, panel.ignore): field.observe(lambda _: panel.configure(), names=["value"])
+
+
+def _make_feeding(panel: "LifecycleStepper") -> w.HBox:
+    "The progress bar with its two buttons and the note beside it."
+    panel.bar = w.FloatProgress(min=0, max=1, layout=w.Layout(width="220px"))
+    panel.hold = w.Button(description="Pause", tooltip="Hold after this batch", layout=_auto())
+    panel.halt = w.Button(description="Stop", tooltip="End after this batch; what was fed stays", layout=_auto())
+    panel.halt.add_class("qcal-stop")
+    panel.hold.on_click(lambda _: panel.pause_or_resume())
+    panel.halt.on_click(lambda _: stop(panel.session))
+    return w.HBox([panel.bar, panel.hold, panel.halt, panel.note])
+
+
+def _make_tabs(panel: "LifecycleStepper") -> w.Tab:
+    "What the last step changed, which modules match, and the module tree."
+    panel.order = w.Dropdown(options=CHANGE_ORDERS, description="Sort by", layout=w.Layout(width="220px"))
+    panel.order.observe(lambda _: show_changes(panel), names=["value"])
+    pages = [w.VBox([panel.order, panel.changes]), panel.matches, panel.tree]
+    return w.Tab(pages, titles=["What the step changed", "Which modules match", "Module tree"], selected_index=1)
+
 # %% ../nbs/14_widgets.ipynb #fd5d1fc3
 class LifecycleStepper(Panel):
     "Steps a session through its calibration: legal steps are enabled, the next one is marked, and each shows what it changed."
@@ -256,30 +302,14 @@ class LifecycleStepper(Panel):
     def __init__(self, session: Session, state: WorkbenchState | None = None) -> None:
         super().__init__(session, state)
         self.buttons = _buttons(self.press)
-        self.phase, self.note, self.error, self.code, self.changes, self.matches, self.tree = (w.HTML() for _ in range(7))
-        for name in ("phase", "note", "error", "code", "changes", "matches", "tree"): getattr(self, name).add_class(f"qcal-{name}")
-        self.bar = w.FloatProgress(min=0, max=1, layout=w.Layout(width="220px"))
-        self.hold = w.Button(description="Pause", tooltip="Hold after this batch", layout=w.Layout(width="auto"))
-        self.halt = w.Button(description="Stop", tooltip="End after this batch; what was fed stays", layout=w.Layout(width="auto"))
-        self.halt.add_class("qcal-stop")
-        self.hold.on_click(lambda _: self._hold())
-        self.halt.on_click(lambda _: stop(self.session))
-        self.order = w.Dropdown(options=CHANGE_ORDERS, description="Sort by", layout=w.Layout(width="220px"))
-        self.order.observe(lambda _: self._show_changes(), names=["value"])
-        self._build_scheme()
-        self.tabs = w.Tab([w.VBox([self.order, self.changes]), self.matches, self.tree], titles=["What the step changed", "Which modules match", "Module tree"], selected_index=1)
-        self.children = [self._style, self.phase, self.fields, w.HBox(list(self.buttons.values())), w.HBox([self.bar, self.hold, self.halt, self.note]), self.error, self.code, self.tabs]
+        for name in ("phase", "words", "note", "error", "code", "changes", "matches", "tree"):
+            setattr(self, name, w.HTML())
+            getattr(self, name).add_class(f"qcal-{name}")
+        _make_scheme_fields(self)
+        feeding, self.tabs = _make_feeding(self), _make_tabs(self)
+        fields = w.HBox([self.scheme, self.targets, self.ignore])
+        self.children = [self._style, self.phase, fields, self.words, w.HBox(list(self.buttons.values())), feeding, self.error, self.code, self.tabs]
         self.refresh()
-
-    def _build_scheme(self) -> None:
-        s, wide = self.session, dict(description_width="60px")
-        presets = preset_names() if s.scheme in preset_names() else [str(s.scheme), *preset_names()]
-        self.scheme = w.Dropdown(options=presets, value=str(s.scheme), description="Scheme", style=wide, layout=w.Layout(width="230px"))
-        self.targets = w.Text(", ".join(s.targets), description="Targets", continuous_update=False, style=wide, layout=w.Layout(width="260px"))
-        self.ignore = w.Text(", ".join(s.ignore), description="Ignore", continuous_update=False, style=wide, layout=w.Layout(width="260px"))
-        self.words = w.HTML()
-        for field in (self.scheme, self.targets, self.ignore): field.observe(lambda _: self._configure(), names=["value"])
-        self.fields = w.VBox([w.HBox([self.scheme, self.targets, self.ignore]), self.words])
 
     def press(self, step: str) -> None:
         "What clicking a button does. An error is shown in the panel."
@@ -289,20 +319,21 @@ class LifecycleStepper(Panel):
         self.tabs.selected_index = 0
         self.refresh(step)
 
-    def _configure(self) -> None:
+    def configure(self) -> None:
+        "Hand the fields to the session. A bad value is explained in the panel and changes nothing."
         self.session.error = None
-        try: self.session.configure(scheme=self.scheme.value, targets=_names(self.targets.value), ignore=_names(self.ignore.value))
+        chosen = dict(scheme=self.scheme.value, targets=_names(self.targets.value), ignore=_names(self.ignore.value))
+        try: self.session.configure(**chosen)
         except (ValueError, RuntimeError) as error: self.session.error = error
         self.refresh("configured")
 
-    def _hold(self) -> None:
-        running = self.session._go.is_set()
-        (pause if running else resume)(self.session)
-        self.hold.description = "Resume" if running else "Pause"
+    def pause_or_resume(self) -> None:
+        "Hold a running feed, or let it go on."
+        pausing = not self.session.paused
+        (pause if pausing else resume)(self.session)
+        self.hold.description = "Resume" if pausing else "Pause"
 
     def refresh(self, what: str = "") -> None: refresh_stepper(self, what)
-
-    def _show_changes(self) -> None: self.changes.value = changes_html(self.session.changes, self.order.value)
 
     def static_png(self) -> bytes: return to_png(plot_ranges(self.session.record))
 
@@ -315,12 +346,25 @@ def _refresh_buttons(panel: LifecycleStepper) -> None:
         button.button_style = "primary" if step == marked else ""
 
 
+def _scheme_words(session: Session) -> str:
+    groups = session.modifier.resolved_config.config_groups.values()
+    lines = [f"<b>{part}</b> {escape(words)}" for group in groups for part, words in describe(group).items() if part != "targets"]
+    return block("<br>".join(lines))
+
+
 def _note(session: Session) -> str:
     "A sentence on where feeding stands."
+    if session.paused and session.running: return f"Paused: {progress_text(session.progress)}"
     if session.running or session.progress.done: return progress_text(session.progress)
     if session.phase in ("started", "fed") and not session.modifier.requires_calibration_data:
         return "This scheme observes no activation: feeding only fills the record, End needs no data"
-    return f"{session.record.batches:,} batches in the record, {session.record.tokens:,} tokens" if session.record.tokens else "No data was fed yet"
+    if not session.record.tokens: return "No data was fed yet"
+    return f"{session.record.batches:,} batches in the record, {session.record.tokens:,} tokens"
+
+
+def show_changes(panel: LifecycleStepper) -> None:
+    "The table of what the last step changed, in the chosen order."
+    panel.changes.value = changes_html(panel.session.changes, panel.order.value)
 
 
 def refresh_stepper(panel: LifecycleStepper, what: str) -> None:
@@ -330,21 +374,22 @@ def refresh_stepper(panel: LifecycleStepper, what: str) -> None:
     panel.note.value = block(escape(_note(s)))
     if what == "batch": return
     panel.hold.disabled = panel.halt.disabled = not s.running
-    if not s.running: panel.hold.description = "Pause"
+    panel.hold.description = "Resume" if s.paused else "Pause"
     _refresh_buttons(panel)
     panel.phase.value, panel.error.value = phase_html(s.phase), error_html(s.error)
     panel.code.value = block("".join(f"<code>wb.{escape(line)}</code> " for line in s.code[-6:])) if s.code else ""
     for field in (panel.scheme, panel.targets, panel.ignore): field.disabled = s.phase != "original"
-    panel.words.value = block("<br>".join(f"<b>{k}</b> {escape(v)}" for g in s.modifier.resolved_config.config_groups.values() for k, v in describe(g).items() if k != "targets"))
-    panel._show_changes()
+    panel.words.value = _scheme_words(s)
+    show_changes(panel)
     panel.matches.value = matches_html(s.match_report())
     panel.tree.value = tree_html(s.statuses())
 
 # %% ../nbs/14_widgets.ipynb #c003d97a
 def _numbers_html(row: pd.Series, clip: pd.DataFrame) -> str:
     "One tensor's numbers in a line, and what its scale can represent if it has one."
-    text = f"<b>{escape(row.module)}</b> {row.base_name}: {row['min']:.4g} … {row['max']:.4g}, mean {row['mean']:.3g}, std {row['std']:.3g}, {int(row.numel):,} values"
-    if len(clip): text += f"; scale {clip.iloc[0]['scale']:.4g}, represents {clip.iloc[0].clip_min:.4g} … {clip.iloc[0].clip_max:.4g}"
+    text = f"<b>{escape(row.module)}</b> {row.base_name}: {row['min']:.4g} … {row['max']:.4g}, mean {row['mean']:.3g}, std {row['std']:.3g}"
+    text += f", {int(row.numel):,} values"
+    if len(clip): text += "; scale {scale:.4g}, represents {clip_min:.4g} … {clip_max:.4g}".format(**clip.iloc[0])
     if row.nan or row.inf: text += f"; <b>{int(row.nan)} NaN, {int(row.inf)} infinite</b>"
     return block(text)
 
@@ -355,45 +400,51 @@ def describe_picture(table: pd.DataFrame, base_name: str) -> str:
     widest = table.loc[table.absmax.idxmax()]
     return f"Ranges of {len(table)} {base_name} tensors; the widest is {widest.module}, {widest['min']:.4g} to {widest['max']:.4g}"
 
-# %% ../nbs/14_widgets.ipynb #4d94127c
+# %% ../nbs/14_widgets.ipynb #c90cff12
+def _make_range_controls(panel: "RangeExplorer") -> None:
+    "What to show and in which order, and the list to select from."
+    size = {"base_name": 180, "layer": 160, "pattern": 260, "order": 180, "select": 420}
+    layout = {name: w.Layout(width=f"{width}px") for name, width in size.items()}
+    panel.base_name = w.Dropdown(options=["input", "weight"], description="Tensor", layout=layout["base_name"])
+    panel.layer = w.Dropdown(options=[("all", -1)], description="Layer", layout=layout["layer"])
+    panel.pattern = w.Text(placeholder="e.g. mlp|q_proj", description="Filter", continuous_update=False, layout=layout["pattern"])
+    panel.order = w.Dropdown(options=ORDERS, description="Sort by", layout=layout["order"])
+    panel.select = w.Dropdown(options=[("none", "")], description="Selected", layout=layout["select"])
+    for name in ("numbers", "table", *size): getattr(panel, name).add_class(f"qcal-range-{name.replace('_', '-')}")
+
+
 class RangeExplorer(Panel):
     "The range of every tensor over the model's depth, live while batches run. Hover names a tensor, a click selects it."
 
     def __init__(self, session: Session, state: WorkbenchState | None = None) -> None:
         super().__init__(session, state)
-        self.picture, self.numbers, self.table = Picture(), w.HTML(), w.HTML()
-        self.base_name = w.Dropdown(options=["input", "weight"], description="Tensor", layout=w.Layout(width="180px"))
-        self.pattern = w.Text(placeholder="e.g. mlp|q_proj", description="Filter", continuous_update=False, layout=w.Layout(width="260px"))
-        self.layer = w.Dropdown(options=[("all", -1)], description="Layer", layout=w.Layout(width="160px"))
-        self.order = w.Dropdown(options=ORDERS, description="Sort by", layout=w.Layout(width="180px"))
-        self.select = w.Dropdown(options=[("none", "")], description="Selected", layout=w.Layout(width="420px"))
-        self.problem = w.HTML()
-        for name in ("numbers", "table", "base_name", "pattern", "select", "order", "layer"): getattr(self, name).add_class(f"qcal-range-{name.replace('_', '-')}")
-        for name in ("base_name", "layer", "order", "pattern"): getattr(self, name).observe(self._set, names=["value"])
-        self.select.observe(lambda change: setattr(self.state, "selected", change.new or ""), names=["value"])
-        self.picture.observe(self._pointed, names=["pointer"])
-        self.picture.observe(self._clicked, names=["clicked"])
+        self.picture, self.numbers, self.table, self.problem = Picture(), w.HTML(), w.HTML(), w.HTML()
+        _make_range_controls(self)
+        for name in ("base_name", "layer", "order", "pattern"):
+            getattr(self, name).observe(lambda change, name=name: self.choose(name, change.new), names=["value"])
+        self.select.observe(lambda change: self.choose("selected", change.new or ""), names=["value"])
+        self.picture.observe(lambda change: self.point(change.new), names=["pointer"])
+        self.picture.observe(lambda change: self.choose("selected", self.module_at(change.new) or self.state.selected), names=["clicked"])
         self.state.observe(lambda _: self.refresh("state"), names=self.state.trait_names())
-        self.children = [self._style, w.HBox([self.base_name, self.layer, self.pattern, self.order]), self.problem, self.picture, w.HBox([self.select]), self.numbers, self.table]
+        controls = w.HBox([self.base_name, self.layer, self.pattern, self.order])
+        self.children = [self._style, controls, self.problem, self.picture, self.select, self.numbers, self.table]
         self.refresh()
 
-    def _set(self, change: Any) -> None:
-        names = {id(getattr(self, n)): n for n in ("base_name", "layer", "order", "pattern")}
+    def choose(self, name: str, value: Any) -> None:
+        "Set a value of the state; one that it refuses is explained in the panel."
         self.problem.value = ""
-        try: setattr(self.state, names[id(change.owner)], change.new)
+        try: setattr(self.state, name, value)
         except TraitError as error: self.problem.value = error_html(error)
 
-    def _bar(self, at: list) -> str:
+    def module_at(self, at: list) -> str:
+        "The module whose bar is at [x, y] of the picture; empty beside the bars."
         index = bar_at(self._ax, at[0], len(self.shown)) if len(at) >= 2 and len(self.shown) else None
         return "" if index is None else self.shown.iloc[index].module
 
-    def _pointed(self, change: Any) -> None:
-        module = self._bar(change.new)
-        row = self.shown[self.shown.module == module].iloc[0] if module else None
-        self.picture.hint = "" if row is None else f"{module}\n{row['min']:.4g} … {row['max']:.4g}"
-
-    def _clicked(self, change: Any) -> None:
-        if module := self._bar(change.new): self.state.selected = module
+    def point(self, at: list) -> None:
+        "Name the bar below the pointer."
+        hit = self.shown[self.shown.module == self.module_at(at)]
+        self.picture.hint = "" if not len(hit) else f"{hit.iloc[0].module}\n{hit.iloc[0]['min']:.4g} … {hit.iloc[0]['max']:.4g}"
 
     def refresh(self, what: str = "") -> None: refresh_ranges(self)
 
@@ -418,7 +469,8 @@ def refresh_ranges(panel: RangeExplorer) -> None:
     panel.picture.png, panel.picture.alt = to_png(panel._ax), describe_picture(panel.shown, state.base_name)
     hit = panel.shown[panel.shown.module == selected]
     clip = clips[(clips.module == selected) & (clips.base_name == state.base_name)]
-    panel.numbers.value = _numbers_html(hit.iloc[0], clip) if len(hit) else block('<span class="faint">Click a bar, or choose a tensor, to see its numbers</span>' if len(panel.shown) else "")
+    hint = '<span class="faint">Click a bar, or choose a tensor, to see its numbers</span>' if len(panel.shown) else ""
+    panel.numbers.value = _numbers_html(hit.iloc[0], clip) if len(hit) else block(hint)
     shown = choose(panel.shown, order=state.order)[["module", "min", "max", "absmax", "mean", "std", "numel", "nan", "inf"]]
     panel.table.value = block(table_html(shown)) if len(shown) else ""
     _refresh_controls(panel, table)

@@ -95,10 +95,3 @@ import importlib.resources as r, json
 def walk(d, at=''): return [f for e in d.iterdir() for f in (walk(e, at+e.name+'/') if e.is_dir() else [at+e.name])]
 print(json.dumps(walk(r.files('qcal_nb')/'data')))""")
     assert {n for n in there if "__pycache__" not in n} == files(ROOT/"qcal_nb"/"data") != set()
-
-def test_commands_can_be_loaded(python):
-    loaded = python("""
-import importlib.metadata as m, json
-mine = [e for e in m.distribution('qcal-nb').entry_points if e.group == 'console_scripts']
-print(json.dumps({e.name: callable(e.load()) for e in mine}))""")
-    assert loaded == {"qcal-nb": True}

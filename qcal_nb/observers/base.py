@@ -6,13 +6,14 @@
 __all__ = ['ACTIVATIONS', 'BASE_NAMES', 'POLICIES', 'current_batch', 'current_feed', 'FUSED_LAYERS', 'check_base_name',
            'flatten_for_calibration', 'Registry', 'find_observer', 'NonFiniteError', 'check_policy', 'NonFinite',
            'find_nonfinite', 'without_nonfinite', 'Statistics', 'Counts', 'QParamsDict', 'same_tensor', 'Fusable',
-           'Observer', 'look_at', 'keep_out', 'conclude', 'fuse', 'fused_layers']
+           'Observer', 'remember', 'look_at', 'keep_out', 'conclude', 'fuse', 'fused_layers']
 
 # %% ../../nbs/03a_observers_base.ipynb #c63af04b
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypedDict
 
@@ -31,7 +32,8 @@ BASE_NAMES = ("weight", *ACTIVATIONS)
 
 def check_base_name(base_name: str) -> str:
     "`base_name` itself, or a ValueError that lists the names there are."
-    if base_name not in BASE_NAMES: raise ValueError(f"base_name={base_name!r} is unknown; it must be one of {', '.join(BASE_NAMES)}")
+    if base_name not in BASE_NAMES:
+        raise ValueError(f"base_name={base_name!r} is unknown; it must be one of {', '.join(BASE_NAMES)}")
     return base_name
 
 # %% ../../nbs/03a_observers_base.ipynb #5c10534b
@@ -43,7 +45,8 @@ def _flatten_weight(value: Tensor, args: QuantizationArgs) -> Tensor:
     if args.strategy == "tensor": return value.reshape(1, 1, -1)
     if args.strategy == "channel": return value.unsqueeze(-2).unsqueeze(0)
     if args.strategy in ("group", "tensor_group"): return value.unflatten(-1, (-1, args.group_size)).unsqueeze(0)
-    if args.strategy != "block": raise _no(args.strategy, "weight", "it belongs to activations; use tensor, channel, group, tensor_group or block")
+    if args.strategy != "block":
+        raise _no(args.strategy, "weight", "it belongs to activations; use tensor, channel, group, tensor_group or block")
     height, width = args.block_structure
     value = maybe_pad_tensor_for_block_quant(value, args.block_structure)  # zeros, which never widen a range
     blocks = value.unflatten(1, (-1, width)).unflatten(0, (-1, height))
@@ -72,7 +75,8 @@ def flatten_for_calibration(
     base_name: str,           # One of `weight input output q k v`
     args: QuantizationArgs,   # Only strategy, group size, block structure and `dynamic` are read
 ) -> Tensor:
-    "A view (a padded copy for uneven blocks) of shape (num_observations, *qparam_shape, group_size); ValueError if the strategy is not legal."
+    """A view (a padded copy for uneven blocks) of shape (num_observations, *qparam_shape, group_size).
+    ValueError if the strategy is not legal."""
     if check_base_name(base_name) == "weight": return _flatten_weight(value, args)
     if base_name in ("input", "output"): return _flatten_activation(value, base_name, args)
     return _flatten_attention(value, base_name, args)
@@ -83,7 +87,7 @@ def _key(name: str) -> str:
 
 
 class Registry:
-    "A table of observer classes by name. `register` adds to it, `find` and `load_from_registry` look up."
+    "A table of observer classes by name. `register` adds to it, `load_from_registry` looks up."
 
     _classes: ClassVar[dict[str, type]] = {}
     _names: ClassVar[dict[str, str]] = {}
@@ -101,8 +105,13 @@ class Registry:
 
     @classmethod
     def registered_names(cls) -> list[str]:
-        "Every name that `find` accepts, in alphabetical order."
+        "Every name that `find_observer` accepts, in alphabetical order."
         return sorted(cls._names.values())
+
+    @classmethod
+    def load_from_registry(cls, name: str, base_name: str, args: QuantizationArgs, **kwargs: Any) -> "Observer":
+        "A new observer by name (case, dash and underscore do not matter); unknown names and paths are a ValueError."
+        return find_observer(name)(base_name=base_name, args=args, **kwargs)
 
 # %% ../../nbs/03a_observers_base.ipynb #cab898f6
 def find_observer(name: str) -> type["Observer"]:
@@ -110,14 +119,17 @@ def find_observer(name: str) -> type["Observer"]:
     known = ", ".join(Registry.registered_names())
     if not isinstance(name, str): raise TypeError(f"observer={name!r} must be a name (a str); registered are {known}")
     if any(c in name for c in ":/\\"):
-        raise ValueError(f"observer={name!r} looks like a path; observers are looked up by name and never imported. Registered are {known}")
+        raise ValueError(f"observer={name!r} looks like a path; observers are looked up by name and never imported. "
+                         f"Registered are {known}")
     if _key(name) not in Registry._classes: raise ValueError(f"observer={name!r} is unknown; registered are {known}")
     return Registry._classes[_key(name)]
 
 # %% ../../nbs/03a_observers_base.ipynb #78f92235
 POLICIES = ("raise", "skip", "record")
-current_batch: ContextVar[int | None] = ContextVar("qcal_nb_batch", default=None)  # index of the batch being fed, for error messages
-current_feed: ContextVar[str | None] = ContextVar("qcal_nb_feed", default=None)    # who is feeding in this thread; observers with an owner hear nobody else
+# Index of the batch being fed, for error messages
+current_batch: ContextVar[int | None] = ContextVar("qcal_nb_batch", default=None)
+# Who is feeding in this thread; observers with an owner hear nobody else
+current_feed: ContextVar[str | None] = ContextVar("qcal_nb_feed", default=None)
 
 
 class NonFiniteError(ValueError):
@@ -126,7 +138,8 @@ class NonFiniteError(ValueError):
 
 def check_policy(policy: str) -> str:
     "`policy` itself, or a ValueError that lists the policies."
-    if policy not in POLICIES: raise ValueError(f"nonfinite={policy!r} is unknown; it must be one of {', '.join(map(repr, POLICIES))}")
+    if policy not in POLICIES:
+        raise ValueError(f"nonfinite={policy!r} is unknown; it must be one of {', '.join(map(repr, POLICIES))}")
     return policy
 
 # %% ../../nbs/03a_observers_base.ipynb #18955e52
@@ -140,8 +153,9 @@ class NonFinite:
     value: float
 
     def __str__(self) -> str:
+        values = "value" + "s" * (self.count > 1)
         batch = "" if self.batch is None else f" of batch {self.batch}"
-        return f"{self.count} non-finite value{'s' * (self.count > 1)}, the first ({self.value}) at position {self.position}{batch}"
+        return f"{self.count} non-finite {values}, the first ({self.value}) at position {self.position}{batch}"
 
 
 def find_nonfinite(value: Tensor) -> NonFinite | None:
@@ -154,7 +168,8 @@ def find_nonfinite(value: Tensor) -> NonFinite | None:
 
 # %% ../../nbs/03a_observers_base.ipynb #617c4e9a
 def without_nonfinite(observed: Tensor) -> Tensor:
-    "A copy of a flattened tensor in which each non-finite element is replaced by a finite one of the same qparam element, so that no range widens."
+    """A copy of a flattened tensor in which each non-finite element is replaced by a finite one of the same qparam element,
+    so that no range widens."""
     ok = torch.isfinite(observed)
     least = torch.where(ok, observed, torch.inf).amin(dim=(0, -1), keepdim=True)
     least = torch.where(torch.isfinite(least), least, 0)  # a group without any finite element: as if it were all zeros
@@ -198,7 +213,8 @@ class Statistics(InternalModule):
 # %% ../../nbs/03a_observers_base.ipynb #8424895c
 @dataclass(frozen=True)
 class Counts:
-    "What passed an observer: calls, elements, distinct batches, tensors skipped, non-finite elements and the first of them. A value: it never changes."
+    """What passed an observer. A value: it never changes.
+    Calls, elements, distinct batches, tensors skipped, non-finite elements and the first of them."""
 
     observations: int = 0
     elements: int = 0
@@ -212,11 +228,13 @@ class Counts:
         "After one more call. Calls outside of a feed (no batch index) count as a batch each."
         batch = current_batch.get()
         new = batch is None or batch != self.last_batch
-        return replace(self, observations=self.observations + 1, elements=self.elements + elements, batches=self.batches + new, last_batch=batch)
+        return replace(self, observations=self.observations + 1, elements=self.elements + elements,
+                       batches=self.batches + new, last_batch=batch)
 
     def found(self, bad: NonFinite, skipped: bool) -> "Counts":
         "After non-finite values were kept out."
-        return replace(self, nonfinite=self.nonfinite + bad.count, first_nonfinite=self.first_nonfinite or bad, skipped=self.skipped + skipped)
+        return replace(self, nonfinite=self.nonfinite + bad.count, first_nonfinite=self.first_nonfinite or bad,
+                       skipped=self.skipped + skipped)
 
 # %% ../../nbs/03a_observers_base.ipynb #c1c1e999
 class QParamsDict(TypedDict):
@@ -228,8 +246,9 @@ class QParamsDict(TypedDict):
 
 
 def same_tensor(value: Tensor) -> tuple:
-    "What tells one state of a tensor from another: storage, place in it, and the count of in-place changes."
-    return value.untyped_storage().data_ptr(), value.storage_offset(), value.shape, value.stride(), value.dtype, value._version
+    "What tells one state of a tensor from another: storage, place in it, and the count of in-place changes (inference tensors have none)."
+    version = object() if value.is_inference() else value._version  # without a count no two looks are known to be of the same state
+    return value.untyped_storage().data_ptr(), value.storage_offset(), value.shape, value.stride(), value.dtype, version
 
 # %% ../../nbs/03a_observers_base.ipynb #11d776cc
 FUSED_LAYERS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"), ("w1", "w3"))
@@ -262,9 +281,19 @@ class Fusable(Statistics):
         if all(o._read for o in group):
             for o in group: o.consumed, o._read = True, False
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Fusable":
+        "Copied together with its model, an observer belongs to the copied module and shares with the copied partners."
+        new = memo[id(self)] = type(self).__new__(type(self))
+        new.__dict__.update({name: deepcopy(value, memo) for name, value in self.__dict__.items()})
+        if (twin := memo.get(id(self._module()))) is None: return new
+        new._module = weakref.ref(twin)
+        for partner in self.partners(): deepcopy(partner._module(), memo)
+        new._partners = tuple(weakref.ref(deepcopy(partner, memo)) for partner in self.partners())
+        return new
+
 # %% ../../nbs/03a_observers_base.ipynb #25515f8e
 class Observer(Fusable, Registry, ABC):
-    "Watches one tensor of one module (`base_name`) and concludes `scale` and `zero_point` as `args` ask. `args` is never written to."
+    "Watches one tensor of one module (`base_name`), concludes `scale` and `zero_point` as `args` ask. Never writes to `args`."
 
     defaults: ClassVar[dict[str, Any]] = {}  # keyword arguments that the class accepts, with their defaults
 
@@ -273,20 +302,18 @@ class Observer(Fusable, Registry, ABC):
         self.base_name, self.args = check_base_name(base_name), args
         self.kwargs = self.check_kwargs({**(args.observer_kwargs or {}), **observer_kwargs})
         self.counts, self.module_name, self.nonfinite, self.owner = Counts(), "", "raise", None
-        self._seen: tuple | None = None
-
-    @classmethod
-    def load_from_registry(cls, name: str, base_name: str, args: QuantizationArgs, **kwargs: Any) -> "Observer":
-        "A new observer by name (case, dash and underscore do not matter); unknown names and paths are a ValueError."
-        return find_observer(name)(base_name=base_name, args=args, **kwargs)
+        self._seen: tuple | None = None                         # the state of the weight that was looked at
+        self._batch: tuple[int | None, dict] = (None, {})       # the batch in hand, and the statistics before it
+        self._left_out: int | None = None                       # a batch that `skip` took out
 
     @classmethod
     def check_kwargs(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
         "Defaults overlaid with `kwargs`; a name that the class does not know is a ValueError."
-        kwargs = {k: v for k, v in kwargs.items() if k != "triton_error_buffer"}  # accepted for the reference's recipes, without effect
+        kwargs = {k: v for k, v in kwargs.items() if k != "triton_error_buffer"}  # in the reference's recipes; without effect
         for unknown in kwargs.keys() - cls.defaults.keys():
             valid = ", ".join(cls.defaults) or "none"
-            raise ValueError(f"observer argument {unknown}={kwargs[unknown]!r} is unknown to {cls.__name__}; valid arguments: {valid}")
+            raise ValueError(f"observer argument {unknown}={kwargs[unknown]!r} is unknown to {cls.__name__}; "
+                             f"valid arguments: {valid}")
         return {**cls.defaults, **kwargs}
 
     def forward(self, observed: Tensor) -> "Observer":
@@ -299,43 +326,60 @@ class Observer(Fusable, Registry, ABC):
         raise NotImplementedError(f"{type(self).__name__} must define update_statistics_from_observed")
 
     def get_qparams(self) -> QParamsDict:
-        "`scale`, `zero_point` (both of the scale's shape) and `global_scale` (1,) or None. Reads only; RuntimeError without statistics."
+        "`scale`, `zero_point` (of the scale's shape), `global_scale` (1,) or None. Reads only; RuntimeError without statistics."
         return conclude(self)
 
     def hears(self) -> bool:
-        "Whether the forward pass that is running in this thread is meant for this observer. Without an owner, every one is."
-        return self.owner is None or self.owner == current_feed.get()
+        "Whether the forward pass that runs in this thread is meant for this observer: its owner's, or without an owner nobody's."
+        return self.owner == current_feed.get()
 
     def extra_repr(self) -> str: return f"{self.module_name or '(free)'}, {self.base_name}"
 
-# %% ../../nbs/03a_observers_base.ipynb #b499f602
+# %% ../../nbs/03a_observers_base.ipynb #ccac0617
+def remember(self: Observer) -> dict[str, Any]:
+    "An observer's statistics as they are now. References suffice: an update makes new tensors."
+    return {name: self.__dict__.get(name) for name in (*self.statistics, "consumed", "_read")}
+
+
+def _pass_over(self: Observer, observed: Tensor, batch: int | None) -> bool:
+    "Nothing to see: an empty tensor, a weight in a state that was seen, or a batch that was left out."
+    if observed.numel() == 0 or (batch is not None and batch == self._left_out): return True
+    known = self.base_name == "weight" and self.has_statistics and not self.consumed
+    return known and same_tensor(observed) == self._seen
+
+
 @torch.no_grad()
 def look_at(self: Observer, observed: Tensor) -> Observer:
-    "One observation: skip what is empty or unchanged, start anew after consumption, update, keep non-finite values out."
-    if observed.numel() == 0: return self
-    state = same_tensor(observed) if self.base_name == "weight" else None
-    if state is not None and self.has_statistics and not self.consumed and state == self._seen: return self
+    "One observation: pass over what is empty or unchanged, start anew after consumption, update, keep non-finite values out."
+    batch = current_batch.get()
+    if _pass_over(self, observed, batch): return self
+    before = remember(self)
+    if batch is None or batch != self._batch[0]: self._batch = (batch, before)
     if self.consumed: self.delete_statistics()
-    before = {name: getattr(self, name, None) for name in self.statistics}
-    flat = flatten_for_calibration(observed.detach(), self.base_name, self.args)
+    start, flat = remember(self), flatten_for_calibration(observed.detach(), self.base_name, self.args)
     self.update_statistics_from_observed(flat)
     if not all(torch.isfinite(s).all() for s in self.get_statistics().values() if s.is_floating_point()):
         self.__dict__.update(before)
-        keep_out(self, observed, flat)
-    self._seen = state
+        keep_out(self, observed, flat, start)
+    if self.base_name == "weight": self._seen = same_tensor(observed)
     self.counts = self.counts.seen(observed.numel())
     return self
 
-
-def keep_out(self: Observer, observed: Tensor, flat: Tensor) -> None:
-    "Apply the observer's policy to a tensor that holds non-finite values; its statistics are as before that tensor."
-    found = find_nonfinite(observed)
-    if found is None: raise NonFiniteError(f"{self}: the values are finite but their statistics overflow {observed.dtype}; use a wider dtype")
+# %% ../../nbs/03a_observers_base.ipynb #eb8264c8
+def keep_out(self: Observer, observed: Tensor, flat: Tensor, start: dict[str, Any]) -> None:
+    "Apply the policy to a tensor that holds non-finite values. `start`: the statistics that this tensor would have been added to."
+    found, where = find_nonfinite(observed), f"{self.module_name or 'unnamed module'}, {self.base_name}"
+    if found is None: raise NonFiniteError(f"{where}: the values are finite but their statistics overflow {observed.dtype}; use a wider dtype")
     if self.nonfinite == "raise":
-        raise NonFiniteError(f"{self.module_name or 'unnamed module'}, {self.base_name}: {found}. Mend the data or the model, or "
-                             "calibrate with nonfinite='skip' (leave such tensors out) or 'record' (leave such elements out)")
+        raise NonFiniteError(f"{where}: {found}. Mend the data or the model, or calibrate with nonfinite='skip' "
+                             "(leave such batches out) or 'record' (leave such elements out)")
     self.counts = self.counts.found(found, skipped=self.nonfinite == "skip")
-    if self.nonfinite == "record": self.update_statistics_from_observed(without_nonfinite(flat))
+    if self.nonfinite == "skip":
+        self.__dict__.update(self._batch[1])
+        self._left_out = self._batch[0]
+    elif torch.isfinite(flat).any():
+        self.__dict__.update(start)
+        self.update_statistics_from_observed(without_nonfinite(flat))
 
 # %% ../../nbs/03a_observers_base.ipynb #2728b15c
 def _absmax(self: Observer) -> Tensor:
@@ -346,12 +390,15 @@ def _absmax(self: Observer) -> Tensor:
 
 @torch.no_grad()
 def conclude(self: Observer) -> QParamsDict:
-    "The scale that follows from an observer's statistics, by compressed-tensors' own arithmetic."
+    "The scale that follows from an observer's statistics, by compressed-tensors' own arithmetic. NonFiniteError if it overflows."
     stats, global_scale = self.get_statistics(), None
     if self.args.strategy == "tensor_group":
         absmax = torch.stack([_absmax(o) for o in (self, *self.partners())]).max().reshape(1)
         global_scale = generate_gparam(-absmax, absmax)
     scale, zero_point = calculate_qparams(stats["min_vals"], stats["max_vals"], self.args, global_scale=global_scale)
+    if not torch.isfinite(scale.float()).all():
+        low, high = stats["min_vals"].min().item(), stats["max_vals"].max().item()
+        raise NonFiniteError(f"{self.module_name or 'unnamed module'}, {self.base_name}: the range {low:g} … {high:g} is too wide for a scale in {scale.dtype}")
     return QParamsDict(scale=scale, zero_point=zero_point, global_scale=global_scale)
 
 # %% ../../nbs/03a_observers_base.ipynb #6ecd71ba

@@ -60,7 +60,8 @@ class MinMaxObserver(Observer):
     def update_statistics_from_observed(self, observed: Tensor) -> None:
         low, high = min_max(observed)
         c = self.kwargs["averaging_constant"]
-        if self.has_statistics and c != 1: low, high = moving_average(self.min_vals, low, c), moving_average(self.max_vals, high, c)
+        if self.has_statistics and c != 1:
+            low, high = moving_average(self.min_vals, low, c), moving_average(self.max_vals, high, c)
         self.min_vals, self.max_vals = low, high
 
 

@@ -1,0 +1,169 @@
+"""The session: long work in a thread, who may run the model meanwhile, and what is left when something is interrupted."""
+import threading
+import time
+
+import pytest
+import torch
+from helpers import differences, fingerprint, make_batches, make_model, qparams
+
+from qcal_nb.lifecycle import QuantizationModifier, reset_quantization
+from qcal_nb.calibration import ModelBusyError
+from qcal_nb.pipelines import calibrate
+from qcal_nb.records import record
+from qcal_nb.session import Session, SessionError, in_background, pause, resume, stop
+
+
+class Slow(torch.nn.Module):
+    "A model whose forward pass waits until it is let through."
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.gate, self.inside = torch.nn.Linear(8, 8), threading.Semaphore(0), threading.Event()
+
+    def forward(self, x):
+        self.inside.set()
+        if not self.gate.acquire(timeout=20): raise TimeoutError("nobody let this batch through")
+        return self.layer(x)
+
+
+def slow_session(n=1000):
+    session = Session(Slow(), [torch.randn(2, 8) for _ in range(n)], ignore=[])
+    session.initialize()
+    session.start()
+    return session
+
+
+def wait_for(condition, seconds=20):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.005)
+
+
+def test_stop_within_two_of_a_thousand_batches():
+    session = slow_session()
+    thread = in_background(session)
+    session.model.gate.release(3)
+    wait_for(lambda: session.fed == 3)
+    session.model.inside.wait(20)
+    stop(session)
+    session.model.gate.release(2)
+    thread.join(20)
+    assert not thread.is_alive() and session.fed <= 5 and session.phase == "fed" and session.running == ""
+    assert session.record.batches == session.fed == session.model.layer.input_observer.counts.batches
+    session.back()
+    assert session.fed == 0 and session.phase == "started"
+
+
+def test_pause_and_resume():
+    session = slow_session(6)
+    pause_now = threading.Event()
+    session.listen(lambda what: (pause(session), pause_now.set()) if what == "batch" and session.fed == 2 else None)
+    thread = in_background(session)
+    session.model.gate.release(6)
+    pause_now.wait(20)
+    time.sleep(0.1)
+    assert session.fed == 2 and thread.is_alive()
+    resume(session)
+    thread.join(20)
+    assert session.fed == 6
+
+
+def test_while_a_feed_runs_everything_else_is_refused_by_name():
+    session, x = slow_session(), torch.randn(2, 8)
+    thread = in_background(session)
+    session.model.inside.wait(20)
+    for step in ("initialize", "start", "feed", "end", "back", "reset"):
+        with pytest.raises(SessionError, match="feed_all is running; stop it or wait"): getattr(session, step)()
+    for foreign in (lambda: session.model(x), lambda: session.model.layer(x)):
+        with pytest.raises(ModelBusyError, match=r"session .* \(feed_all\(\)\) is feeding this model"): foreign()
+    for other in (lambda: record(session.model, [x], progress=False), lambda: calibrate(session.model, [x], QuantizationModifier(scheme="FP8", targets="Linear"), progress=False)):
+        with pytest.raises(ModelBusyError, match="is at work on it; wait for it or stop it first"): other()
+    stop(session)
+    session.model.gate.release(2)
+    thread.join(20)
+    assert session.model.layer.input_observer.counts.observations == session.fed
+
+
+def test_between_two_feeds_foreign_forward_passes_are_not_heard():
+    session = Session(make_model("llama_gqa"), make_batches(2))
+    session.initialize()
+    session.start()
+    session.feed()
+    counts = session.model.model.layers[0].mlp.up_proj.input_observer.counts
+    with torch.no_grad(): session.model(**make_batches(1, seed=9)[0])
+    assert session.model.model.layers[0].mlp.up_proj.input_observer.counts == counts
+
+
+def test_an_interrupt_keeps_the_batches_before_it():
+    model, calls = make_model("llama_gqa"), []
+    session = Session(model, make_batches(4))
+    session.initialize()
+    session.start()
+    def interrupt(*_):
+        calls.append(1)
+        if len(calls) == 3: raise KeyboardInterrupt
+    handle = model.model.layers[1].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt): session.feed_all()
+    handle.remove()
+    assert (session.fed, session.phase, session.running) == (2, "fed", "")
+    assert {m.input_observer.counts.batches for m in model.modules() if hasattr(m, "input_observer")} == {2}
+    session.feed_all()
+    session.end()
+    straight = make_model("llama_gqa")
+    calibrate(straight, make_batches(4), QuantizationModifier(scheme="FP8", ignore=["lm_head"]), progress=False)
+    assert all(torch.equal(v, qparams(straight)[k]) for k, v in qparams(model).items())
+
+
+def test_a_feed_that_fails_at_once_leaves_nothing_to_take_back():
+    session = Session(make_model("llama_gqa"), [torch.tensor([[999]])])
+    session.initialize()
+    session.start()
+    before = fingerprint(session.model)
+    with pytest.raises(IndexError): session.feed()
+    assert session.phase == "started" and len(session.history) == 2 and differences(before, fingerprint(session.model)) == []
+
+
+def test_the_session_equals_calibrate():
+    data, stepped, at_once = make_batches(5), make_model("qwen3"), make_model("qwen3")
+    session = Session(stepped, data, scheme="INT8_STATIC")
+    session.initialize()
+    session.start()
+    session.feed(2)
+    session.feed_all()
+    session.end()
+    calibrate(at_once, data, QuantizationModifier(scheme="INT8_STATIC", ignore=["lm_head"]), progress=False)
+    assert all(torch.equal(v, qparams(at_once)[k]) for k, v in qparams(stepped).items())
+    alone = record(make_model("qwen3"), data, progress=False)
+    assert session.record.tensors == alone.tensors and (session.record.batches, session.record.tokens) == (alone.batches, alone.tokens)
+
+
+def test_configure_before_and_not_after():
+    session = Session(make_model("llama_gqa"), make_batches(2))
+    with pytest.raises(ValueError, match="'FP9' is not a preset"): session.scheme = "FP9"
+    assert session.scheme == "FP8"
+    session.configure(scheme="W8A8", ignore=["lm_head", "re:.*mlp.*"])
+    session.initialize()
+    with pytest.raises(SessionError, match="the scheme is in use"): session.scheme = "FP8"
+    assert not hasattr(session.model.model.layers[0].mlp.up_proj, "quantization_scheme")
+
+
+def test_a_session_wants_an_original_model():
+    model = make_model("llama_gqa")
+    calibrate(model, make_batches(), QuantizationModifier(scheme="FP8", ignore=["lm_head"]), progress=False)
+    with pytest.raises(ValueError, match="this model is calibrated; a session starts with an original one"): Session(model)
+    reset_quantization(model)
+    Session(model)
+
+
+def test_a_listener_hears_every_step():
+    session, heard = Session(make_model("llama_gqa"), make_batches(2)), []
+    end = session.listen(heard.append)
+    session.initialize()
+    session.start()
+    session.feed_all()
+    session.end()
+    session.back()
+    end()
+    session.reset()
+    assert heard == ["initialize", "start", "batch", "batch", "feed", "end", "back"]
