@@ -60,7 +60,8 @@ def initialize_observer(module: Module, base_name: str) -> None:
     args = scheme_args(module, base_name)
     if args is None or args.dynamic is True: return
     name = observer_name(args, base_name)
-    if name != (args.observer or name): args = args.model_copy(update={"observer_kwargs": known_kwargs(args.observer_kwargs, name)})
+    if name != (args.observer or name):
+        args = args.model_copy(update={"observer_kwargs": known_kwargs(args.observer_kwargs, name)})
     observer = Observer.load_from_registry(name, base_name=base_name, args=args)
     module.register_module(f"{base_name}_observer", observer)
     observer.attach(module)
@@ -135,8 +136,9 @@ def update_qparams(module: Module | Iterable[Module], base_name: str | Iterable[
                           stacklevel=2)
 
 
-def write_qparams(module: Module, observer: Observer, only_update_onload: bool = False, qparams: QParamsDict | None = None) -> None:
-    "Write one observer's qparams (computed now unless given). Dynamic and locally dynamic tensors have only a global scale to write."
+def write_qparams(module: Module, observer: Observer, only_update_onload: bool = False,
+                  qparams: QParamsDict | None = None) -> None:
+    "Write one observer's qparams (computed now unless given). Dynamic and locally dynamic tensors have only a global scale."
     for name, value in (qparams or observer.get_qparams()).items():
         skip = value is None or (observer.args.dynamic and name != "global_scale")
         full_name = f"{observer.base_name}_{name}"
@@ -217,7 +219,8 @@ def feeding(owner: str) -> Iterator[None]:
 
 @contextmanager
 def all_or_nothing(observers: list[Observer]) -> Iterator[None]:
-    "If the block fails or is interrupted, every observer knows what it knew before it. References suffice: updates make new tensors."
+    """If the block fails or is interrupted, every observer knows what it knew before it.
+    References suffice: updates make new tensors."""
     known = [dict(o.__dict__) for o in observers]
     try: yield
     except BaseException:
@@ -239,7 +242,11 @@ class ModelBusyError(RuntimeError):
 def refuse_if_held(model: Module, owner: str) -> None:
     "ModelBusyError if somebody other than this thread holds the model."
     if model in _holders and id(model) not in _held.get():
-        raise ModelBusyError(f"{owner} cannot use this model now: {_holders[model]} is at work on it; wait for it or stop it first")
+        raise _busy(model, owner)
+
+
+def _busy(model: Module, owner: str) -> ModelBusyError:
+    return ModelBusyError(f"{owner} cannot use this model now: {_holders[model]} is at work on it; wait for it or stop it first")
 
 
 @contextmanager
@@ -247,7 +254,7 @@ def exclusive(model: Module, owner: str) -> Iterator[None]:
     "Hold the model inside the block; ModelBusyError if it is held already."
     if not isinstance(model, Module): raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     with _holders_lock:
-        if model in _holders: raise ModelBusyError(f"{owner} cannot use this model now: {_holders[model]} is at work on it; wait for it or stop it first")
+        if model in _holders: raise _busy(model, owner)
         _holders[model] = owner
     token = _held.set((*_held.get(), id(model)))
     try: yield

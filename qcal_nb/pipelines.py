@@ -28,7 +28,8 @@ from .observers.base import check_policy, current_batch
 
 # %% ../nbs/06_pipelines.ipynb #35aac25e
 _MISSING = object()
-_patches: dict[tuple[int, str], tuple[Any, int, Any]] = {}  # (id, name) -> the object, how many patch it now, what stood there first
+# (id, name) -> the object, how many patch it now, what stood there first
+_patches: dict[tuple[int, str], tuple[Any, int, Any]] = {}
 _patches_lock = threading.Lock()
 
 
@@ -63,8 +64,8 @@ def _eval_mode(model: Module) -> Iterator[None]:
 def _idle_head(model: Module) -> Linear | None:
     "The output head, if nobody needs what it computes: no observer, no hook, no decoder that is fed labels."
     head = embeddings_of(model)[1]
-    needed = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return head if isinstance(head, Linear) and not needed and not head._forward_hooks and observer_of(head, "output") is None else None
+    if not isinstance(head, Linear) or head._forward_hooks or observer_of(head, "output") is not None: return None
+    return None if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else head
 
 # %% ../nbs/06_pipelines.ipynb #b584a8b1
 def check_attention(attention: str) -> str:
@@ -116,8 +117,9 @@ def _cut(batch: Mapping[str, Any], max_length: int | None) -> dict[str, Any]:
     "A ready batch, its token ids and what runs along with them cut to `max_length`. Images, sounds and 4-D masks stay whole."
     ids = batch.get("input_ids")
     if max_length is None or not isinstance(ids, Tensor) or ids.ndim != 2: return dict(batch)
-    along = {k for k, v in batch.items() if isinstance(v, Tensor) and v.ndim == 2 and v.shape[1] == ids.shape[1] and not v.is_floating_point()}
-    return {k: v[:, :max_length] if k in along else v for k, v in batch.items()}
+    def along(v: Any) -> bool:
+        return isinstance(v, Tensor) and v.ndim == 2 and v.shape[1] == ids.shape[1] and not v.is_floating_point()
+    return {k: v[:, :max_length] if along(v) else v for k, v in batch.items()}
 
 # %% ../nbs/06_pipelines.ipynb #f8572bca
 def _classify(item: Any, tokenizer: Any, max_length: int | None) -> dict[str, Any]:
@@ -125,11 +127,13 @@ def _classify(item: Any, tokenizer: Any, max_length: int | None) -> dict[str, An
     if isinstance(item, str): return _encode(item, tokenizer, max_length)
     if isinstance(item, Tensor):
         if item.ndim == 0: raise ValueError("data holds a tensor without dimensions; token ids are (seq,) or (batch, seq)")
-        return {"ready": _cut({"input_ids": item[None] if item.ndim == 1 else item}, max_length if not item.is_floating_point() else None)}
+        batch = {"input_ids": item[None] if item.ndim == 1 else item}
+        return {"ready": batch if item.is_floating_point() else _cut(batch, max_length)}
     if isinstance(item, Mapping):
         if any(isinstance(v, Tensor) and v.ndim >= 2 for v in item.values()): return {"ready": _cut(item, max_length)}
         if any(isinstance(row, (list, tuple)) for row in item.get("input_ids", [])):
-            raise ValueError("data holds a dict whose input_ids are lists of lists; pass a row of ids in each dict, or tensors (return_tensors='pt')")
+            raise ValueError("data holds a dict whose input_ids are lists of lists; pass a row of ids in each dict, "
+                             "or tensors (return_tensors='pt')")
         if "input_ids" in item: return {k: list(item[k])[:max_length] for k in ("input_ids", "attention_mask") if k in item}
         if isinstance(item.get("text"), str): return _encode(item["text"], tokenizer, max_length)
         keys = sorted(map(str, item))
@@ -187,7 +191,7 @@ def warn_if_too_long(model: Module, batch: Mapping[str, Tensor]) -> None:
         warnings.warn(f"a batch of {length} tokens is longer than the model's {limit} positions; use max_length={limit}",
                       stacklevel=3)
 
-
+# %% ../nbs/06_pipelines.ipynb #43c3b371
 def feed(model: Module, batch: Mapping[str, Tensor], index: int | None = None) -> int:
     """Run one batch through the model inside the calibration context, for its observers. Returns the number of tokens.
     `index` names the batch in errors."""

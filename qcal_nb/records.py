@@ -181,5 +181,6 @@ def record(
         except KeyboardInterrupt:
             bar.write(f"interrupted: the record holds the {result.batches} batches that were finished")
             return result
-    if "input" in names and not result.batches: raise ValueError("data is empty: not a single batch came of it; pass at least one text or batch")
+    if "input" in names and not result.batches:
+        raise ValueError("data is empty: not a single batch came of it; pass at least one text or batch")
     return result

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STYLE', 'PHASES', 'CHANGE_ORDERS', 'LABELS', 'TIPS', 'block', 'phase_html', 'table_html', 'changes_table',
            'changes_html', 'matches_html', 'tree_html', 'progress_text', 'error_html', 'Picture', 'bar_at', 'Panel',
-           'LifecycleStepper', 'show_changes', 'refresh_stepper', 'describe_picture', 'RangeExplorer', 'refresh_ranges']
+           'LifecycleStepper', 'show_changes', 'refresh_stepper', 'RangeExplorer', 'refresh_ranges']
 
 # %% ../nbs/14_widgets.ipynb #2c050bcd
 import base64
@@ -39,9 +39,9 @@ STYLE = """<style>
 .qcal .chip { padding: 2px 10px; border-radius: 10px; margin-right: 4px; border: 1px solid var(--jp-border-color1, #bbb) }
 .qcal .chip.now { color: black; font-weight: bold }
 .qcal .faint { color: var(--jp-ui-font-color2, #777) }
+.qcal-tabs .lm-TabBar-tab, .qcal-tabs .p-TabBar-tab { flex: 0 0 auto !important; min-width: max-content !important }
 .qcal .error { border-left: 4px solid #D55E00; padding: 4px 10px }
 .qcal details { margin-left: 14px }
-.qcal-next button, button.qcal-next { outline: 2px solid #0072B2; outline-offset: 1px }
 </style>"""
 
 
@@ -51,18 +51,20 @@ def block(html: str) -> str:
 
 # %% ../nbs/14_widgets.ipynb #68111672
 PHASES = {"original": "Original", "initialized": "Initialized", "started": "Calibration", "fed": "Calibration", "ended": "Frozen"}
-_CHIPS = {"Original": ("original", "the model as it came"), "Initialized": ("initialized", "schemes and empty scales are attached"),
-          "Calibration": ("calibration", "observers watch what passes"), "Frozen": ("frozen", "scales are final, fake quantization is on")}
+_CHIPS = {"Original": ("original", "the model as it came"),
+          "Initialized": ("initialized", "schemes and empty scales are attached"),
+          "Calibration": ("calibration", "observers watch what passes"),
+          "Frozen": ("frozen", "scales are final, fake quantization is on")}
 
 
-def phase_html(phase: str) -> str:
-    "The four states of a model in a row, with the current one in its colour."
+def phase_html(phase: str, next_step: str = "") -> str:
+    "The four states of a model in a row, the current one in its colour, and in a sentence what comes next."
     chips = []
     for name, (status, tip) in _CHIPS.items():
         now = PHASES[phase] == name
         style = f' style="background: {PHASE_COLORS[status]}"' if now else ""
         chips.append(f'<span class="chip{" now" if now else ""}" title="{tip}"{style}>{name}</span>')
-    return block(" → ".join(chips))
+    return block(" → ".join(chips) + (f"<div style='margin-top: 4px'>{next_step}</div>" if next_step else ""))
 
 # %% ../nbs/14_widgets.ipynb #cb77439b
 def table_html(table: pd.DataFrame, limit: int = 400) -> str:
@@ -93,22 +95,24 @@ def _transition(c: ModuleChange) -> str:
 def changes_table(changes: list[ModuleChange], order: str = "model order") -> pd.DataFrame:
     "What a step did, a row per module: + is added, − is removed."
     rows = [dict(module=c.module or "(model)", status=_transition(c), observers=_signed(c.observers_added, c.observers_removed),
-                 hooks=f"{c.hooks_added - c.hooks_removed:+d}" if c.hooks_added or c.hooks_removed else "",
-                 parameters=_signed(c.parameters_added, c.parameters_removed), scales_computed=", ".join(c.scales_computed)) for c in changes]
+                 hooks=f"{c.hooks_added - c.hooks_removed:+d}".replace("-", "−") if c.hooks_added or c.hooks_removed else "",
+                 parameters=_signed(c.parameters_added, c.parameters_removed), scales_computed=", ".join(c.scales_computed))
+            for c in changes]
     table = pd.DataFrame(rows, columns=["module", "status", "observers", "hooks", "parameters", "scales_computed"])
     return table if order == "model order" else table.sort_values(order, kind="stable", ascending=order in ("module", "status"))
 
 
 def changes_html(changes: list[ModuleChange], order: str = "model order") -> str:
     "The table with a sentence above it."
-    nothing = '<span class="faint">The last step changed nothing in the model. (Feeding changes what observers know, not the model.)</span>'
-    if not changes: return block(nothing)
+    nothing = "The last step changed nothing in the model. (Feeding changes what observers know, not the model.)"
+    if not changes: return block(f'<span class="faint">{nothing}</span>')
     return block(f"{len(changes)} modules changed" + table_html(changes_table(changes, order)))
 
 # %% ../nbs/14_widgets.ipynb #f22e258c
 def matches_html(report: list[Match]) -> str:
     "Which modules the scheme would quantize and, for the others, why not."
-    rows = [dict(module=m.module, type=m.type, shape=" × ".join(map(str, m.shape)), quantized=m.matched, why=m.reason) for m in report]
+    rows = [dict(module=m.module, type=m.type, shape=" × ".join(map(str, m.shape)), quantized=m.matched, why=m.reason)
+            for m in report]
     table = pd.DataFrame(rows)
     return block(f"{sum(m.matched for m in report)} of {len(report)} modules with a matrix will be quantized" + table_html(table))
 
@@ -118,7 +122,8 @@ def _dot(status: str) -> str:
 
 
 def _branch(name: str, node: dict, depth: int) -> str:
-    if "" in node: return f"<div style='margin-left: 14px'>{_dot(node[''])}{escape(name)} <span class='faint'>{node['']}</span></div>"
+    if (status := node.get("")) is not None:
+        return f"<div style='margin-left: 14px'>{_dot(status)}{escape(name)} <span class='faint'>{status}</span></div>"
     inside = "".join(_branch(child, sub, depth + 1) for child, sub in node.items())
     return f"<details{' open' if depth < 3 else ''}><summary>{escape(name)}</summary>{inside}</details>"
 
@@ -163,7 +168,10 @@ function render({ model, el }) {
     url = URL.createObjectURL(new Blob([model.get("png")], { type: "image/png" }));
     img.src = url; img.alt = model.get("alt");
   };
-  const place = (e) => { const r = img.getBoundingClientRect(); return [(e.clientX - r.left) / r.width, (e.clientY - r.top) / r.height]; };
+  const place = (e) => {
+    const r = img.getBoundingClientRect();
+    return [(e.clientX - r.left) / r.width, (e.clientY - r.top) / r.height];
+  };
   const send = (name, at) => { model.set(name, at); model.save_changes(); };
   const hint = () => { const text = model.get("hint"); tip.textContent = text; tip.style.display = text ? "block" : "none"; };
   img.addEventListener("mousemove", (e) => {
@@ -180,7 +188,7 @@ function render({ model, el }) {
 export default { render };
 """
 
-
+# %% ../nbs/14_widgets.ipynb #1c86de39
 class Picture(anywidget.AnyWidget):
     "A PNG that reports the pointer. `pointer` is [x, y] as fractions of the picture (empty outside), `clicked` is [x, y, time]."
 
@@ -201,10 +209,12 @@ def bar_at(ax: Axes, x: float, count: int) -> int | None:
 
 # %% ../nbs/14_widgets.ipynb #bf00f6e9
 class Panel(w.VBox):
-    "A box bound to a session and a state. `refresh(what)` redraws it; subclasses say how. The display bundle carries a static PNG."
+    """A box bound to a session and a state. `refresh(what)` redraws it; subclasses say how.
+    The display bundle carries a static PNG."""
 
     def __init__(self, session: Session, state: WorkbenchState | None = None) -> None:
-        if not isinstance(session, Session): raise TypeError(f"session must be a qcal_nb.session.Session, got {type(session).__name__}")
+        if not isinstance(session, Session):
+            raise TypeError(f"session must be a qcal_nb.session.Session, got {type(session).__name__}")
         super().__init__()
         self.session, self.state = session, state or WorkbenchState()
         self._redrawn = 0.0
@@ -225,9 +235,13 @@ class Panel(w.VBox):
         return b""
 
     def close(self) -> None:
+        "Stop listening and take the panel off the page."
         if self._unlisten: self._unlisten()
         self._unlisten = None
         super().close()
+
+    def __del__(self) -> None:
+        "Forgotten is not closed: a panel that nobody refers to any more must not act on the model."
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
         bundle = super()._repr_mimebundle_(**kwargs)
@@ -270,7 +284,8 @@ def _make_scheme_fields(panel: "LifecycleStepper") -> None:
     "Fields for scheme, targets and ignore, and the scheme in words."
     s, narrow = panel.session, dict(description_width="60px")
     presets = preset_names() if s.scheme in preset_names() else [str(s.scheme), *preset_names()]
-    panel.scheme = w.Dropdown(options=presets, value=str(s.scheme), description="Scheme", style=narrow, layout=w.Layout(width="230px"))
+    panel.scheme = w.Dropdown(options=presets, value=str(s.scheme), description="Scheme", style=narrow,
+                              layout=w.Layout(width="230px"))
     wide = dict(continuous_update=False, style=narrow, layout=w.Layout(width="260px"))
     panel.targets = w.Text(", ".join(s.targets), description="Targets", **wide)
     panel.ignore = w.Text(", ".join(s.ignore), description="Ignore", **wide)
@@ -293,7 +308,9 @@ def _make_tabs(panel: "LifecycleStepper") -> w.Tab:
     panel.order = w.Dropdown(options=CHANGE_ORDERS, description="Sort by", layout=w.Layout(width="220px"))
     panel.order.observe(lambda _: show_changes(panel), names=["value"])
     pages = [w.VBox([panel.order, panel.changes]), panel.matches, panel.tree]
-    return w.Tab(pages, titles=["What the step changed", "Which modules match", "Module tree"], selected_index=1)
+    tabs = w.Tab(pages, titles=["What the step changed", "Which modules match", "Module tree"], selected_index=1)
+    tabs.add_class("qcal-tabs")
+    return tabs
 
 # %% ../nbs/14_widgets.ipynb #fd5d1fc3
 class LifecycleStepper(Panel):
@@ -308,7 +325,8 @@ class LifecycleStepper(Panel):
         _make_scheme_fields(self)
         feeding, self.tabs = _make_feeding(self), _make_tabs(self)
         fields = w.HBox([self.scheme, self.targets, self.ignore])
-        self.children = [self._style, self.phase, fields, self.words, w.HBox(list(self.buttons.values())), feeding, self.error, self.code, self.tabs]
+        buttons = w.HBox(list(self.buttons.values()))
+        self.children = [self._style, self.phase, fields, self.words, buttons, feeding, self.error, self.code, self.tabs]
         self.refresh()
 
     def press(self, step: str) -> None:
@@ -334,12 +352,18 @@ class LifecycleStepper(Panel):
         self.hold.description = "Resume" if pausing else "Pause"
 
     def refresh(self, what: str = "") -> None: refresh_stepper(self, what)
-
     def static_png(self) -> bytes: return to_png(plot_ranges(self.session.record))
 
-# %% ../nbs/14_widgets.ipynb #f776aa66
-def _refresh_buttons(panel: LifecycleStepper) -> None:
-    marked = panel.session.next_step()
+# %% ../nbs/14_widgets.ipynb #ddbef2e6
+def _next_html(session: Session, step: str | None) -> str:
+    "What usually comes next, and what it will do."
+    if session.running: return f"Running: {escape(session.running)}. <i>Stop</i> ends it after the batch in hand."
+    if session.phase == "ended":
+        return "Done: the model now computes with quantized values. <i>Back</i> undoes the last step, <i>Reset</i> all of them."
+    return f"Next: <b>{LABELS[step]}</b>. {TIPS[step]}." if step else "<i>Back</i> undoes the last step."
+
+# %% ../nbs/14_widgets.ipynb #44e222aa
+def _refresh_buttons(panel: LifecycleStepper, marked: str | None) -> None:
     for step, reason in panel.session.legal().items():
         button = panel.buttons[step]
         button.disabled, button.tooltip = reason is not None, TIPS[step] if reason is None else f"Not now: {reason}"
@@ -361,7 +385,7 @@ def _note(session: Session) -> str:
     if not session.record.tokens: return "No data was fed yet"
     return f"{session.record.batches:,} batches in the record, {session.record.tokens:,} tokens"
 
-
+# %% ../nbs/14_widgets.ipynb #ed83f6d9
 def show_changes(panel: LifecycleStepper) -> None:
     "The table of what the last step changed, in the chosen order."
     panel.changes.value = changes_html(panel.session.changes, panel.order.value)
@@ -375,8 +399,9 @@ def refresh_stepper(panel: LifecycleStepper, what: str) -> None:
     if what == "batch": return
     panel.hold.disabled = panel.halt.disabled = not s.running
     panel.hold.description = "Resume" if s.paused else "Pause"
-    _refresh_buttons(panel)
-    panel.phase.value, panel.error.value = phase_html(s.phase), error_html(s.error)
+    marked = s.next_step()
+    _refresh_buttons(panel, marked)
+    panel.phase.value, panel.error.value = phase_html(s.phase, _next_html(s, marked)), error_html(s.error)
     panel.code.value = block("".join(f"<code>wb.{escape(line)}</code> " for line in s.code[-6:])) if s.code else ""
     for field in (panel.scheme, panel.targets, panel.ignore): field.disabled = s.phase != "original"
     panel.words.value = _scheme_words(s)
@@ -387,14 +412,14 @@ def refresh_stepper(panel: LifecycleStepper, what: str) -> None:
 # %% ../nbs/14_widgets.ipynb #c003d97a
 def _numbers_html(row: pd.Series, clip: pd.DataFrame) -> str:
     "One tensor's numbers in a line, and what its scale can represent if it has one."
-    text = f"<b>{escape(row.module)}</b> {row.base_name}: {row['min']:.4g} … {row['max']:.4g}, mean {row['mean']:.3g}, std {row['std']:.3g}"
-    text += f", {int(row.numel):,} values"
+    text = f"<b>{escape(row.module)}</b> {row.base_name}: {row['min']:.4g} … {row['max']:.4g}"
+    text += f", mean {row['mean']:.3g}, std {row['std']:.3g}, {int(row.numel):,} values"
     if len(clip): text += "; scale {scale:.4g}, represents {clip_min:.4g} … {clip_max:.4g}".format(**clip.iloc[0])
     if row.nan or row.inf: text += f"; <b>{int(row.nan)} NaN, {int(row.inf)} infinite</b>"
     return block(text)
 
 
-def describe_picture(table: pd.DataFrame, base_name: str) -> str:
+def _describe_picture(table: pd.DataFrame, base_name: str) -> str:
     "The picture in words, for those who cannot see it."
     if not len(table): return "Nothing recorded yet"
     widest = table.loc[table.absmax.idxmax()]
@@ -412,7 +437,7 @@ def _make_range_controls(panel: "RangeExplorer") -> None:
     panel.select = w.Dropdown(options=[("none", "")], description="Selected", layout=layout["select"])
     for name in ("numbers", "table", *size): getattr(panel, name).add_class(f"qcal-range-{name.replace('_', '-')}")
 
-
+# %% ../nbs/14_widgets.ipynb #4d94127c
 class RangeExplorer(Panel):
     "The range of every tensor over the model's depth, live while batches run. Hover names a tensor, a click selects it."
 
@@ -424,7 +449,7 @@ class RangeExplorer(Panel):
             getattr(self, name).observe(lambda change, name=name: self.choose(name, change.new), names=["value"])
         self.select.observe(lambda change: self.choose("selected", change.new or ""), names=["value"])
         self.picture.observe(lambda change: self.point(change.new), names=["pointer"])
-        self.picture.observe(lambda change: self.choose("selected", self.module_at(change.new) or self.state.selected), names=["clicked"])
+        self.picture.observe(lambda change: self.click(change.new), names=["clicked"])
         self.state.observe(lambda _: self.refresh("state"), names=self.state.trait_names())
         controls = w.HBox([self.base_name, self.layer, self.pattern, self.order])
         self.children = [self._style, controls, self.problem, self.picture, self.select, self.numbers, self.table]
@@ -440,6 +465,10 @@ class RangeExplorer(Panel):
         "The module whose bar is at [x, y] of the picture; empty beside the bars."
         index = bar_at(self._ax, at[0], len(self.shown)) if len(at) >= 2 and len(self.shown) else None
         return "" if index is None else self.shown.iloc[index].module
+
+    def click(self, at: list) -> None:
+        "Select the module whose bar was clicked."
+        if module := self.module_at(at): self.choose("selected", module)
 
     def point(self, at: list) -> None:
         "Name the bar below the pointer."
@@ -466,7 +495,7 @@ def refresh_ranges(panel: RangeExplorer) -> None:
     table = ranges(panel.session.record)
     panel.shown = choose(table, **state.choice()).reset_index(drop=True)
     panel._ax = plot_ranges(panel.shown, state.base_name if len(panel.shown) else None, clips=clips, selected=selected)
-    panel.picture.png, panel.picture.alt = to_png(panel._ax), describe_picture(panel.shown, state.base_name)
+    panel.picture.png, panel.picture.alt = to_png(panel._ax), _describe_picture(panel.shown, state.base_name)
     hit = panel.shown[panel.shown.module == selected]
     clip = clips[(clips.module == selected) & (clips.base_name == state.base_name)]
     hint = '<span class="faint">Click a bar, or choose a tensor, to see its numbers</span>' if len(panel.shown) else ""

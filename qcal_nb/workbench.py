@@ -59,12 +59,15 @@ class Remote(Panel):
 class Workbench(Remote):
     "Calibrate a model step by step and see what every step does. `data` takes all that `qcal_nb.calibrate` takes."
 
-    def __init__(self, model: Module, data: Any = None, tokenizer: Any = None, scheme: Any = "FP8", *, ignore: Iterable[str] = ("lm_head",),
-                 targets: Iterable[str] = ("Linear",), batch_size: int = 1, max_length: int | None = None) -> None:
-        session = Session(model, data, tokenizer, scheme, ignore=ignore, targets=targets, batch_size=batch_size, max_length=max_length)
+    def __init__(self, model: Module, data: Any = None, tokenizer: Any = None, scheme: Any = "FP8", *,
+                 ignore: Iterable[str] = ("lm_head",), targets: Iterable[str] = ("Linear",),
+                 batch_size: int = 1, max_length: int | None = None) -> None:
+        options = dict(ignore=ignore, targets=targets, batch_size=batch_size, max_length=max_length)
+        session = Session(model, data, tokenizer, scheme, **options)
         super().__init__(session, WorkbenchState())
         self.stepper, self.explorer = LifecycleStepper(session, self.state), RangeExplorer(session, self.state)
-        title = w.HTML(STYLE + block(f"<b>{type(model).__name__}</b> · {sum(p.numel() for p in model.parameters()):,} parameters"))
+        size = sum(p.numel() for p in model.parameters())
+        title = w.HTML(STYLE + block(f"<b>{type(model).__name__}</b> · {size:,} parameters"))
         self.children = [title, _section("Lifecycle"), self.stepper, _section("Ranges"), self.explorer]
         self.add_class("qcal-workbench")
 
@@ -72,7 +75,7 @@ class Workbench(Remote):
 
     def close(self) -> None:
         "Stop what runs, take observers and hooks off the model (a finished calibration stays), and remove the panels."
-        close_workbench(self)
+        if self._unlisten is not None: close_workbench(self)
         super().close()
 
 

@@ -17,7 +17,7 @@ from qcal_nb.lifecycle import phase_of
 from qcal_nb.observers.base import Observer, flatten_for_calibration
 from qcal_nb.records import TensorStats, measure
 from qcal_nb.schemes import code_points, preset
-from qcal_nb.session import Session, why_not
+from qcal_nb.session import Session
 
 FLOATS = st.floats(-1e4, 1e4, width=32, allow_subnormal=False)
 INPUT = preset("INT8_STATIC").input_activations
@@ -126,7 +126,7 @@ class SteppingAround(RuleBasedStateMachine):
         self.before = fingerprint(self.model)
         self.session = Session(self.model, self.data, scheme=scheme)
 
-    def can(self, step): return hasattr(self, "session") and why_not(self.session, step) is None
+    def can(self, step): return hasattr(self, "session") and self.session.legal()[step] is None
 
     @precondition(lambda self: self.can("initialize"))
     @rule()

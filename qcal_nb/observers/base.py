@@ -6,7 +6,7 @@
 __all__ = ['ACTIVATIONS', 'BASE_NAMES', 'POLICIES', 'current_batch', 'current_feed', 'FUSED_LAYERS', 'check_base_name',
            'flatten_for_calibration', 'Registry', 'find_observer', 'NonFiniteError', 'check_policy', 'NonFinite',
            'find_nonfinite', 'without_nonfinite', 'Statistics', 'Counts', 'QParamsDict', 'same_tensor', 'Fusable',
-           'Observer', 'remember', 'look_at', 'keep_out', 'conclude', 'fuse', 'fused_layers']
+           'Observer', 'fuse', 'fused_layers']
 
 # %% ../../nbs/03a_observers_base.ipynb #c63af04b
 import weakref
@@ -291,6 +291,74 @@ class Fusable(Statistics):
         new._partners = tuple(weakref.ref(deepcopy(partner, memo)) for partner in self.partners())
         return new
 
+# %% ../../nbs/03a_observers_base.ipynb #1cf710c4
+def _remember(self: "Observer") -> dict[str, Any]:
+    "An observer's statistics as they are now. References suffice: an update makes new tensors."
+    return {name: self.__dict__.get(name) for name in (*self.statistics, "consumed", "_read")}
+
+
+def _pass_over(self: "Observer", observed: Tensor, batch: int | None) -> bool:
+    "Nothing to see: an empty tensor, a weight in a state that was seen, or a batch that was left out."
+    if observed.numel() == 0 or (batch is not None and batch == self._left_out): return True
+    known = self.base_name == "weight" and self.has_statistics and not self.consumed
+    return known and same_tensor(observed) == self._seen
+
+
+@torch.no_grad()
+def _look_at(self: "Observer", observed: Tensor) -> "Observer":
+    "One observation: pass over what is empty or unchanged, start anew after consumption, update, keep non-finite values out."
+    batch = current_batch.get()
+    if _pass_over(self, observed, batch): return self
+    before = _remember(self)
+    if batch is None or batch != self._batch[0]: self._batch = (batch, before)
+    if self.consumed: self.delete_statistics()
+    start, flat = _remember(self), flatten_for_calibration(observed.detach(), self.base_name, self.args)
+    self.update_statistics_from_observed(flat)
+    if not all(torch.isfinite(s).all() for s in self.get_statistics().values() if s.is_floating_point()):
+        self.__dict__.update(before)
+        _keep_out(self, observed, flat, start)
+    if self.base_name == "weight": self._seen = same_tensor(observed)
+    self.counts = self.counts.seen(observed.numel())
+    return self
+
+# %% ../../nbs/03a_observers_base.ipynb #a3d57778
+def _keep_out(self: "Observer", observed: Tensor, flat: Tensor, start: dict[str, Any]) -> None:
+    "Apply the policy to a tensor that holds non-finite values. `start`: the statistics that this tensor would have been added to."
+    found, where = find_nonfinite(observed), f"{self.module_name or 'unnamed module'}, {self.base_name}"
+    if found is None:
+        raise NonFiniteError(f"{where}: the values are finite but their statistics overflow {observed.dtype}; use a wider dtype")
+    if self.nonfinite == "raise":
+        raise NonFiniteError(f"{where}: {found}. Mend the data or the model, or calibrate with nonfinite='skip' "
+                             "(leave such batches out) or 'record' (leave such elements out)")
+    self.counts = self.counts.found(found, skipped=self.nonfinite == "skip")
+    if self.nonfinite == "skip":
+        self.__dict__.update(self._batch[1])
+        self._left_out = self._batch[0]
+    elif torch.isfinite(flat).any():
+        self.__dict__.update(start)
+        self.update_statistics_from_observed(without_nonfinite(flat))
+
+# %% ../../nbs/03a_observers_base.ipynb #12a509a3
+def _absmax(self: "Observer") -> Tensor:
+    if not self.has_statistics and (module := self._module()) is not None: self(getattr(module, self.base_name))
+    stats = self.get_statistics()
+    return torch.max(stats["max_vals"].max(), -stats["min_vals"].min())
+
+
+@torch.no_grad()
+def _conclude(self: "Observer") -> QParamsDict:
+    "The scale that follows from an observer's statistics, by compressed-tensors' own arithmetic. NonFiniteError if it overflows."
+    stats, global_scale = self.get_statistics(), None
+    if self.args.strategy == "tensor_group":
+        absmax = torch.stack([_absmax(o) for o in (self, *self.partners())]).max().reshape(1)
+        global_scale = generate_gparam(-absmax, absmax)
+    scale, zero_point = calculate_qparams(stats["min_vals"], stats["max_vals"], self.args, global_scale=global_scale)
+    if not torch.isfinite(scale.float()).all():
+        low, high = stats["min_vals"].min().item(), stats["max_vals"].max().item()
+        raise NonFiniteError(f"{self.module_name or 'unnamed module'}, {self.base_name}: "
+                             f"the range {low:g} … {high:g} is too wide for a scale in {scale.dtype}")
+    return QParamsDict(scale=scale, zero_point=zero_point, global_scale=global_scale)
+
 # %% ../../nbs/03a_observers_base.ipynb #25515f8e
 class Observer(Fusable, Registry, ABC):
     "Watches one tensor of one module (`base_name`), concludes `scale` and `zero_point` as `args` ask. Never writes to `args`."
@@ -302,9 +370,8 @@ class Observer(Fusable, Registry, ABC):
         self.base_name, self.args = check_base_name(base_name), args
         self.kwargs = self.check_kwargs({**(args.observer_kwargs or {}), **observer_kwargs})
         self.counts, self.module_name, self.nonfinite, self.owner = Counts(), "", "raise", None
-        self._seen: tuple | None = None                         # the state of the weight that was looked at
-        self._batch: tuple[int | None, dict] = (None, {})       # the batch in hand, and the statistics before it
-        self._left_out: int | None = None                       # a batch that `skip` took out
+        self._seen, self._left_out = None, None  # the state of the weight that was looked at; a batch that `skip` took out
+        self._batch: tuple[int | None, dict] = (None, {})  # the batch in hand, and the statistics before it
 
     @classmethod
     def check_kwargs(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -318,88 +385,21 @@ class Observer(Fusable, Registry, ABC):
 
     def forward(self, observed: Tensor) -> "Observer":
         "Look at one tensor. An empty one, or a weight that did not change since, is passed over."
-        return look_at(self, observed)
+        return _look_at(self, observed)
 
     @abstractmethod
     def update_statistics_from_observed(self, observed: Tensor) -> None:
         "Update the statistics from a tensor of shape (num_observations, *qparam_shape, group_size)."
-        raise NotImplementedError(f"{type(self).__name__} must define update_statistics_from_observed")
 
     def get_qparams(self) -> QParamsDict:
         "`scale`, `zero_point` (of the scale's shape), `global_scale` (1,) or None. Reads only; RuntimeError without statistics."
-        return conclude(self)
+        return _conclude(self)
 
     def hears(self) -> bool:
         "Whether the forward pass that runs in this thread is meant for this observer: its owner's, or without an owner nobody's."
         return self.owner == current_feed.get()
 
     def extra_repr(self) -> str: return f"{self.module_name or '(free)'}, {self.base_name}"
-
-# %% ../../nbs/03a_observers_base.ipynb #ccac0617
-def remember(self: Observer) -> dict[str, Any]:
-    "An observer's statistics as they are now. References suffice: an update makes new tensors."
-    return {name: self.__dict__.get(name) for name in (*self.statistics, "consumed", "_read")}
-
-
-def _pass_over(self: Observer, observed: Tensor, batch: int | None) -> bool:
-    "Nothing to see: an empty tensor, a weight in a state that was seen, or a batch that was left out."
-    if observed.numel() == 0 or (batch is not None and batch == self._left_out): return True
-    known = self.base_name == "weight" and self.has_statistics and not self.consumed
-    return known and same_tensor(observed) == self._seen
-
-
-@torch.no_grad()
-def look_at(self: Observer, observed: Tensor) -> Observer:
-    "One observation: pass over what is empty or unchanged, start anew after consumption, update, keep non-finite values out."
-    batch = current_batch.get()
-    if _pass_over(self, observed, batch): return self
-    before = remember(self)
-    if batch is None or batch != self._batch[0]: self._batch = (batch, before)
-    if self.consumed: self.delete_statistics()
-    start, flat = remember(self), flatten_for_calibration(observed.detach(), self.base_name, self.args)
-    self.update_statistics_from_observed(flat)
-    if not all(torch.isfinite(s).all() for s in self.get_statistics().values() if s.is_floating_point()):
-        self.__dict__.update(before)
-        keep_out(self, observed, flat, start)
-    if self.base_name == "weight": self._seen = same_tensor(observed)
-    self.counts = self.counts.seen(observed.numel())
-    return self
-
-# %% ../../nbs/03a_observers_base.ipynb #eb8264c8
-def keep_out(self: Observer, observed: Tensor, flat: Tensor, start: dict[str, Any]) -> None:
-    "Apply the policy to a tensor that holds non-finite values. `start`: the statistics that this tensor would have been added to."
-    found, where = find_nonfinite(observed), f"{self.module_name or 'unnamed module'}, {self.base_name}"
-    if found is None: raise NonFiniteError(f"{where}: the values are finite but their statistics overflow {observed.dtype}; use a wider dtype")
-    if self.nonfinite == "raise":
-        raise NonFiniteError(f"{where}: {found}. Mend the data or the model, or calibrate with nonfinite='skip' "
-                             "(leave such batches out) or 'record' (leave such elements out)")
-    self.counts = self.counts.found(found, skipped=self.nonfinite == "skip")
-    if self.nonfinite == "skip":
-        self.__dict__.update(self._batch[1])
-        self._left_out = self._batch[0]
-    elif torch.isfinite(flat).any():
-        self.__dict__.update(start)
-        self.update_statistics_from_observed(without_nonfinite(flat))
-
-# %% ../../nbs/03a_observers_base.ipynb #2728b15c
-def _absmax(self: Observer) -> Tensor:
-    if not self.has_statistics and (module := self._module()) is not None: self(getattr(module, self.base_name))
-    stats = self.get_statistics()
-    return torch.max(stats["max_vals"].max(), -stats["min_vals"].min())
-
-
-@torch.no_grad()
-def conclude(self: Observer) -> QParamsDict:
-    "The scale that follows from an observer's statistics, by compressed-tensors' own arithmetic. NonFiniteError if it overflows."
-    stats, global_scale = self.get_statistics(), None
-    if self.args.strategy == "tensor_group":
-        absmax = torch.stack([_absmax(o) for o in (self, *self.partners())]).max().reshape(1)
-        global_scale = generate_gparam(-absmax, absmax)
-    scale, zero_point = calculate_qparams(stats["min_vals"], stats["max_vals"], self.args, global_scale=global_scale)
-    if not torch.isfinite(scale.float()).all():
-        low, high = stats["min_vals"].min().item(), stats["max_vals"].max().item()
-        raise NonFiniteError(f"{self.module_name or 'unnamed module'}, {self.base_name}: the range {low:g} … {high:g} is too wide for a scale in {scale.dtype}")
-    return QParamsDict(scale=scale, zero_point=zero_point, global_scale=global_scale)
 
 # %% ../../nbs/03a_observers_base.ipynb #6ecd71ba
 def fuse(observers: Sequence[Observer | None]) -> None:
