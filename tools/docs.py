@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PICTURES = "docs/images"
+PICTURES = "nbs/images"
 LINK = re.compile(r"(\]\()([^)\s:]+\.ipynb)(#[^)]*)?\)")
 
 def joined(text: str | list[str]) -> str: return text if isinstance(text, str) else "".join(text)

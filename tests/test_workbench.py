@@ -1,0 +1,193 @@
+"""The workbench without a browser: every state it can be in, driven from Python and by its own buttons."""
+import gc
+
+import pytest
+import torch
+from helpers import differences, fingerprint, make_batches, make_model
+
+from qcal_nb import Workbench
+from qcal_nb.lifecycle import phase_of
+from qcal_nb.models import calibration_texts, load_tiny_llama
+from qcal_nb.plots import data_of
+from qcal_nb.records import CalibrationRecord
+from qcal_nb.session import Session, SessionError
+from qcal_nb.state import WorkbenchState
+from qcal_nb.widgets import LifecycleStepper, RangeExplorer
+
+
+def press(wb, *steps):
+    "Click buttons; wait for what runs in the background."
+    for step in steps:
+        wb.stepper.buttons[step.replace("-", "_")].click()
+        if wb.session._thread is not None: wb.session._thread.join(20)
+
+
+def drawn(wb): return data_of(wb.explorer.picture.png)
+
+
+@pytest.fixture
+def wb():
+    bench = Workbench(make_model("llama_gqa"), make_batches(4))
+    yield bench
+    bench.close()
+
+
+def test_from_initialize_to_reset_by_its_buttons(wb):
+    before = fingerprint(wb.session.model)
+    press(wb, "initialize", "start", "feed", "feed_all")
+    assert (wb.session.phase, wb.session.fed) == ("fed", 4)
+    inputs = [[s.min, s.max] for (_, base_name), s in wb.record.tensors.items() if base_name == "input"]
+    assert drawn(wb)["range"] == inputs
+    press(wb, "end")
+    clips = wb.scales().query("base_name == 'input'").clip_max.tolist()
+    assert drawn(wb)["clip_max"] == clips and wb.stepper.code.value.count("<code>") == 5
+    press(wb, "reset")
+    assert differences(before, fingerprint(wb.session.model)) == [] and drawn(wb)["range"] == inputs  # the record is kept
+
+
+def test_python_and_mouse_do_the_same(wb):
+    other = Workbench(make_model("llama_gqa"), make_batches(4))
+    press(wb, "initialize", "start", "feed_all", "end", "back", "end")
+    for step in ("initialize", "start", "feed_all", "end", "back", "end"): getattr(other, step)()
+    assert wb.scales().equals(other.scales()) and wb.session.code == other.session.code
+    assert wb.stepper.changes.value == other.stepper.changes.value and drawn(wb) == drawn(other)
+    other.close()
+
+
+def test_only_legal_buttons_are_enabled_and_the_next_is_marked(wb):
+    expected = [("initialize", "start"), ("start", "feed_all"), ("feed_all", "end"), ("end", None)]
+    for step, following in expected:
+        press(wb, step)
+        marked = [name for name, b in wb.stepper.buttons.items() if b.button_style == "primary"]
+        assert marked == ([following] if following else [])
+        for name, reason in wb.session.legal().items():
+            assert wb.stepper.buttons[name].disabled == (reason is not None) and (reason is None or reason in wb.stepper.buttons[name].tooltip)
+
+
+def test_scheme_targets_and_ignore_can_be_edited_before_and_not_after(wb):
+    wb.stepper.scheme.value = "INT8_STATIC"
+    wb.stepper.ignore.value = "lm_head, re:.*down_proj"
+    assert wb.scheme == "INT8_STATIC" and "12 of 16 modules" in wb.stepper.matches.value and "int8" in wb.stepper.words.value
+    wb.stepper.targets.value = "Linear, Embedding"
+    press(wb, "initialize")
+    assert "embed_tokens: the input of an Embedding is token ids" in wb.stepper.error.value and wb.session.phase == "original"
+    wb.stepper.targets.value = "Linear"
+    press(wb, "initialize")
+    assert wb.stepper.error.value == "" and wb.stepper.scheme.disabled and wb.stepper.targets.disabled
+    with pytest.raises(SessionError, match="the scheme is in use"): wb.scheme = "FP8"
+
+
+def test_no_data():
+    wb = Workbench(make_model("llama_gqa"))
+    press(wb, "initialize", "start")
+    assert "there is no data; pass data= to feed some" in wb.stepper.buttons["feed"].tooltip and drawn(wb) == {}
+    assert wb.explorer.picture.alt == "Nothing recorded yet"
+    wb.close()
+
+
+def test_data_that_cannot_be_read():
+    wb = Workbench(make_model("llama_gqa"), ["a text, and no tokenizer"])
+    press(wb, "initialize", "start")
+    assert "pass the model's tokenizer" in wb.stepper.buttons["feed"].tooltip
+    wb.close()
+
+
+def test_a_model_that_the_scheme_does_not_reach():
+    with pytest.warns(UserWarning, match="8 Conv1D hold weights"):
+        wb = Workbench(make_model("gpt2"), make_batches(2))
+        assert "0 of" in wb.stepper.matches.value and "Conv1D" in wb.stepper.matches.value
+        press(wb, "initialize", "start", "feed_all", "end")
+    assert wb.session.phase == "ended" and drawn(wb) == {}
+    press(wb, "reset")
+    wb.close()
+
+
+def test_one_tensor_and_a_tensor_of_zeros():
+    wb = Workbench(torch.nn.Sequential(torch.nn.Linear(4, 4)), [torch.zeros(2, 4)], ignore=[])
+    press(wb, "initialize", "start", "feed_all", "end")
+    assert drawn(wb)["range"] == [[0.0, 0.0]] and wb.session.phase == "ended"
+    wb.selected = "0"
+    assert "<b>0</b> input: 0 … 0" in wb.explorer.numbers.value
+    wb.close()
+
+
+def test_nan_in_the_data_is_shown_and_the_session_goes_on():
+    good, bad = torch.randn(2, 4), torch.full((2, 4), float("nan"))
+    wb = Workbench(torch.nn.Sequential(torch.nn.Linear(4, 4)), [good, bad], ignore=[])
+    press(wb, "initialize", "start", "feed_all")
+    assert "8 non-finite values, the first (nan) at position (0, 0) of batch 1" in wb.stepper.error.value
+    assert wb.session.fed == 1 and wb.session.phase == "fed"
+    press(wb, "end")
+    assert wb.session.phase == "ended" and wb.stepper.error.value == ""
+    wb.close()
+
+
+def test_a_scheme_that_observes_no_activation_says_so():
+    wb = Workbench(make_model("llama_gqa"), make_batches(2), scheme="W8A8")
+    press(wb, "initialize", "start")
+    assert "This scheme observes no activation" in wb.stepper.note.value and wb.stepper.buttons["end"].button_style == "primary"
+    press(wb, "end")
+    assert wb.session.phase == "ended"
+    wb.close()
+
+
+def test_a_thousand_tensors():
+    from qcal_nb.records import TensorStats
+    session = Session(torch.nn.Sequential(torch.nn.Linear(2, 2)), ignore=[])
+    names = [f"model.layers.{i // 7}.m{i % 7}" for i in range(1000)]
+    session.record = CalibrationRecord({(n, "input"): TensorStats(10, -1.0 - i, 1.0 + i, 0.0, 10.0) for i, n in enumerate(names)}, dict.fromkeys(names, "Linear"))
+    explorer = RangeExplorer(session)
+    assert len(data_of(explorer.picture.png)["range"]) == 1000 and "and 600 more rows" in explorer.table.value
+    explorer.state.layer = 5
+    assert len(explorer.shown) == 7
+    explorer.close()
+
+
+def test_panels_share_a_state_and_are_widgets_of_their_own(wb):
+    press(wb, "initialize", "start", "feed_all")
+    state = WorkbenchState(pattern="down_proj")
+    explorer, stepper = RangeExplorer(wb.session, state), LifecycleStepper(wb.session, state)
+    assert len(explorer.shown) == 2 and len(wb.explorer.shown) == 14
+    explorer.order.value = "absmax"
+    assert state.order == "absmax" and explorer.table.value.index("layers.") > 0
+    for panel in (explorer, stepper):
+        assert panel._repr_mimebundle_()["image/png"]
+        panel.close()
+
+
+def test_close_takes_hooks_off_and_a_forgotten_workbench_does_nothing():
+    model = make_model("llama_gqa")
+    before = fingerprint(model)
+    wb = Workbench(model, make_batches(2))
+    wb.initialize()
+    wb.start()
+    wb.close()
+    assert differences(before, fingerprint(model)) == []
+    first = Workbench(model, make_batches(2))
+    first.initialize()
+    del first
+    gc.collect()
+    assert phase_of(model) == "initialized"
+
+
+def test_the_display_bundle_carries_the_picture(wb):
+    wb.initialize()
+    wb.start()
+    wb.feed_all()
+    import base64
+    bundle = wb._repr_mimebundle_()
+    assert data_of(base64.b64decode(bundle["image/png"])) == drawn(wb) and "application/vnd.jupyter.widget-view+json" in bundle
+
+
+def test_the_quickstart_names(wb):
+    model, tokenizer = load_tiny_llama()
+    bench = Workbench(model, calibration_texts()[:2], tokenizer, scheme="FP8")
+    bench.initialize()
+    bench.start()
+    bench.feed_all()
+    bench.end()
+    bench.selected = "model.layers.2.mlp.down_proj"
+    assert bench.record.batches == 2 and len(bench.scales()) == 56 and "model.layers.2.mlp.down_proj" in bench.explorer.numbers.value
+    bench.back()
+    bench.reset()
+    bench.close()
