@@ -22,7 +22,7 @@ from traitlets import Bytes, List, TraitError, Unicode
 
 from .analysis import ORDERS, choose, ranges
 from .lifecycle import Match, ModuleChange
-from .plots import PHASE_COLORS, plot_ranges, to_png
+from .plots import PHASE_COLORS, plot_phases, plot_ranges, to_png
 from .schemes import describe, preset_names
 from .session import Progress, Session, in_background, pause, resume, stop
 from .state import WorkbenchState
@@ -272,6 +272,12 @@ def _buttons(press: Callable[[str], None]) -> dict[str, w.Button]:
     return buttons
 
 
+def _static_picture(session: Session) -> bytes:
+    "What a reader without a kernel sees: the ranges, or before there are any the phase."
+    if any(base_name == "input" for _, base_name in session.record.tensors): return to_png(plot_ranges(session.record, clips=session.scales()))
+    return to_png(plot_phases(_CHIPS[PHASES[session.phase]][0]))
+
+
 def _names(text: str) -> list[str]:
     "Names from a text field, separated by commas."
     return [name.strip() for name in text.split(",") if name.strip()]
@@ -352,7 +358,7 @@ class LifecycleStepper(Panel):
         self.hold.description = "Resume" if pausing else "Pause"
 
     def refresh(self, what: str = "") -> None: refresh_stepper(self, what)
-    def static_png(self) -> bytes: return to_png(plot_ranges(self.session.record))
+    def static_png(self) -> bytes: return _static_picture(self.session)
 
 # %% ../nbs/14_widgets.ipynb #ddbef2e6
 def _next_html(session: Session, step: str | None) -> str:
@@ -477,7 +483,7 @@ class RangeExplorer(Panel):
 
     def refresh(self, what: str = "") -> None: refresh_ranges(self)
 
-    def static_png(self) -> bytes: return self.picture.png
+    def static_png(self) -> bytes: return self.picture.png if len(self.shown) else _static_picture(self.session)
 
 # %% ../nbs/14_widgets.ipynb #4d665f13
 def _refresh_controls(panel: RangeExplorer, table: pd.DataFrame) -> None:

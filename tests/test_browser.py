@@ -1,8 +1,10 @@
 """The quickstart in JupyterLab in Chromium: what is on the page is what the kernel holds, after every click."""
 import json
+import os
 import re
 import struct
 import zlib
+from pathlib import Path
 
 import pytest
 
@@ -127,8 +129,8 @@ def test_from_initialize_to_reset(open_nb, request):
 
 
 def shot(page, request, name):
-    "A screenshot for people, where the test's temporary files are."
-    folder = request.config._tmp_path_factory.getbasetemp()
+    "A screenshot for people: into $QCAL_SHOTS, or else where the test's temporary files are."
+    folder = Path(os.environ.get("QCAL_SHOTS") or request.config._tmp_path_factory.getbasetemp())
     page.locator(".qcal-workbench").first.screenshot(path=folder / f"workbench-{name}.png")
 
 

@@ -41,7 +41,8 @@ def output_markdown(output: dict, name: str, pictures: dict[str, bytes]) -> str:
 def cell_markdown(cell: dict, pictures: dict[str, bytes]) -> list[str]:
     "One notebook cell as pieces of markdown, links to notebooks made relative to the repository's root."
     source = joined(cell["source"])
-    if cell["cell_type"] == "markdown": return [LINK.sub(r"\1nbs/\2\3)", without_directives(source))]
+    if cell["cell_type"] == "markdown":
+        return [re.sub(r"(!\[[^\]]*\]\()(?!\w+:)", r"\1nbs/", LINK.sub(r"\1nbs/\2\3)", without_directives(source)))]
     if cell["cell_type"] != "code" or hidden(source): return []
     code = without_directives(source)
     pieces = [f"```python\n{code}\n```"] if code and "echo:false" not in directives(source) else []
