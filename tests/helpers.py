@@ -72,7 +72,9 @@ def differences(a: dict, b: dict) -> list[str]:
     for key in a.keys() & b.keys():
         if a[key] == b[key]: continue
         if not isinstance(a[key], dict): found.append(f"{key}: {a[key]} -> {b[key]}")
-        else: found += [f"{key}.{k}: {a[key].get(k, 'none')} -> {b[key].get(k, 'none')}" for k in a[key].keys() | b[key].keys() if a[key].get(k, "none") != b[key].get(k, "none")]
+        else:
+            both = [(k, a[key].get(k, "none"), b[key].get(k, "none")) for k in a[key].keys() | b[key].keys()]
+            found += [f"{key}.{k}: {old} -> {new}" for k, old, new in both if old != new]
     return found
 
 

@@ -29,7 +29,8 @@ from qcal_nb.widgets import changes_table
 def _digest():
     "Bits of all weights, and of the logits on a fixed text."
     bits = hashlib.sha256()
-    for name, p in sorted(wb.session.model.named_parameters()): bits.update(name.encode() + p.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    for name, p in sorted(wb.session.model.named_parameters()):
+        bits.update(name.encode() + p.detach().contiguous().view(torch.uint8).numpy().tobytes())
     with torch.no_grad(): logits = wb.session.model(tokenizer("def f(x): return x", return_tensors="pt").input_ids).logits
     return [bits.hexdigest(), hashlib.sha256(logits.numpy().tobytes()).hexdigest()]
 def _ranges(base_name="input"): return [[s.min, s.max] for (m, b), s in wb.record.tensors.items() if b == base_name]
@@ -175,7 +176,8 @@ def test_back_filter_select_and_errors(open_nb):
 def test_an_error_in_the_data_is_shown_and_the_workbench_goes_on(open_nb):
     from playwright.sync_api import expect
     page = open_nb("index.ipynb", viewport=(1400, 2200))
-    assert page.evaluate(KERNEL, SETUP + "wb.session.replay._kept[:] = [wb.session.replay.get(0), {'input_ids': torch.tensor([[99999]])}]")["error"] is None
+    bad = "wb.session.replay._kept[:] = [wb.session.replay.get(0), {'input_ids': torch.tensor([[99999]])}]"
+    assert page.evaluate(KERNEL, SETUP + bad)["error"] is None
     click(page, "initialize", "initialized")
     click(page, "start", "started")
     click(page, "feed-all", "fed")

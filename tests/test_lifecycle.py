@@ -333,7 +333,8 @@ def test_a_users_parameters_that_are_called_like_scales_are_left_alone():
 @pytest.mark.parametrize("dtype, big", [(torch.float16, 6e4), (torch.float32, 3e38)])
 def test_a_range_too_wide_for_its_dtype_is_an_error_and_no_scale(dtype, big):
     model, x = torch.nn.Sequential(torch.nn.Linear(4, 4)).to(dtype), torch.tensor([[big, -big, 0, 0]], dtype=dtype)
-    modifier = QuantizationModifier(config_groups={"g": dict(targets=["Linear"], input_activations=dict(num_bits=8, strategy="tensor", symmetric=False))})
+    inputs = dict(num_bits=8, strategy="tensor", symmetric=False)
+    modifier = QuantizationModifier(config_groups={"g": dict(targets=["Linear"], input_activations=inputs)})
     with pytest.raises(NonFiniteError, match="0, input: the range .* is too wide for a scale in torch"):
         calibrate(model, [x], modifier, progress=False)
     assert phase_of(model) == "calibrating" and model[0].input_scale.isnan().all()
@@ -449,7 +450,8 @@ def test_recipes_that_do_less_than_they_say_warn(recipe, words):
 
 def test_arguments_of_a_replaced_observer_are_dropped():
     kwargs = dict(observer="minmax", observer_kwargs={"averaging_constant": 0.5})
-    groups = {"g": dict(targets=["Linear"], weights=dict(num_bits=8, strategy="channel", **kwargs), input_activations=dict(num_bits=8, strategy="tensor", **kwargs))}
+    weights, inputs = dict(num_bits=8, strategy="channel", **kwargs), dict(num_bits=8, strategy="tensor", **kwargs)
+    groups = {"g": dict(targets=["Linear"], weights=weights, input_activations=inputs)}
     model = make_model("llama_gqa")
     calibrate(model, make_batches(), QuantizationModifier(config_groups=groups, ignore=["lm_head"], input_observer="static_minmax"), progress=False)
     assert phase_of(model) == "calibrated"

@@ -98,13 +98,14 @@ def test_after_a_failed_batch_calibration_can_go_on_by_hand():
 
 
 def test_models_of_several_parts_and_decoders_that_want_labels():
-    clip = CLIPModel(CLIPConfig(text_config=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=64),
-                                vision_config=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8),
-                                projection_dim=16)).eval()
+    tower = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    config = CLIPConfig(text_config=tower | dict(vocab_size=64), vision_config=tower | dict(image_size=16, patch_size=8), projection_dim=16)
+    clip = CLIPModel(config).eval()
     pair = dict(input_ids=torch.randint(3, 60, (2, 8)), pixel_values=torch.randn(2, 3, 16, 16))
     calibrate(clip, [pair], QuantizationModifier(scheme="FP8"), max_length=4, progress=False)
     assert phase_of(clip) == "calibrated"
-    t5 = T5ForConditionalGeneration(T5Config(vocab_size=128, d_model=32, d_ff=64, num_layers=1, num_heads=2, d_kv=16, decoder_start_token_id=0)).eval()
+    config = T5Config(vocab_size=128, d_model=32, d_ff=64, num_layers=1, num_heads=2, d_kv=16, decoder_start_token_id=0)
+    t5 = T5ForConditionalGeneration(config).eval()
     data = [batch | dict(labels=batch["input_ids"]) for batch in make_batches()]
     calibrate(t5, data, QuantizationModifier(**FP8), progress=False)
     assert phase_of(t5) == "calibrated"

@@ -66,7 +66,8 @@ def test_asking_changes_nothing(stream):
     assert torch.equal(first["scale"], second["scale"]) and all(torch.equal(v, before[k]) for k, v in observer.get_statistics().items())
 
 
-WEIGHTS = {"tensor": {}, "channel": {}, "group": dict(group_size=4), "tensor_group": dict(group_size=4, num_bits=4, type="float", scale_dtype="torch.float8_e4m3fn"), "block": dict(block_structure=[3, 5])}
+WEIGHTS = {"tensor": {}, "channel": {}, "group": dict(group_size=4), "block": dict(block_structure=[3, 5]),
+           "tensor_group": dict(group_size=4, num_bits=4, type="float", scale_dtype="torch.float8_e4m3fn")}
 
 
 @given(st.sampled_from(sorted(WEIGHTS)), st.integers(1, 9), st.integers(1, 4))
@@ -79,7 +80,7 @@ def test_what_flatten_leaves_is_the_shape_of_the_parameter(strategy, rows, group
     scale = Observer.load_from_registry("memoryless_minmax", base_name="weight", args=args)(layer.weight).get_qparams()["scale"]
     assert flat.shape[1:-1] == scale.shape == layer.weight_scale.shape
     if strategy != "block": assert Counter(flat.flatten().tolist()) == Counter(layer.weight.flatten().tolist())
-    assert flat.shape[0] == 1 and torch.equal(flat.sum(), flat.sum())
+    assert flat.shape[0] == 1
 
 
 @given(tensors((4, 8)), st.sampled_from(["FP8", "INT8_STATIC", "W8A8"]))

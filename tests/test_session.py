@@ -77,7 +77,8 @@ def test_while_a_feed_runs_everything_else_is_refused_by_name():
         with pytest.raises(SessionError, match="feed_all is running; stop it or wait"): getattr(session, step)()
     for foreign in (lambda: session.model(x), lambda: session.model.layer(x)):
         with pytest.raises(ModelBusyError, match=r"session .* \(feed_all\(\)\) is feeding this model"): foreign()
-    for other in (lambda: record(session.model, [x], progress=False), lambda: calibrate(session.model, [x], QuantizationModifier(scheme="FP8", targets="Linear"), progress=False)):
+    modifier = QuantizationModifier(scheme="FP8", targets="Linear")
+    for other in (lambda: record(session.model, [x], progress=False), lambda: calibrate(session.model, [x], modifier, progress=False)):
         with pytest.raises(ModelBusyError, match="is at work on it; wait for it or stop it first"): other()
     stop(session)
     session.model.gate.release(2)

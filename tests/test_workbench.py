@@ -135,7 +135,8 @@ def test_a_thousand_tensors():
     from qcal_nb.records import TensorStats
     session = Session(torch.nn.Sequential(torch.nn.Linear(2, 2)), ignore=[])
     names = [f"model.layers.{i // 7}.m{i % 7}" for i in range(1000)]
-    session.record = CalibrationRecord({(n, "input"): TensorStats(10, -1.0 - i, 1.0 + i, 0.0, 10.0) for i, n in enumerate(names)}, dict.fromkeys(names, "Linear"))
+    tensors = {(n, "input"): TensorStats(10, -1.0 - i, 1.0 + i, 0.0, 10.0) for i, n in enumerate(names)}
+    session.record = CalibrationRecord(tensors, dict.fromkeys(names, "Linear"))
     explorer = RangeExplorer(session)
     assert len(data_of(explorer.picture.png)["range"]) == 1000 and "and 600 more rows" in explorer.table.value
     explorer.state.layer = 5

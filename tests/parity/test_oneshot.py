@@ -26,9 +26,11 @@ SCHEMES = {
     "W8A8": dict(scheme="W8A8"),
     "FP8_DYNAMIC": dict(scheme="FP8_DYNAMIC"),
     "INT8_STATIC, inputs asymmetric": dict(config_groups={"group_0": QuantizationScheme(
-        targets=["Linear"], weights=dict(**INT8, strategy="tensor"), input_activations=dict(INT8, symmetric=False, strategy="tensor", observer="static_minmax"))}),
+        targets=["Linear"], weights=dict(**INT8, strategy="tensor"),
+        input_activations=dict(INT8, symmetric=False, strategy="tensor", observer="static_minmax"))}),
     "INT8_STATIC, averaging_constant": dict(config_groups={"group_0": QuantizationScheme(
-        targets=["Linear"], weights=dict(**INT8, strategy="channel"), input_activations=dict(**INT8, strategy="tensor", observer="minmax", observer_kwargs={"averaging_constant": 0.3}))}),
+        targets=["Linear"], weights=dict(**INT8, strategy="channel"),
+        input_activations=dict(**INT8, strategy="tensor", observer="minmax", observer_kwargs={"averaging_constant": 0.3}))}),
 }
 EXTRA_PRESETS = ["FP8_BLOCK", "W4A16", "W4A16_ASYM", "NVFP4", "MXFP4"]
 ARCHITECTURES = ["llama_gqa", "llama_tied", "qwen3", "opt", "phi", "gpt_neox", "bert"]
@@ -91,7 +93,8 @@ def test_architectures(name, scheme, tokenizer):
 
 
 def test_padded_batches(tokenizer):
-    data = list(batches(["A short text.", "A text that is quite a bit longer than the other one, so that padding is needed."], tokenizer, batch_size=2))
+    texts = ["A short text.", "A text that is quite a bit longer than the other one, so that padding is needed."]
+    data = list(batches(texts, tokenizer, batch_size=2))
     assert (data[0]["attention_mask"] == 0).any()
     recipe = SCHEMES["INT8_STATIC"] | dict(ignore=["lm_head"])
     assert unequal(reference(load_tiny_llama()[0], data, tokenizer, **recipe), ours(load_tiny_llama()[0], data, **recipe)) == []
