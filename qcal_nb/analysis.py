@@ -40,7 +40,9 @@ def ranges(record: CalibrationRecord) -> pd.DataFrame:
     order = {module: i for i, module in enumerate(record.types)}
     table = pd.DataFrame(rows, columns=RANGE_COLUMNS).astype({"layer": "Int64", "min": float, "max": float})
     table = table.sort_values("module", key=lambda names: names.map(order), kind="stable")
-    return table.sort_values("base_name", kind="stable").reset_index(drop=True)
+    table = table.sort_values("base_name", kind="stable").reset_index(drop=True)
+    table.attrs["batches"] = record.batches  # pandas carries it along when rows are chosen
+    return table
 
 # %% ../nbs/09_analysis.ipynb #38b3ab3d
 ORDERS = ("depth", "absmax", "std", "min", "max", "module")

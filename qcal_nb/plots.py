@@ -162,7 +162,8 @@ def plot_ranges(
     _scale_values(ax, table)
     _label_depth(ax, table)
     _highlight(ax, table, selected)
-    over = f", over {record.batches:,} batches" if isinstance(record, CalibrationRecord) and base_name != "weight" else ""
+    batches = table.attrs.get("batches", 0)
+    over = f", over {batches:,} batch{'es' * (batches != 1)}" if batches and base_name != "weight" else ""
     room = 18 if len(table) <= 36 else 6  # the names of layers stand between title and axes
     ax.set_title(f"Range of every {base_name}, from the first layer to the last{over}", fontsize=10, pad=room)
     _legend(ax, color, clipped, len(bad) > 0, own)
