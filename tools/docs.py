@@ -68,7 +68,7 @@ def write_readme(root: Path = ROOT) -> None:
 STYLE = """<style>
 .qcal-nav { font: 14px/1.7 system-ui, sans-serif; padding: .6em 1.2em; border-bottom: 1px solid #8884; }
 .qcal-nav a { margin-right: 1.1em; white-space: nowrap; text-decoration: none; } .qcal-nav a.here { font-weight: 700; }
-body.jp-Notebook { max-width: 60em; margin: 0 auto; }
+body.jp-Notebook { max-width: 76em; margin: 0 auto; }
 </style>"""
 
 def page_of(notebook: Path) -> Path:
@@ -86,19 +86,12 @@ def prepared(path: Path):
     cells = []
     for cell in nb["cells"]:
         source = joined(cell["source"])
-        if cell["cell_type"] == "code" and hidden(source): continue
+        if cell["cell_type"] == "code" and (hidden(source) or not without_directives(source)): continue
         cell = {k: v for k, v in cell.items() if k in keep} | dict(metadata={}, source=without_directives(source))
         if "echo:false" in directives(source): cell["metadata"] = dict(tags=["no-input"])
         if cell["cell_type"] == "markdown": cell["source"] = LINK.sub(page_link, cell["source"])
         cells.append(cell)
-    return nbformat.reads(json.dumps(dict(nb, cells=front_matter(cells), metadata={"language_info": {"name": "python"}})), as_version=4)
-
-def front_matter(cells: list[dict]) -> list[dict]:
-    "nbdev turns `# title` and `> line` into a raw cell of YAML: turn it back."
-    if not cells or cells[0]["cell_type"] != "raw": return cells
-    found = dict(re.findall(r"^(title|description):\s*(.*)$", cells[0]["source"], re.M))
-    text = f"# {found.get('title', '')}\n\n> {found.get('description', '')}"
-    return [dict(cell_type="markdown", id=cells[0]["id"], metadata={}, source=text.replace("\n\n> \n", ""))] + cells[1:]
+    return nbformat.reads(json.dumps(dict(nb, cells=cells, metadata={"language_info": {"name": "python"}})), as_version=4)
 
 def nav(pages: dict[Path, str], here: Path) -> str:
     "Links to all pages, the one that we are on marked."
@@ -107,20 +100,20 @@ def nav(pages: dict[Path, str], here: Path) -> str:
     return f"{STYLE}<nav class='qcal-nav' aria-label='Chapters'>{' '.join(links)}</nav>"
 
 def docs(root: Path = ROOT) -> Path:
-    "Write a page for each notebook; returns the folder, _docs/."
+    "Write a page for each notebook as it is committed, outputs included; returns the folder, _docs/."
     from nbconvert import HTMLExporter
-    from nbdev.serve import proc_nbs
-    shutil.rmtree(root/"_proc", ignore_errors=True)                       # nbdev's cache of processed notebooks
-    cache, out = Path(proc_nbs(n_workers=0)), root/"_docs"
+    folder, out = root/"nbs", root/"_docs"
     shutil.rmtree(out, ignore_errors=True)
-    sources = sorted(cache.rglob("*.ipynb"), key=lambda p: (p.parent != cache, p.name != "index.ipynb", p.as_posix()))
-    pages = {page_of(p.relative_to(cache)): p for p in sources}
+    sources = [p for p in folder.rglob("*.ipynb") if not any(part[0] in "_." for part in p.relative_to(folder).parts)]
+    sources.sort(key=lambda p: (p.parent != folder, p.name != "index.ipynb", p.as_posix()))
+    pages = {page_of(p.relative_to(folder)): p for p in sources}
     titles = {page: p.stem if page.stem != "index" else "qcal_nb" for page, p in pages.items()}
     exporter = HTMLExporter(config={"TagRemovePreprocessor": {"enabled": True, "remove_input_tags": ["no-input"]}})
     for page, source in pages.items():
         body, _ = exporter.from_notebook_node(prepared(source), resources={"metadata": {"name": titles[page]}})
         (out/page).parent.mkdir(parents=True, exist_ok=True)
         (out/page).write_text(re.sub(r"(<body[^>]*>)", lambda m, page=page: m[1]+nav(titles, page), body, count=1), encoding="utf-8")
+    if (folder/"images").exists(): shutil.copytree(folder/"images", out/"images")
     print(f"{len(pages)} pages in {out.name}/")
     return out
 
