@@ -353,6 +353,9 @@ def _out_of_reach(module: Module) -> bool:
     return type(module).__name__ == "Conv1D" or any(p is not None and p.ndim == 3 for p in own)
 
 
+_FAST = (torch.nn.MultiheadAttention, torch.nn.TransformerEncoderLayer)  # they read the weights of their Linear modules themselves
+
+
 def _warn_about(model: Module, config: QuantizationConfig, chosen: dict[str, tuple[Module, QuantizationScheme]]) -> None:
     "Say what a person would otherwise find out too late: what is not quantized, and which names match nothing."
     for target in [t for scheme in config.config_groups.values() for t in scheme.targets]: _warn_target(model, target)
@@ -361,6 +364,10 @@ def _warn_about(model: Module, config: QuantizationConfig, chosen: dict[str, tup
     if kinds:
         named = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
         warnings.warn(f"{named} hold weights that cannot be quantized (Linear and Embedding can) and stay as they are",
+                      stacklevel=4)
+    fused = [n for n, m in model.named_modules() if isinstance(m, _FAST) and any(c.startswith(f"{n}.") for c in chosen)]
+    if fused:
+        warnings.warn(f"{', '.join(fused)}: torch computes these without calling their Linear modules; their scheme has no effect",
                       stacklevel=4)
     for name in set(ignore) - {"lm_head"}:
         if not any(is_match(n, m, name) for n, m in model.named_modules()):

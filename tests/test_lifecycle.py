@@ -455,3 +455,9 @@ def test_arguments_of_a_replaced_observer_are_dropped():
     model = make_model("llama_gqa")
     calibrate(model, make_batches(), QuantizationModifier(config_groups=groups, ignore=["lm_head"], input_observer="static_minmax"), progress=False)
     assert phase_of(model) == "calibrated"
+
+
+def test_modules_that_run_without_their_forward_are_named():
+    model = torch.nn.Sequential(torch.nn.TransformerEncoderLayer(16, 2, batch_first=True))
+    with pytest.warns(UserWarning, match="0, 0.self_attn: torch computes these without calling their Linear modules"):
+        QuantizationModifier(scheme="FP8").initialize_quantization(model)
