@@ -352,7 +352,7 @@ def _out_of_reach(module: Module) -> bool:
     own = module._parameters.values() if isinstance(module._parameters, dict) else ()
     return type(module).__name__ == "Conv1D" or any(p is not None and p.ndim == 3 for p in own)
 
-
+# %% ../nbs/05_lifecycle.ipynb #76256ccd
 _FAST = (torch.nn.MultiheadAttention, torch.nn.TransformerEncoderLayer)  # they read the weights of their Linear modules themselves
 
 
