@@ -9,7 +9,8 @@ __all__ = ['QUANTIZABLE', 'Ledger', 'LifecycleError', 'ledger_of', 'phase_of', '
            'refuse_unset', 'check_on_uncalibrated', 'end_calibration', 'EventType', 'Event', 'State',
            'QuantizationModifier', 'lacking_data', 'compute_remaining', 'Match', 'match_report']
 
-# %% ../nbs/05_lifecycle.ipynb #dc7d0c5f
+# %% ../nbs/05_lifecycle.ipynb #07ad4435
+import re
 import warnings
 import weakref
 from collections import Counter
@@ -207,7 +208,14 @@ def _groups_from_config(groups: dict[str, Any]) -> dict[str, QuantizationScheme]
         else: found[name] = QuantizationScheme.model_validate(group).model_copy(deep=True)
     return found
 
-# %% ../nbs/05_lifecycle.ipynb #128f8ce7
+# %% ../nbs/05_lifecycle.ipynb #502eec02
+def _check_pattern(name: str) -> str:
+    "A target or an entry of `ignore` itself; ValueError if it is a pattern (`re:...`) that is not a regular expression."
+    try: re.compile(name.removeprefix("re:") if name.startswith("re:") else "")
+    except re.error as error: raise ValueError(f"{name!r} is not a regular expression: {error}") from None
+    return name
+
+
 def _check_observer(args: QuantizationArgs, base_name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the replacement of a weight observer is announced when it happens
@@ -250,7 +258,8 @@ class _Fields(BaseModel):
 
     @field_validator("targets", "ignore")
     @classmethod
-    def _as_list(cls, value: str | list[str]) -> list[str]: return [value] if isinstance(value, str) else list(value)
+    def _as_list(cls, value: str | list[str]) -> list[str]:
+        return [_check_pattern(v) for v in ([value] if isinstance(value, str) else value)]
 
     _known_policy = field_validator("nonfinite")(check_policy)
 

@@ -140,6 +140,9 @@ def _classify(item: Any, tokenizer: Any, max_length: int | None) -> dict[str, An
         raise ValueError(f"data holds a dict with keys {keys}; it needs tensors for the model, 'input_ids' or 'text'")
     if isinstance(item, (list, tuple)) and item and all(isinstance(i, int) for i in item):
         return {"input_ids": list(item)[:max_length]}
+    if isinstance(item, (list, tuple)) and item and isinstance(item[0], Tensor):  # a row of a TensorDataset: its first tensor
+        return _classify(item[0], tokenizer, max_length)
+    if hasattr(item, "__array__"): return _classify(torch.as_tensor(item), tokenizer, max_length)
     raise TypeError(f"data holds a {type(item).__name__}; elements must be strings, token ids, tensors or dicts of tensors")
 
 # %% ../nbs/06_pipelines.ipynb #c8cc742b
@@ -153,6 +156,12 @@ def _items(data: Any) -> Iterable[Any]:
     return data
 
 
+def _unpacked(item: Any) -> Iterable[Any]:
+    "Several texts that come as one element, as a DataLoader or a data set's batch gives them: each for itself."
+    if isinstance(item, Mapping) and isinstance(item.get("text"), (list, tuple)): item = item["text"]
+    return item if isinstance(item, (list, tuple)) and item and all(isinstance(i, str) for i in item) else [item]
+
+
 def batches(data: Any, tokenizer: Any = None, batch_size: int = 1, max_length: int | None = None) -> Iterator[dict[str, Tensor]]:
     """Dicts of tensors for the model, from any form of data; lazily, in order.
     Strings and rows are grouped and padded, ready batches pass as they are."""
@@ -162,7 +171,7 @@ def batches(data: Any, tokenizer: Any = None, batch_size: int = 1, max_length: i
     fillers = (getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None))
     pad = next((i for i in fillers if i is not None), 0)
     rows: list[Mapping[str, Any]] = []
-    for item in _items(data):
+    for item in (one for several in _items(data) for one in _unpacked(several)):
         found = _classify(item, tokenizer, max_length)
         if "ready" in found: yield found["ready"]
         elif len(found["input_ids"]): rows.append(found)
@@ -259,7 +268,7 @@ def calibrate(
     *,
     pipeline: str = "basic",                           # "basic": whole forward passes; "datafree": weights only
     tokenizer: Any = None,                             # Needed for texts
-    batch_size: int = 1,                               # Texts or rows in a batch
+    batch_size: int = 1,                               # Texts or rows in a batch; padding is observed too, as in the reference
     max_length: int | None = None,                     # Cut longer texts to so many tokens
     nonfinite: str | None = None,                      # "raise", "skip" or "record"; overrides the modifier's choice
     on_uncalibrated: str | None = None,                # "raise" or "skip"; overrides the modifier's choice

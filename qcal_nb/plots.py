@@ -109,7 +109,7 @@ def _select(table: pd.DataFrame, base_name: str | None) -> tuple[pd.DataFrame, s
 def _legend(ax: Axes, color: str, clipped: bool, bad: bool, outside: bool) -> None:
     handles = [Patch(color=light(color), label="smallest to largest value"),
                Patch(color=color, label="mean ± 1 standard deviation")]
-    limits = "limits of the scale (beyond: clipped)"
+    limits = "limits of the widest scale (beyond: clipped)"
     if clipped: handles.append(Line2D([], [], color="black", marker="_", ls="", ms=9, mew=1.6, label=limits))
     if bad: handles.append(Line2D([], [], color="black", marker="x", ls="", ms=7, label="NaN or infinity found"))
     if outside: ax.figure.legend(handles=handles, frameon=False, fontsize=8, ncols=len(handles), loc="outside lower center")
@@ -149,7 +149,8 @@ def plot_ranges(
     table, base_name = _select(ranges(record) if isinstance(record, CalibrationRecord) else record, base_name)
     own, ax = ax is None, ax or new_axes()
     if not len(table):
-        ax.text(0.5, 0.5, "Nothing recorded yet: feed a batch", ha="center", va="center", transform=ax.transAxes, color="0.4")
+        empty = "No tensor matches this choice" if table.attrs.get("batches") else "Nothing recorded yet: feed a batch"
+        ax.text(0.5, 0.5, empty, ha="center", va="center", transform=ax.transAxes, color="0.4")
         ax.set_axis_off()
         return ax
     x, color, width = np.arange(len(table)), BASE_COLORS[base_name], max(1.0, min(11.0, 330 / len(table)))

@@ -10,6 +10,7 @@ __all__ = ['SCALE_COLUMNS', 'STEPS', 'Replay', 'expected_batches', 'scales_table
 import threading
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,7 @@ from qcal_nb.lifecycle import (
     State,
     changes,
     lacking_data,
+    ledger_of,
     match_report,
     phase_of,
     reset_quantization,
@@ -136,6 +138,9 @@ _NEXT = {"original": "initialize", "initialized": "start", "started": "feed_all"
 def _why_not(session: "Session", step: str) -> str | None:
     "Why a step cannot be taken now; None if it can."
     phase = session.phase
+    if ledger_of(session.model) is not session.ledger:
+        return (f"something else changed the model since (it is {phase_of(session.model)} now); "
+                "call reset_quantization(model) and make a new session or workbench")
     if session.running: return f"{session.running} is running; stop it or wait for it"
     if step == "initialize": return None if phase == "original" else f"the model is {phase} already; go back or reset first"
     if step == "start":
@@ -212,7 +217,9 @@ class _Views:
 
     def next_step(self) -> str | None:
         "The step that usually comes next; None when nothing is left to do."
-        step = "end" if self.phase == "started" and _why_not(self, "end") is None else _NEXT.get(self.phase)
+        step = _NEXT.get(self.phase)
+        if self.phase == "started" and _why_not(self, "end") is None: step = "end"
+        if self.phase == "fed" and _why_not(self, "feed_all") is None: step = "feed_all"
         return step if step and _why_not(self, step) is None else None
 
     def listen(self, listener: Callable[[str], None]) -> Callable[[], None]:
@@ -230,16 +237,45 @@ class _Views:
         self.code = [*self.code, line]
         self.tell(what)
 
-# %% ../nbs/12_session.ipynb #b7677deb
-class Session(_Options, _Views):
+# %% ../nbs/12_session.ipynb #84a148e1
+class _Steps:
+    "The steps of a session."
+
+    def feed(self, n: int = 1) -> None:
+        "Feed the next `n` batches. Stops early at the end of the data, at `stop()`, or at an interrupt."
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise ValueError(f"n={n!r} must be an int of at least 1, the number of batches")
+        _run_feed(self, n, f"feed({n})")
+
+    def initialize(self) -> None:
+        "Attach the scheme: every matched module gets parameters for its scales, not computed yet."
+        _run_step(self, "initialize", _initialize)
+    def start(self) -> None:
+        "Attach observers and hooks."
+        _run_step(self, "start", _start)
+    def feed_all(self) -> None:
+        "Feed all batches that are left."
+        _run_feed(self, None, "feed_all()")
+    def end(self) -> None:
+        "Compute the scales, take observers off, switch fake quantization on."
+        _run_step(self, "end", _end)
+    def back(self) -> None:
+        "Undo the last step."
+        _step_back(self)
+    def reset(self) -> None:
+        "The model as it was before the first step; the record is kept."
+        _reset_session(self)
+
+# %% ../nbs/12_session.ipynb #5df80050
+class Session(_Options, _Views, _Steps):
     "Walks one model through a calibration. `phase` says where it is; `initialize start feed feed_all end back reset` move it."
 
     def __init__(self, model: Module, data: Any = None, tokenizer: Any = None, scheme: Any = "FP8", *,
                  ignore: Iterable[str] = ("lm_head",), targets: Iterable[str] = ("Linear",),
                  batch_size: int = 1, max_length: int | None = None) -> None:
         if phase_of(model) != "original":
-            raise ValueError(f"this model is {phase_of(model)}; a session starts with an original one, "
-                             "call reset_quantization(model) first")
+            raise ValueError(f"this model is {phase_of(model)}; a session starts with an original one. Go back with reset() or close() "
+                             "of the session or workbench that has it, or with qcal_nb.lifecycle.reset_quantization(model)")
         self.model, self.tokenizer, self.owner = model, tokenizer, f"session {uuid.uuid4().hex[:8]}"
         self._options = dict(scheme=scheme, ignore=list(ignore), targets=list(targets))
         self.modifier = self._make_modifier()
@@ -249,24 +285,12 @@ class Session(_Options, _Views):
         self.history: list[Past] = []
         self.code: list[str] = []
         self.changes: list[ModuleChange] = []
-        self.progress, self.running, self.error = Progress(), "", None
+        self.progress, self.running, self.error, self.warnings = Progress(), "", None, []
+        self.ledger = None  # what the lifecycle noted on the model after our last step; another one means that somebody else was there
         self._listeners: list[Callable[[str], None]] = []
         self._stop, self._go, self._thread = threading.Event(), threading.Event(), None
         self._go.set()
         self._lock = threading.Lock()
-
-    def feed(self, n: int = 1) -> None:
-        "Feed the next `n` batches. Stops early at the end of the data, at `stop()`, or at an interrupt."
-        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-            raise ValueError(f"n={n!r} must be an int of at least 1, the number of batches")
-        _run_feed(self, n, f"feed({n})")
-
-    def initialize(self) -> None: _run_step(self, "initialize", _initialize)
-    def start(self) -> None: _run_step(self, "start", _start)
-    def feed_all(self) -> None: _run_feed(self, None, "feed_all()")
-    def end(self) -> None: _run_step(self, "end", _end)
-    def back(self) -> None: _step_back(self)
-    def reset(self) -> None: _reset_session(self)
 
 # %% ../nbs/12_session.ipynb #7baae3e4
 def _require(session: Session, step: str) -> None:
@@ -282,18 +306,21 @@ def _run_step(session: Session, step: str, action: Callable[[Session], str]) -> 
     "Take one step: `action` does it and returns the new phase."
     _require(session, step)
     past = _remember(session)
-    with exclusive(session.model, session.owner):
+    with exclusive(session.model, session.owner), warnings.catch_warnings(record=True) as caught:
         try: phase = action(session)
         except BaseException:
             restore(session.model, past.model)
             session.record = past.record
             raise
+    session.warnings = [str(w.message) for w in caught]
+    for w in caught: warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
     session.history.append(past)
+    session.ledger = ledger_of(session.model)
     session.phase, session.error = phase, None
     session.changes = changes(past.model, snapshot(session.model))
     session._log(f"{step}()", step)
 
-
+# %% ../nbs/12_session.ipynb #3b8addc4
 def _initialize(session: Session) -> str:
     session.modifier.initialize_quantization(session.model)
     return "initialized"
@@ -383,6 +410,7 @@ def _step_back(session: Session) -> None:
     past, now = session.history[-1], snapshot(session.model)
     with exclusive(session.model, session.owner): restore(session.model, past.model)
     session.history.pop()
+    session.ledger, session.warnings = ledger_of(session.model), []
     session.phase, session.record, session.fed, session.code = past.phase, past.record, past.fed, list(past.code)
     session.changes, session.error, session.progress = changes(now, snapshot(session.model)), None, Progress()
     session.tell("back")
@@ -393,6 +421,7 @@ def _reset_session(session: Session) -> None:
     _require(session, "reset")
     now = snapshot(session.model)
     with exclusive(session.model, session.owner): reset_quantization(session.model)
+    session.ledger, session.warnings = None, []
     session.phase, session.fed, session.history, session.error, session.progress = "original", 0, [], None, Progress()
     session.changes = changes(now, snapshot(session.model))
     session._log("reset()", "reset")

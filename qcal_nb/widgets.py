@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'PHASES', 'CHANGE_ORDERS', 'LABELS', 'TIPS', 'block', 'phase_html', 'table_html', 'changes_table',
-           'changes_html', 'matches_html', 'tree_html', 'progress_text', 'error_html', 'Picture', 'bar_at', 'Panel',
-           'LifecycleStepper', 'show_changes', 'refresh_stepper', 'RangeExplorer', 'refresh_ranges']
+           'changes_html', 'matches_html', 'tree_html', 'progress_text', 'warning_html', 'error_html', 'Picture',
+           'bar_at', 'Panel', 'LifecycleStepper', 'show_changes', 'refresh_stepper', 'RangeExplorer', 'refresh_ranges']
 
 # %% ../nbs/14_widgets.ipynb #2c050bcd
 import base64
@@ -40,6 +40,7 @@ STYLE = """<style>
 .qcal .chip.now { color: black; font-weight: bold }
 .qcal .faint { color: var(--jp-ui-font-color2, #777) }
 .qcal-tabs .lm-TabBar-tab, .qcal-tabs .p-TabBar-tab { flex: 0 0 auto !important; min-width: max-content !important }
+.qcal .warning { border-left: 4px solid #E69F00; padding: 4px 10px }
 .qcal .error { border-left: 4px solid #D55E00; padding: 4px 10px }
 .qcal details { margin-left: 14px }
 </style>"""
@@ -146,12 +147,17 @@ def progress_text(progress: Progress) -> str:
     return f"{progress.done:,}{total} batches · {progress.tokens:,} tokens · {progress.tokens_per_second:,.0f} tokens/s{left}"
 
 
+def warning_html(text: str) -> str:
+    "A warning in words."
+    return block(f'<div class="warning" role="status">{escape(text)}</div>')
+
+
 def error_html(error: BaseException | None) -> str:
     "An error in words: its message, what was being done, its kind. Empty without one."
     if error is None: return ""
     notes = "".join(f"<div class='faint'>{escape(note)}</div>" for note in getattr(error, "__notes__", []))
     kind = type(error).__name__
-    after = f'<div class="faint">{kind} · the session goes on; nothing was lost</div>'
+    after = f'<div class="faint">{kind}</div>'
     return block(f'<div class="error" role="alert">{escape(str(error)) or kind}{notes}{after}</div>')
 
 # %% ../nbs/14_widgets.ipynb #751b8fd3
@@ -340,7 +346,7 @@ class LifecycleStepper(Panel):
         self.session.error = None
         try: _call(self.session, step)
         except Exception as error: self.session.error = error  # shown by refresh
-        self.tabs.selected_index = 0
+        if step == "initialize": self.tabs.selected_index = 0  # from here on what changed is more telling than what matches
         self.refresh(step)
 
     def configure(self) -> None:
@@ -355,7 +361,7 @@ class LifecycleStepper(Panel):
         "Hold a running feed, or let it go on."
         pausing = not self.session.paused
         (pause if pausing else resume)(self.session)
-        self.hold.description = "Resume" if pausing else "Pause"
+        self.refresh("paused")
 
     def refresh(self, what: str = "") -> None: refresh_stepper(self, what)
     def static_png(self) -> bytes: return _static_picture(self.session)
@@ -363,9 +369,12 @@ class LifecycleStepper(Panel):
 # %% ../nbs/14_widgets.ipynb #ddbef2e6
 def _next_html(session: Session, step: str | None) -> str:
     "What usually comes next, and what it will do."
-    if session.running: return f"Running: {escape(session.running)}. <i>Stop</i> ends it after the batch in hand."
+    if session.running:
+        return f"{'Paused' if session.paused else 'Running'}: {escape(session.running)}. <i>Stop</i> ends it after the batch in hand."
     if session.phase == "ended":
-        return "Done: the model now computes with quantized values. <i>Back</i> undoes the last step, <i>Reset</i> all of them."
+        n = len({row.module for row in session.modifier.coverage})
+        done = f"{n} modules now compute with quantized values" if n else "<b>Nothing is quantized</b>: no module matched a scheme with content"
+        return f"Done: {done}. <i>Back</i> undoes the last step, <i>Reset</i> all of them."
     return f"Next: <b>{LABELS[step]}</b>. {TIPS[step]}." if step else "<i>Back</i> undoes the last step."
 
 # %% ../nbs/14_widgets.ipynb #44e222aa
@@ -384,8 +393,12 @@ def _scheme_words(session: Session) -> str:
 
 def _note(session: Session) -> str:
     "A sentence on where feeding stands."
-    if session.paused and session.running: return f"Paused: {progress_text(session.progress)}"
-    if session.running or session.progress.done: return progress_text(session.progress)
+    if session.running: return ("Paused after " if session.paused else "") + progress_text(session.progress)
+    reason = session.legal()["feed"] or ""
+    if session.phase in ("started", "fed") and "cannot be read" in reason: return f"Cannot feed: {reason}"
+    if session.fed:
+        total = "" if session.replay.total is None else f" of {session.replay.total:,}"
+        return f"{session.fed:,}{total} batches fed · {session.record.tokens:,} tokens"
     if session.phase in ("started", "fed") and not session.modifier.requires_calibration_data:
         return "This scheme observes no activation: feeding only fills the record, End needs no data"
     if not session.record.tokens: return "No data was fed yet"
@@ -400,14 +413,15 @@ def show_changes(panel: LifecycleStepper) -> None:
 def refresh_stepper(panel: LifecycleStepper, what: str) -> None:
     "Bring a stepper's widgets up to date; while batches run only the progress changes."
     s = panel.session
-    panel.bar.value = s.progress.done / s.progress.total if s.progress.total else 0.0
+    panel.bar.value = s.fed / s.replay.total if s.replay.total else 0.0
     panel.note.value = block(escape(_note(s)))
     if what == "batch": return
     panel.hold.disabled = panel.halt.disabled = not s.running
     panel.hold.description = "Resume" if s.paused else "Pause"
     marked = s.next_step()
     _refresh_buttons(panel, marked)
-    panel.phase.value, panel.error.value = phase_html(s.phase, _next_html(s, marked)), error_html(s.error)
+    panel.phase.value = phase_html(s.phase, _next_html(s, marked))
+    panel.error.value = "".join(warning_html(text) for text in s.warnings) + error_html(s.error)
     panel.code.value = block("".join(f"<code>wb.{escape(line)}</code> " for line in s.code[-6:])) if s.code else ""
     for field in (panel.scheme, panel.targets, panel.ignore): field.disabled = s.phase != "original"
     panel.words.value = _scheme_words(s)
@@ -420,7 +434,10 @@ def _numbers_html(row: pd.Series, clip: pd.DataFrame) -> str:
     "One tensor's numbers in a line, and what its scale can represent if it has one."
     text = f"<b>{escape(row.module)}</b> {row.base_name}: {row['min']:.4g} … {row['max']:.4g}"
     text += f", mean {row['mean']:.3g}, std {row['std']:.3g}, {int(row.numel):,} values"
-    if len(clip): text += "; scale {scale:.4g}, represents {clip_min:.4g} … {clip_max:.4g}".format(**clip.iloc[0])
+    if len(clip) and clip.iloc[0].scales == 1:
+        text += "; scale {scale:.4g}, which can hold {clip_min:.4g} … {clip_max:.4g}".format(**clip.iloc[0])
+    elif len(clip):
+        text += "; {scales:,} scales, {scale:.4g} in the middle; the widest can hold {clip_min:.4g} … {clip_max:.4g}".format(**clip.iloc[0])
     if row.nan or row.inf: text += f"; <b>{int(row.nan)} NaN, {int(row.inf)} infinite</b>"
     return block(text)
 
@@ -450,10 +467,11 @@ class RangeExplorer(Panel):
     def __init__(self, session: Session, state: WorkbenchState | None = None) -> None:
         super().__init__(session, state)
         self.picture, self.numbers, self.table, self.problem = Picture(), w.HTML(), w.HTML(), w.HTML()
+        self._refreshing = False  # while the list is filled anew it selects nothing of its own
         _make_range_controls(self)
         for name in ("base_name", "layer", "order", "pattern"):
             getattr(self, name).observe(lambda change, name=name: self.choose(name, change.new), names=["value"])
-        self.select.observe(lambda change: self.choose("selected", change.new or ""), names=["value"])
+        self.select.observe(lambda change: self._refreshing or self.choose("selected", change.new or ""), names=["value"])
         self.picture.observe(lambda change: self.point(change.new), names=["pointer"])
         self.picture.observe(lambda change: self.click(change.new), names=["clicked"])
         self.state.observe(lambda _: self.refresh("state"), names=self.state.trait_names())
@@ -482,17 +500,18 @@ class RangeExplorer(Panel):
         self.picture.hint = "" if not len(hit) else f"{hit.iloc[0].module}\n{hit.iloc[0]['min']:.4g} … {hit.iloc[0]['max']:.4g}"
 
     def refresh(self, what: str = "") -> None: refresh_ranges(self)
-
     def static_png(self) -> bytes: return self.picture.png if len(self.shown) else _static_picture(self.session)
 
 # %% ../nbs/14_widgets.ipynb #4d665f13
 def _refresh_controls(panel: RangeExplorer, table: pd.DataFrame) -> None:
     s = panel.state
     panel.layer.options = [("all", -1)] + [(str(i), int(i)) for i in sorted(table.layer.dropna().unique())]
+    panel._refreshing = True
     panel.select.options = [("none", "")] + [(m, m) for m in panel.shown.module]
     if s.layer in dict(panel.layer.options).values(): panel.layer.value = s.layer
     panel.base_name.value, panel.order.value, panel.pattern.value = s.base_name, s.order, s.pattern
     panel.select.value = s.selected if s.selected in set(panel.shown.module) else ""
+    panel._refreshing = False
 
 
 def refresh_ranges(panel: RangeExplorer) -> None:
