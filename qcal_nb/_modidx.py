@@ -384,6 +384,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'qcal_nb.session._feed_one': ('session.html#_feed_one', 'qcal_nb/session.py'),
                                  'qcal_nb.session._finish_feed': ('session.html#_finish_feed', 'qcal_nb/session.py'),
                                  'qcal_nb.session._initialize': ('session.html#_initialize', 'qcal_nb/session.py'),
+                                 'qcal_nb.session._is_batch': ('session.html#_is_batch', 'qcal_nb/session.py'),
                                  'qcal_nb.session._remember': ('session.html#_remember', 'qcal_nb/session.py'),
                                  'qcal_nb.session._require': ('session.html#_require', 'qcal_nb/session.py'),
                                  'qcal_nb.session._reset_session': ('session.html#_reset_session', 'qcal_nb/session.py'),

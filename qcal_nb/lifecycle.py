@@ -258,8 +258,7 @@ class _Fields(BaseModel):
 
     @field_validator("targets", "ignore")
     @classmethod
-    def _as_list(cls, value: str | list[str]) -> list[str]:
-        return [_check_pattern(v) for v in ([value] if isinstance(value, str) else value)]
+    def _as_list(cls, value: Any) -> list[str]: return [_check_pattern(v) for v in ([value] if isinstance(value, str) else value)]
 
     _known_policy = field_validator("nonfinite")(check_policy)
 

@@ -11,7 +11,7 @@ import threading
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +68,12 @@ def expected_batches(data: Any, batch_size: int) -> int | None:
     "How many batches `data` will give, if it can be told without reading it."
     if not isinstance(data, (list, tuple)): return None
     if all(isinstance(d, (str, list)) for d in data): return -(-len(data) // batch_size)  # grouped
-    return len(data) if all(isinstance(d, Tensor) for d in data) else None
+    return len(data) if all(_is_batch(d) for d in data) else None
+
+
+def _is_batch(item: Any) -> bool:
+    values = item.values() if isinstance(item, Mapping) else [item]
+    return any(isinstance(v, Tensor) and (v.ndim >= 2 or v is item) for v in values)
 
 # %% ../nbs/12_session.ipynb #06e44959
 SCALE_COLUMNS = ["module", "base_name", "scale", "zero_point", "clip_min", "clip_max", "scales"]

@@ -256,10 +256,10 @@ class Panel(w.VBox):
 # %% ../nbs/14_widgets.ipynb #cbeb9f46
 LABELS = {"initialize": "Initialize", "start": "Start", "feed": "Feed a batch", "feed_all": "Feed all", "end": "End",
           "back": "Back", "reset": "Reset"}
-TIPS = {"initialize": "Attach the scheme: every matched module gets parameters for its scales, still empty (NaN)",
-        "start": "Attach observers and hooks: from now on what passes can be watched",
+TIPS = {"initialize": "Attach the scheme: every matched module gets places for its scales, not computed yet (NaN)",
+        "start": "Attach observers and hooks: from then on every batch you feed is measured",
         "feed": "Run the next batch of data through the model", "feed_all": "Run all remaining batches through the model",
-        "end": "Compute the scales, remove observers and hooks, switch fake quantization on",
+        "end": "Compute the scales and take the observers off; from then on the model rounds as the quantized one would",
         "back": "Undo the last step", "reset": "The model as it was before the first step"}
 
 
@@ -456,7 +456,7 @@ def _make_range_controls(panel: "RangeExplorer") -> None:
     panel.base_name = w.Dropdown(options=["input", "weight"], description="Tensor", layout=layout["base_name"])
     panel.layer = w.Dropdown(options=[("all", -1)], description="Layer", layout=layout["layer"])
     panel.pattern = w.Text(placeholder="e.g. mlp|q_proj", description="Filter", continuous_update=False, layout=layout["pattern"])
-    panel.order = w.Dropdown(options=ORDERS, description="Sort by", layout=layout["order"])
+    panel.order = w.Dropdown(options=ORDERS, description="Sort table", layout=layout["order"])
     panel.select = w.Dropdown(options=[("none", "")], description="Selected", layout=layout["select"])
     for name in ("numbers", "table", *size): getattr(panel, name).add_class(f"qcal-range-{name.replace('_', '-')}")
 
@@ -514,6 +514,9 @@ def _refresh_controls(panel: RangeExplorer, table: pd.DataFrame) -> None:
     panel._refreshing = False
 
 
+_HEADINGS = {"absmax": "largest |value|", "std": "standard deviation", "numel": "values", "nan": "NaN", "inf": "infinite"}
+
+
 def refresh_ranges(panel: RangeExplorer) -> None:
     "Bring an explorer's picture and numbers up to date with record, scales and state."
     state, clips, selected = panel.state, panel.session.scales(), panel.state.selected
@@ -526,5 +529,5 @@ def refresh_ranges(panel: RangeExplorer) -> None:
     hint = '<span class="faint">Click a bar, or choose a tensor, to see its numbers</span>' if len(panel.shown) else ""
     panel.numbers.value = _numbers_html(hit.iloc[0], clip) if len(hit) else block(hint)
     shown = choose(panel.shown, order=state.order)[["module", "min", "max", "absmax", "mean", "std", "numel", "nan", "inf"]]
-    panel.table.value = block(table_html(shown)) if len(shown) else ""
+    panel.table.value = block(table_html(shown.rename(columns=_HEADINGS))) if len(shown) else ""
     _refresh_controls(panel, table)

@@ -115,5 +115,5 @@ def close_workbench(workbench: Workbench) -> None:
     session = workbench.session
     stop(session)
     if session._thread is not None: session._thread.join()
-    if session.phase in ("initialized", "started", "fed"): session.reset()
+    if session.phase in ("initialized", "started", "fed") and session.legal()["reset"] is None: session.reset()
     for panel in (workbench.stepper, workbench.explorer): panel.close()

@@ -135,3 +135,15 @@ def test_max_length_leaves_images_and_wide_masks_alone():
     batch = dict(input_ids=torch.ones(2, 8, dtype=torch.long), attention_mask=torch.ones(2, 8, dtype=torch.long), pixel_values=torch.ones(2, 8))
     cut = next(batches([batch], max_length=4))
     assert cut["input_ids"].shape == cut["attention_mask"].shape == (2, 4) and cut["pixel_values"].shape == (2, 8)
+
+
+def test_texts_in_the_forms_in_which_they_usually_come():
+    from qcal_nb.models import load_tiny_llama
+    _, tokenizer = load_tiny_llama()
+    texts = ["One text.", "Another one.", "A third."]
+    expected = [b["input_ids"].tolist() for b in batches(texts, tokenizer)]
+    ids = [torch.tensor(tokenizer(t).input_ids) for t in texts]
+    forms = [torch.utils.data.DataLoader(texts, batch_size=2), [{"text": texts}], [{"text": t} for t in texts], [i.numpy() for i in ids], iter(texts)]
+    for form in forms: assert [b["input_ids"].tolist() for b in batches(form, tokenizer)] == expected
+    same = torch.utils.data.TensorDataset(torch.stack([ids[0], ids[0]]))
+    assert [b["input_ids"].tolist() for b in batches(torch.utils.data.DataLoader(same, batch_size=2))] == [[expected[0][0]] * 2]

@@ -192,3 +192,68 @@ def test_the_quickstart_names(wb):
     bench.back()
     bench.reset()
     bench.close()
+
+
+# --- what a new user broke ---
+
+def test_two_workbenches_on_one_model_notice_each_other():
+    model = make_model("llama_gqa")
+    first, second = Workbench(model, make_batches(4)), Workbench(model, make_batches(4))
+    press(first, "initialize")
+    press(second, "initialize")
+    assert "something else changed the model since (it is initialized now)" in second.stepper.error.value
+    press(first, "start")
+    from qcal_nb.lifecycle import reset_quantization
+    reset_quantization(model)
+    press(first, "feed")
+    assert "something else changed the model since (it is original now)" in first.stepper.error.value and first.session.fed == 0
+    for bench in (first, second): bench.close()
+
+
+def test_after_one_batch_the_rest_comes_next(wb):
+    press(wb, "initialize", "start", "feed")
+    assert wb.stepper.buttons["feed_all"].button_style == "primary" and not wb.stepper.buttons["end"].disabled
+    assert "1 of 4 batches fed" in wb.stepper.note.value and wb.stepper.bar.value == 0.25
+
+
+def test_warnings_are_shown_and_nothing_quantized_is_said():
+    with pytest.warns(UserWarning, match="this recipe quantizes nothing"):
+        wb = Workbench(make_model("gpt2"), make_batches(2))
+        press(wb, "initialize")
+    assert "8 Conv1D hold weights" in wb.stepper.error.value and "this recipe quantizes nothing" in wb.stepper.error.value
+    press(wb, "start", "end")
+    assert "Nothing is quantized" in wb.stepper.phase.value
+    wb.close()
+
+
+@pytest.mark.parametrize("field", ["targets", "ignore"])
+def test_a_pattern_that_is_none_is_refused_at_once(wb, field):
+    getattr(wb.stepper, field).value = "re:("
+    assert "&#x27;re:(&#x27; is not a regular expression" in wb.stepper.error.value and "re:(" not in getattr(wb.session, field)
+
+
+def test_data_that_cannot_be_read_is_said_in_the_panel():
+    wb = Workbench(make_model("llama_gqa"), ["a text, and no tokenizer"])
+    press(wb, "initialize", "start")
+    assert "Cannot feed: the data cannot be read: data holds strings but tokenizer=None" in wb.stepper.note.value
+    wb.close()
+
+
+def test_the_selection_survives_a_filter_and_a_step_back(wb):
+    press(wb, "initialize", "start", "feed", "feed_all")
+    wb.selected = "model.layers.1.mlp.up_proj"
+    wb.explorer.pattern.value = "up_proj"
+    assert wb.selected == wb.explorer.select.value == "model.layers.1.mlp.up_proj"
+    wb.explorer.pattern.value = "down_proj"
+    assert wb.selected == "model.layers.1.mlp.up_proj" and wb.explorer.select.value == ""
+    press(wb, "back", "back")
+    assert wb.selected == "model.layers.1.mlp.up_proj"
+
+
+def test_many_scales_are_not_told_as_one():
+    model, tokenizer = load_tiny_llama()
+    wb = Workbench(model, calibration_texts()[:1], tokenizer, scheme="W4A16")
+    press(wb, "initialize", "start", "feed_all", "end")
+    wb.state.base_name, wb.selected = "weight", "model.layers.0.mlp.down_proj"
+    assert "1,024 scales," in wb.explorer.numbers.value and "in the middle; the widest can hold" in wb.explorer.numbers.value
+    wb.close()
