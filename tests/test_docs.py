@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
 spec = importlib.util.spec_from_file_location("qcal_tools_docs", ROOT / "tools" / "docs.py")
 builder = importlib.util.module_from_spec(spec)

@@ -66,6 +66,7 @@ def logits(model, ids):
     with torch.no_grad(): return model(input_ids=ids).logits
 
 
+@pytest.mark.slow
 def test_perplexity_on_all_heldout_texts_is_at_most_14(tiny):
     value = perplexity(*tiny, heldout_texts())
     print(f"held-out perplexity {value:.3f}")
@@ -125,6 +126,7 @@ def test_loading_is_quiet_offline_and_leaves_the_random_state_alone(capfd):
     print(f"loaded in {seconds:.2f} s")
 
 
+@pytest.mark.slow
 def test_loading_from_another_folder_with_the_network_cut():
     code = """
 import socket
