@@ -40,7 +40,7 @@ from qcal_nb.calibration import (
     scheme_args, update_qparams, write_qparams,
 )
 from qcal_nb.observers.base import (
-    ACTIVATIONS, BASE_NAMES, NonFinite, Registry, check_policy, find_observer, fuse, fused_layers,
+    ACTIVATIONS, BASE_NAMES, NonFinite, check_policy, find_observer, fuse, fused_layers,
 )
 from .schemes import is_preset, needs_data, preset, preset_names
 from .snapshots import QPARAMS, Edit, configs_of, edits, qparams_of, restore, snapshot, undo
@@ -220,7 +220,7 @@ def _check_observer(args: QuantizationArgs, base_name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the replacement of a weight observer is announced when it happens
         known = find_observer(observer_name(args, base_name))
-    asked = find_observer(args.observer) if args.observer in Registry.registered_names() else known
+    asked = find_observer(args.observer) if args.observer else known
     asked.check_kwargs(args.observer_kwargs or {})
 
 

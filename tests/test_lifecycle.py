@@ -448,8 +448,9 @@ def test_recipes_that_do_less_than_they_say_warn(recipe, words):
     with pytest.warns(UserWarning, match=words): QuantizationModifier(**recipe).initialize_quantization(make_model("llama_gqa"))
 
 
-def test_arguments_of_a_replaced_observer_are_dropped():
-    kwargs = dict(observer="minmax", observer_kwargs={"averaging_constant": 0.5})
+@pytest.mark.parametrize("spelling", ["minmax", "MinMax"])
+def test_arguments_of_a_replaced_observer_are_dropped(spelling):
+    kwargs = dict(observer=spelling, observer_kwargs={"averaging_constant": 0.5})
     weights, inputs = dict(num_bits=8, strategy="channel", **kwargs), dict(num_bits=8, strategy="tensor", **kwargs)
     groups = {"g": dict(targets=["Linear"], weights=weights, input_activations=inputs)}
     model = make_model("llama_gqa")
