@@ -26,11 +26,13 @@ from compressed_tensors.quantization.lifecycle.forward import forward_quantize
 from torch import Tensor
 from torch.nn import Module
 
-from .observers.base import BASE_NAMES, Observer, QParamsDict, check_base_name, current_feed, find_observer
+from qcal_nb.observers.base import (
+    BASE_NAMES, Observer, QParamsDict, check_base_name, current_feed, find_observer, first_tensor, warn_once,
+)
 
 # %% ../nbs/04_calibration.ipynb #96cd46c3
 _PART = dict(weight="weights", output="output_activations")  # input, q, k and v all read `input_activations`
-_MEMORYLESS = dict(static_minmax="memoryless_minmax", minmax="memoryless_minmax", mse="memoryless_mse")
+_MEMORYLESS = dict(staticminmax="memoryless_minmax", minmax="memoryless_minmax", mse="memoryless_mse")
 
 
 def scheme_args(module: Module, base_name: str) -> QuantizationArgs | None:
@@ -43,9 +45,9 @@ def observer_name(args: QuantizationArgs, base_name: str) -> str:
     "The observer that `args` name, or the default; on a weight always a memoryless one, with a warning if that is a change."
     if base_name != "weight": return args.observer or "minmax"
     asked = args.observer or "memoryless_minmax"
-    name = _MEMORYLESS.get(asked.lower().replace("-", "_"), asked)
+    name = _MEMORYLESS.get(asked.lower().replace("-", "").replace("_", ""), asked)
     if name != asked:
-        warnings.warn(f"weight observer {asked!r} is replaced by {name!r}: a weight is the same in every batch", stacklevel=3)
+        warn_once(f"weight observer {asked!r} is replaced by {name!r}: a weight is the same in every batch")
     return name
 
 # %% ../nbs/04_calibration.ipynb #7a82345e
@@ -87,8 +89,7 @@ def observe(module: Module | Iterable[Module], base_name: str) -> None:
 # %% ../nbs/04_calibration.ipynb #e01568f0
 def calibrate_input_hook(module: Module, args: Any, kwargs: dict[str, Any] | None = None) -> None:
     "Forward-pre hook: show the module's first input to its input observer."
-    value = args[0] if isinstance(args, tuple) and args else args
-    if not isinstance(value, Tensor): value = next((v for v in (kwargs or {}).values() if isinstance(v, Tensor)), None)
+    value = first_tensor(args, kwargs)
     if value is not None and module.input_observer.hears(): module.input_observer(value)
 
 

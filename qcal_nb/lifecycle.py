@@ -40,7 +40,7 @@ from qcal_nb.calibration import (
     scheme_args, update_qparams, write_qparams,
 )
 from qcal_nb.observers.base import (
-    ACTIVATIONS, BASE_NAMES, NonFinite, check_policy, find_observer, fuse, fused_layers,
+    ACTIVATIONS, BASE_NAMES, NonFinite, check_policy, each_warning_once, find_observer, fuse, fused_layers,
 )
 from .schemes import is_preset, needs_data, preset, preset_names
 from .snapshots import QPARAMS, Edit, configs_of, edits, qparams_of, restore, snapshot, undo
@@ -474,7 +474,7 @@ def _watch(name: str, module: Module, nonfinite: str) -> None:
 def start_calibration(self: QuantizationMixin, model: Module) -> None:
     "Attach observers and hooks. LifecycleError unless the model was initialized with this recipe."
     ledger = _need(model, self, "initialized", "start", "initialize_quantization")
-    with _step(model, replace(ledger, phase="calibrating")):
+    with _step(model, replace(ledger, phase="calibrating")), each_warning_once():
         chosen = schemes_by_module(model, ledger.config)
         untie_embeddings(model, chosen)
         for name, (module, _) in chosen.items(): _watch(name, module, self.nonfinite)

@@ -6,12 +6,14 @@
 __all__ = ['ACTIVATIONS', 'BASE_NAMES', 'POLICIES', 'current_batch', 'current_feed', 'FUSED_LAYERS', 'check_base_name',
            'flatten_for_calibration', 'Registry', 'find_observer', 'NonFiniteError', 'check_policy', 'NonFinite',
            'find_nonfinite', 'without_nonfinite', 'Statistics', 'Counts', 'QParamsDict', 'same_tensor', 'Fusable',
-           'Observer', 'fuse', 'fused_layers']
+           'Observer', 'first_tensor', 'each_warning_once', 'warn_once', 'fuse', 'fused_layers']
 
-# %% ../../nbs/03a_observers_base.ipynb #c63af04b
+# %% ../../nbs/03a_observers_base.ipynb #b5c0be45
+import warnings
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -195,7 +197,7 @@ class Statistics(InternalModule):
         "The statistics by name; RuntimeError before the first observation."
         if not self.has_statistics:
             raise RuntimeError(f"{self} has no statistics yet; feed it a tensor first")
-        return {name: getattr(self, name) for name in self.statistics}
+        return {name: value for name in self.statistics if (value := getattr(self, name, None)) is not None}
 
     def delete_statistics(self) -> None:
         "Forget everything that was observed."
@@ -204,7 +206,7 @@ class Statistics(InternalModule):
 
     def sync_stats(self) -> list[tuple[Tensor, Any]]:
         "What has to be all-reduced over ranks, as (tensor, operation) pairs."
-        return [(getattr(self, name), op) for name, op in self.sync_ops.items() if self.has_statistics]
+        return [(value, op) for name, op in self.sync_ops.items() if (value := getattr(self, name, None)) is not None]
 
     def sync_activation_stats(self) -> list[dist.Work]:
         "All-reduce this observer's statistics in place; returns the handles to wait for."
@@ -400,6 +402,31 @@ class Observer(Fusable, Registry, ABC):
         return self.owner == current_feed.get()
 
     def extra_repr(self) -> str: return f"{self.module_name or '(free)'}, {self.base_name}"
+
+# %% ../../nbs/03a_observers_base.ipynb #442936bb
+def first_tensor(args: Any, kwargs: dict[str, Any] | None = None) -> Tensor | None:
+    "The first tensor that a module was called with: among the positional arguments, then among the named ones. None without any."
+    values = args if isinstance(args, (tuple, list)) else (args,)
+    return next((v for v in (*values, *(kwargs or {}).values()) if isinstance(v, Tensor)), None)
+
+
+_said: ContextVar[set[str] | None] = ContextVar("qcal_nb_said", default=None)
+
+
+@contextmanager
+def each_warning_once() -> Iterator[None]:
+    "Inside the block `warn_once` says the same thing only once."
+    token = _said.set(_said.get() or set())
+    try: yield
+    finally: _said.reset(token)
+
+
+def warn_once(message: str, stacklevel: int = 3) -> None:
+    "A warning; inside `each_warning_once` not a second time."
+    said = _said.get()
+    if said is not None and message in said: return
+    if said is not None: said.add(message)
+    warnings.warn(message, stacklevel=stacklevel)
 
 # %% ../../nbs/03a_observers_base.ipynb #6ecd71ba
 def fuse(observers: Sequence[Observer | None]) -> None:
