@@ -1,6 +1,7 @@
 """Observers: they watch tensors and conclude scales. Importing this package registers all of them."""
 
 from .base import ACTIVATIONS, BASE_NAMES, NonFiniteError, Observer, QParamsDict, flatten_for_calibration, fuse
+from .imatrix import IMatrixMSEObserver, NVFP4ExpandedIMatrixObserver
 from .minmax import MemorylessMinMaxObserver, MinMaxObserver, StaticMinMaxObserver
 from .mse import FourOverSixObserver, MemorylessMSEObserver, MSEObserver, NVFP4ExpandedMSEObserver
 
@@ -8,10 +9,12 @@ __all__ = [
     "ACTIVATIONS",
     "BASE_NAMES",
     "FourOverSixObserver",
+    "IMatrixMSEObserver",
     "MSEObserver",
     "MemorylessMSEObserver",
     "MemorylessMinMaxObserver",
     "MinMaxObserver",
+    "NVFP4ExpandedIMatrixObserver",
     "NVFP4ExpandedMSEObserver",
     "NonFiniteError",
     "Observer",

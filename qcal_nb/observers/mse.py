@@ -42,17 +42,17 @@ def check_search(kwargs: dict[str, Any]) -> None:
 
 # %% ../../nbs/03c_observers_mse.ipynb #cdd8286c
 def quantize_with_range(observed: Tensor, low: Tensor, high: Tensor, args: QuantizationArgs) -> Tensor:
-    """`observed` (num_observations, *qparam_shape, group_size) after QDQ with the scales of `low` and `high` (`qparam_shape`).
-    Shape and dtype of `observed`."""
+    "`observed` (num_observations, *qparam_shape, group_size) after QDQ with the scales of `low` and `high` (`qparam_shape`)."
     if args.strategy == QuantizationStrategy.TENSOR_GROUP: args = args.model_copy(update={"scale_dtype": None})
     scale, zero_point = calculate_qparams(low, high, args)
     one_scale_a_row = args.model_copy(update={"strategy": QuantizationStrategy.TOKEN})  # broadcasts over the group
-    return fake_quantize(observed, scale.unsqueeze(-1), zero_point.unsqueeze(-1), one_scale_a_row).to(observed.dtype)
+    return fake_quantize(observed, scale.unsqueeze(-1), zero_point.unsqueeze(-1), one_scale_a_row)
 
 # %% ../../nbs/03c_observers_mse.ipynb #63d87f91
 def search_error(observed: Tensor, low: Tensor, high: Tensor, args: QuantizationArgs, norm: float) -> Tensor:
     "Σ|QDQ(x) − x|^norm per qparam element (`qparam_shape`), in the dtype of `observed` (float16: in float32)."
-    terms = (quantize_with_range(observed, low, high, args) - observed).abs_().pow_(norm)
+    quantized = quantize_with_range(observed, low, high, args).to(observed.dtype)
+    terms = (quantized - observed).abs_().pow_(norm)
     total = terms.sum(dim=(0, -1), dtype=torch.float32)
     return total if observed.dtype == torch.float16 else total.to(observed.dtype)
 
