@@ -56,7 +56,7 @@ def _why_unusable(self: "IMatrixMSEObserver", columns: int) -> str | None:
     "Why there are no weights for the error; None if there are."
     if self.base_name != "weight": return f"importance belongs to weights, not to base name {self.base_name!r}"
     if self.args.strategy not in (QuantizationStrategy.CHANNEL, QuantizationStrategy.GROUP, QuantizationStrategy.TENSOR_GROUP):
-        return f"strategy {self.args.strategy.value!r} has none; use channel, group or tensor_group"
+        return f"strategy {str(self.args.strategy)!r} has none; use channel, group or tensor_group"
     if self.importance_count is None or not self.importance_count: return "no data reached the module"
     if self.importance_sum.numel() != columns:
         return f"the weight has {columns} columns, the inputs had {self.importance_sum.numel()} channels"
