@@ -7,10 +7,12 @@ __all__ = ['scheme_args', 'observer_name', 'known_kwargs', 'initialize_observer'
            'calibrate_input_hook', 'is_computed', 'calibrate_output_hook', 'calibrate_query_hook', 'calibrate_key_hook',
            'calibrate_value_hook', 'update_qparams', 'write_qparams', 'apply_calibration_status',
            'reset_quantization_status', 'freeze_module_quantization', 'get_modules', 'call_observer',
-           'calibrate_activations', 'update_weight_zp_scale', 'observers_in', 'claim', 'feeding', 'all_or_nothing',
-           'ModelBusyError', 'refuse_if_held', 'exclusive', 'guarded']
+           'calibrate_activations', 'update_weight_zp_scale', 'ObservedKVCache', 'initialize_quantized_kv_cache',
+           'calibrate_kv_cache_input_hook', 'calibrate_kv_cache_output_hook', 'observers_in', 'claim', 'feeding',
+           'all_or_nothing', 'ModelBusyError', 'refuse_if_held', 'exclusive', 'guarded']
 
-# %% ../nbs/04_calibration.ipynb #cae7a435
+# %% ../nbs/04_calibration.ipynb #45a76f31
+import inspect
 import threading
 import warnings
 import weakref
@@ -20,11 +22,12 @@ from contextvars import ContextVar
 from itertools import product
 from typing import Any
 
+from compressed_tensors import InternalModule
 from compressed_tensors.offload import update_offload_parameter
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStatus
 from compressed_tensors.quantization.lifecycle.forward import forward_quantize
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, Parameter
 
 from qcal_nb.observers.base import (
     BASE_NAMES, Observer, QParamsDict, check_base_name, current_feed, find_observer, first_tensor, warn_once,
@@ -167,6 +170,7 @@ def freeze_module_quantization(module: Module) -> None:
         if (observer := observer_of(module, base_name)) is not None:
             observer.detach(module)
             delattr(module, f"{base_name}_observer")
+    if getattr(module._modules.get("kv_cache"), "only_while_calibrating", False): del module._modules["kv_cache"]
     module.quantization_status = QuantizationStatus.FROZEN
 
 
@@ -198,6 +202,53 @@ def update_weight_zp_scale(module: Module) -> None:
     if getattr(module, "quantization_status", None) != QuantizationStatus.CALIBRATION:
         warnings.warn(f"updating the weight scale of a {type(module).__name__} that is not in calibration", stacklevel=2)
     call_observer(module, "weight")
+
+# %% ../nbs/04_calibration.ipynb #1a183dfc
+class ObservedKVCache(InternalModule):
+    "Stands in for `past_key_values` of an attention module: shows keys and values to its observers and passes them on unchanged."
+
+    only_while_calibrating = True  # what `freeze_module_quantization` looks for
+
+    def __init__(self, module: Module) -> None:
+        super().__init__()
+        self.attention = weakref.ref(module)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        "Observe (batch, heads, seq, head_dim) keys and values."
+        for name, value in (("k", key_states), ("v", value_states)):
+            if (observer := observer_of(self.attention(), name)) is not None and observer.hears(): observer(value)
+        return key_states, value_states
+
+
+def initialize_quantized_kv_cache(module: Module) -> None:
+    """Give an attention module observers for `k` and `v` and a cache that shows them both, as its scheme's `output_activations`
+    (else `input_activations`) ask. Nothing happens without a scheme, where it is fully dynamic, or a second time."""
+    args = scheme_args(module, "output") or scheme_args(module, "k")
+    if args is None or args.dynamic is True or isinstance(module._modules.get("kv_cache"), ObservedKVCache): return
+    for name in ("k", "v"):
+        observer = Observer.load_from_registry(observer_name(args, name), base_name=name, args=args)
+        module.register_module(f"{name}_observer", observer)
+        observer.attach(module)
+    module.register_module("kv_cache", ObservedKVCache(module))
+
+# %% ../nbs/04_calibration.ipynb #a1996b91
+def calibrate_kv_cache_input_hook(module: Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    "Forward-pre hook (with_kwargs) of an attention module: replace `past_key_values` by the cache that observes."
+    known = inspect.signature(module.forward).parameters
+    kwargs["past_key_value" if "past_key_value" in known else "past_key_values"] = module.kv_cache
+    if "use_cache" in kwargs: kwargs["use_cache"] = False
+    return args, kwargs
+
+
+def calibrate_kv_cache_output_hook(module: Module, _args: Any, _output: Any) -> None:
+    "Forward hook of an attention module: write what was observed so far to `k_scale`, `v_scale` and their zero points."
+    for name in ("k", "v"):
+        observer = observer_of(module, name)
+        if observer is None or not observer.has_statistics: continue
+        for part, value in observer.get_qparams().items():
+            if value is None: continue
+            if hasattr(module, f"{name}_{part}"): update_offload_parameter(module, f"{name}_{part}", value)
+            else: module.register_parameter(f"{name}_{part}", Parameter(value, requires_grad=False))
 
 # %% ../nbs/04_calibration.ipynb #50603c1c
 def observers_in(model: Module) -> list[Observer]:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['QUANTIZABLE', 'Ledger', 'LifecycleError', 'ledger_of', 'phase_of', 'reset_quantization', 'schemes_by_module',
-           'check_schemes', 'QuantizationMixin', 'resolve_config', 'initialize_quantization', 'embeddings_of',
-           'untie_embeddings', 'observed_names', 'start_calibration', 'Coverage', 'uncomputed', 'remove_hooks',
-           'refuse_unset', 'check_on_uncalibrated', 'end_calibration', 'EventType', 'Event', 'State',
+           'is_cache_scheme', 'check_schemes', 'QuantizationMixin', 'resolve_config', 'initialize_quantization',
+           'embeddings_of', 'untie_embeddings', 'observed_names', 'start_calibration', 'Coverage', 'uncomputed',
+           'remove_hooks', 'refuse_unset', 'check_on_uncalibrated', 'end_calibration', 'EventType', 'Event', 'State',
            'QuantizationModifier', 'lacking_data', 'compute_remaining', 'Match', 'match_report']
 
 # %% ../nbs/05_lifecycle.ipynb #07ad4435
@@ -28,12 +28,18 @@ from compressed_tensors.quantization import (
     QuantizationArgs, QuantizationConfig, QuantizationScheme, QuantizationStatus,
     apply_quantization_config, disable_quantization, enable_quantization,
 )
-from compressed_tensors.quantization.utils import is_module_quantized
-from compressed_tensors.utils.match import is_match, match_named_modules, match_targets
+from compressed_tensors.modeling import IMPL_ATTR, KV_CACHE_ATTR
+from compressed_tensors.quantization.lifecycle.initialize import is_cached_attention_module
+from compressed_tensors.quantization.utils import KV_CACHE_TARGETS, is_module_quantized
+from compressed_tensors.utils.match import is_match, is_narrow_match, match_named_modules, match_targets
 from pydantic import BaseModel, ConfigDict, PrivateAttr, field_validator, model_validator
 from torch.nn import Module, Parameter
 from torch.nn.parameter import UninitializedParameter
 
+from qcal_nb.attention import (
+    attach_attention_scheme, attention_classes, attention_faults, attention_modules, observe_key_value, observe_query,
+    states_of, watch_attention,
+)
 from qcal_nb.calibration import (
     all_or_nothing, apply_calibration_status, calibrate_input_hook, calibrate_output_hook, each, freeze_module_quantization,
     initialize_observer, is_computed, known_kwargs, observe, observer_name, observer_of, observers_in, refuse_if_held,
@@ -126,10 +132,23 @@ def _is_candidate(module: Module) -> bool:
 
 
 def schemes_by_module(model: Module, config: QuantizationConfig) -> dict[str, tuple[Module, QuantizationScheme]]:
-    "Name -> (module, scheme) for every module that the config would quantize, in model order."
+    """Name -> (module, scheme) for every module that the config would quantize, in model order: Linear and Embedding modules,
+    attention modules that a target means narrowly (not their parents or children too) or that the KV cache scheme reaches."""
     by_target = {target: scheme for scheme in config.config_groups.values() for target in scheme.targets}
-    matched = match_named_modules(model, list(by_target), config.ignore or [])
-    return {name: (m, by_target[match_targets(name, m, by_target)[0]]) for name, m in matched if isinstance(m, QUANTIZABLE)}
+    found = {}
+    for name, m in match_named_modules(model, list(by_target), config.ignore or []):
+        scheme = by_target[match_targets(name, m, by_target)[0]]
+        if isinstance(m, QUANTIZABLE) or (is_cached_attention_module(m) and is_narrow_match(model, scheme.targets, name, m)):
+            found[name] = (m, scheme)
+    if config.kv_cache_scheme is None: return found
+    cache = QuantizationScheme(targets=list(KV_CACHE_TARGETS), input_activations=config.kv_cache_scheme)
+    found |= {n: (m, cache) for n, m in attention_modules(model).items() if n not in found and not is_match(n, m, config.ignore or [])}
+    return {name: found[name] for name, _ in model.named_modules() if name in found}
+
+
+def is_cache_scheme(scheme: QuantizationScheme) -> bool:
+    "Whether a scheme comes from `kv_cache_scheme`, and so leaves the queries alone."
+    return scheme.targets == list(KV_CACHE_TARGETS)
 
 # %% ../nbs/05_lifecycle.ipynb #bfd33bad
 _GROUPED = ("group", "tensor_group")
@@ -171,10 +190,12 @@ def _partly_fused(model: Module, chosen: dict[str, tuple[Module, QuantizationSch
 # %% ../nbs/05_lifecycle.ipynb #88e56425
 def check_schemes(model: Module, chosen: dict[str, tuple[Module, QuantizationScheme]], bypass_divisibility: bool = False) -> None:
     "ValueError that lists every module whose shape or neighbours do not allow its scheme. Looks only."
-    faults = [] if bypass_divisibility else [f for name, (m, s) in chosen.items() for f in _indivisible(name, m, s)]
+    matrices = {name: (m, s) for name, (m, s) in chosen.items() if isinstance(m, QUANTIZABLE)}
+    faults = [] if bypass_divisibility else [f for name, (m, s) in matrices.items() for f in _indivisible(name, m, s)]
     hint = "change the scheme or `ignore`"
     if faults: hint = "add the modules to `ignore`, choose another group_size, or set bypass_divisibility_checks=True"
-    faults += [f for name, (m, s) in chosen.items() for f in _impossible(name, m, s)]
+    for name, (m, s) in chosen.items():
+        faults += _impossible(name, m, s) if isinstance(m, QUANTIZABLE) else attention_faults(model, name, m, s, not is_cache_scheme(s))
     faults += _partly_fused(model, chosen)
     if faults:
         listed = "\n".join(f"  - {f}" for f in faults)
@@ -300,12 +321,15 @@ class QuantizationMixin(_Fields):
     @property
     def resolved_targets(self) -> set[str]:
         "Every target of every group."
-        return {target for scheme in self.resolved_config.config_groups.values() for target in scheme.targets}
+        targets = {target for scheme in self.resolved_config.config_groups.values() for target in scheme.targets}
+        return targets | set(KV_CACHE_TARGETS if self.resolved_config.kv_cache_scheme is not None else ())
 
     @property
     def requires_calibration_data(self) -> bool:
         "Whether some scale can only be found by running data through the model."
-        return any(needs_data(scheme) for scheme in self.resolved_config.config_groups.values())
+        config = self.resolved_config
+        cache = config.kv_cache_scheme is not None and config.kv_cache_scheme.dynamic is not True
+        return cache or any(needs_data(scheme) for scheme in config.config_groups.values())
 
     @property
     def coverage(self) -> list["Coverage"]:
@@ -335,14 +359,14 @@ def resolve_config(fields: _Fields) -> QuantizationConfig:
     "One QuantizationConfig from whichever fields were given. Everything in it is a copy."
     if fields.scheme is not None and fields.config_groups is not None:
         raise ValueError("scheme and config_groups are both given; use one or the other")
-    if fields.kv_cache_scheme is not None:
-        raise ValueError("kv_cache_scheme is not supported yet: this release calibrates Linear and Embedding modules")
     if fields.scheme is not None: groups = _groups_from_scheme(fields.scheme, fields.targets)
     elif fields.config_groups: groups = _groups_from_config(fields.config_groups)
     else: groups = {"group_0": QuantizationScheme(targets=list(fields.targets))}
     chosen = _chosen_observers(fields)
     for scheme in groups.values(): _choose_observers(scheme, chosen)
-    return QuantizationConfig(config_groups=groups, ignore=list(fields.ignore),
+    cache = fields.kv_cache_scheme and fields.kv_cache_scheme.model_copy(deep=True)
+    if cache is not None and cache.dynamic is not True: _check_observer(cache, "k")
+    return QuantizationConfig(config_groups=groups, kv_cache_scheme=cache, ignore=list(fields.ignore),
                               quantization_status=QuantizationStatus.INITIALIZED)
 
 # %% ../nbs/05_lifecycle.ipynb #41ba242e
@@ -385,6 +409,13 @@ def _warn_about(model: Module, config: QuantizationConfig, chosen: dict[str, tup
                       stacklevel=4)
 
 
+def _need_attention(model: Module, config: QuantizationConfig, chosen: dict[str, tuple[Module, QuantizationScheme]]) -> None:
+    if config.kv_cache_scheme is None or any(is_cached_attention_module(m) for m, _ in chosen.values()): return
+    found = ", ".join(attention_classes(model)) or "none"
+    raise ValueError(f"kv_cache_scheme: this {type(model).__name__} has no attention module whose cache can be hooked (it needs k_proj or "
+                     f"v_proj, and a forward that takes past_key_values). Attention classes found: {found}")
+
+
 def _ready_to_initialize(model: Module) -> None:
     if phase_of(model) == "calibrating":
         raise ValueError("this model is in calibration; end it (end_calibration) or take it back (reset_quantization) "
@@ -403,9 +434,10 @@ def initialize_quantization(self: QuantizationMixin, model: Module) -> None:
     try:
         reset_quantization(model)
         chosen = schemes_by_module(model, config)
+        _need_attention(model, config, chosen)
         check_schemes(model, chosen, self.bypass_divisibility_checks)
         with _step(model, Ledger("initialized", config)):
-            apply_quantization_config(model, config, show_progress=False)
+            _attach_schemes(model, config, chosen)
             for module, _ in chosen.values(): _unset_scales(module)
             model.apply(disable_quantization)
     except BaseException:
@@ -413,6 +445,15 @@ def initialize_quantization(self: QuantizationMixin, model: Module) -> None:
         raise
     self._model = weakref.ref(model)
     _warn_about(model, config, chosen)
+
+
+def _attach_schemes(model: Module, config: QuantizationConfig, chosen: dict[str, tuple[Module, QuantizationScheme]]) -> None:
+    "compressed-tensors' own `apply_quantization_config` for matrices; attention is hooked here, so that models keep apart."
+    attention = {name: pair for name, pair in chosen.items() if not isinstance(pair[0], QUANTIZABLE)}
+    matrices = config.model_copy(update={"kv_cache_scheme": None, "ignore": [*(config.ignore or []), *attention]})
+    apply_quantization_config(model, matrices, show_progress=False)
+    for module, scheme in attention.values():
+        attach_attention_scheme(model, module, scheme.model_copy(deep=True), not is_cache_scheme(scheme), config.quantization_status)
 
 
 def _unset_scales(module: Module) -> None:
@@ -456,6 +497,7 @@ def untie_embeddings(model: Module, chosen: dict[str, tuple[Module, Any]]) -> No
 # %% ../nbs/05_lifecycle.ipynb #464e43db
 def observed_names(module: Module) -> list[str]:
     "The base names of a module's tensors that an observer should watch."
+    if not isinstance(module, QUANTIZABLE): return states_of(module)
     wanted = {name: scheme_args(module, name) for name in ("input", "weight", "output")}
     return [n for n, args in wanted.items()
             if args is not None and (args.dynamic is not True if n == "input" else not args.dynamic)]
@@ -468,6 +510,7 @@ def _watch(name: str, module: Module, nonfinite: str) -> None:
         observer.module_name, observer.nonfinite = name, nonfinite
     if observer_of(module, "input"): module.register_forward_pre_hook(calibrate_input_hook, with_kwargs=True)
     if observer_of(module, "output"): module.register_forward_hook(calibrate_output_hook)
+    watch_attention(module)
     apply_calibration_status(module)
 
 
@@ -513,15 +556,16 @@ def uncomputed(chosen: dict[str, tuple[Module, Any]]) -> list[str]:
     return [f"{name}.{base_name}" for name, (m, _) in chosen.items()
             for base_name in observed_names(m) if not is_computed(m, base_name)]
 
-# %% ../nbs/05_lifecycle.ipynb #693df408
-_HOOKS = (calibrate_input_hook, calibrate_output_hook)
+# %% ../nbs/05_lifecycle.ipynb #a19192cc
+_HOOKS = (calibrate_input_hook, calibrate_output_hook, observe_query, observe_key_value)
 
 
 def remove_hooks(module: Module) -> None:
-    "Take our hooks off a module, and only ours."
-    pre = (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
-    post = (module._forward_hooks, module._forward_hooks_with_kwargs)
-    for store, flags in (pre, post):
+    "Take our hooks off a module and off what is hooked inside an attention module, and only ours."
+    watched = [module, *(m for n in (IMPL_ATTR, KV_CACHE_ATTR) if (m := module._modules.get(n)) is not None)]
+    pre = [(m._forward_pre_hooks, m._forward_pre_hooks_with_kwargs) for m in watched]
+    post = [(m._forward_hooks, m._forward_hooks_with_kwargs) for m in watched]
+    for store, flags in (*pre, *post):
         for key in [k for k, hook in store.items() if hook in _HOOKS]:
             del store[key]
             flags.pop(key, None)
@@ -688,11 +732,23 @@ def _match(name: str, module: Module, config: QuantizationConfig, groups: dict[s
     return replace(row, matched=True, reason=f"target {hits[0]!r}", group=groups[hits[0]])
 
 
+def _match_attention(name: str, module: Module, scheme: QuantizationScheme | None, groups: dict[str, str]) -> Match:
+    row = Match(name, type(module).__name__, (), scheme is not None, "ignored")
+    if scheme is None: return row
+    if is_cache_scheme(scheme): return replace(row, reason="kv_cache_scheme: keys and values", group="kv_cache")
+    target = match_targets(name, module, groups)[0]
+    return replace(row, reason=f"target {target!r}: queries, keys and values", group=groups[target])
+
+
 def match_report(model: Module, modifier: QuantizationMixin) -> list[Match]:
-    "A row for every module with a matrix of its own, in model order: quantized or not, and why. Looks only."
+    """A row for every module with a matrix of its own, in model order: quantized or not, and why. Looks only.
+    Attention modules, which have none, appear where a target or `kv_cache_scheme` means them."""
     ledger_of(model)  # a TypeError unless it is a model
     if not isinstance(modifier, QuantizationMixin):
         raise TypeError(f"modifier must be a QuantizationModifier, got {type(modifier).__name__}")
     config = modifier.resolved_config
     groups = {target: group for group, scheme in config.config_groups.items() for target in scheme.targets}
-    return [_match(name, m, config, groups) for name, m in model.named_modules() if _is_candidate(m)]
+    chosen, caches = schemes_by_module(model, config), config.kv_cache_scheme is not None
+    states = {n: m for n, m in attention_modules(model).items() if n in chosen or caches}
+    return [_match_attention(name, m, chosen.get(name, (m, None))[1], groups) if name in states else _match(name, m, config, groups)
+            for name, m in model.named_modules() if name in states or _is_candidate(m)]

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import Linear, Module
 from tqdm import tqdm
 
+from .attention import eager_beneath
 from .calibration import all_or_nothing, claim, exclusive, feeding, guarded, observer_of, observers_in
 from .lifecycle import Event, EventType, QuantizationModifier, State, check_on_uncalibrated, configs_of, embeddings_of
 from .observers.base import check_policy, current_batch
@@ -87,7 +88,8 @@ def calibration_context(model: Module, attention: Literal["eager", "model"] = "e
             if hasattr(config, "use_cache"): stack.enter_context(_patched(config, "use_cache", False))
             stack.enter_context(_patched(config, "disable_custom_kernels", True))
             if attention == "eager":
-                stack.enter_context(_patched(config, "_attn_implementation_internal", "eager"))
+                now = getattr(config, "_attn_implementation_internal", None)
+                stack.enter_context(_patched(config, "_attn_implementation_internal", eager_beneath(now)))
         if (head := _idle_head(model)) is not None:
             skip = lambda x: x.new_empty((*x.shape[:-1], head.out_features), device="meta")
             stack.enter_context(_patched(head, "forward", skip))

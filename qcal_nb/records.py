@@ -20,7 +20,7 @@ from torch.nn import Module
 from tqdm import tqdm
 
 from .calibration import exclusive, feeding, guarded
-from .lifecycle import QuantizationMixin, ledger_of, schemes_by_module
+from .lifecycle import QUANTIZABLE, QuantizationMixin, ledger_of, schemes_by_module
 from .observers.base import same_tensor
 from .pipelines import batches, calibration_context, feed
 from .schemes import preset
@@ -135,7 +135,8 @@ def modules_to_record(model: Module, scheme: Any = None, ignore: Iterable[str] =
     "The modules that a scheme (a preset's name, a modifier, or None for every Linear) would quantize."
     if not isinstance(scheme, QuantizationMixin):
         scheme = QuantizationMixin(scheme=scheme or preset("INT8_STATIC"), ignore=list(ignore))
-    return {name: module for name, (module, _) in schemes_by_module(model, scheme.resolved_config).items()}
+    chosen = schemes_by_module(model, scheme.resolved_config)
+    return {name: module for name, (module, _) in chosen.items() if isinstance(module, QUANTIZABLE)}
 
 
 def new_record(
