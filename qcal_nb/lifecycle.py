@@ -369,11 +369,11 @@ def resolve_config(fields: _Fields) -> QuantizationConfig:
     return QuantizationConfig(config_groups=groups, kv_cache_scheme=cache, ignore=list(fields.ignore),
                               quantization_status=QuantizationStatus.INITIALIZED)
 
-# %% ../nbs/05_lifecycle.ipynb #41ba242e
-def _warn_target(model: Module, target: str) -> None:
+# %% ../nbs/05_lifecycle.ipynb #c049e41e
+def _warn_target(model: Module, target: str, chosen: dict[str, tuple[Module, QuantizationScheme]]) -> None:
     hits = [m for n, m in model.named_modules() if is_match(n, m, target) and not isinstance(m, InternalModule)]
     if not hits: warnings.warn(f"target {target!r} matches no module of this {type(model).__name__}", stacklevel=6)
-    elif not any(isinstance(m, QUANTIZABLE) for m in hits):
+    elif not any(isinstance(m, QUANTIZABLE) or any(m is c for c, _ in chosen.values()) for m in hits):
         kinds = sorted({type(m).__name__ for m in hits})
         warnings.warn(f"target {target!r} matches only {', '.join(kinds)}, which cannot be quantized "
                       "(Linear and Embedding can)", stacklevel=6)
@@ -390,7 +390,7 @@ _FAST = (torch.nn.MultiheadAttention, torch.nn.TransformerEncoderLayer)  # they 
 
 def _warn_about(model: Module, config: QuantizationConfig, chosen: dict[str, tuple[Module, QuantizationScheme]]) -> None:
     "Say what a person would otherwise find out too late: what is not quantized, and which names match nothing."
-    for target in [t for scheme in config.config_groups.values() for t in scheme.targets]: _warn_target(model, target)
+    for target in [t for scheme in config.config_groups.values() for t in scheme.targets]: _warn_target(model, target, chosen)
     ignore = config.ignore or []
     kinds = Counter(type(m).__name__ for n, m in model.named_modules() if _out_of_reach(m) and not is_match(n, m, ignore))
     if kinds:

@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['PIPELINES', 'check_attention', 'calibration_context', 'batches', 'warn_if_too_long', 'feed', 'count_tokens',
-           'set_policy', 'calibrate']
+           'set_policy', 'check_propagate', 'calibrate']
 
 # %% ../nbs/06_pipelines.ipynb #8c9b20dd
 import inspect
 import itertools
 import threading
 import uuid
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
@@ -25,7 +24,8 @@ from tqdm import tqdm
 from .attention import eager_beneath
 from .calibration import all_or_nothing, claim, exclusive, feeding, guarded, observer_of, observers_in
 from .lifecycle import Event, EventType, QuantizationModifier, State, check_on_uncalibrated, configs_of, embeddings_of
-from .observers.base import check_policy, current_batch
+from .observers.base import check_policy, current_batch, each_warning_once, warn_once
+from .sequential import PROPAGATE, run_blocks
 
 # %% ../nbs/06_pipelines.ipynb #35aac25e
 _MISSING = object()
@@ -199,8 +199,7 @@ def warn_if_too_long(model: Module, batch: Mapping[str, Tensor]) -> None:
     limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     length = max((v.shape[1] for k, v in batch.items() if k == "input_ids" and v.ndim >= 2), default=0)
     if limit and 0 < limit < length:
-        warnings.warn(f"a batch of {length} tokens is longer than the model's {limit} positions; use max_length={limit}",
-                      stacklevel=3)
+        warn_once(f"a batch of {length} tokens is longer than the model's {limit} positions; use max_length={limit}", stacklevel=4)
 
 # %% ../nbs/06_pipelines.ipynb #43c3b371
 def feed(model: Module, batch: Mapping[str, Tensor], index: int | None = None) -> int:
@@ -229,8 +228,8 @@ def count_tokens(batch: Mapping[str, Any]) -> int:
     if isinstance(ids, Tensor) and not ids.is_floating_point(): return ids.numel()
     return max((len(v) for v in tensors if v.ndim), default=0)
 
-# %% ../nbs/06_pipelines.ipynb #a1efc5cc
-PIPELINES = ("basic", "datafree")
+# %% ../nbs/06_pipelines.ipynb #be80b039
+PIPELINES = ("basic", "sequential", "datafree")
 
 
 def _first_batches(data: Any, modifier: QuantizationModifier, pipeline: str, **options: Any) -> Iterator[dict[str, Tensor]]:
@@ -256,6 +255,16 @@ def _feed_all(model: Module, stream: Iterator[dict[str, Tensor]], owner: str, at
             with feeding(owner), all_or_nothing(observers): tokens = feed(model, batch, index)
             bar.update(tokens)
 
+
+def _feed_blocks(model: Module, stream: Iterator[dict[str, Tensor]], owner: str, attention: str, progress: bool,
+                 modifier: QuantizationModifier, propagate: str) -> None:
+    def after(modules: list[Module]) -> None:
+        modifier.on_event(State(model), Event(EventType.SEQUENTIAL_EPOCH_END), modules=modules)
+    batches = list(stream)  # each is needed again for every block
+    if not batches: return
+    with calibration_context(model, attention), guarded(model):
+        run_blocks(model, batches, lambda batch, index: feed(model, batch, index), owner, after, propagate, progress)
+
 # %% ../nbs/06_pipelines.ipynb #e79f76bb
 def set_policy(model: Module, nonfinite: str | None) -> None:
     "What all observers of a model do about non-finite values; None leaves each with its modifier's choice."
@@ -263,12 +272,22 @@ def set_policy(model: Module, nonfinite: str | None) -> None:
     for observer in observers_in(model): observer.nonfinite = check_policy(nonfinite)
 
 
+def check_propagate(propagate: str, pipeline: str) -> None:
+    "ValueError unless `propagate` is known, and meant for the sequential pipeline where it is not the default."
+    if propagate not in PROPAGATE:
+        raise ValueError(f"propagate={propagate!r} is unknown; it must be one of {', '.join(map(repr, PROPAGATE))}")
+    if propagate != "float" and pipeline != "sequential":
+        raise ValueError(f"propagate={propagate!r} needs pipeline='sequential', got pipeline={pipeline!r}: "
+                         "only block by block are scales known before later blocks are fed")
+
+
 def calibrate(
     model: Module,                                     # Any torch model; transformers models take all forms of data
     data: Any,                                         # Texts, token ids, tensors, dicts, a DataLoader; None if none is needed
     modifier: QuantizationModifier,                    # What to quantize, and how
     *,
-    pipeline: str = "basic",                           # "basic": whole forward passes; "datafree": weights only
+    pipeline: str = "basic",                           # "basic": whole passes; "sequential": block by block; "datafree": weights only
+    propagate: str = "float",                          # sequential: what the next block is fed, "float" or "quantized" outputs
     tokenizer: Any = None,                             # Needed for texts
     batch_size: int = 1,                               # Texts or rows in a batch; padding is observed too, as in the reference
     max_length: int | None = None,                     # Cut longer texts to so many tokens
@@ -283,14 +302,17 @@ def calibrate(
                         "e.g. QuantizationModifier(scheme='FP8', ignore=['lm_head'])")
     for check, value in ((check_policy, nonfinite), (check_on_uncalibrated, on_uncalibrated), (check_attention, attention)):
         if value is not None: check(value)
+    check_propagate(propagate, pipeline)
     state, owner = State(model), f"calibrate {uuid.uuid4().hex}"
-    with exclusive(model, "calibrate()"):
+    with exclusive(model, "calibrate()"), each_warning_once():
         stream = _first_batches(data, modifier, pipeline, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
         modifier.on_initialize(state)
         modifier.on_event(state, Event(EventType.CALIBRATION_START))
         set_policy(model, nonfinite)
         claim(model, owner)
-        try: _feed_all(model, stream, owner, attention, progress)
+        try:
+            if pipeline == "sequential": _feed_blocks(model, stream, owner, attention, progress, modifier, propagate)
+            else: _feed_all(model, stream, owner, attention, progress)
         finally: claim(model, None)
         modifier.on_event(state, Event(EventType.CALIBRATION_END), on_uncalibrated=on_uncalibrated)
     return model
