@@ -29,6 +29,8 @@ from compressed_tensors.quantization import (
     apply_quantization_config, disable_quantization, enable_quantization,
 )
 from compressed_tensors.modeling import IMPL_ATTR, KV_CACHE_ATTR
+from compressed_tensors.offload import disable_onloading, update_offload_parameter
+from compressed_tensors.offload.cache import OffloadCache
 from compressed_tensors.quantization.lifecycle.initialize import is_cached_attention_module
 from compressed_tensors.quantization.utils import KV_CACHE_TARGETS, is_module_quantized
 from compressed_tensors.utils.match import is_match, is_narrow_match, match_named_modules, match_targets
@@ -45,11 +47,12 @@ from qcal_nb.calibration import (
     initialize_observer, is_computed, known_kwargs, observe, observer_name, observer_of, observers_in, refuse_if_held,
     scheme_args, update_qparams, write_qparams,
 )
+from .offload import convert_offload, has_accelerate_hooks, hold_while_running
 from qcal_nb.observers.base import (
     ACTIVATIONS, BASE_NAMES, NonFinite, check_policy, each_warning_once, find_observer, fuse, fused_layers,
 )
 from .schemes import is_preset, needs_data, preset, preset_names
-from .snapshots import QPARAMS, Edit, configs_of, edits, qparams_of, restore, snapshot, undo
+from .snapshots import QPARAMS, Edit, configs_of, edits, qparams_of, restore, snapshot, stored_parameters, undo
 from .snapshots import ModuleChange, Snapshot, changes  # noqa: F401  what a step changed, under this chapter's name too
 
 # %% ../nbs/05_lifecycle.ipynb #6dfb34ae
@@ -126,9 +129,8 @@ QUANTIZABLE = (torch.nn.Linear, torch.nn.Embedding)
 def _is_candidate(module: Module) -> bool:
     "Whether the module holds a matrix, or a stack of them, of its own."
     if isinstance(module, InternalModule): return False
-    own = module._parameters if isinstance(module._parameters, dict) else {}
     if isinstance(module, QUANTIZABLE): return True
-    return any(p is not None and p.ndim >= 2 and name not in QPARAMS for name, p in own.items())
+    return any(p is not None and p.ndim >= 2 and name not in QPARAMS for name, p in stored_parameters(module).items())
 
 
 def schemes_by_module(model: Module, config: QuantizationConfig) -> dict[str, tuple[Module, QuantizationScheme]]:
@@ -174,7 +176,7 @@ def _impossible(name: str, module: Module, scheme: QuantizationScheme) -> Iterat
             yield f"{name}: {part} cannot have strategy {args.strategy!r}; use tensor, or (dynamic) token or group"
     if isinstance(module, torch.nn.Embedding) and scheme.input_activations is not None:
         yield f"{name}: the input of an Embedding is token ids, which cannot be quantized; use a scheme for weights only"
-    if not hasattr(module.forward, "__func__"):
+    if not hasattr(module.forward, "__func__") and "_hf_hook" not in module.__dict__:  # accelerate's wrapper is taken off first
         yield f"{name}: its forward was replaced by a plain function, which cannot be wrapped; make it a method"
 
 
@@ -381,7 +383,7 @@ def _warn_target(model: Module, target: str, chosen: dict[str, tuple[Module, Qua
 
 def _out_of_reach(module: Module) -> bool:
     "A matrix product in a class that no scheme can reach: GPT-2's Conv1D, experts fused into one parameter."
-    own = module._parameters.values() if isinstance(module._parameters, dict) else ()
+    own = stored_parameters(module).values()
     return type(module).__name__ == "Conv1D" or any(p is not None and p.ndim == 3 for p in own)
 
 # %% ../nbs/05_lifecycle.ipynb #76256ccd
@@ -421,7 +423,8 @@ def _ready_to_initialize(model: Module) -> None:
         raise ValueError("this model is in calibration; end it (end_calibration) or take it back (reset_quantization) "
                          "before initializing again")
     if ledger_of(model) is None: _refuse_quantized(model, "initialize")
-    if any(p.is_meta or isinstance(p, UninitializedParameter) for p in model.parameters()):
+    own = [p for m in model.modules() if isinstance(m._parameters, dict) for p in m._parameters.values() if p is not None]
+    if any(p.is_meta or isinstance(p, UninitializedParameter) for p in own) and not has_accelerate_hooks(model):
         raise ValueError("this model has parameters without values (on the meta device, or lazy); "
                          "load its weights or run it once first")
 
@@ -435,8 +438,9 @@ def initialize_quantization(self: QuantizationMixin, model: Module) -> None:
         reset_quantization(model)
         chosen = schemes_by_module(model, config)
         _need_attention(model, config, chosen)
-        check_schemes(model, chosen, self.bypass_divisibility_checks)
+        with disable_onloading(): check_schemes(model, chosen, self.bypass_divisibility_checks)  # shapes suffice
         with _step(model, Ledger("initialized", config)):
+            convert_offload(model)
             _attach_schemes(model, config, chosen)
             for module, _ in chosen.values(): _unset_scales(module)
             model.apply(disable_quantization)
@@ -452,13 +456,14 @@ def _attach_schemes(model: Module, config: QuantizationConfig, chosen: dict[str,
     attention = {name: pair for name, pair in chosen.items() if not isinstance(pair[0], QUANTIZABLE)}
     matrices = config.model_copy(update={"kv_cache_scheme": None, "ignore": [*(config.ignore or []), *attention]})
     apply_quantization_config(model, matrices, show_progress=False)
+    for module, _ in chosen.values(): hold_while_running(module)
     for module, scheme in attention.values():
         attach_attention_scheme(model, module, scheme.model_copy(deep=True), not is_cache_scheme(scheme), config.quantization_status)
 
 
 def _unset_scales(module: Module) -> None:
     for name, param in qparams_of(module).items():
-        if name.endswith("_scale"): param.data.fill_(torch.nan)
+        if name.endswith("_scale"): update_offload_parameter(module, name, torch.full_like(param, torch.nan))
 
 # %% ../nbs/05_lifecycle.ipynb #10008c40
 def _first_step(model: Module) -> str:
@@ -488,9 +493,13 @@ def embeddings_of(model: Module) -> list[Module | None]:
 def untie_embeddings(model: Module, chosen: dict[str, tuple[Module, Any]]) -> None:
     "Give the output embedding its own weight if it shares one with the input embedding and either is to be quantized."
     both = embeddings_of(model)
-    if None in both or both[0].weight is not both[1].weight or not any(m is e for m, _ in chosen.values() for e in both): return
+    with disable_onloading(): tied = None not in both and both[0].weight is both[1].weight
+    if not tied or not any(m is e for m, _ in chosen.values() for e in both): return
     weight = both[1].weight
-    both[1]._parameters["weight"] = Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+    own = Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+    store = both[1]._parameters
+    if isinstance(store, OffloadCache): store.offloaded_values["weight"] = store.offload(own)
+    else: store["weight"] = own
     for config in configs_of(model):
         if getattr(config, "tie_word_embeddings", False): config.tie_word_embeddings = False
 
@@ -720,8 +729,9 @@ class Match:
 
 
 def _match(name: str, module: Module, config: QuantizationConfig, groups: dict[str, str]) -> Match:
-    weight = getattr(module, "weight", None)
-    if weight is None: weight = next(p for p in module._parameters.values() if p is not None and p.ndim >= 2)
+    own = stored_parameters(module)
+    weight = own.get("weight")
+    if weight is None: weight = next(p for p in own.values() if p is not None and p.ndim >= 2)
     row = Match(name, type(module).__name__, tuple(weight.shape), False, "no target matches")
     hits = match_targets(name, module, groups)
     if not hits: return row
