@@ -23,7 +23,6 @@ from typing import Any, Literal
 
 import torch
 from compressed_tensors import InternalModule
-from compressed_tensors.distributed import wait_for_comms
 from compressed_tensors.quantization import (
     QuantizationArgs, QuantizationConfig, QuantizationScheme, QuantizationStatus,
     apply_quantization_config, disable_quantization, enable_quantization,
@@ -44,13 +43,14 @@ from qcal_nb.attention import (
 )
 from qcal_nb.calibration import (
     all_or_nothing, apply_calibration_status, calibrate_input_hook, calibrate_output_hook, each, freeze_module_quantization,
-    initialize_observer, is_computed, known_kwargs, observe, observer_name, observer_of, observers_in, refuse_if_held,
+    initialize_observer, is_computed, known_kwargs, observer_name, observer_of, observers_in, refuse_if_held,
     scheme_args, update_qparams, write_qparams,
 )
 from .offload import convert_offload, has_accelerate_hooks, hold_while_running
 from qcal_nb.observers.base import (
     ACTIVATIONS, BASE_NAMES, NonFinite, check_policy, each_warning_once, find_observer, fuse, fused_layers,
 )
+from .ranks import observe_weights, sync_statistics, together
 from .schemes import is_preset, needs_data, preset, preset_names
 from .snapshots import QPARAMS, Edit, configs_of, edits, qparams_of, restore, snapshot, stored_parameters, undo
 from .snapshots import ModuleChange, Snapshot, changes  # noqa: F401  what a step changed, under this chapter's name too
@@ -613,11 +613,8 @@ def end_calibration(self: QuantizationMixin, model: Module, on_uncalibrated: str
 
 # %% ../nbs/05_lifecycle.ipynb #1c8b7b51
 def _sync_observers(modules: Iterable[Module]) -> None:
-    "All-reduce the statistics of every observer, once each, in module order. Nothing happens in a single process."
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()): return
-    observers = dict.fromkeys(o for m in each(modules) for name in (*ACTIVATIONS, "weight")
-                              if (o := observer_of(m, name)) is not None)
-    wait_for_comms([work for o in observers for work in o.sync_activation_stats()])
+    "Combine the statistics of every observer over ranks, once each, in module order. Nothing happens in a single process."
+    sync_statistics(o for m in each(modules) for name in (*ACTIVATIONS, "weight") if (o := observer_of(m, name)) is not None)
 
 # %% ../nbs/05_lifecycle.ipynb #e4237104
 class EventType(str, Enum):
@@ -673,7 +670,7 @@ class QuantizationModifier(QuantizationMixin):
         modules = [m for m in modules if is_module_quantized(m)]
         self.sync_obs_act_stats(modules)
         update_qparams(modules, ACTIVATIONS)
-        observe(modules, "weight")
+        observe_weights(modules)
         update_qparams(modules, "weight")
 
     def on_end(self, state: State, event: Event | None = None, on_uncalibrated: str | None = None, **kwargs: Any) -> None:
@@ -707,9 +704,9 @@ def compute_remaining(self: QuantizationMixin, model: Module, on_uncalibrated: s
     If one would still be missing (and that is an error): ValueError, nothing written."""
     ledger = _need(model, self, "calibrating", "end", _first_step(model))
     modules = [m for m, _ in schemes_by_module(model, ledger.config).values()]
-    self.sync_obs_act_stats(modules)
-    with all_or_nothing(observers_in(model)):
-        observe([m for m in modules if not is_computed(m, "weight")], "weight")
+    with all_or_nothing(observers_in(model)), together("end the calibration"):
+        self.sync_obs_act_stats(modules)
+        observe_weights([m for m in modules if not is_computed(m, "weight")])
         short = lacking_data(self, model, weights=True)
         if short and check_on_uncalibrated(on_uncalibrated or self.on_uncalibrated) == "raise": refuse_unset(short)
         concluded = [(m, o, o.get_qparams()) for m in modules for o in _fresh(m)]  # all of them, before any is written

@@ -25,6 +25,7 @@ from .attention import eager_beneath
 from .calibration import all_or_nothing, claim, exclusive, feeding, guarded, observer_of, observers_in
 from .lifecycle import Event, EventType, QuantizationModifier, State, check_on_uncalibrated, configs_of, embeddings_of
 from .observers.base import check_policy, current_batch, each_warning_once, warn_once
+from .ranks import together
 from .sequential import PROPAGATE, run_blocks
 
 # %% ../nbs/06_pipelines.ipynb #35aac25e
@@ -304,7 +305,7 @@ def calibrate(
         if value is not None: check(value)
     check_propagate(propagate, pipeline)
     state, owner = State(model), f"calibrate {uuid.uuid4().hex}"
-    with exclusive(model, "calibrate()"), each_warning_once():
+    with together("end calibrate()"), exclusive(model, "calibrate()"), each_warning_once():
         stream = _first_batches(data, modifier, pipeline, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
         modifier.on_initialize(state)
         modifier.on_event(state, Event(EventType.CALIBRATION_START))

@@ -23,6 +23,7 @@ from .observers.base import BASE_NAMES
 # %% ../nbs/04b_snapshots.ipynb #fbb562f4
 # _parameters, _modules, hooks, ...
 _STORES = frozenset(name for name, value in Module().__dict__.items() if isinstance(value, dict))
+_REPLACED = ("_parameters", "_buffers")  # by offloading; the other dictionaries stay the same objects for good
 QPARAMS = frozenset(f"{name}_{kind}" for name in BASE_NAMES for kind in ("scale", "zero_point", "global_scale"))
 Place = tuple[str, ...]
 
@@ -47,8 +48,9 @@ def _places(obj: Any) -> dict[Place, Any]:
     "Every place in an object's `__dict__`, and in the dictionaries among them in which torch keeps things."
     places: dict[Place, Any] = {}
     for key, value in obj.__dict__.items():
-        places[(key,)] = value
-        places.update({(key, name): v for name, v in (_opened(obj, key) or {}).items()})
+        lies_in_it = _opened(obj, key)
+        if lies_in_it is None or key in _REPLACED: places[(key,)] = value
+        places.update({(key, name): v for name, v in (lies_in_it or {}).items()})
     return places
 
 
