@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from .attention import eager_beneath
 from .calibration import all_or_nothing, claim, exclusive, feeding, guarded, observer_of, observers_in
+from .experts import all_experts as showing_all_experts
 from .lifecycle import Event, EventType, QuantizationModifier, State, check_on_uncalibrated, configs_of, embeddings_of
 from .observers.base import check_policy, current_batch, each_warning_once, warn_once
 from .ranks import together
@@ -78,11 +79,12 @@ def check_attention(attention: str) -> str:
 
 
 @contextmanager
-def calibration_context(model: Module, attention: Literal["eager", "model"] = "eager") -> Iterator[Module]:
-    """No gradients, eval mode, no KV cache, no hub kernels, eager attention, no product of the head unless it is observed.
-    All of it is put back."""
+def calibration_context(model: Module, attention: Literal["eager", "model"] = "eager", all_experts: bool = True) -> Iterator[Module]:
+    """No gradients, eval mode, no KV cache, no hub kernels, eager attention, no product of the head unless it is observed; experts that were
+    taken apart are all shown every token (or, with False, their own). All of it is put back."""
     check_attention(attention)
     with ExitStack() as stack:
+        stack.enter_context(showing_all_experts(model, all_experts))
         stack.enter_context(torch.no_grad())
         stack.enter_context(_eval_mode(model))
         for config in configs_of(model):
@@ -248,23 +250,19 @@ def _first_batches(data: Any, modifier: QuantizationModifier, pipeline: str, **o
     return itertools.chain([first], stream)
 
 
-def _feed_all(model: Module, stream: Iterator[dict[str, Tensor]], owner: str, attention: str, progress: bool) -> None:
+def _feed_all(model: Module, stream: Iterator[dict[str, Tensor]], owner: str, progress: bool) -> None:
     observers = observers_in(model)
-    with (calibration_context(model, attention), guarded(model),
-          tqdm(desc="calibrating", unit=" tokens", unit_scale=True, disable=not progress) as bar):
+    with tqdm(desc="calibrating", unit=" tokens", unit_scale=True, disable=not progress) as bar:
         for index, batch in enumerate(stream):
             with feeding(owner), all_or_nothing(observers): tokens = feed(model, batch, index)
             bar.update(tokens)
 
 
-def _feed_blocks(model: Module, stream: Iterator[dict[str, Tensor]], owner: str, attention: str, progress: bool,
+def _feed_blocks(model: Module, batches: list[dict[str, Tensor]], owner: str, progress: bool,
                  modifier: QuantizationModifier, propagate: str) -> None:
     def after(modules: list[Module]) -> None:
         modifier.on_event(State(model), Event(EventType.SEQUENTIAL_EPOCH_END), modules=modules)
-    batches = list(stream)  # each is needed again for every block
-    if not batches: return
-    with calibration_context(model, attention), guarded(model):
-        run_blocks(model, batches, lambda batch, index: feed(model, batch, index), owner, after, propagate, progress)
+    if batches: run_blocks(model, batches, lambda batch, index: feed(model, batch, index), owner, after, propagate, progress)
 
 # %% ../nbs/06_pipelines.ipynb #e79f76bb
 def set_policy(model: Module, nonfinite: str | None) -> None:
@@ -294,6 +292,7 @@ def calibrate(
     max_length: int | None = None,                     # Cut longer texts to so many tokens
     nonfinite: str | None = None,                      # "raise", "skip" or "record"; overrides the modifier's choice
     on_uncalibrated: str | None = None,                # "raise" or "skip"; overrides the modifier's choice
+    all_experts: bool = True,                          # Show every token to every expert of a mixture, for the statistics only
     attention: Literal["eager", "model"] = "eager",    # Attention to calibrate with
     progress: bool = True,                             # Show a bar with tokens per second
 ) -> Module:
@@ -307,13 +306,14 @@ def calibrate(
     state, owner = State(model), f"calibrate {uuid.uuid4().hex}"
     with together("end calibrate()"), exclusive(model, "calibrate()"), each_warning_once():
         stream = _first_batches(data, modifier, pipeline, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
-        modifier.on_initialize(state)
+        modifier.on_initialize(state, unfuse=True)
         modifier.on_event(state, Event(EventType.CALIBRATION_START))
         set_policy(model, nonfinite)
         claim(model, owner)
         try:
-            if pipeline == "sequential": _feed_blocks(model, stream, owner, attention, progress, modifier, propagate)
-            else: _feed_all(model, stream, owner, attention, progress)
+            with calibration_context(model, attention, all_experts), guarded(model):
+                if pipeline == "sequential": _feed_blocks(model, list(stream), owner, progress, modifier, propagate)
+                else: _feed_all(model, stream, owner, progress)
         finally: claim(model, None)
         modifier.on_event(state, Event(EventType.CALIBRATION_END), on_uncalibrated=on_uncalibrated)
     return model

@@ -327,7 +327,7 @@ def _run_step(session: Session, step: str, action: Callable[[Session], str]) -> 
 
 # %% ../nbs/12_session.ipynb #3b8addc4
 def _initialize(session: Session) -> str:
-    session.modifier.initialize_quantization(session.model)
+    session.modifier.initialize_quantization(session.model, unfuse=True)
     return "initialized"
 
 

@@ -1,5 +1,8 @@
 """What several tests need: models made from configs, and an independent look at everything that calibration could leave behind."""
+import os
+
 import torch
+from compressed_tensors.offload import offload_module
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -43,6 +46,17 @@ def make_batches(n: int = 3, vocab: int = 128, shape: tuple[int, int] = (2, 16),
     generator = torch.Generator().manual_seed(seed)
     ids = [torch.randint(0, vocab, shape, generator=generator) for _ in range(n)]
     return [dict(input_ids=i, attention_mask=torch.ones_like(i)) for i in ids]
+
+
+def offload(model: torch.nn.Module, kind: str, folder=None) -> torch.nn.Module:
+    "Offload every module with parameters or buffers of its own to `cpu` or `disk`."
+    kwargs = {}
+    if kind == "disk":
+        os.makedirs(folder, exist_ok=True)
+        kwargs["offload_dir"] = str(folder)
+    for module in model.modules():
+        if module._parameters or module._buffers: offload_module(module, "cpu", kind, **kwargs)
+    return model
 
 
 def qparams(model: torch.nn.Module) -> dict[str, torch.Tensor]:

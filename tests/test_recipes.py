@@ -109,22 +109,9 @@ def test_overrides_and_back(modifier, base_name, choice):
     assert from_yaml(to_yaml(new)).resolved_config == from_config(to_config(new)).resolved_config == new.resolved_config
 
 
-@pytest.fixture
-def kv_cache(monkeypatch):
-    "A lifecycle that carries kv_cache_scheme in its config, whether or not it can calibrate one."
-    real = lifecycle.resolve_config
-    def resolve(fields):
-        scheme = fields.kv_cache_scheme
-        plain_fields = fields.model_construct(**{n: v for n, v in dict(fields).items()} | dict(kv_cache_scheme=None))
-        config = real(plain_fields)
-        config.kv_cache_scheme = scheme
-        return config
-    monkeypatch.setattr(lifecycle, "resolve_config", resolve)
-
-
 @pytest.mark.parametrize("scheme", [dict(num_bits=8, type="float", strategy="tensor", dynamic=False, symmetric=True),
                                     dict(num_bits=4, type="int", strategy="attn_head", observer="static_minmax")])
-def test_the_kv_cache_is_carried_both_ways(kv_cache, scheme):
+def test_the_kv_cache_is_carried_both_ways(scheme):
     modifier = QuantizationModifier(**FP8, kv_cache_scheme=scheme)
     new = override(modifier, {UP: {"input": "minmax"}})
     for again in (from_yaml(to_yaml(modifier)), from_config(json.loads(json.dumps(to_config(modifier)))), new):
@@ -469,6 +456,41 @@ def test_what_a_checkpoint_holds(tmp_path):
     assert len(scales) == 56 and all(torch.equal(tensors[n], p) for n, p in scales.items())
     again = save_quantized(model, tmp_path/"again", tokenizer)
     assert (again/"model.safetensors").read_bytes() == (folder/"model.safetensors").read_bytes()
+
+
+KV = dict(num_bits=8, type="float", strategy="tensor", dynamic=False, symmetric=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [
+    dict(scheme="FP8", kv_cache_scheme=KV), dict(kv_cache_scheme=KV | dict(strategy="attn_head"), targets=[]),
+    dict(config_groups={"attention": QuantizationScheme(targets=["re:.*self_attn$"], input_activations=KV),
+                        "linear": QuantizationScheme(targets=["Linear"], weights=KV | dict(strategy="channel"))}),
+], ids=["FP8 and cache", "cache alone", "attention"])
+@pytest.mark.parametrize("name", ["llama_gqa", "qwen3", "opt"])
+def test_a_checkpoint_with_a_quantized_cache_loads_with_the_same_logits(name, recipe, tmp_path):
+    model, batch = make_model(name), make_batches(1)[0]
+    before, exact = state_of(model), outputs(model, batch)
+    calibrate(model, make_batches(), QuantizationModifier(**recipe, ignore=["lm_head"]), progress=False)
+    expected = outputs(model, batch)
+    save_quantized(model, tmp_path/"x")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path/"x")
+    assert torch.equal(outputs(loaded, batch), expected) and not torch.equal(expected, exact)
+    states = [n for n, _ in loaded.named_parameters() if n.endswith(("k_scale", "v_scale"))]
+    assert len(states) == 4
+    reset_quantization(model)
+    assert differences(before, state_of(model)) == []
+
+
+@pytest.mark.parametrize("kind", ["cpu", "disk"])
+def test_an_offloaded_model_is_saved_as_it_would_be_otherwise(kind, tmp_path):
+    recipe, files = dict(scheme="FP8", ignore=["lm_head"]), []
+    for where in ("not", kind):
+        model = make_model("llama_gqa")
+        if where != "not": offload(model, kind, tmp_path/"offload")
+        calibrate(model, make_batches(), QuantizationModifier(**recipe), progress=False)
+        files.append((save_quantized(model, tmp_path/where)/"model.safetensors").read_bytes())
+    assert files[0] == files[1]
 
 
 def test_after_saving_the_model_can_be_had_back(tmp_path):
