@@ -217,6 +217,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'qcal_nb/lifecycle.py'),
                                    'qcal_nb.lifecycle.check_schemes': ('lifecycle.html#check_schemes', 'qcal_nb/lifecycle.py'),
                                    'qcal_nb.lifecycle.compute_remaining': ('lifecycle.html#compute_remaining', 'qcal_nb/lifecycle.py'),
+                                   'qcal_nb.lifecycle.config_needs_data': ('lifecycle.html#config_needs_data', 'qcal_nb/lifecycle.py'),
                                    'qcal_nb.lifecycle.embeddings_of': ('lifecycle.html#embeddings_of', 'qcal_nb/lifecycle.py'),
                                    'qcal_nb.lifecycle.end_calibration': ('lifecycle.html#end_calibration', 'qcal_nb/lifecycle.py'),
                                    'qcal_nb.lifecycle.initialize_quantization': ( 'lifecycle.html#initialize_quantization',

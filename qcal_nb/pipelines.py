@@ -279,7 +279,7 @@ def check_propagate(propagate: str, pipeline: str) -> None:
         raise ValueError(f"propagate={propagate!r} needs pipeline='sequential', got pipeline={pipeline!r}: "
                          "only block by block are scales known before later blocks are fed")
 
-
+# %% ../nbs/06_pipelines.ipynb #3baba4fc
 def calibrate(
     model: Module,                                     # Any torch model; transformers models take all forms of data
     data: Any,                                         # Texts, token ids, tensors, dicts, a DataLoader; None if none is needed

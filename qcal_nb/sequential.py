@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
-import torch
 from compressed_tensors.offload import disable_offloading
 from compressed_tensors.quantization import disable_quantization, enable_quantization
 from torch import Tensor
@@ -112,7 +111,7 @@ def _first_calls(model: Module, blocks: Mapping[str, Module], relay: Relay, feed
         for handle in handles: handle.remove()
     return outputs, segments
 
-
+# %% ../nbs/05b_sequential.ipynb #0dcde13b
 def _needs_old(relay: Relay, feed: Callable[[], Any], outputs: Sequence[Any]) -> bool:
     "Whether some block call, or the end of the pass, needs what a block before the last one returned."
     for t in range(2, len(outputs)):

@@ -58,7 +58,7 @@ def stored_parameters(module: Module) -> dict[str, Any]:
     "The parameters of a module as they are stored: nothing is brought back from the CPU or from disk by looking."
     return _opened(module, "_parameters") or {}
 
-
+# %% ../nbs/04b_snapshots.ipynb #861ea32d
 def configs_of(model: Module) -> list[Any]:
     "The configs that a model's modules refer to, sub-configs included, each once. A plain torch module has none."
     found: dict[int, Any] = {}

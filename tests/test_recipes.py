@@ -8,13 +8,12 @@ import pytest
 import torch
 import yaml
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
-from helpers import differences, fingerprint, make_batches, make_model, outputs
+from helpers import differences, fingerprint, make_batches, make_model, offload, outputs
 from hypothesis import HealthCheck, assume, given, reject, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM
 
-from qcal_nb import lifecycle
 from qcal_nb.lifecycle import Event, EventType, LifecycleError, QuantizationModifier, State, phase_of, reset_quantization
 from qcal_nb.models import load_tiny_llama
 from qcal_nb.observers.base import Registry, find_observer

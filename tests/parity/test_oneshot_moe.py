@@ -5,9 +5,8 @@ from helpers import make_batches, qparams
 from test_experts import make
 from test_oneshot import one_thread, reference, tokenizer, unequal  # noqa: F401  fixtures among them
 
-from qcal_nb.experts import all_experts, take_experts_apart
-from qcal_nb.lifecycle import QuantizationModifier, State
-from qcal_nb.pipelines import calibrate, calibration_context
+from qcal_nb.lifecycle import QuantizationModifier
+from qcal_nb.pipelines import calibrate
 
 pytestmark = pytest.mark.parity
 
@@ -18,8 +17,7 @@ pytestmark = pytest.mark.parity
 def test_scales_of_experts(name, scheme, dtype, tokenizer):  # noqa: F811
     ours, theirs, data, recipe = make(name, dtype), make(name, dtype), make_batches(), dict(scheme=scheme, ignore=["lm_head"])
     theirs.config.dtype = dtype  # the reference makes its Linears in the config's dtype
-    take_experts_apart(ours)
-    with all_experts(ours): calibrate(ours, data, QuantizationModifier(**recipe), progress=False)
+    calibrate(ours, data, QuantizationModifier(**recipe), progress=False)
     right = reference(theirs, data, tokenizer, **recipe)
     assert sum(".experts." in key for key in right) >= 12 and unequal(right, qparams(ours)) == []
 
@@ -28,12 +26,7 @@ def test_scales_depend_on_who_sees_what(tokenizer):  # noqa: F811
     "An expert that sees only its own tokens has other input scales: the comparison above can fail."
     ours, theirs, data, recipe = make("mixtral"), make("mixtral"), make_batches(), dict(scheme="FP8", ignore=["lm_head"])
     theirs.config.dtype = torch.float32
-    modifier, state = QuantizationModifier(**recipe), State(take_experts_apart(ours))
-    modifier.on_initialize(state)
-    modifier.on_start(state)
-    with all_experts(ours, False), calibration_context(ours):
-        for batch in data: ours(**batch)
-    modifier.on_end(state)
+    calibrate(ours, data, QuantizationModifier(**recipe), all_experts=False, progress=False)
     found = unequal(reference(theirs, data, tokenizer, **recipe), qparams(ours))
     assert len([name for name in found if ".experts." in name and name.endswith("input_scale")]) > 10
     assert not any(name.endswith("weight_scale") for name in found)
