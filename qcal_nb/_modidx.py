@@ -118,6 +118,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'qcal_nb.experts._scan': ('experts.html#_scan', 'qcal_nb/experts.py'),
                                  'qcal_nb.experts._sorted_blocks': ('experts.html#_sorted_blocks', 'qcal_nb/experts.py'),
                                  'qcal_nb.experts._stacks': ('experts.html#_stacks', 'qcal_nb/experts.py'),
+                                 'qcal_nb.experts._stand_ins': ('experts.html#_stand_ins', 'qcal_nb/experts.py'),
                                  'qcal_nb.experts._sum_by_choice': ('experts.html#_sum_by_choice', 'qcal_nb/experts.py'),
                                  'qcal_nb.experts._sum_by_expert': ('experts.html#_sum_by_expert', 'qcal_nb/experts.py'),
                                  'qcal_nb.experts._unfused': ('experts.html#_unfused', 'qcal_nb/experts.py'),

@@ -11,7 +11,7 @@ __all__ = ['Views', 'Layout', 'own_parameters', 'expert_layout', 'fused_experts'
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import pairwise
@@ -365,14 +365,28 @@ def matches_experts(model: Module, targets: Iterable[str], ignore: Iterable[str]
 
 # %% ../nbs/04c_experts.ipynb #4ef0c60b
 @contextmanager
+def _stand_ins(model: Module) -> Iterator[None]:
+    "Inside the block, experts that are still fused compute as if they were apart and saw every token."
+    stacks = list(fused_experts(model).values())
+    try:
+        for fused in stacks:
+            stand_in = _unfused(fused)
+            stand_in.calibrating = True
+            fused.__dict__["forward"] = stand_in.forward
+        yield
+    finally:
+        for fused in stacks: fused.__dict__.pop("forward", None)
+
+
+@contextmanager
 def all_experts(model: Module, enabled: bool = True) -> Iterator[None]:
-    """Inside the block tokens are counted, and with `enabled` every expert sees every token.
-    Of this model alone; what was before is restored."""
+    """Inside the block tokens are counted, and with `enabled` every expert sees every token, also where experts are still fused: a product
+    of more rows rounds differently, and what comes after the experts sees that. Of this model alone; what was before is restored."""
     if not isinstance(enabled, bool): raise TypeError(f"enabled={enabled!r} must be True or False")
     before = [(experts, experts.calibrating) for experts in unfused_experts(model).values()]
     try:
         for experts, _ in before: experts.calibrating = enabled
-        yield
+        with _stand_ins(model) if enabled else nullcontext(): yield
     finally:
         for experts, value in before: experts.calibrating = value
 

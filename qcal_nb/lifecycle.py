@@ -251,8 +251,10 @@ class _Fields(BaseModel):
 # %% ../nbs/05_lifecycle.ipynb #b9d2c921
 def config_needs_data(config: QuantizationConfig) -> bool:
     "Whether some scale can only be found by running data through the model."
+    schemes = config.config_groups.values()
     cache = config.kv_cache_scheme is not None and config.kv_cache_scheme.dynamic is not True
-    return cache or any(needs_data(scheme) for scheme in config.config_groups.values())
+    listens = any(s.weights is not None and find_observer(s.weights.observer or "memoryless_minmax").needs_data for s in schemes)
+    return cache or listens or any(needs_data(scheme) for scheme in schemes)
 
 # %% ../nbs/05_lifecycle.ipynb #711e950a
 class QuantizationMixin(_Fields):
@@ -332,7 +334,7 @@ def _warn_target(model: Module, target: str, chosen: dict[str, tuple[Module, Qua
 
 def _out_of_reach(module: Module) -> bool:
     "A matrix product in a class that no scheme can reach: GPT-2's Conv1D, experts fused into one parameter."
-    own = stored_parameters(module).values()
+    own = [p for name, p in stored_parameters(module).items() if name not in QPARAMS]
     return type(module).__name__ == "Conv1D" or any(p is not None and p.ndim == 3 for p in own)
 
 # %% ../nbs/05_lifecycle.ipynb #76256ccd

@@ -72,10 +72,9 @@ def describe(scheme: QuantizationScheme) -> dict[str, str]:
 
 
 def needs_data(scheme: QuantizationScheme) -> bool:
-    "Whether a scale of this scheme can only be found by running text through the model."
+    "Whether the scale of an activation can only be found by running text through the model."
     inputs, outputs = scheme.input_activations, scheme.output_activations
-    watches = (inputs is not None and inputs.dynamic is not True) or (outputs is not None and not outputs.dynamic)
-    return watches or (scheme.weights is not None and "imatrix" in (scheme.weights.observer or ""))
+    return (inputs is not None and inputs.dynamic is not True) or (outputs is not None and not outputs.dynamic)
 
 # %% ../nbs/01_schemes.ipynb #59820cc6
 def code_points(args: QuantizationArgs) -> torch.Tensor:

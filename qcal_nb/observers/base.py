@@ -366,6 +366,7 @@ class Observer(Fusable, Registry, ABC):
     "Watches one tensor of one module (`base_name`), concludes `scale` and `zero_point` as `args` ask. Never writes to `args`."
 
     defaults: ClassVar[dict[str, Any]] = {}  # keyword arguments that the class accepts, with their defaults
+    needs_data: ClassVar[bool] = False       # whether even a weight's range follows from what runs through the model
 
     def __init__(self, base_name: str, args: QuantizationArgs, **observer_kwargs: Any) -> None:
         super().__init__()

@@ -82,6 +82,7 @@ class IMatrixMSEObserver(Observer):
     statistics: ClassVar[tuple[str, ...]] = ("min_vals", "max_vals", "importance_sum", "importance_count")
     sync_ops: ClassVar[dict[str, Any]] = {"importance_sum": dist.ReduceOp.SUM, "importance_count": dist.ReduceOp.SUM}
     defaults: ClassVar[dict[str, Any]] = {"maxshrink": 0.95, "patience": 5, "grid": 20, "norm": 3.0, "expand": 1.0, "strict": False}
+    needs_data: ClassVar[bool] = True
     importance_sum: Tensor | None = None     # (in_features,) float32
     importance_count: Tensor | None = None   # () int64, tokens
 

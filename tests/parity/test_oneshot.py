@@ -1,23 +1,19 @@
 """Scales and zero points are, bit for bit, those of llm-compressor's own `oneshot`, run here in the same process at one thread."""
-import os
-import tempfile
-from copy import deepcopy
-
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationScheme
+from harness import one_thread as at_one_thread
+from harness import ours, reference, unequal
 from helpers import make_batches, make_model, qparams
 
-from qcal_nb.lifecycle import QuantizationModifier
 from qcal_nb.models import calibration_texts, load_tiny_llama
 from qcal_nb.observers.base import Observer, Registry
 from qcal_nb.observers.minmax import MinMaxObserver, min_max
-from qcal_nb.pipelines import batches, calibrate
+from qcal_nb.pipelines import batches
 from qcal_nb.schemes import preset
 
-os.environ["HF_HUB_OFFLINE"] = "1"
 pytestmark = pytest.mark.parity
-llmcompressor = pytest.importorskip("llmcompressor", reason="no reference: pip install -e '.[dev]'")
+pytest.importorskip("llmcompressor", reason="no reference: pip install -e '.[dev]'")
 
 INT8 = dict(num_bits=8, type="int", symmetric=True)
 SCHEMES = {
@@ -38,36 +34,11 @@ ARCHITECTURES = ["llama_gqa", "llama_tied", "qwen3", "opt", "phi", "gpt_neox", "
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with at_one_thread(): yield
 
 
 @pytest.fixture(scope="module")
 def tokenizer(): return load_tiny_llama()[1]
-
-
-def reference(model, data, tokenizer, **recipe):
-    "The scales that llm-compressor's oneshot leaves on the model."
-    from llmcompressor.modifiers.quantization import QuantizationModifier as Reference
-    with tempfile.TemporaryDirectory() as folder:
-        model.config.save_pretrained(folder)  # oneshot reads the config from disk again
-        model.config._name_or_path = folder
-        loader = torch.utils.data.DataLoader(data, batch_size=None)
-        llmcompressor.oneshot(model=model, recipe=Reference(**deepcopy(recipe)), processor=tokenizer, dataset=loader, pipeline="basic")
-    return qparams(model)
-
-
-def ours(model, data, **recipe):
-    calibrate(model, data, QuantizationModifier(**recipe), progress=False)
-    return qparams(model)
-
-
-def unequal(a, b):
-    "The names of scales that differ in name, dtype or a single bit."
-    assert a, "the reference computed no scale at all"
-    return sorted(a.keys() ^ b.keys()) + [name for name in a.keys() & b.keys() if a[name].dtype != b[name].dtype or not torch.equal(a[name], b[name])]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
