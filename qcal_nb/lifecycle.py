@@ -189,8 +189,8 @@ def _check_observer(args: QuantizationArgs, base_name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the replacement of a weight observer is announced when it happens
         known = find_observer(observer_name(args, base_name))
-    asked = find_observer(args.observer) if args.observer else known
-    asked.check_kwargs(args.observer_kwargs or {})
+        asked = find_observer(args.observer) if args.observer else known
+        asked(base_name, args)  # made once, to be refused now rather than when calibration starts
 
 
 def _choose_observers(scheme: QuantizationScheme, chosen: dict[str, str | None]) -> None:

@@ -1,6 +1,7 @@
 """Observers: they watch tensors and conclude scales. Importing this package registers all of them."""
 
 from .base import ACTIVATIONS, BASE_NAMES, NonFiniteError, Observer, QParamsDict, flatten_for_calibration, fuse
+from .histogram import EntropyObserver, HistogramMSEObserver, HistogramObserver, PercentileObserver
 from .imatrix import IMatrixMSEObserver, NVFP4ExpandedIMatrixObserver
 from .minmax import MemorylessMinMaxObserver, MinMaxObserver, StaticMinMaxObserver
 from .mse import FourOverSixObserver, MemorylessMSEObserver, MSEObserver, NVFP4ExpandedMSEObserver
@@ -8,7 +9,10 @@ from .mse import FourOverSixObserver, MemorylessMSEObserver, MSEObserver, NVFP4E
 __all__ = [
     "ACTIVATIONS",
     "BASE_NAMES",
+    "EntropyObserver",
     "FourOverSixObserver",
+    "HistogramMSEObserver",
+    "HistogramObserver",
     "IMatrixMSEObserver",
     "MSEObserver",
     "MemorylessMSEObserver",
@@ -18,6 +22,7 @@ __all__ = [
     "NVFP4ExpandedMSEObserver",
     "NonFiniteError",
     "Observer",
+    "PercentileObserver",
     "QParamsDict",
     "StaticMinMaxObserver",
     "flatten_for_calibration",

@@ -183,6 +183,7 @@ class Statistics(InternalModule):
 
     statistics: ClassVar[tuple[str, ...]] = ("min_vals", "max_vals")
     sync_ops: ClassVar[dict[str, Any]] = {}
+    keep_finite: ClassVar[Callable[[Tensor], Tensor]] = staticmethod(without_nonfinite)  # what `record` leaves of a tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -198,6 +199,11 @@ class Statistics(InternalModule):
         if not self.has_statistics:
             raise RuntimeError(f"{self} has no statistics yet; feed it a tensor first")
         return {name: value for name in self.statistics if (value := getattr(self, name, None)) is not None}
+
+    def clip_range(self) -> tuple[Tensor, Tensor]:
+        "The range that the scale is made for, `qparam_shape` each: `min_vals` and `max_vals`, unless a class chooses another."
+        stats = self.get_statistics()
+        return stats["min_vals"], stats["max_vals"]
 
     def delete_statistics(self) -> None:
         "Forget everything that was observed."
@@ -338,7 +344,7 @@ def _keep_out(self: "Observer", observed: Tensor, flat: Tensor, start: dict[str,
         self._left_out = self._batch[0]
     elif torch.isfinite(flat).any():
         self.__dict__.update(start)
-        self.update_statistics_from_observed(without_nonfinite(flat))
+        self.update_statistics_from_observed(self.keep_finite(flat))
 
 # %% ../../nbs/03a_observers_base.ipynb #12a509a3
 def _absmax(self: "Observer") -> Tensor:
@@ -350,15 +356,14 @@ def _absmax(self: "Observer") -> Tensor:
 @torch.no_grad()
 def _conclude(self: "Observer") -> QParamsDict:
     "The scale that follows from an observer's statistics, by compressed-tensors' own arithmetic. NonFiniteError if it overflows."
-    stats, global_scale = self.get_statistics(), None
+    (low, high), global_scale = self.clip_range(), None
     if self.args.strategy == "tensor_group":
         absmax = torch.stack([_absmax(o) for o in (self, *self.partners())]).max().reshape(1)
         global_scale = generate_gparam(-absmax, absmax)
-    scale, zero_point = calculate_qparams(stats["min_vals"], stats["max_vals"], self.args, global_scale=global_scale)
+    scale, zero_point = calculate_qparams(low, high, self.args, global_scale=global_scale)
     if not torch.isfinite(scale.float()).all():
-        low, high = stats["min_vals"].min().item(), stats["max_vals"].max().item()
-        raise NonFiniteError(f"{self.module_name or 'unnamed module'}, {self.base_name}: "
-                             f"the range {low:g} … {high:g} is too wide for a scale in {scale.dtype}")
+        raise NonFiniteError(f"{self.module_name or 'unnamed module'}, {self.base_name}: the range "
+                             f"{low.min().item():g} … {high.max().item():g} is too wide for a scale in {scale.dtype}")
     return QParamsDict(scale=scale, zero_point=zero_point, global_scale=global_scale)
 
 # %% ../../nbs/03a_observers_base.ipynb #25515f8e
