@@ -174,7 +174,9 @@ def _groups_from_config(groups: dict[str, Any]) -> dict[str, QuantizationScheme]
     found = {}
     for name, group in groups.items():
         if isinstance(group, (list, str)): found[name] = preset(name, group)
-        else: found[name] = QuantizationScheme.model_validate(group).model_copy(deep=True)
+        else:
+            try: found[name] = QuantizationScheme.model_validate(group).model_copy(deep=True)
+            except NotImplementedError as error: raise ValueError(f"config_groups[{name!r}]: {error}") from None
     return found
 
 # %% ../nbs/05_lifecycle.ipynb #502eec02
@@ -318,7 +320,10 @@ def resolve_config(fields: _Fields) -> QuantizationConfig:
     chosen = _chosen_observers(fields)
     for scheme in groups.values(): _choose_observers(scheme, chosen)
     cache = fields.kv_cache_scheme and fields.kv_cache_scheme.model_copy(deep=True)
-    if cache is not None and cache.dynamic is not True: _check_observer(cache, "k")
+    if cache is not None and cache.dynamic is not True:
+        if cache.strategy not in ("tensor", "attn_head"):
+            raise ValueError(f"kv_cache_scheme has strategy {str(cache.strategy)!r}; keys and values take 'tensor' or 'attn_head'")
+        _check_observer(cache, "k")
     return QuantizationConfig(config_groups=groups, kv_cache_scheme=cache, ignore=list(fields.ignore),
                               quantization_status=QuantizationStatus.INITIALIZED)
 

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['args_to_dict', 'scheme_to_dict', 'to_yaml', 'from_yaml', 'storage_format', 'from_config', 'recipe_of', 'override',
-           'to_config', 'save_quantized']
+           'to_config', 'expert_names', 'save_quantized']
 
 # %% ../nbs/07_recipes.ipynb #fcca5d17
 import json
 import os
+import re
 import shutil
 import uuid
 import warnings
@@ -34,9 +35,11 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.nn import Module
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.utils import logging as transformers_logging
 
 from .calibration import exclusive
+from .experts import unfused_experts
 from qcal_nb.lifecycle import (
     Ledger, LifecycleError, QuantizationMixin, QuantizationModifier, ledger_of, phase_of, schemes_by_module, uncomputed,
 )
@@ -443,6 +446,36 @@ def _checkpoint_tensors(model: Module) -> tuple[dict[str, Tensor], set[torch.dty
         state |= {f"{name}.{k}": v for k, v in packed.items()}
     return state, set(unpacked.values()) - {None}
 
+# %% ../nbs/07_recipes.ipynb #050c90d6
+def expert_names(model_type: str) -> dict[str, str]:
+    "Our name of an expert's matrix -> the name in checkpoints of that type, from transformers' conversions. Empty where only stacks are stored."
+    names: dict[str, str] = {}
+    ours = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
+    for conversion in get_checkpoint_conversion_mapping(model_type) or ():
+        target = conversion.target_patterns[0].rpartition("experts.")[2]
+        theirs = [m[1] for source in conversion.source_patterns if (m := re.search(r"experts\.\*\.(\w+)\.weight$", source))]
+        names |= dict(zip(ours.get(target, ()), theirs))
+    return names
+
+
+def _rename_experts(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    names = expert_names(model.config.model_type)
+    paths = [re.escape(name) for name in unfused_experts(model)]
+    if not paths or not names: return state
+    pattern = re.compile(rf"^((?:{'|'.join(paths)})\.\d+\.)(\w+)(?=\.)")
+    return {pattern.sub(lambda m: m[1] + names.get(m[2], m[2]), key): value for key, value in state.items()}
+
+
+def _warn_about_experts(model: PreTrainedModel) -> None:
+    experts = [m for c in unfused_experts(model).values() for m in c.modules() if is_module_quantized(m)]
+    if not experts: return
+    if not expert_names(model.config.model_type):
+        warnings.warn(f"transformers stores the experts of a {model.config.model_type} as stacks and will not load them one by one: "
+                      "this checkpoint is for programs that do", stacklevel=4)
+    elif any(m.quantization_scheme.input_activations is not None for m in experts):
+        warnings.warn("transformers fuses experts when it loads them and does not quantize what enters them: its logits will differ "
+                      "from this model's (vLLM quantizes it)", stacklevel=4)
+
 # %% ../nbs/07_recipes.ipynb #4a55522f
 @contextmanager
 def _quiet() -> Iterator[None]:
@@ -460,6 +493,8 @@ def _write_config(folder: Path, config: QuantizationConfig, dtype: torch.dtype |
     data = json.loads(path.read_text(encoding="utf-8"))
     data["quantization_config"] = {**_config_to_dict(config), "version": compressed_tensors.__version__}
     if dtype is not None: data["dtype"] = str(dtype).removeprefix("torch.")
+    if config.kv_cache_scheme is not None and "num_attention_heads" in data:
+        data.setdefault("num_key_value_heads", data["num_attention_heads"])  # OPT does not say; compressed-tensors asks
     path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
@@ -471,9 +506,10 @@ def _write(model: PreTrainedModel, folder: Path, tokenizer: Any) -> None:
         form = _one_format(list(config.config_groups.values())).value
         warnings.warn(f"compressed-tensors unpacks {form} to {dtype}, but this model is {model.dtype}: "
                       f"the checkpoint loads as {dtype}, and its logits differ by that rounding", stacklevel=3)
+    _warn_about_experts(model)
     before = snapshot(model)
     try:
-        with _quiet(): model.save_pretrained(folder, state_dict=state)
+        with _quiet(): model.save_pretrained(folder, state_dict=_rename_experts(model, state))
     finally: undo(edits(before, snapshot(model)))
     _write_config(folder, config, dtype)
     (folder/"recipe.yaml").write_text(to_yaml(recipe_of(model)), encoding="utf-8")

@@ -21,7 +21,8 @@ RECIPES = {
     "INT8_STATIC": dict(config_groups={"group_0": preset("INT8_STATIC")}),
     "NVFP4": dict(scheme="NVFP4"),
     "mse": dict(scheme="FP8", observer={"weights": "mse", "input": "mse"}),
-    "group mse": dict(config_groups={"group_0": QuantizationScheme(targets=["Linear"], weights=INT4 | dict(observer="memoryless_mse", symmetric=False))}),
+    "group mse": dict(config_groups={"group_0": QuantizationScheme(
+        targets=["Linear"], weights=INT4 | dict(observer="memoryless_mse", symmetric=False))}),
     "expanded mse": dict(scheme="NVFP4A16", weight_observer="nvfp4_expanded_mse"),
     "imatrix": dict(config_groups={"group_0": QuantizationScheme(targets=["Linear"], weights=INT4 | dict(observer="imatrix_mse"))}),
     "KV cache": dict(targets=[], kv_cache_scheme=FP8 | dict(strategy="attn_head")),

@@ -113,8 +113,8 @@ def test_mse_is_the_moving_average_of_its_ranges(constant, seeds):
 
 # --- arguments ---
 
-BAD = [("grid", 0), ("grid", -1), ("grid", "20"), ("norm", 0), ("norm", float("inf")), ("norm", float("nan")), ("maxshrink", -0.1), ("maxshrink", 1.1),
-       ("expand", 0.9), ("patience", -1), ("patience", True), ("patience", None)]
+BAD = [("grid", 0), ("grid", -1), ("grid", "20"), ("norm", 0), ("norm", float("inf")), ("norm", float("nan")),
+       ("maxshrink", -0.1), ("maxshrink", 1.1), ("expand", 0.9), ("patience", -1), ("patience", True), ("patience", None)]
 
 
 @pytest.mark.parametrize("name", SEARCHING)
@@ -135,7 +135,8 @@ def test_unknown_arguments_name_the_valid_ones(name):
 
 
 def test_strict_is_a_bool():
-    with pytest.raises(ValueError, match="strict='yes' must be True or False"): find_observer("imatrix_mse")(base_name="weight", args=INT4, strict="yes")
+    with pytest.raises(ValueError, match="strict='yes' must be True or False"):
+        find_observer("imatrix_mse")(base_name="weight", args=INT4, strict="yes")
 
 
 @pytest.mark.parametrize(("name", "values"), [
@@ -155,14 +156,16 @@ def test_the_old_name_warns_once():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         modifier.start_calibration(model)
-    assert [str(w.message) for w in caught] == ["observer 'fouroversix' is another name of 'nvfp4_expanded_mse'; it still works, the longer name is current"]
+    words = "observer 'fouroversix' is another name of 'nvfp4_expanded_mse'; it still works, the longer name is current"
+    assert [str(w.message) for w in caught] == [words]
     modifier.on_end(State(model))
     found, other = qparams(model), make_model("llama_gqa")
     calibrate(other, None, QuantizationModifier(scheme="NVFP4A16", weight_observer="nvfp4_expanded_mse", ignore=["lm_head"]), progress=False)
     assert all(torch.equal(value, qparams(other)[name]) for name, value in found.items())
 
 
-@pytest.mark.parametrize(("asked", "taken"), [("mse", "MemorylessMSEObserver"), ("Static-MinMax", "MemorylessMinMaxObserver"), ("minmax", "MemorylessMinMaxObserver")])
+@pytest.mark.parametrize(("asked", "taken"), [
+    ("mse", "MemorylessMSEObserver"), ("Static-MinMax", "MemorylessMinMaxObserver"), ("minmax", "MemorylessMinMaxObserver")])
 def test_weight_observers_become_memoryless_with_one_warning(asked, taken):
     model = make_model("llama_gqa")
     modifier = QuantizationModifier(scheme="W8A8", weight_observer=asked, ignore=["lm_head"])

@@ -1,6 +1,7 @@
 """Recipes and configs say the same after a round trip; a checkpoint gives the logits that it was saved from, and leaves the model as it was."""
 import json
 import re
+import warnings
 from copy import deepcopy
 from pathlib import Path
 
@@ -569,3 +570,36 @@ def test_a_recipe_is_independent_of_the_model_it_came_from():
     before = deepcopy(recipe.resolved_config)
     reset_quantization(model)
     assert recipe.resolved_config == before == QuantizationModifier(**FP8).resolved_config
+
+
+# --- mixtures of experts ---
+
+INT4_WEIGHTS = dict(config_groups={"g": QuantizationScheme(
+    targets=["Linear"], weights=dict(num_bits=4, type="int", strategy="group", group_size=32))})
+
+
+def saved_mixture(name, recipe, folder):
+    "A calibrated mixture of experts, saved; its logits, and what was warned of while saving."
+    model = make_model(name)
+    calibrate(model, make_batches(), QuantizationModifier(**recipe, ignore=["lm_head"]), progress=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        save_quantized(model, folder)
+    return model, outputs(model, make_batches(1)[0]), [str(w.message) for w in caught if "experts" in str(w.message)]
+
+
+@pytest.mark.slow
+def test_experts_are_stored_under_the_names_of_the_hub_and_load_with_the_same_logits(tmp_path):
+    model, expected, warned = saved_mixture("mixtral", INT4_WEIGHTS, tmp_path/"x")
+    names = {n for n in load_file(tmp_path/"x"/"model.safetensors") if ".experts." in n}
+    assert names == {f"model.layers.{i}.block_sparse_moe.experts.{e}.{w}.weight_{part}"
+                     for i in range(2) for e in range(4) for w in ("w1", "w2", "w3") for part in ("packed", "scale", "shape")} and not warned
+    assert torch.equal(outputs(AutoModelForCausalLM.from_pretrained(tmp_path/"x"), make_batches(1)[0]), expected)
+    before = fingerprint(make_model("mixtral"))
+    reset_quantization(model)
+    assert fingerprint(model).keys() == before.keys()
+
+
+def test_what_transformers_will_not_do_for_experts_is_said(tmp_path):
+    _, _, warned = saved_mixture("mixtral", dict(scheme="FP8"), tmp_path/"x")
+    assert len(warned) == 1 and "does not quantize what enters them" in warned[0]

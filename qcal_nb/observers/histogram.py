@@ -6,10 +6,8 @@
 __all__ = ['HistogramObserver', 'within', 'PercentileObserver', 'level_cuts', 'divergences', 'draw_bins', 'least_divergence',
            'without_zeros', 'EntropyObserver', 'HistogramMSEObserver', 'quantization_error']
 
-# %% ../../nbs/03e_observers_histogram.ipynb #6c611ecf
-import math
+# %% ../../nbs/03e_observers_histogram.ipynb #057dab09
 from abc import abstractmethod
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np

@@ -62,16 +62,16 @@ ARCHITECTURES: dict[str, tuple[Callable[[], Module], torch.dtype]] = {
     "Mixtral": (lambda: causal(MixtralConfig(**MOE, num_local_experts=4)), torch.float32),
     "Qwen3-MoE, bf16": (lambda: causal(Qwen3MoeConfig(**MOE, num_experts=4, moe_intermediate_size=128, head_dim=32)), torch.bfloat16),
     "DeepSeek-V3": (lambda: causal(DeepseekV3Config(
-        **MOE | dict(num_key_value_heads=4), moe_intermediate_size=128, n_routed_experts=4, n_group=1, topk_group=1, q_lora_rank=128, kv_lora_rank=128,
-        qk_rope_head_dim=32, qk_nope_head_dim=32, v_head_dim=32, first_k_dense_replace=1)), torch.float32),
+        **MOE | dict(num_key_value_heads=4), moe_intermediate_size=128, n_routed_experts=4, n_group=1, topk_group=1,
+        q_lora_rank=128, kv_lora_rank=128,        qk_rope_head_dim=32, qk_nope_head_dim=32, v_head_dim=32, first_k_dense_replace=1)), torch.float32),
     "GPT-NeoX": (lambda: causal(GPTNeoXConfig(**WIDE)), torch.float32),
     "OPT": (lambda: causal(OPTConfig(**SIZE, ffn_dim=256, word_embed_proj_dim=128)), torch.float32),
     "Phi": (lambda: causal(PhiConfig(**WIDE)), torch.float32),
     "Falcon": (lambda: causal(FalconConfig(vocab_size=128, hidden_size=128, num_hidden_layers=2, num_attention_heads=4)), torch.float32),
     "BLOOM": (lambda: causal(BloomConfig(vocab_size=128, hidden_size=128, n_layer=2, n_head=4)), torch.float32),
     "BERT": (lambda: BertModel(BertConfig(**WIDE)), torch.float32),
-    "ViT": (lambda: ViTModel(ViTConfig(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8)),
-            torch.float32),
+    "ViT": (lambda: ViTModel(ViTConfig(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+                                       image_size=32, patch_size=8)), torch.float32),
 }
 NO_CACHE = {"GPT-NeoX", "Falcon", "BLOOM", "BERT", "ViT"}  # nothing that compressed-tensors could hook
 NO_HEADS_IN_CONFIG = {"OPT"}  # the reference asks for num_key_value_heads
@@ -105,7 +105,8 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "INT8_STATIC": dict(config_groups={"group_0": preset("INT8_STATIC")}),
     "W4 g32 mse": linears(INT4 | dict(strategy="group", group_size=32, observer="memoryless_mse")),
     "W8 tensor asym mse, A static_minmax asym": linears(
-        INT8 | dict(strategy="tensor", symmetric=False, observer="memoryless_mse"), INT8 | dict(strategy="tensor", symmetric=False, observer="static_minmax")),
+        INT8 | dict(strategy="tensor", symmetric=False, observer="memoryless_mse"),
+        INT8 | dict(strategy="tensor", symmetric=False, observer="static_minmax")),
     "FP8 mse": dict(scheme="FP8", observer={"weights": "mse", "input": "mse"}),
     "A mse, averaging_constant 0.3, grid 50": linears(
         INT8 | dict(strategy="channel"),
