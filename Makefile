@@ -9,7 +9,7 @@ RUN    := PATH="$(BIN):$$PATH" HF_HUB_OFFLINE=1
 NB     ?= nbs
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test test-fast export drift notebooks outputs clean-notebooks lint pytest readme docs screenshots model clean distclean
+.PHONY: help setup lab test test-next test-fast export drift notebooks outputs clean-notebooks lint pytest readme docs screenshots model clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -67,6 +67,25 @@ pytest: $(STAMP) ## all of tests/, browser and parity included; ARGS='-k drift'
 
 test: lint drift notebooks pytest ## everything that CI runs
 
+# The engine on the next compressed-tensors, in an environment of its own, without the reference (which asks for 0.19).
+NEXT        ?= compressed-tensors==0.20.*
+NEXT_VENV   := .venv-next
+NEXT_STAMP  := $(NEXT_VENV)/.installed
+NEXT_BIN    := $(abspath $(NEXT_VENV))/bin
+ENGINE      := stored_scales observers histogram histogram_observers lifecycle properties presets bad_input pipelines attention sequential offload \
+               experts recipes session
+
+$(NEXT_STAMP): settings.ini setup.py pyproject.toml constraints.txt Makefile
+	@echo "setting up $(NEXT_VENV): about a minute"
+	@$(PYTHON) -m venv --clear $(NEXT_VENV)
+	@grep -v '^compressed-tensors==' constraints.txt > $(NEXT_VENV)/constraints.txt
+	@$(NEXT_BIN)/python -m pip install --quiet --disable-pip-version-check -e . '$(NEXT)' pytest hypothesis accelerate -c $(NEXT_VENV)/constraints.txt
+	@touch $@
+
+test-next: $(NEXT_STAMP) ## the engine's tests on the next compressed-tensors, in an environment of its own
+	@PATH="$(NEXT_BIN):$$PATH" HF_HUB_OFFLINE=1 python -c 'import compressed_tensors as c; print("compressed-tensors", c.__version__)'
+	@PATH="$(NEXT_BIN):$$PATH" HF_HUB_OFFLINE=1 python -m pytest -q -m 'not browser and not parity and not slow' $(ENGINE:%=tests/test_%.py)
+
 test-fast: export lint drift ## under a minute: export, drift, and the tests that need no browser and no reference
 	@$(RUN) python -m pytest -m 'not browser and not parity and not slow' $(ARGS)
 
@@ -91,4 +110,4 @@ clean: ## remove what was built, but not .venv
 	@find . -path ./$(VENV) -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -print | xargs rm -rf
 
 distclean: clean ## remove .venv as well
-	@rm -rf $(VENV) qcal_nb.egg-info
+	@rm -rf $(VENV) $(NEXT_VENV) qcal_nb.egg-info

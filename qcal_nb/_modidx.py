@@ -689,6 +689,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'qcal_nb.sequential': { 'qcal_nb.sequential.BlockByBlock': ('sequential.html#blockbyblock', 'qcal_nb/sequential.py'),
                                     'qcal_nb.sequential.BlockByBlock.__init__': ( 'sequential.html#blockbyblock.__init__',
                                                                                   'qcal_nb/sequential.py'),
+                                    'qcal_nb.sequential.BlockByBlock.astray': ( 'sequential.html#blockbyblock.astray',
+                                                                                'qcal_nb/sequential.py'),
                                     'qcal_nb.sequential.BlockByBlock.keep': ('sequential.html#blockbyblock.keep', 'qcal_nb/sequential.py'),
                                     'qcal_nb.sequential.BlockByBlock.modules': ( 'sequential.html#blockbyblock.modules',
                                                                                  'qcal_nb/sequential.py'),

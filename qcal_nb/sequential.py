@@ -159,12 +159,17 @@ class BlockByBlock:
             if k < t:
                 if k == t - 1 and heard: current_feed.set(self.owner)
                 return _clone(kept[k])
-            if k > t: raise ValueError(f"batch {index} takes another way through the blocks than the first one: {self.relay.names}")
+            if k > t: raise self.astray(index)
             result.append(compute())
             if not last: raise _Enough
             return result[-1]
         with earlier: self.relay.run(lambda: self.feed(self.batches[index], index), answer)
+        if self.relay.calls <= t and self.blocks and not (t == 0 and last): raise self.astray(index)
         return result[-1] if result else None
+
+    def astray(self, index: int) -> ValueError:
+        return ValueError(f"batch {index} takes another way through the blocks than the first one ({', '.join(self.relay.names) or 'none'}); "
+                          "pipeline='basic' does not mind")
 
     def keep(self, index: int, output: Any, keep_all: bool) -> None:
         "Remember what a block returned for a batch; what the block before it returned is no longer needed, as a rule."
