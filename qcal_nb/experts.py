@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import Linear, Module, ModuleList, Parameter
 
 from .calibration import refuse_if_held
+from .observers.base import NOBODY, current_feed
 
 # %% ../nbs/04c_experts.ipynb #96e269f7
 @dataclass(frozen=True)
@@ -234,7 +235,7 @@ class UnfusedExperts(ModuleList):
         return (_sum_by_expert if eager else _sum_by_choice)(self, x, *routing)
 
     def _count(self, tokens: Tensor) -> None:
-        if self.calibrating is not None: self.tokens = tokens if self.tokens is None else self.tokens + tokens
+        if self.calibrating is not None and current_feed.get() != NOBODY: self.tokens = tokens if self.tokens is None else self.tokens + tokens
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "UnfusedExperts": return _copied(self, memo)
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Module: return _applied(self, fn, recurse)

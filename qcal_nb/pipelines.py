@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PIPELINES', 'check_attention', 'calibration_context', 'batches', 'warn_if_too_long', 'feed', 'count_tokens',
-           'set_policy', 'check_propagate', 'calibrate']
+           'set_policy', 'check_propagate', 'calibrate', 'unfuse_experts']
 
 # %% ../nbs/06_pipelines.ipynb #8c9b20dd
 import inspect
@@ -24,10 +24,13 @@ from tqdm import tqdm
 from .attention import eager_beneath
 from .calibration import all_or_nothing, claim, exclusive, feeding, guarded, observer_of, observers_in
 from .experts import all_experts as showing_all_experts
-from .lifecycle import Event, EventType, QuantizationModifier, State, check_on_uncalibrated, configs_of, embeddings_of
+from .lifecycle import Event, EventType, QuantizationModifier, State, check_on_uncalibrated, configs_of, embeddings_of, unfuse_experts
+from .models import evaluating
 from .observers.base import check_policy, current_batch, each_warning_once, warn_once
 from .ranks import together
 from .sequential import PROPAGATE, run_blocks
+
+_all_ = ["unfuse_experts"]
 
 # %% ../nbs/06_pipelines.ipynb #35aac25e
 _MISSING = object()
@@ -54,16 +57,6 @@ def _patched(obj: Any, name: str, value: Any) -> Iterator[None]:
             else: obj.__dict__[name] = old
 
 
-@contextmanager
-def _eval_mode(model: Module) -> Iterator[None]:
-    "Evaluation mode, module by module, so that each gets its own flag back."
-    flags = [(m, m.training) for m in model.modules()]
-    for m, _ in flags: m.training = False
-    try: yield
-    finally:
-        for m, training in flags: m.training = training
-
-
 def _idle_head(model: Module) -> Linear | None:
     "The output head, if nobody needs what it computes: no observer, no hook, no decoder that is fed labels."
     head = embeddings_of(model)[1]
@@ -85,8 +78,7 @@ def calibration_context(model: Module, attention: Literal["eager", "model"] = "e
     check_attention(attention)
     with ExitStack() as stack:
         stack.enter_context(showing_all_experts(model, all_experts))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(_eval_mode(model))
+        stack.enter_context(evaluating(model))
         for config in configs_of(model):
             if hasattr(config, "use_cache"): stack.enter_context(_patched(config, "use_cache", False))
             stack.enter_context(_patched(config, "disable_custom_kernels", True))

@@ -57,8 +57,12 @@ class MinMaxObserver(Observer):
         check_averaging_constant(kwargs["averaging_constant"])
         return kwargs
 
+    def range_of(self, observed: Tensor) -> tuple[Tensor, Tensor]:
+        "The range of one batch, two tensors of shape `qparam_shape`."
+        return min_max(observed)
+
     def update_statistics_from_observed(self, observed: Tensor) -> None:
-        low, high = min_max(observed)
+        low, high = self.range_of(observed)
         c = self.kwargs["averaging_constant"]
         if self.has_statistics and c != 1:
             low, high = moving_average(self.min_vals, low, c), moving_average(self.max_vals, high, c)

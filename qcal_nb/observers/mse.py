@@ -12,14 +12,13 @@ from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import calculate_qparams
 from torch import Tensor
 
 from .base import Observer, warn_once
-from .minmax import check_averaging_constant, min_max, moving_average
+from .minmax import MinMaxObserver, min_max
 
 # %% ../../nbs/03c_observers_mse.ipynb #4d04182c
 SEARCH = {"maxshrink": 0.20, "patience": 5, "grid": 100.0, "norm": 2.4, "expand": 1.0}
@@ -97,34 +96,26 @@ class MemorylessMSEObserver(Observer):
         check_search(kwargs)
         return kwargs
 
-    def search(self, observed: Tensor) -> tuple[Tensor, Tensor]:
-        "The best range of one tensor, two tensors of shape `qparam_shape`."
-        return mse_range(observed, self.args, **{name: self.kwargs[name] for name in SEARCH})
-
     def update_statistics_from_observed(self, observed: Tensor) -> None:
-        self.min_vals, self.max_vals = self.search(observed)
+        self.min_vals, self.max_vals = mse_range(observed, self.args, **self.kwargs)
 
 # %% ../../nbs/03c_observers_mse.ipynb #516c4cec
 @Observer.register("mse")
-class MSEObserver(MemorylessMSEObserver):
+class MSEObserver(MinMaxObserver):
     "An exponential moving average of each batch's best range. Depends on the order of the batches; over ranks by the mean."
 
-    defaults: ClassVar[dict[str, Any]] = {**SEARCH, "averaging_constant": 0.01}
-    sync_ops: ClassVar[dict[str, Any]] = {"min_vals": dist.ReduceOp.AVG, "max_vals": dist.ReduceOp.AVG}
+    defaults: ClassVar[dict[str, Any]] = {**SEARCH, **MinMaxObserver.defaults}
 
     @classmethod
     def check_kwargs(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
-        "As `memoryless_mse`, and `averaging_constant` must lie in (0, 1]."
+        "As `minmax`, and the numbers of the search must make sense."
         kwargs = super().check_kwargs(kwargs)
-        check_averaging_constant(kwargs["averaging_constant"])
+        check_search(kwargs)
         return kwargs
 
-    def update_statistics_from_observed(self, observed: Tensor) -> None:
-        low, high = self.search(observed)
-        c = self.kwargs["averaging_constant"]
-        if self.has_statistics and c != 1:
-            low, high = moving_average(self.min_vals, low, c), moving_average(self.max_vals, high, c)
-        self.min_vals, self.max_vals = low, high
+    def range_of(self, observed: Tensor) -> tuple[Tensor, Tensor]:
+        "The best range of one batch, two tensors of shape `qparam_shape`."
+        return mse_range(observed, self.args, **{name: self.kwargs[name] for name in SEARCH})
 
 # %% ../../nbs/03c_observers_mse.ipynb #684de07d
 @Observer.register("nvfp4_expanded_mse")
