@@ -57,8 +57,9 @@ def test_scales_of_heads_are_those_of_a_plain_loop(name):
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("recipe", [dict(kv_cache_scheme=KV, targets=[]), dict(kv_cache_scheme=KV, scheme="FP8", ignore=["lm_head"]), attention_recipe()],
-                         ids=["cache", "cache and FP8", "attention"])
+@pytest.mark.parametrize("recipe", [
+    dict(kv_cache_scheme=KV, targets=[]), dict(kv_cache_scheme=KV, scheme="FP8", ignore=["lm_head"]), attention_recipe(),
+], ids=["cache", "cache and FP8", "attention"])
 @pytest.mark.parametrize("name", CACHED)
 def test_quantized_and_given_back(name, recipe, implementation):
     model, data = make_model(name), make_batches()

@@ -11,10 +11,16 @@ from qcal_nb.calibration import update_qparams
 from qcal_nb.lifecycle import QuantizationModifier, State, phase_of, reset_quantization
 from qcal_nb.pipelines import calibrate
 
-TWO_BITS = dict(config_groups={"g": QuantizationScheme(targets=["Linear"], weights=dict(num_bits=2, type="int", strategy="channel"))}, ignore=["lm_head"])
+TWO_BITS = dict(config_groups={"g": QuantizationScheme(targets=["Linear"], weights=dict(num_bits=2, type="int", strategy="channel"))},
+                ignore=["lm_head"])
 KV = dict(num_bits=8, type="float", strategy="tensor", symmetric=True, dynamic=False)
-RECIPES = {"FP8": dict(scheme="FP8", ignore=["lm_head"]), "two bits": TWO_BITS, "NVFP4 mse": dict(scheme="NVFP4", weight_observer="memoryless_mse", ignore=["lm_head"]),
-           "cache": dict(kv_cache_scheme=KV, targets=[]), "imatrix": dict(scheme="NVFP4A16", weight_observer="imatrix_mse", ignore=["lm_head"])}
+RECIPES = {
+    "FP8": dict(scheme="FP8", ignore=["lm_head"]),
+    "two bits": TWO_BITS,
+    "NVFP4 mse": dict(scheme="NVFP4", weight_observer="memoryless_mse", ignore=["lm_head"]),
+    "cache": dict(kv_cache_scheme=KV, targets=[]),
+    "imatrix": dict(scheme="NVFP4A16", weight_observer="imatrix_mse", ignore=["lm_head"]),
+}
 
 
 def files(folder): return sorted(f for f in os.listdir(folder)) if os.path.isdir(folder) else []

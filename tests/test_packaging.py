@@ -24,7 +24,8 @@ def sh(*args, cwd, **env):
 def wheel(tmp_path_factory):
     "A wheel built from the sdist that was built from a copy of the tree: what MANIFEST.in forgets is missing"
     tree = tmp_path_factory.mktemp("build")/"tree"
-    leave = shutil.ignore_patterns(".git", ".venv", ".venv-next", "build", "dist", "_docs", "_proc", "*.egg-info", "__pycache__", ".ipynb_checkpoints")
+    leave = shutil.ignore_patterns(".git", ".venv", ".venv-next", "build", "dist",
+                                   "_docs", "_proc", "*.egg-info", "__pycache__", ".ipynb_checkpoints")
     shutil.copytree(ROOT, tree, ignore=leave)
     sh("-m", "build", "--no-isolation", cwd=tree)
     return next((tree/"dist").glob("*.whl"))
