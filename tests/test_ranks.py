@@ -52,7 +52,9 @@ def good(folder, ranks, cases):
     return results
 
 
-MODEL = ["static", "minmax", "averages", "w4a16", "nvfp4a16", "nvfp4", "every_layer_by_itself"]
+EXACT = ["static", "w4a16", "nvfp4a16", "nvfp4", "every_layer_by_itself", "sequential", "sequential_quantized", "searched", "counted", "cache",
+         "experts"]
+MODEL = [*EXACT, "minmax", "averages", "importance"]
 SMALL = ["branches", "branches_minmax", "refused_end", "bad_batch", "no_data", "bad_weight", "another_scheme", "another_model", "another_shape",
          "another_step", "nested", "local_observers", "consumed", "weights_by_hand"]
 
@@ -66,7 +68,7 @@ def two(tmp_path_factory):
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     "What one process returns that has all of the data."
-    return good(tmp_path_factory.mktemp("one"), 1, [c for c in MODEL if c not in ("minmax", "averages")] + ["branches", "only_the_second"])[0]
+    return good(tmp_path_factory.mktemp("one"), 1, [*EXACT, "importance", "branches", "only_the_second"])[0]
 
 
 def same(a: dict, b: dict) -> bool:
@@ -78,12 +80,27 @@ def same(a: dict, b: dict) -> bool:
 # --- the embedded model ---
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["static", "w4a16", "nvfp4a16", "nvfp4", "every_layer_by_itself"])
+@pytest.mark.parametrize("case", EXACT)
 def test_two_ranks_find_what_one_process_finds(one, two, case):
     assert len(one[case]["scales"]) >= 28
     for rank in two:
         assert same(rank[case]["scales"], one[case]["scales"])
         assert rank[case]["differing"] == []
+
+
+@pytest.mark.slow
+def test_importance_is_added_up(one, two):
+    "Sums in float32 round differently in another order, so that a range may end one candidate further; both ranks agree to the bit."
+    found, right = two[0]["importance"]["scales"], one["importance"]["scales"]
+    assert same(found, two[1]["importance"]["scales"]) and found.keys() == right.keys()
+    equal = torch.cat([(found[n] == right[n]).flatten() for n in right if n.endswith("weight_scale")])
+    assert equal.float().mean() > 0.99
+
+
+@pytest.mark.slow
+def test_an_expert_that_one_rank_saw_has_its_scale_on_both(one, two):
+    first, second = (rank["experts"]["seen"] for rank in two)
+    assert first - second and first | second == one["experts"]["seen"]
 
 
 @pytest.mark.slow

@@ -42,12 +42,12 @@ def texts():
     return calibration_texts()[:4] if size == 1 else [calibration_texts()[:3], calibration_texts()[3:4]][rank]
 
 
-def calibrated(**recipe):
+def calibrated(options=None, **recipe):
     "Scales of the embedded model, how many differ between ranks, and which weights this rank looked at."
     model, tokenizer = load_tiny_llama()
     modifier = QuantizationModifier(ignore=["lm_head"], **recipe)
     data = texts() if modifier.requires_calibration_data else None
-    calibrate(model, data, modifier, tokenizer=tokenizer, progress=False)
+    calibrate(model, data, modifier, tokenizer=tokenizer, progress=False, **(options or {}))
     looked = [row.module for row in modifier.coverage if row.base_name == "weight" and row.observations]
     return dict(scales=scales(model), differing=differing_qparams(model), looked=looked, phase=phase_of(model))
 
@@ -83,6 +83,42 @@ def nvfp4a16(): return calibrated(scheme="NVFP4A16")
 
 
 def nvfp4(): return calibrated(scheme="NVFP4", input_observer="static_minmax")
+
+
+def sequential(): return calibrated(dict(pipeline="sequential"), scheme="INT8_STATIC", input_observer="static_minmax")
+
+
+def sequential_quantized():
+    return calibrated(dict(pipeline="sequential", propagate="quantized"), scheme="INT8_STATIC", input_observer="static_minmax", weight_observer="mse")
+
+
+def searched(): return calibrated(scheme="W4A16", weight_observer="memoryless_mse")
+
+
+def counted(): return calibrated(scheme="FP8", input_observer="percentile")
+
+
+def importance(): return calibrated(scheme="W4A16", weight_observer="imatrix_mse")
+
+
+def cache():
+    args = dict(num_bits=8, type="float", strategy="attn_head", symmetric=True, dynamic=False, observer="static_minmax")
+    return calibrated(scheme="FP8_DYNAMIC", kv_cache_scheme=args)
+
+
+def experts():
+    "A mixture of eight experts; the second rank has two tokens, so that most experts are seen on the first alone."
+    from transformers import MixtralConfig, MixtralForCausalLM
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(MixtralConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+                                             num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=1, max_position_embeddings=64)).eval()
+    rank, size = rank_and_size()
+    data = [torch.arange(i, 64, 3)[None] for i in range(3)] + [torch.tensor([[7, 9]])]
+    if size == 2: data = [data[:3], data[3:]][rank]
+    modifier = QuantizationModifier(scheme="INT8_STATIC", input_observer="static_minmax", ignore=["lm_head"])
+    calibrate(model, data, modifier, all_experts=False, progress=False, on_uncalibrated="skip")
+    seen = {row.module for row in modifier.coverage if row.base_name == "input" and row.observations and ".experts." in row.module}
+    return dict(scales=scales(model), differing=differing_qparams(model), seen=seen)
 
 
 def every_layer_by_itself():
