@@ -128,6 +128,12 @@ def attention_faults(model: Module, name: str, module: Module, scheme: Quantizat
         faults.append(f"{name}: attention states take strategy 'tensor' or 'attn_head', not {str(args.strategy)!r}")
     if not hasattr(getattr(model, "config", None), "get_text_config"):
         faults.append(f"{name}: the model has no transformers config that tells the number of heads")
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        faults.append(f"{name}: an encoder-decoder has a cache of two parts, which compressed-tensors' stand-in cannot replace")
+    if queries and not hasattr(module, "config"):
+        faults.append(f"{name}: {type(module).__name__} has no config that says how attention is computed; use kv_cache_scheme")
+    elif queries and module.config._attn_implementation.startswith(HOOKED) and not any(IMPL_ATTR in m._modules for m in model.modules()):
+        faults.append(f"{name}: another model that shares this config object has its attention hooked; give each model a config of its own")
     if queries and not has_eager_function(module):
         faults.append(f"{name}: {type(module).__name__} computes attention in its own forward, its queries cannot be seen; use kv_cache_scheme")
     return faults

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Views', 'Layout', 'own_parameters', 'expert_layout', 'fused_experts', 'refused_experts', 'expert_views',
-           'BiasedLinear', 'Expert', 'implementation_of', 'UnfusedExperts', 'take_experts_apart', 'unfused_experts',
-           'matches_experts', 'all_experts', 'ExpertTokens', 'tokens_per_expert']
+           'BiasedLinear', 'Expert', 'implementation_of', 'UnfusedExperts', 'release', 'take_experts_apart',
+           'unfused_experts', 'matches_experts', 'all_experts', 'ExpertTokens', 'tokens_per_expert']
 
 # %% ../nbs/04c_experts.ipynb #d845f631
 import inspect
@@ -27,6 +27,7 @@ from torch.nn import Linear, Module, ModuleList, Parameter
 
 from .calibration import refuse_if_held
 from .observers.base import NOBODY, current_feed
+from .snapshots import empty_cache
 
 # %% ../nbs/04c_experts.ipynb #96e269f7
 @dataclass(frozen=True)
@@ -306,7 +307,13 @@ def _prove(new: UnfusedExperts) -> None:
     if (off := error(new.wide_sum)) > allowed:
         raise ValueError(f"its forward computes something else than its matrices tell: off by {off:.2g}, rounding would be {allowed:.2g}")
 
-# %% ../nbs/04c_experts.ipynb #ac8b5881
+# %% ../nbs/04c_experts.ipynb #0f2a2683
+def release(module: Module) -> None:
+    "Give back what a module that leaves the model for good has lying on the CPU or on disk."
+    for child in module.modules():
+        for store in (child._parameters, child._buffers): empty_cache(store)
+
+
 def _unfused(fused: Module) -> UnfusedExperts:
     "The container for one fused module, its Linears offloaded as that is. ValueError if it cannot stand in for it."
     layout = expert_layout(fused)
@@ -319,7 +326,10 @@ def _unfused(fused: Module) -> UnfusedExperts:
         for linear in linears.values() if offloaded else (): offload_module(linear, **get_cache_init_kwargs(fused))
         return Expert(linears, MethodType(gate, fused), layout.interleaved)
     new = UnfusedExperts(fused, layout, map(expert, range(layout.num_experts)))
-    _prove(new)
+    try: _prove(new)
+    except BaseException:
+        release(new)
+        raise
     return new
 
 
@@ -368,15 +378,20 @@ def matches_experts(model: Module, targets: Iterable[str], ignore: Iterable[str]
 @contextmanager
 def _stand_ins(model: Module) -> Iterator[None]:
     "Inside the block, experts that are still fused compute as if they were apart and saw every token."
-    stacks = list(fused_experts(model).values())
+    made: list[tuple[Module, Any, UnfusedExperts]] = []
     try:
-        for fused in stacks:
-            stand_in = _unfused(fused)
+        for fused in fused_experts(model).values():
+            try: stand_in = _unfused(fused)
+            except ValueError: continue  # it computes something of its own, and goes on doing so
             stand_in.calibrating = True
+            made.append((fused, fused.__dict__.get("forward"), stand_in))
             fused.__dict__["forward"] = stand_in.forward
         yield
     finally:
-        for fused in stacks: fused.__dict__.pop("forward", None)
+        for fused, forward, stand_in in made:
+            if forward is None: del fused.__dict__["forward"]
+            else: fused.__dict__["forward"] = forward
+            release(stand_in)
 
 
 @contextmanager

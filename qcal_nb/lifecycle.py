@@ -47,15 +47,16 @@ from qcal_nb.calibration import (
     scheme_args, update_qparams, write_qparams,
 )
 from .coverage import Coverage, cover, expert_tokens_of
-from .experts import matches_experts
-from .offload import convert_offload, has_accelerate_hooks, hold_while_running
+from .experts import matches_experts, unfused_experts
+from .offload import has_accelerate_hooks, hold_while_running
 from qcal_nb.observers.base import (
     ACTIVATIONS, BASE_NAMES, check_policy, each_warning_once, find_observer, fuse, fused_layers,
 )
 from .ranks import observe_weights, sync_statistics, together
 from .schemes import is_preset, needs_data, preset, preset_names
 from qcal_nb.ledger import (
-    Ledger, LifecycleError, ledger_of, phase_of, refuse_quantized, reset_quantization, start_anew, step, unfuse_experts,
+    Ledger, LifecycleError, ledger_of, phase_of, refuse_quantized, reset_quantization, start_anew, step,
+    take_over_offload, unfuse_experts,
 )
 from qcal_nb.snapshots import (
     QPARAMS, ModuleChange, Snapshot, changes, configs_of, qparams_of, restore, snapshot, stored_parameters,
@@ -318,7 +319,9 @@ def resolve_config(fields: _Fields) -> QuantizationConfig:
     elif fields.config_groups: groups = _groups_from_config(fields.config_groups)
     else: groups = {"group_0": QuantizationScheme(targets=list(fields.targets))}
     chosen = _chosen_observers(fields)
-    for scheme in groups.values(): _choose_observers(scheme, chosen)
+    for scheme in groups.values():
+        for target in scheme.targets: _check_pattern(target)
+        _choose_observers(scheme, chosen)
     cache = fields.kv_cache_scheme and fields.kv_cache_scheme.model_copy(deep=True)
     if cache is not None and cache.dynamic is not True:
         if cache.strategy not in ("tensor", "attn_head"):
@@ -393,12 +396,12 @@ def initialize_quantization(self: QuantizationMixin, model: Module, unfuse: bool
     before, config = snapshot(model), self.resolved_config
     try:
         start_anew(model)
+        if has_accelerate_hooks(model): take_over_offload(model)
         if unfuse and reaches_experts(model, config): unfuse_experts(model)
         chosen = schemes_by_module(model, config)
         _need_attention(model, config, chosen)
         with disable_onloading(): check_schemes(model, chosen, self.bypass_divisibility_checks)  # shapes suffice
         with step(model, replace(ledger_of(model) or Ledger(), phase="initialized", config=config)):
-            convert_offload(model)
             _attach_schemes(model, config, chosen)
             for module, _ in chosen.values(): _unset_scales(module)
             model.apply(disable_quantization)
@@ -487,6 +490,7 @@ def start_calibration(self: QuantizationMixin, model: Module) -> None:
     with step(model, replace(ledger, phase="calibrating")), each_warning_once():
         chosen = schemes_by_module(model, ledger.config)
         untie_embeddings(model, chosen)
+        for experts in unfused_experts(model).values(): experts.tokens = None  # counted anew
         for name, (module, _) in chosen.items(): _watch(name, module, self.nonfinite)
         for _, layers in fused_layers(model):
             observers = [observer_of(layer, "weight") for layer in layers.values() if layer is not None]
@@ -580,6 +584,7 @@ class QuantizationModifier(QuantizationMixin):
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         "Attach the schemes. ValueError if no field says what to quantize."
+        if not isinstance(state, State): raise TypeError(f"state must be a State, got {type(state).__name__}; e.g. State(model=model)")
         if not self.has_config():
             raise ValueError("nothing says what to quantize; give scheme='FP8' (or another preset), config_groups, "
                              "or at least targets or ignore")
@@ -633,6 +638,14 @@ def lacking_data(self: QuantizationMixin, model: Module, weights: bool = False) 
     return lacking
 
 
+def _check_shapes(module: Module, observer: Any, qparams: Any) -> None:
+    "ValueError if what was observed has another number of scales than the module has room for."
+    room, scale = getattr(module, f"{observer.base_name}_scale", None), qparams["scale"]
+    if room is not None and not observer.args.dynamic and room.shape != scale.shape:
+        raise ValueError(f"{observer.module_name}, {observer.base_name}: the config promises scales of shape {tuple(room.shape)}, the tensors have "
+                         f"{tuple(scale.shape)} (heads that share one latent, say); use strategy 'tensor'")
+
+
 def compute_remaining(self: QuantizationMixin, model: Module, on_uncalibrated: str | None = None) -> None:
     """Write every scale that follows from unconsumed statistics.
     If one would still be missing (and that is an error): ValueError, nothing written."""
@@ -644,6 +657,7 @@ def compute_remaining(self: QuantizationMixin, model: Module, on_uncalibrated: s
         short = lacking_data(self, model, weights=True)
         if short and check_on_uncalibrated(on_uncalibrated or self.on_uncalibrated) == "raise": refuse_unset(short)
         concluded = [(m, o, o.get_qparams()) for m in modules for o in _fresh(m)]  # all of them, before any is written
+        for module, observer, qparams in concluded: _check_shapes(module, observer, qparams)
     for module, observer, qparams in concluded: write_qparams(module, observer, qparams=qparams)
 
 # %% ../nbs/05_lifecycle.ipynb #6dfb34ae

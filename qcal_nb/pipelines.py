@@ -22,13 +22,15 @@ from torch.nn import Linear, Module
 from tqdm import tqdm
 
 from .attention import eager_beneath
-from .calibration import all_or_nothing, claim, exclusive, feeding, guarded, observer_of, observers_in
+from .calibration import all_or_nothing, claim, exclusive, feeding, guarded, observer_of, observers_in, owned_by
 from .experts import all_experts as showing_all_experts
-from .lifecycle import Event, EventType, QuantizationModifier, State, check_on_uncalibrated, configs_of, embeddings_of, unfuse_experts
+from qcal_nb.lifecycle import (
+    Event, EventType, QuantizationModifier, State, check_on_uncalibrated, compute_remaining, configs_of, embeddings_of, unfuse_experts,
+)
 from .models import evaluating
 from .observers.base import check_policy, current_batch, each_warning_once, warn_once
 from .ranks import together
-from .sequential import PROPAGATE, run_blocks
+from .sequential import PROPAGATE, blocks_of, run_blocks
 
 _all_ = ["unfuse_experts"]
 
@@ -295,17 +297,20 @@ def calibrate(
     for check, value in ((check_policy, nonfinite), (check_on_uncalibrated, on_uncalibrated), (check_attention, attention)):
         if value is not None: check(value)
     check_propagate(propagate, pipeline)
+    if not isinstance(all_experts, bool): raise TypeError(f"all_experts={all_experts!r} must be True or False")
     state, owner = State(model), f"calibrate {uuid.uuid4().hex}"
     with together("end calibrate()"), exclusive(model, "calibrate()"), each_warning_once():
         stream = _first_batches(data, modifier, pipeline, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
         modifier.on_initialize(state, unfuse=True)
-        modifier.on_event(state, Event(EventType.CALIBRATION_START))
-        set_policy(model, nonfinite)
-        claim(model, owner)
+        with owned_by(owner): modifier.on_event(state, Event(EventType.CALIBRATION_START))  # hear nobody else from the start
         try:
-            with calibration_context(model, attention, all_experts), guarded(model):
+            set_policy(model, nonfinite)
+            with calibration_context(model, attention, all_experts), guarded(model, blocks_of(model).values()):
                 if pipeline == "sequential": _feed_blocks(model, list(stream), owner, progress, modifier, propagate)
                 else: _feed_all(model, stream, owner, progress)
-        finally: claim(model, None)
-        modifier.on_event(state, Event(EventType.CALIBRATION_END), on_uncalibrated=on_uncalibrated)
+                compute_remaining(modifier, model, on_uncalibrated)
+            modifier.on_event(state, Event(EventType.CALIBRATION_END), on_uncalibrated=on_uncalibrated)
+        except BaseException:
+            claim(model, None)
+            raise
     return model

@@ -39,7 +39,8 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.utils import logging as transformers_logging
 
 from .calibration import exclusive
-from .experts import unfused_experts
+from .attention import attention_modules
+from .experts import fused_experts, unfused_experts
 from qcal_nb.lifecycle import (
     Ledger, LifecycleError, QuantizationMixin, QuantizationModifier, ledger_of, phase_of, schemes_by_module, uncomputed,
 )
@@ -401,7 +402,16 @@ def _stored_groups(groups: Mapping[str, QuantizationScheme], stored: _Stored) ->
         if most: found[group] = scheme.model_copy(deep=True, update={"format": most})
     return found
 
-# %% ../nbs/07_recipes.ipynb #683ea163
+# %% ../nbs/07_recipes.ipynb #a5e5ae6b
+def _need_whole_attention(model: Module, config: QuantizationConfig, stored: _Stored) -> None:
+    "ValueError if only some of the attention modules have scales: a checkpoint's config speaks of all or none of them."
+    all_of_them = attention_modules(model)
+    missing = [name for name in all_of_them if name not in stored]
+    if not missing or (config.kv_cache_scheme is None and len(missing) == len(all_of_them)): return
+    raise ValueError(f"{len(missing)} of {len(all_of_them)} attention modules have no scales ({', '.join(missing[:3])}): compressed-tensors hooks all "
+                     "of them when it loads a checkpoint, whatever `ignore` says. Calibrate all of them, or none")
+
+
 def _checkpoint_config(model: Module) -> QuantizationConfig:
     "The config of the checkpoint that a calibrated model would be saved as."
     config = _calibrated(model, "save").config
@@ -409,6 +419,7 @@ def _checkpoint_config(model: Module) -> QuantizationConfig:
     live = QuantizationConfig.from_pretrained(model)  # knows which modules vLLM has to be told to ignore
     if live is None or not (stored or live.kv_cache_scheme):
         raise ValueError("nothing of this model is quantized; save it with model.save_pretrained")
+    _need_whole_attention(model, config, stored)
     return QuantizationConfig(config_groups=_stored_groups(config.config_groups, stored), ignore=[*live.ignore, *skipped],
                               kv_cache_scheme=live.kv_cache_scheme, quantization_status=QuantizationStatus.COMPRESSED)
 
@@ -423,6 +434,7 @@ def to_config(source: QuantizationMixin | Module) -> dict[str, Any]:
 def _pack(tensors: dict[str, Tensor], scheme: QuantizationScheme, form: CompressionFormat, name: str) -> dict[str, Tensor]:
     "A module's tensors, local names, as they are stored."
     symmetric = [base_name for base_name, part in _PARTS.items() if (args := getattr(scheme, part)) is None or args.symmetric]
+    if "input" in symmetric: symmetric += ["q", "k", "v"]
     tensors = {k: v for k, v in tensors.items() if k not in {f"{base_name}_zero_point" for base_name in symmetric}}
     try: packed = BaseCompressor.get_value_from_registry(form.value).compress(tensors, scheme)
     except NotImplementedError as error:
@@ -431,10 +443,22 @@ def _pack(tensors: dict[str, Tensor], scheme: QuantizationScheme, form: Compress
     return {k: v.contiguous().cpu() for k, v in packed.items()}
 
 
+def _untied(model: Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    "An encoder-decoder whose head was untied says that nothing is tied: embeddings that are one tensor are then stored once for each name."
+    config = getattr(model, "config", None)
+    if not getattr(config, "is_encoder_decoder", False) or getattr(config, "tie_word_embeddings", True): return state
+    seen: set[tuple[int, int]] = set()
+    for name, value in state.items():
+        place = (value.untyped_storage().data_ptr(), value.storage_offset())
+        if place in seen: state[name] = value.clone()
+        seen.add(place)
+    return state
+
+
 def _checkpoint_tensors(model: Module) -> tuple[dict[str, Tensor], set[torch.dtype]]:
     "Every tensor of the checkpoint by name; and the dtypes to which weights are unpacked that had another."
     stored, skipped = _stored_modules(model, _calibrated(model, "save").config)
-    state, unpacked = model.state_dict(), {}
+    state, unpacked = _untied(model, model.state_dict()), {}
     for name in skipped:
         for qparam in QPARAMS: state.pop(f"{name}.{qparam}", None)
     for name, (module, scheme, form) in stored.items():
@@ -468,13 +492,20 @@ def _rename_experts(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[st
 
 def _warn_about_experts(model: PreTrainedModel) -> None:
     experts = [m for c in unfused_experts(model).values() for m in c.modules() if is_module_quantized(m)]
-    if not experts: return
-    if not expert_names(model.config.model_type):
+    if not experts and not fused_experts(model): return
+    if not experts:
+        warnings.warn("transformers does not load a mixture of experts of which everything but the experts is quantized: "
+                      "this checkpoint is for programs that do", stacklevel=4)
+    elif not expert_names(model.config.model_type):
         warnings.warn(f"transformers stores the experts of a {model.config.model_type} as stacks and will not load them one by one: "
                       "this checkpoint is for programs that do", stacklevel=4)
-    elif any(m.quantization_scheme.input_activations is not None for m in experts):
-        warnings.warn("transformers fuses experts when it loads them and does not quantize what enters them: its logits will differ "
-                      "from this model's (vLLM quantizes it)", stacklevel=4)
+    elif any(_more_than_weights(m.quantization_scheme) for m in experts):
+        warnings.warn("transformers fuses experts when it loads them, and has no place for scales of what enters them or for global scales: "
+                      "its logits will differ from this model's (vLLM's do not)", stacklevel=4)
+
+
+def _more_than_weights(scheme: QuantizationScheme) -> bool:
+    return scheme.input_activations is not None or (scheme.weights is not None and scheme.weights.strategy == "tensor_group")
 
 # %% ../nbs/07_recipes.ipynb #4a55522f
 @contextmanager

@@ -114,7 +114,7 @@ def _first_calls(model: Module, blocks: Mapping[str, Module], relay: Relay, feed
 # %% ../nbs/05b_sequential.ipynb #0dcde13b
 def _needs_old(relay: Relay, feed: Callable[[], Any], outputs: Sequence[Any]) -> bool:
     "Whether some block call, or the end of the pass, needs what a block before the last one returned."
-    for t in range(2, len(outputs)):
+    for t in range(2, len(outputs) + 1):
         def answer(k: int, compute: Callable[[], Any], inputs: Any, t: int = t) -> Any:
             if k == t:
                 if _is_hollow(inputs): raise ValueError("an older output is needed")
@@ -128,9 +128,7 @@ def _needs_old(relay: Relay, feed: Callable[[], Any], outputs: Sequence[Any]) ->
 def look_ahead(model: Module, blocks: Mapping[str, Module], relay: Relay, feed: Callable[[], Any]) -> Plan:
     "What one batch tells about the way of all: run once in full, then once more without computing a block."
     outputs, segments = _first_calls(model, blocks, relay, feed)
-    last = max(len(outputs) - 1, 0)
-    names = tuple(relay.names)
-    return Plan(names, {name: min(t, last) for name, t in segments.items()}, _needs_old(relay, feed, outputs))
+    return Plan(tuple(relay.names), segments, _needs_old(relay, feed, outputs))
 
 # %% ../nbs/05b_sequential.ipynb #f09f732a
 PROPAGATE = ("float", "quantized")
@@ -141,13 +139,13 @@ class BlockByBlock:
 
     def __init__(self, model: Module, batches: Sequence[Any], feed: Callable[[Any, int], int], owner: str) -> None:
         self.model, self.batches, self.feed, self.owner = model, batches, feed, owner
-        self.blocks, self.outputs = blocks_of(model), [[] for _ in batches]
+        self.blocks, self.outputs, self.total = blocks_of(model), [[] for _ in batches], 0
         self.relay = Relay(self.blocks)
 
-    def modules(self, plan: Plan, t: int) -> list[Module]:
-        "The modules of segment `t`: what runs first in it, and the block, if it is not called again later."
-        outside = [self.model.get_submodule(name) for name, segment in plan.segments.items() if segment == t]
-        again = not plan.calls or plan.calls[t] in plan.calls[t + 1:]
+    def modules(self, plan: Plan, t: int, last: bool) -> list[Module]:
+        "The modules of segment `t`: what runs first in it (in the last one: or after it), and the block, if it is not called again later."
+        outside = [self.model.get_submodule(name) for name, segment in plan.segments.items() if segment == t or (last and segment > t)]
+        again = t >= len(plan.calls) or plan.calls[t] in plan.calls[t + 1:]
         return outside if again else [*outside, *self.blocks[plan.calls[t]].modules()]
 
     def one(self, index: int, t: int, last: bool, heard: bool) -> Any:
@@ -162,7 +160,7 @@ class BlockByBlock:
             if not last: raise _Enough
             return result[-1]
         with earlier: self.relay.run(lambda: self.feed(self.batches[index], index), answer)
-        if self.relay.calls <= t and self.blocks and not (t == 0 and last): raise self.astray(index)
+        if self.relay.calls < min(t + 1, self.total): raise self.astray(index)
         return result[-1] if result else None
 
     def astray(self, index: int) -> ValueError:
@@ -188,7 +186,8 @@ def run_blocks(
     way, observers = BlockByBlock(model, batches, feed, owner), observers_in(model)
     with way.relay.attached():
         with feeding(NOBODY): plan = look_ahead(model, way.blocks, way.relay, lambda: feed(batches[0], 0))
-        total = max(len(plan.calls), 1)
+        way.total = len(plan.calls)
+        total = max(way.total + (propagate == "quantized"), 1)  # what comes after the last block is to see it quantized, too
         try:
             for t in tqdm(range(total), desc="calibrating", unit=" blocks", disable=not progress):
                 with disable_offloading(): _one_block(way, plan, t, t == total - 1, observers, after, propagate == "quantized")
@@ -199,7 +198,7 @@ def _one_block(way: BlockByBlock, plan: Plan, t: int, last: bool, observers: lis
     for index in range(len(way.batches)):
         with all_or_nothing(observers): output = way.one(index, t, last, heard=True)
         if not quantized and not last: way.keep(index, output, plan.keep_all)
-    modules = way.modules(plan, t)
+    modules = way.modules(plan, t, last)
     after(modules)
     if not quantized or last: return
     for module in modules: enable_quantization(module)

@@ -482,6 +482,17 @@ def test_a_checkpoint_with_a_quantized_cache_loads_with_the_same_logits(name, re
     assert differences(before, state_of(model)) == []
 
 
+@pytest.mark.parametrize("recipe", [
+    dict(scheme="FP8", kv_cache_scheme=KV, ignore=["lm_head", "re:.*layers.0.*"]),
+    dict(config_groups={"attention": QuantizationScheme(targets=["re:.*layers.1.self_attn$"], input_activations=KV)})])
+def test_a_cache_that_is_only_partly_quantized_is_not_saved(recipe, tmp_path):
+    "On loading every attention module would be hooked, and some would have scales that nobody wrote."
+    model = make_model("llama_gqa")
+    calibrate(model, make_batches(), QuantizationModifier(**recipe), progress=False)
+    with pytest.raises(ValueError, match=r"1 of 2 attention modules have no scales \(model.layers.0.self_attn\)"): save_quantized(model, tmp_path/"x")
+    assert not (tmp_path/"x").exists()
+
+
 @pytest.mark.parametrize("kind", ["cpu", "disk"])
 def test_an_offloaded_model_is_saved_as_it_would_be_otherwise(kind, tmp_path):
     recipe, files = dict(scheme="FP8", ignore=["lm_head"]), []
@@ -602,4 +613,4 @@ def test_experts_are_stored_under_the_names_of_the_hub_and_load_with_the_same_lo
 
 def test_what_transformers_will_not_do_for_experts_is_said(tmp_path):
     _, _, warned = saved_mixture("mixtral", dict(scheme="FP8"), tmp_path/"x")
-    assert len(warned) == 1 and "does not quantize what enters them" in warned[0]
+    assert len(warned) == 1 and "no place for scales of what enters them" in warned[0]

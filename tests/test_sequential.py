@@ -133,7 +133,7 @@ def test_each_batch_passes_each_block_once():
     assert len(calls) == 2 * (1 + 3)  # once to look ahead, and once for each of three batches
     calls.clear(); reset_quantization(model)
     calibrate(model, make_batches(), QuantizationModifier(**RECIPE), pipeline="sequential", propagate="quantized", progress=False)
-    assert len(calls) == 2 * (1 + 3) + 3  # the last block need not be passed a second time
+    assert len(calls) == 2 * (1 + 3 + 3)  # every block is passed a second time, since the head follows the last one
     for handle in handles: handle.remove()
 
 

@@ -25,6 +25,7 @@ from compressed_tensors import InternalModule
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam, maybe_pad_tensor_for_block_quant
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import Module
 
 # %% ../../nbs/03a_observers_base.ipynb #b418bdf0
@@ -257,7 +258,8 @@ class QParamsDict(TypedDict):
 def same_tensor(value: Tensor) -> tuple:
     "What tells one state of a tensor from another: storage, place in it, and the count of in-place changes (inference tensors have none)."
     version = object() if value.is_inference() else value._version  # without a count no two looks are known to be of the same state
-    return value.untyped_storage().data_ptr(), value.storage_offset(), value.shape, value.stride(), value.dtype, version
+    storage = StorageWeakRef(value.untyped_storage())  # an address alone may have been taken by another tensor since
+    return storage, value.storage_offset(), value.shape, value.stride(), value.dtype, version
 
 # %% ../../nbs/03a_observers_base.ipynb #11d776cc
 FUSED_LAYERS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"), ("w1", "w3"))
@@ -293,7 +295,7 @@ class Fusable(Statistics):
     def __deepcopy__(self, memo: dict[int, Any]) -> "Fusable":
         "Copied together with its model, an observer belongs to the copied module and shares with the copied partners."
         new = memo[id(self)] = type(self).__new__(type(self))
-        new.__dict__.update({name: deepcopy(value, memo) for name, value in self.__dict__.items()})
+        new.__dict__.update({name: None if name == "_seen" else deepcopy(value, memo) for name, value in self.__dict__.items()})
         if (twin := memo.get(id(self._module()))) is None: return new
         new._module = weakref.ref(twin)
         for partner in self.partners(): deepcopy(partner._module(), memo)
