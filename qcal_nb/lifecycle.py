@@ -79,15 +79,17 @@ def schemes_by_module(model: Module, config: QuantizationConfig) -> dict[str, tu
     """Name -> (module, scheme) for every module that the config would quantize, in model order: Linear and Embedding modules,
     attention modules that a target means narrowly (not their parents or children too) or that the KV cache scheme reaches."""
     by_target = {target: scheme for scheme in config.config_groups.values() for target in scheme.targets}
-    found = {}
-    for name, m in match_named_modules(model, list(by_target), config.ignore or []):
-        scheme = by_target[match_targets(name, m, by_target)[0]]
+    names, found = dict(model.named_modules()), {}
+    wide = {target: scheme for target, scheme in by_target.items() if target not in names}  # classes and patterns: asked of every module
+    exact = [(name, names[name]) for name in by_target if name in names and not is_match(name, names[name], config.ignore or [])]
+    for name, m in [*match_named_modules(model, list(wide), config.ignore or []), *exact]:
+        scheme = by_target[name] if name in by_target else wide[match_targets(name, m, wide)[0]]
         if isinstance(m, QUANTIZABLE) or (is_cached_attention_module(m) and is_narrow_match(model, scheme.targets, name, m)):
             found[name] = (m, scheme)
-    if config.kv_cache_scheme is None: return found
+    if config.kv_cache_scheme is None: return {name: found[name] for name in names if name in found}
     cache = QuantizationScheme(targets=list(KV_CACHE_TARGETS), input_activations=config.kv_cache_scheme)
     found |= {n: (m, cache) for n, m in attention_modules(model).items() if n not in found and not is_match(n, m, config.ignore or [])}
-    return {name: found[name] for name, _ in model.named_modules() if name in found}
+    return {name: found[name] for name in names if name in found}
 
 
 def reaches_experts(model: Module, config: QuantizationConfig) -> bool:
@@ -332,6 +334,7 @@ def resolve_config(fields: _Fields) -> QuantizationConfig:
 
 # %% ../nbs/05_lifecycle.ipynb #c049e41e
 def _warn_target(model: Module, target: str, chosen: dict[str, tuple[Module, QuantizationScheme]]) -> None:
+    if target in chosen: return
     hits = [m for n, m in model.named_modules() if is_match(n, m, target) and not isinstance(m, InternalModule)]
     if not hits: warnings.warn(f"target {target!r} matches no module of this {type(model).__name__}", stacklevel=6)
     elif not any(isinstance(m, QUANTIZABLE) or any(m is c for c, _ in chosen.values()) for m in hits):
