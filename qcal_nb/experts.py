@@ -406,7 +406,7 @@ def all_experts(model: Module, enabled: bool = True) -> Iterator[None]:
     finally:
         for experts, value in before: experts.calibrating = value
 
-
+# %% ../nbs/04c_experts.ipynb #303a125c
 @dataclass(frozen=True)
 class ExpertTokens:
     "How many tokens the router sent to one expert. An expert with none was never chosen."

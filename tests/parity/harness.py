@@ -75,8 +75,8 @@ ARCHITECTURES: dict[str, tuple[Callable[[], Module], torch.dtype]] = {
 }
 NO_CACHE = {"GPT-NeoX", "Falcon", "BLOOM", "BERT", "ViT"}  # nothing that compressed-tensors could hook
 NO_HEADS_IN_CONFIG = {"OPT"}  # the reference asks for num_key_value_heads
-# The reference's sequential pipeline traces the model. Where its code keeps the function that makes the causal mask in a variable, the tracer calls it
-# with a config rebuilt from its dictionary, which lacks the attention implementation, so that transformers makes no mask. Its own basic
+# The reference's sequential pipeline traces the model. Where its code keeps the function that makes the causal mask in a variable, the tracer calls
+# it with a config rebuilt from its dictionary, which lacks the attention implementation, so that transformers makes no mask. Its own basic
 # pipeline knows better; ours is compared with that. `test_known.py` shows it.
 MASK_LOST = {"Mistral", "Mixtral", "Qwen3-MoE, bf16"}
 # Heads that share one cached latent have no scales of their own; we say so, the reference writes a checkpoint that cannot run.
