@@ -383,6 +383,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'qcal_nb.observers.base._pass_over': ( 'observers_base.html#_pass_over',
                                                                                'qcal_nb/observers/base.py'),
                                         'qcal_nb.observers.base._remember': ('observers_base.html#_remember', 'qcal_nb/observers/base.py'),
+                                        'qcal_nb.observers.base.check_args': ( 'observers_base.html#check_args',
+                                                                               'qcal_nb/observers/base.py'),
                                         'qcal_nb.observers.base.check_base_name': ( 'observers_base.html#check_base_name',
                                                                                     'qcal_nb/observers/base.py'),
                                         'qcal_nb.observers.base.check_policy': ( 'observers_base.html#check_policy',

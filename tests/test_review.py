@@ -11,7 +11,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from helpers import differences, fingerprint, make_batches, make_model, offload, outputs, qparams
 from transformers import AutoModelForSeq2SeqLM, BartConfig, DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from qcal_nb.calibration import ModelBusyError
+from qcal_nb.calibration import ModelBusyError, update_qparams
 from qcal_nb.lifecycle import QuantizationModifier, State, phase_of, reset_quantization, unfuse_experts
 from qcal_nb.observers.base import Observer
 from qcal_nb.pipelines import calibrate
@@ -196,3 +196,24 @@ def test_words_for_what_people_do(work, error, words):
     before = fingerprint(model)
     with pytest.raises(error) as caught: work(model)
     assert words in str(caught.value) and differences(before, fingerprint(model)) == []
+
+
+def test_statistics_that_came_after_the_reading_are_not_consumed():
+    "q is read, looked at again, and then k and v are read: what q saw last was not written and is not consumed."
+    model = make_model("llama_gqa")
+    modifier = QuantizationModifier(scheme="NVFP4A16", ignore=["lm_head"])
+    modifier.on_initialize(State(model)); modifier.on_start(State(model))
+    q, k, v = (getattr(model.model.layers[0].self_attn, f"{n}_proj") for n in "qkv")
+    for layer in (q, k, v): layer.weight_observer(layer.weight)
+    update_qparams(q, "weight")
+    with torch.no_grad(): q.weight.mul_(2)
+    q.weight_observer(q.weight)
+    update_qparams([k, v], "weight")
+    assert not q.weight_observer.consumed
+    update_qparams(q, "weight")
+    assert q.weight_observer.consumed
+
+
+def test_an_observer_needs_arguments():
+    for args in (None, dict(num_bits=8)):
+        with pytest.raises(TypeError, match="args must be QuantizationArgs, got"): Observer.load_from_registry("minmax", base_name="input", args=args)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ACTIVATIONS', 'BASE_NAMES', 'POLICIES', 'current_batch', 'current_feed', 'NOBODY', 'FUSED_LAYERS', 'check_base_name',
-           'flatten_for_calibration', 'Registry', 'find_observer', 'NonFiniteError', 'check_policy', 'NonFinite',
-           'find_nonfinite', 'without_nonfinite', 'Statistics', 'Counts', 'QParamsDict', 'same_tensor', 'Fusable',
-           'Observer', 'first_tensor', 'each_warning_once', 'warn_once', 'fuse', 'fused_layers']
+           'check_args', 'flatten_for_calibration', 'Registry', 'find_observer', 'NonFiniteError', 'check_policy',
+           'NonFinite', 'find_nonfinite', 'without_nonfinite', 'Statistics', 'Counts', 'QParamsDict', 'same_tensor',
+           'Fusable', 'Observer', 'first_tensor', 'each_warning_once', 'warn_once', 'fuse', 'fused_layers']
 
 # %% ../../nbs/03a_observers_base.ipynb #b5c0be45
 import warnings
@@ -38,6 +38,13 @@ def check_base_name(base_name: str) -> str:
     if base_name not in BASE_NAMES:
         raise ValueError(f"base_name={base_name!r} is unknown; it must be one of {', '.join(BASE_NAMES)}")
     return base_name
+
+
+def check_args(args: QuantizationArgs) -> QuantizationArgs:
+    "`args` themselves, or a TypeError."
+    if not isinstance(args, QuantizationArgs):
+        raise TypeError(f"args must be QuantizationArgs, got {type(args).__name__}; e.g. QuantizationArgs(num_bits=8, strategy='tensor')")
+    return args
 
 # %% ../../nbs/03a_observers_base.ipynb #5c10534b
 def _no(strategy: str, base_name: str, why: str) -> ValueError:
@@ -329,6 +336,7 @@ def _look_at(self: "Observer", observed: Tensor) -> "Observer":
         self.__dict__.update(before)
         _keep_out(self, observed, flat, start)
     if self.base_name == "weight": self._seen = same_tensor(observed)
+    self._read = False  # what was read before is not what is there now
     self.counts = self.counts.seen(observed.numel())
     return self
 
@@ -378,7 +386,7 @@ class Observer(Fusable, Registry, ABC):
 
     def __init__(self, base_name: str, args: QuantizationArgs, **observer_kwargs: Any) -> None:
         super().__init__()
-        self.base_name, self.args = check_base_name(base_name), args
+        self.base_name, self.args = check_base_name(base_name), check_args(args)
         self.kwargs = self.check_kwargs({**(args.observer_kwargs or {}), **observer_kwargs})
         self.counts, self.module_name, self.nonfinite, self.owner = Counts(), "", "raise", None
         self._seen = self._left_out = None  # the state of the weight that was looked at; a batch that `skip` took out
