@@ -640,6 +640,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'qcal_nb.recipes._quiet': ('recipes.html#_quiet', 'qcal_nb/recipes.py'),
                                  'qcal_nb.recipes._refuse_bomb': ('recipes.html#_refuse_bomb', 'qcal_nb/recipes.py'),
                                  'qcal_nb.recipes._refuse_twice': ('recipes.html#_refuse_twice', 'qcal_nb/recipes.py'),
+                                 'qcal_nb.recipes._refuse_uneven_experts': ('recipes.html#_refuse_uneven_experts', 'qcal_nb/recipes.py'),
                                  'qcal_nb.recipes._rename_experts': ('recipes.html#_rename_experts', 'qcal_nb/recipes.py'),
                                  'qcal_nb.recipes._said': ('recipes.html#_said', 'qcal_nb/recipes.py'),
                                  'qcal_nb.recipes._section_of': ('recipes.html#_section_of', 'qcal_nb/recipes.py'),

@@ -51,6 +51,7 @@ from .experts import matches_experts, unfused_experts
 from .offload import has_accelerate_hooks, hold_while_running
 from qcal_nb.observers.base import (
     ACTIVATIONS, BASE_NAMES, check_policy, each_warning_once, find_observer, fuse, fused_layers,
+    warn_once,
 )
 from .ranks import observe_weights, sync_statistics, together
 from .schemes import is_preset, needs_data, preset, preset_names
@@ -208,6 +209,8 @@ def _choose_observers(scheme: QuantizationScheme, chosen: dict[str, str | None])
         if chosen.get(base_name):
             if args.observer is not None: args.observer_kwargs = known_kwargs(args.observer_kwargs, chosen[base_name])
             args.observer = chosen[base_name]
+            if args.dynamic is True:
+                warn_once(f"observer {chosen[base_name]!r} has no effect: the {base_name} scales of this scheme are found anew for every token", 7)
         elif args.observer is None: args.observer = None if args.dynamic is True else default
         if args.dynamic is not True: _check_observer(args, base_name)
 

@@ -42,7 +42,8 @@ from .calibration import exclusive
 from .attention import attention_modules
 from .experts import fused_experts, unfused_experts
 from qcal_nb.lifecycle import (
-    Ledger, LifecycleError, QuantizationMixin, QuantizationModifier, ledger_of, phase_of, schemes_by_module, uncomputed,
+    QUANTIZABLE, Ledger, LifecycleError, QuantizationMixin, QuantizationModifier, ledger_of, phase_of, schemes_by_module,
+    uncomputed,
 )
 from .schemes import describe_args
 from .snapshots import QPARAMS, edits, snapshot, undo
@@ -338,7 +339,11 @@ def _by_model(modifier: QuantizationMixin, observers: Mapping[str, Mapping[str, 
     plan: dict[str, tuple[Module, dict]] = {}
     for key in sorted(observers, key=lambda k: k in quantized):
         hits = [name for name, (module, _) in quantized.items() if is_match(name, module, key)]
-        if not hits: raise ValueError(f"{key!r} matches no module that is quantized; see match_report(model, modifier)")
+        if not hits:
+            apart = "; its experts are fused, see unfuse_experts(model)" if fused_experts(model) else ""
+            raise ValueError(f"{key!r} matches no module that is quantized; see match_report(model, modifier){apart}")
+        if any(not isinstance(quantized[name][0], QUANTIZABLE) for name in hits):
+            raise ValueError(f"{key!r} is an attention module; its observer is named in kv_cache_scheme or in the group that targets it")
         for name in hits: plan[name] = (quantized[name][0], plan.get(name, (None, {}))[1] | observers[key])
     return plan
 
@@ -350,6 +355,9 @@ def override(
 ) -> QuantizationModifier:
     """A new modifier in which these modules are observed differently: by a name, or a `(name, arguments)` pair.
     Arguments not given are the observer's defaults. ValueError for a module that is not quantized."""
+    for key, choices in observers.items():
+        if not isinstance(choices, Mapping):
+            raise TypeError(f"observers[{key!r}] must map 'weight', 'input' or 'output' to an observer, got {choices!r}")
     plan = _by_name(modifier, observers) if model is None else _by_model(modifier, observers, model)
     groups = {name: s.model_copy(deep=True) for name, s in modifier.resolved_config.config_groups.items()}
     base = {name: _group_of(groups, name, module) for name, (module, _) in plan.items()}
@@ -489,8 +497,9 @@ def _rename_experts(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[st
     pattern = re.compile(rf"^((?:{'|'.join(paths)})\.\d+\.)(\w+)(?=\.)")
     return {pattern.sub(lambda m: m[1] + names.get(m[2], m[2]), key): value for key, value in state.items()}
 
-
+# %% ../nbs/07_recipes.ipynb #f9350aa9
 def _warn_about_experts(model: PreTrainedModel) -> None:
+    _refuse_uneven_experts(model)
     experts = [m for c in unfused_experts(model).values() for m in c.modules() if is_module_quantized(m)]
     if not experts and not fused_experts(model): return
     if not experts:
@@ -502,6 +511,19 @@ def _warn_about_experts(model: PreTrainedModel) -> None:
     elif any(_more_than_weights(m.quantization_scheme) for m in experts):
         warnings.warn("transformers fuses experts when it loads them, and has no place for scales of what enters them or for global scales: "
                       "its logits will differ from this model's (vLLM's do not)", stacklevel=4)
+
+
+def _refuse_uneven_experts(model: PreTrainedModel) -> None:
+    """ValueError if the matrices of a layer's experts are not all quantized in one way. Programs that load such a checkpoint stack them, and
+    what comes of unequal parts is a NaN or another expert."""
+    config = _calibrated(model, "save").config
+    stored, _ = _stored_modules(model, config)
+    for path, container in unfused_experts(model).items():
+        linears = [f"{path}.{name}" for name, m in container.named_modules() if isinstance(m, torch.nn.Linear)]
+        ways = {stored[name][1].model_dump_json(exclude={"targets"}) if name in stored else "not quantized" for name in linears}
+        if len(ways) > 1:
+            raise ValueError(f"the experts in {path} are quantized in {len(ways)} ways ({sum(n in stored for n in linears)} of {len(linears)} matrices are "
+                             "quantized at all); a checkpoint needs all matrices of a layer's experts in one way, or none of them")
 
 
 def _more_than_weights(scheme: QuantizationScheme) -> bool:

@@ -15,7 +15,7 @@ from qcal_nb.calibration import ModelBusyError, update_qparams
 from qcal_nb.lifecycle import QuantizationModifier, State, phase_of, reset_quantization, unfuse_experts
 from qcal_nb.observers.base import Observer
 from qcal_nb.pipelines import calibrate
-from qcal_nb.recipes import save_quantized
+from qcal_nb.recipes import override, save_quantized
 
 KV = dict(num_bits=8, type="float", strategy="tensor", symmetric=True, dynamic=False)
 STATIC = dict(scheme="INT8_STATIC", ignore=["lm_head"])
@@ -217,3 +217,34 @@ def test_statistics_that_came_after_the_reading_are_not_consumed():
 def test_an_observer_needs_arguments():
     for args in (None, dict(num_bits=8)):
         with pytest.raises(TypeError, match="args must be QuantizationArgs, got"): Observer.load_from_registry("minmax", base_name="input", args=args)
+
+
+G = dict(num_bits=4, type="int", strategy="group", group_size=32)
+
+
+@pytest.mark.parametrize("recipe", [
+    dict(config_groups={"a": dict(targets=["re:.*experts.*down_proj"], weights=G | dict(num_bits=8)), "b": dict(targets=["Linear"], weights=G)}),
+    dict(config_groups={"a": dict(targets=["Linear"], weights=G)}, ignore=["lm_head", "re:.*experts.1.*"]),
+])
+def test_experts_in_several_ways_are_not_saved(recipe, tmp_path):
+    "Loaded, they would be stacked, and become NaN or another expert without a word."
+    model = make_model("mixtral")
+    calibrate(model, make_batches(), QuantizationModifier(**{"ignore": ["lm_head"]} | recipe), progress=False)
+    with pytest.raises(ValueError, match=r"the experts in model.layers.0.mlp.experts are quantized in 2 ways"): save_quantized(model, tmp_path/"x")
+    assert not (tmp_path/"x").exists()
+
+
+def test_an_observer_that_nobody_asks_is_announced():
+    with pytest.warns(UserWarning, match="observer 'percentile' has no effect"):
+        QuantizationModifier(scheme="FP8_DYNAMIC", input_observer="percentile")
+
+
+@pytest.mark.parametrize(("observers", "error", "words"), [
+    ({"model.layers.0.self_attn": {"k": "minmax"}}, ValueError, "is an attention module; its observer is named in kv_cache_scheme"),
+    ({"model.layers.0.mlp.experts.0.down_proj": {"weight": "mse"}}, ValueError, "its experts are fused, see unfuse_experts"),
+    ({"model.layers.0.self_attn.q_proj": "mse"}, TypeError, "must map 'weight', 'input' or 'output' to an observer, got 'mse'"),
+])
+def test_overrides_that_cannot_be(observers, error, words):
+    modifier = QuantizationModifier(scheme="FP8", kv_cache_scheme=KV, ignore=["lm_head"])
+    with pytest.raises(error) as caught: override(modifier, observers, make_model("mixtral"))
+    assert words in str(caught.value)
