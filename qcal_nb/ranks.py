@@ -8,7 +8,6 @@ __all__ = ['rank_and_size', 'RankError', 'agree', 'together', 'Contribution', 'c
 
 # %% ../nbs/04d_ranks.ipynb #f302a0ca
 import hashlib
-import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from .calibration import each, observe, observer_of
-from .observers.base import Observer
+from .observers.base import Observer, warn_once
 from .snapshots import qparams_of
 
 # %% ../nbs/04d_ranks.ipynb #cac12094
@@ -218,8 +217,8 @@ def sync_statistics(observers: Iterable[Observer]) -> None:
     agree("combine the statistics of observers", lines=[_line(o) for o in observers])
     own = [o for o in observers if o.base_name != "weight" and not o.sync_ops]
     if own:
-        warnings.warn(f"{type(own[0]).__name__} ({_line(own[0])}) keeps nothing that ranks could combine: each rank gets a scale "
-                      "of its own; static_minmax or minmax give one scale to all", stacklevel=2)
+        warn_once(f"{type(own[0]).__name__} ({_line(own[0])}) keeps nothing that ranks could combine: each rank gets a scale "
+                  "of its own; static_minmax or minmax give one scale to all")
     _combine(found)
 
 # %% ../nbs/04d_ranks.ipynb #6a9d521a
