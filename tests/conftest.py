@@ -16,8 +16,11 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import pytest
 
+hypothesis.settings.register_profile("no times", deadline=None)           # machines are shared; no test asserts a time
+hypothesis.settings.load_profile("no times")
 ROOT = Path(__file__).resolve().parents[1]
 SHOTS = ROOT/"tests"/"shots"                                              # what failing pages looked like; ignored by git
 NO_CHROMIUM = "no Chromium: apt-get install chromium (or set QCAL_CHROMIUM to a browser)"
