@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from qcal_nb.observers.base import (
-    BASE_NAMES, Observer, QParamsDict, check_base_name, current_feed, find_observer, first_tensor, warn_once,
+    BASE_NAMES, Observer, QParamsDict, check_base_name, current_feed, find_observer, first_tensor, observer_key, warn_once,
 )
 
 # %% ../nbs/04_calibration.ipynb #96cd46c3
@@ -48,7 +48,7 @@ def observer_name(args: QuantizationArgs, base_name: str) -> str:
     "The observer that `args` name, or the default; on a weight always a memoryless one, with a warning if that is a change."
     if base_name != "weight": return args.observer or "minmax"
     asked = args.observer or "memoryless_minmax"
-    name = _MEMORYLESS.get(asked.lower().replace("-", "").replace("_", ""), asked)
+    name = _MEMORYLESS.get(observer_key(asked), asked)
     if name != asked:
         warn_once(f"weight observer {asked!r} is replaced by {name!r}: a weight is the same in every batch")
     return name

@@ -20,14 +20,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from compressed_tensors.offload import disable_offloading, disable_onloading, get_cache_init_kwargs, offload_module
+from compressed_tensors.offload import disable_offloading, get_cache_init_kwargs, offload_module
 from compressed_tensors.utils.match import is_match
 from torch import Tensor
 from torch.nn import Linear, Module, ModuleList, Parameter
 
 from .calibration import refuse_if_held
 from .observers.base import NOBODY, current_feed
-from .snapshots import empty_cache
+from .snapshots import empty_cache, stored_parameters
 
 # %% ../nbs/04c_experts.ipynb #96e269f7
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Layout:
 
 def own_parameters(module: Module) -> dict[str, Parameter]:
     "A module's own parameters, as they are stored: those of an offloaded module are not moved."
-    with disable_onloading(): return {name: p for name, p in module._parameters.items() if p is not None}
+    return {name: p for name, p in stored_parameters(module).items() if p is not None}
 
 
 def _orientation(module: Module, up: Tensor, down: Tensor, rows: int) -> bool:

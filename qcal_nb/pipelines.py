@@ -25,7 +25,7 @@ from .attention import eager_beneath
 from .calibration import all_or_nothing, claim, exclusive, feeding, guarded, observer_of, observers_in, owned_by
 from .experts import all_experts as showing_all_experts
 from qcal_nb.lifecycle import (
-    Event, EventType, QuantizationModifier, State, check_on_uncalibrated, compute_remaining, configs_of, embeddings_of, unfuse_experts,
+    Event, EventType, QuantizationModifier, State, check_on_uncalibrated, configs_of, embeddings_of, unfuse_experts,
 )
 from .models import evaluating
 from .observers.base import check_policy, current_batch, each_warning_once, warn_once
@@ -305,11 +305,11 @@ def calibrate(
         with owned_by(owner): modifier.on_event(state, Event(EventType.CALIBRATION_START))  # hear nobody else from the start
         try:
             set_policy(model, nonfinite)
-            with calibration_context(model, attention, all_experts), guarded(model, blocks_of(model).values()):
-                if pipeline == "sequential": _feed_blocks(model, list(stream), owner, progress, modifier, propagate)
-                else: _feed_all(model, stream, owner, progress)
-                compute_remaining(modifier, model, on_uncalibrated)
-            modifier.on_event(state, Event(EventType.CALIBRATION_END), on_uncalibrated=on_uncalibrated)
+            with guarded(model, blocks_of(model).values()):
+                with calibration_context(model, attention, all_experts):
+                    if pipeline == "sequential": _feed_blocks(model, list(stream), owner, progress, modifier, propagate)
+                    else: _feed_all(model, stream, owner, progress)
+                modifier.on_event(state, Event(EventType.CALIBRATION_END), on_uncalibrated=on_uncalibrated)
         except BaseException:
             claim(model, None)
             raise

@@ -24,7 +24,7 @@ from torch.nn import Module
 
 from .calibration import each, observe, observer_of
 from .observers.base import Observer, warn_once
-from .snapshots import qparams_of
+from .snapshots import qparams_of, stored_parameters
 
 # %% ../nbs/04d_ranks.ipynb #cac12094
 def rank_and_size() -> tuple[int, int]:
@@ -235,7 +235,7 @@ def _groups(modules: Sequence[Module]) -> list[list[Module]]:
 
 def _shape(module: Module) -> tuple[int, ...]:
     "Shape of a module's weight, without loading it where it is offloaded; (0,) if it has none."
-    weight = getattr(module._parameters, "offloaded_values", module._parameters).get("weight")
+    weight = stored_parameters(module).get("weight")
     return (0,) if weight is None else tuple(weight.shape)
 
 

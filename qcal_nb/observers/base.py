@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['ACTIVATIONS', 'BASE_NAMES', 'POLICIES', 'current_batch', 'current_feed', 'NOBODY', 'FUSED_LAYERS', 'check_base_name',
-           'check_args', 'flatten_for_calibration', 'Registry', 'find_observer', 'NonFiniteError', 'check_policy',
-           'NonFinite', 'find_nonfinite', 'without_nonfinite', 'Statistics', 'Counts', 'QParamsDict', 'same_tensor',
-           'Fusable', 'Observer', 'first_tensor', 'each_warning_once', 'warn_once', 'fuse', 'fused_layers']
+           'check_args', 'flatten_for_calibration', 'observer_key', 'Registry', 'find_observer', 'NonFiniteError',
+           'check_policy', 'NonFinite', 'find_nonfinite', 'without_nonfinite', 'Statistics', 'Counts', 'QParamsDict',
+           'same_tensor', 'Fusable', 'Observer', 'first_tensor', 'each_warning_once', 'warn_once', 'fuse',
+           'fused_layers']
 
 # %% ../../nbs/03a_observers_base.ipynb #b5c0be45
 import warnings
@@ -91,8 +92,9 @@ def flatten_for_calibration(
     if base_name in ("input", "output"): return _flatten_activation(value, base_name, args)
     return _flatten_attention(value, base_name, args)
 
-# %% ../../nbs/03a_observers_base.ipynb #14e7d6f2
-def _key(name: str) -> str:
+# %% ../../nbs/03a_observers_base.ipynb #abece330
+def observer_key(name: str) -> str:
+    "An observer's name without case, dashes, underscores and spaces: names that differ in these alone are one."
     return name.lower().replace("-", "").replace("_", "").replace(" ", "")
 
 
@@ -106,10 +108,10 @@ class Registry:
     def register(cls, name: str) -> Callable[[type], type]:
         "Class decorator: makes an observer known as `name`. A name taken by another class is a ValueError."
         def add(observer: type) -> type:
-            known = cls._classes.get(_key(name))
+            known = cls._classes.get(observer_key(name))
             if known is not None and known.__qualname__ != observer.__qualname__:
                 raise ValueError(f"observer name {name!r} is taken by {known.__qualname__}; choose another")
-            cls._classes[_key(name)], cls._names[_key(name)] = observer, name
+            cls._classes[observer_key(name)], cls._names[observer_key(name)] = observer, name
             return observer
         return add
 
@@ -131,8 +133,9 @@ def find_observer(name: str) -> type["Observer"]:
     if any(c in name for c in ":/\\"):
         raise ValueError(f"observer={name!r} looks like a path; observers are looked up by name and never imported. "
                          f"Registered are {known}")
-    if _key(name) not in Registry._classes: raise ValueError(f"observer={name!r} is unknown; registered are {known}")
-    return Registry._classes[_key(name)]
+    found = Registry._classes.get(observer_key(name))
+    if found is None: raise ValueError(f"observer={name!r} is unknown; registered are {known}")
+    return found
 
 # %% ../../nbs/03a_observers_base.ipynb #78f92235
 POLICIES = ("raise", "skip", "record")
@@ -377,11 +380,22 @@ def _conclude(self: "Observer") -> QParamsDict:
                              f"{low.min().item():g} … {high.max().item():g} is too wide for a scale in {scale.dtype}")
     return QParamsDict(scale=scale, zero_point=zero_point, global_scale=global_scale)
 
+
+def _checked(cls: type["Observer"], kwargs: dict[str, Any]) -> dict[str, Any]:
+    kwargs = {k: v for k, v in kwargs.items() if k != "triton_error_buffer"}  # in the reference's recipes; without effect
+    for unknown in kwargs.keys() - cls.defaults.keys():
+        raise ValueError(f"observer argument {unknown}={kwargs[unknown]!r} is unknown to {cls.__name__}; "
+                         f"valid arguments: {', '.join(cls.defaults) or 'none'}")
+    complete = {**cls.defaults, **kwargs}
+    for check in cls.checks: check(complete)
+    return complete
+
 # %% ../../nbs/03a_observers_base.ipynb #25515f8e
 class Observer(Fusable, Registry, ABC):
     "Watches one tensor of one module (`base_name`), concludes `scale` and `zero_point` as `args` ask. Never writes to `args`."
 
     defaults: ClassVar[dict[str, Any]] = {}  # keyword arguments that the class accepts, with their defaults
+    checks: ClassVar[tuple[Callable[[dict[str, Any]], None], ...]] = ()  # each is shown all of them; ValueError if one makes no sense
     needs_data: ClassVar[bool] = False       # whether even a weight's range follows from what runs through the model
 
     def __init__(self, base_name: str, args: QuantizationArgs, **observer_kwargs: Any) -> None:
@@ -394,12 +408,8 @@ class Observer(Fusable, Registry, ABC):
 
     @classmethod
     def check_kwargs(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
-        "Defaults overlaid with `kwargs`; a name that the class does not know is a ValueError."
-        kwargs = {k: v for k, v in kwargs.items() if k != "triton_error_buffer"}  # in the reference's recipes; without effect
-        for unknown in kwargs.keys() - cls.defaults.keys():
-            raise ValueError(f"observer argument {unknown}={kwargs[unknown]!r} is unknown to {cls.__name__}; "
-                             f"valid arguments: {', '.join(cls.defaults) or 'none'}")
-        return {**cls.defaults, **kwargs}
+        "Defaults overlaid with `kwargs`; a name that the class does not know, or a value that a check refuses, is a ValueError."
+        return _checked(cls, kwargs)
 
     def forward(self, observed: Tensor) -> "Observer":
         "Look at one tensor. An empty one, or a weight that did not change since, is passed over."

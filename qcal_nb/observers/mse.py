@@ -88,13 +88,7 @@ class MemorylessMSEObserver(Observer):
     "The range with the least quantization error for the tensor seen last. Made for weights."
 
     defaults: ClassVar[dict[str, Any]] = SEARCH
-
-    @classmethod
-    def check_kwargs(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
-        "As every observer, and the numbers of the search must make sense."
-        kwargs = super().check_kwargs(kwargs)
-        check_search(kwargs)
-        return kwargs
+    checks: ClassVar[tuple[Any, ...]] = (check_search,)
 
     def update_statistics_from_observed(self, observed: Tensor) -> None:
         self.min_vals, self.max_vals = mse_range(observed, self.args, **self.kwargs)
@@ -105,13 +99,7 @@ class MSEObserver(MinMaxObserver):
     "An exponential moving average of each batch's best range. Depends on the order of the batches; over ranks by the mean."
 
     defaults: ClassVar[dict[str, Any]] = {**SEARCH, **MinMaxObserver.defaults}
-
-    @classmethod
-    def check_kwargs(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
-        "As `minmax`, and the numbers of the search must make sense."
-        kwargs = super().check_kwargs(kwargs)
-        check_search(kwargs)
-        return kwargs
+    checks: ClassVar[tuple[Any, ...]] = (*MinMaxObserver.checks, check_search)
 
     def range_of(self, observed: Tensor) -> tuple[Tensor, Tensor]:
         "The best range of one batch, two tensors of shape `qparam_shape`."
