@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['N_BUCKETS', 'bucket_counts', 'is_bfloat16', 'Buckets', 'representatives', 'cells', 'Distribution', 'Histogram',
-           'sum_of']
+           'dense_counts', 'sum_of']
 
 # %% ../nbs/02_histogram.ipynb #2636d368
 from collections.abc import Callable, Iterator, Mapping
@@ -81,6 +81,17 @@ def _merged(codes: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return unique, total
 
 
+def _joined(a: "Buckets", b: "Buckets") -> tuple[np.ndarray, np.ndarray]:
+    "Codes and counts of two histograms together; without sorting where all buckets of one are known to the other."
+    if len(a.codes) < len(b.codes): a, b = b, a
+    place = np.searchsorted(a.codes, b.codes)
+    if len(a.codes) and (a.codes[np.minimum(place, len(a.codes) - 1)] == b.codes).all():
+        counts = a.counts.copy()
+        counts[place] += b.counts
+        return a.codes, counts
+    return _merged(np.concatenate([a.codes, b.codes]), np.concatenate([a.counts, b.counts]))
+
+
 def _magnitude(code: np.ndarray) -> np.ndarray:
     "Bucket of the absolute value, int64, from a signed code."
     code = code.astype(np.int64)
@@ -129,8 +140,7 @@ class Buckets:
     def __or__(self, other: "Buckets") -> "Buckets":
         "The histogram of both data together: exact, in any order and grouping."
         if not isinstance(other, Buckets): return NotImplemented
-        pair = [np.concatenate(arrays) for arrays in ((self.codes, other.codes), (self.counts, other.counts))]
-        return type(self)(*_merged(*pair), self.nan + other.nan, self.pos_inf + other.pos_inf, self.neg_inf + other.neg_inf,
+        return type(self)(*_joined(self, other), self.nan + other.nan, self.pos_inf + other.pos_inf, self.neg_inf + other.neg_inf,
                           self.exact and other.exact)
 
 # %% ../nbs/02_histogram.ipynb #5f4cd586
@@ -272,6 +282,14 @@ class Histogram(Distribution):
         (low, high), apart = self.bounds, self.nan + self.pos_inf + self.neg_inf
         more = f", {apart:,} non-finite" if apart else ""
         return f"Histogram({self.count:,} values{more}, in {len(self.codes):,} buckets, {low:.4g} … {high:.4g})"
+
+# %% ../nbs/02_histogram.ipynb #aec9cbd7
+def dense_counts(histogram: Buckets) -> Tensor:
+    "Counts as `bucket_counts` gives them, int64 (65536,). NaN, which has many patterns, is in the last bucket."
+    counts, codes = np.zeros(N_BUCKETS, np.int64), histogram.codes
+    counts[np.where(codes < 0, _magnitude(codes), codes.astype(np.int64) + N_BUCKETS // 2)] = histogram.counts
+    counts[[_INF, N_BUCKETS // 2 + _INF, -1]] = histogram.neg_inf, histogram.pos_inf, histogram.nan
+    return torch.from_numpy(counts)
 
 # %% ../nbs/02_histogram.ipynb #d1116040
 def sum_of(

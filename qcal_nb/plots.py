@@ -103,7 +103,7 @@ def _select(table: pd.DataFrame, base_name: str | None) -> tuple[pd.DataFrame, s
     if base_name is None: base_name = "input" if "input" in names or not names else names[0]
     elif names and base_name not in names:
         raise ValueError(f"base_name={base_name!r} was not recorded; there is {', '.join(map(repr, names))}")
-    return table[table.base_name == base_name].reset_index(drop=True), base_name
+    return table[(table.base_name == base_name) & (table.numel > 0)].reset_index(drop=True), base_name
 
 
 def _legend(ax: Axes, color: str, clipped: bool, bad: bool, outside: bool) -> None:

@@ -280,7 +280,7 @@ def _buttons(press: Callable[[str], None]) -> dict[str, w.Button]:
 
 def _static_picture(session: Session) -> bytes:
     "What a reader without a kernel sees: the ranges, or before there are any the phase."
-    if any(base_name == "input" for _, base_name in session.record.tensors): return to_png(plot_ranges(session.record, clips=session.scales()))
+    if any(base_name == "input" and stats.count for (_, base_name), stats in session.record.tensors.items()): return to_png(plot_ranges(session.record, clips=session.scales()))
     return to_png(plot_phases(_CHIPS[PHASES[session.phase]][0]))
 
 
@@ -521,6 +521,7 @@ def refresh_ranges(panel: RangeExplorer) -> None:
     "Bring an explorer's picture and numbers up to date with record, scales and state."
     state, clips, selected = panel.state, panel.session.scales(), panel.state.selected
     table = ranges(panel.session.record)
+    table = table[table.numel > 0]  # what was seen so far
     panel.shown = choose(table, **state.choice()).reset_index(drop=True)
     panel._ax = plot_ranges(panel.shown, state.base_name if len(panel.shown) else None, clips=clips, selected=selected)
     panel.picture.png, panel.picture.alt = to_png(panel._ax), _describe_picture(panel.shown, state.base_name)

@@ -132,10 +132,10 @@ def test_a_scheme_that_observes_no_activation_says_so():
 
 
 def test_a_thousand_tensors():
-    from qcal_nb.records import TensorStats
+    from qcal_nb.records import measure
     session = Session(torch.nn.Sequential(torch.nn.Linear(2, 2)), ignore=[])
     names = [f"model.layers.{i // 7}.m{i % 7}" for i in range(1000)]
-    tensors = {(n, "input"): TensorStats(10, -1.0 - i, 1.0 + i, 0.0, 10.0) for i, n in enumerate(names)}
+    tensors = {(n, "input"): measure(torch.tensor([[-1.0 - i, 1.0 + i]])) for i, n in enumerate(names)}
     session.record = CalibrationRecord(tensors, dict.fromkeys(names, "Linear"))
     explorer = RangeExplorer(session)
     assert len(data_of(explorer.picture.png)["range"]) == 1000 and "and 600 more rows" in explorer.table.value
