@@ -8,11 +8,10 @@ __all__ = ['WHERE', 'PERCENTILES', 'RANGE_COLUMNS', 'ORDERS', 'DERIVED', 'OBSERV
            'conclusion_row', 'same_args', 'compare_observers', 'coverage', 'history', 'convergence', 'extremes',
            'outlier_channels', 'diff']
 
-# %% ../nbs/09_analysis.ipynb #72459c0b
-import difflib
+# %% ../nbs/09_analysis.ipynb #c57aa007
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -302,7 +301,7 @@ def _diff_rows(a: CalibrationRecord, b: CalibrationRecord, key: Key) -> list[dic
     ends = dict(min_a=one.min, min_b=two.min, max_a=one.max, max_b=two.max) if one.count and two.count else {}
     ratios = dict(range_ratio=_ratio(one.absmax, two.absmax), std_ratio=_ratio(one.std, two.std))
     names = [n for n in a.observers if (*key, n) in a.conclusions and (*key, n) in b.conclusions] or [""]
-    scales = {n: _scale_ratio(a.conclusions[*key, n], b.conclusions[*key, n]) if n else math.nan for n in names}
+    scales = {n: _scale_ratio(a.conclusions[(*key, n)], b.conclusions[(*key, n)]) if n else math.nan for n in names}
     return [ends | ratios | dict(observer=n, scale_ratio=r, moved=_moved(*ratios.values(), r)) for n, r in scales.items()]
 
 
