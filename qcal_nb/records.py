@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BASE_NAMES', 'recipe_to_record', 'modules_to_record', 'args_by_tensor', 'check_base_names', 'check_observers',
-           'tensors_to_record', 'new_collector', 'new_record', 'numbered', 'running_of', 'one_pass', 'record',
-           'CalibrationRecord', 'TensorStats', 'measure', 'record_equal', 'same_stats', 'unequal_parts']
+           'tensors_to_record', 'attention_open', 'new_collector', 'new_record', 'numbered', 'running_of', 'one_pass',
+           'record', 'CalibrationRecord', 'TensorStats', 'measure', 'record_equal', 'same_stats', 'unequal_parts']
 
 # %% ../nbs/08f_records.ipynb #cac3c0c4
 import time
@@ -17,15 +17,17 @@ from importlib.metadata import version
 from typing import Any
 
 import torch.distributed as dist
+from compressed_tensors.quantization import QuantizationScheme
 from torch import Tensor
 from torch.nn import Linear, Module
 from tqdm import tqdm
 
 from . import __version__
+from .attention import attention_classes, attention_faults, attention_modules, hook_attention, hook_kv_cache
 from .calibration import exclusive, feeding, guarded
 from .calibration_record import About, CalibrationRecord, record_equal, unequal_parts
-from .collector import Collector, Running, check_mask, conclusions_of, kept_tokens, look_at_weights
-from .conclusions import Asked, args_to_ask, label_of
+from .collector import STATES, Collector, Running, check_mask, conclusions_of, kept_tokens, look_at_weights
+from .conclusions import DEFAULT_ARGS, Asked, args_to_ask, label_of
 from .experts import tokens_per_expert
 from .ledger import experts_apart, ledger_of
 from .lifecycle import QUANTIZABLE, QuantizationMixin, embeddings_of, reaches_experts, schemes_by_module
@@ -33,12 +35,13 @@ from .observers.base import check_policy, find_observer
 from .pipelines import batches, calibration_context, count_tokens, expected_batches, feed
 from .ranks import rank_and_size, together
 from .schemes import preset
+from .snapshots import restore, snapshot
 from .tensor_stats import TensorStats, measure, same_stats
 
 _all_ = ["CalibrationRecord", "TensorStats", "measure", "record_equal", "same_stats", "unequal_parts"]
 
-# %% ../nbs/08f_records.ipynb #320a753f
-BASE_NAMES = ("input", "weight", "output", "lm_head_output")
+# %% ../nbs/08f_records.ipynb #3e45a42b
+BASE_NAMES = ("input", "weight", "output", "lm_head_output", "q", "k", "v")
 
 
 def recipe_to_record(scheme: Any = None, ignore: Iterable[str] = ("lm_head",)) -> QuantizationMixin:
@@ -56,8 +59,8 @@ def modules_to_record(model: Module, scheme: Any = None, ignore: Iterable[str] =
 def args_by_tensor(model: Module, recipe: QuantizationMixin) -> Any:
     "A function from module and base name to the arguments that observers are given."
     schemes = {name: scheme for name, (_, scheme) in schemes_by_module(model, recipe.resolved_config).items()}
-    parts = dict(weight="weights", input="input_activations", output="output_activations")
-    return lambda name, base_name: args_to_ask(getattr(schemes.get(name), parts[base_name], None))
+    parts = dict(weight="weights", output="output_activations")  # input, q, k and v: input_activations
+    return lambda name, base_name: args_to_ask(getattr(schemes.get(name), parts.get(base_name, "input_activations"), None))
 
 # %% ../nbs/08f_records.ipynb #4ab23ddb
 def check_base_names(base_names: Iterable[str]) -> tuple[str, ...]:
@@ -87,7 +90,24 @@ def tensors_to_record(model: Module, modules: Mapping[str, Module], base_names: 
             wanted = dict(input=linear, weight=True, output=linear and module is not head)
             found |= {(name, base_name): module for base_name in ("input", "weight", "output") if base_name in names and wanted[base_name]}
         if module is head and "lm_head_output" in names: found[name, "output"] = module
+    found |= {(name, state): module for name, module in attention_modules(model).items() for state in STATES if state in names}
     return found
+
+# %% ../nbs/08f_records.ipynb #1c6a4bb3
+@contextmanager
+def attention_open(model: Module, states: Iterable[str]) -> Iterator[None]:
+    "Inside the block queries (`q`), keys and values of all attention modules pass a hook; afterwards the model is as before. ValueError if they cannot."
+    states, modules = set(states) & set(STATES), attention_modules(model)
+    if not states: yield; return
+    if not modules: raise ValueError(f"base_names has {sorted(states)}, but no attention of this {type(model).__name__} can be looked into; it has {attention_classes(model)}")
+    probe, queries = QuantizationScheme(targets=["attention"], input_activations=DEFAULT_ARGS), "q" in states
+    faults = [fault for name, m in modules.items() for fault in attention_faults(model, name, m, probe, queries)]
+    if faults: raise ValueError(f"base_names has {sorted(states)}, which cannot be seen: {faults[0]}")
+    before = snapshot(model)
+    try:
+        for module in modules.values(): (hook_attention if queries else hook_kv_cache)(model, module)
+        yield
+    finally: restore(model, before)
 
 
 def new_collector(model: Module, recipe: QuantizationMixin, base_names: Iterable[str] = ("input", "weight"), asked_args: bool = True, **options: Any) -> Collector:
@@ -167,7 +187,7 @@ def record(
     mask: Any = None,                                       # Token ids to leave out, or a function of the batch -> bool (batch, seq), True = count
     batch_size: int = 1,                                    # Texts or rows in a batch
     max_length: int | None = None,                          # Cut longer texts to so many tokens
-    base_names: Iterable[str] = ("input", "weight"),        # What to look at; also "output", "lm_head_output"
+    base_names: Iterable[str] = ("input", "weight"),        # What to look at; also "output", "lm_head_output", "q", "k", "v"
     nonfinite: str = "record",                              # NaN and infinity: "record" where, "skip" the batch for that tensor, or "raise"
     batch_indices: Iterable[int] | None = None,             # Global indices of these batches, to merge parts with `|`
     keep_text: bool = True,                                 # Whether tokens of the data may stand in the record
@@ -180,7 +200,8 @@ def record(
     recipe = recipe_to_record(scheme)
     stream = iter(()) if data is None and names == ("weight",) else batches(data, tokenizer, batch_size, max_length)
     options = dict(observers=asked, tokenizer=tokenizer if keep_text else None, nonfinite=nonfinite, owner=f"record {uuid.uuid4().hex}")
-    with exclusive(model, "record()"), experts_apart(model, reaches_experts(model, recipe.resolved_config)):
+    with (exclusive(model, "record()"), experts_apart(model, reaches_experts(model, recipe.resolved_config)),
+          attention_open(model, names)):
         stream = numbered(stream, batch_indices)
         collector = new_collector(model, recipe, names, scheme is not None, **options)
         result = one_pass(model, stream, collector, new_record(model, collector, recipe if scheme is not None else None),
