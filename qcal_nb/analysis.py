@@ -26,6 +26,7 @@ from .coverage import suspicious_scales
 from .lifecycle import QuantizationMixin
 from .observers.base import NonFinite
 from .quality import Quality, quality_of
+from .records import check_observers
 from .schemes import describe_args
 from .tensor_stats import TensorStats
 
@@ -177,7 +178,7 @@ def compare_observers(
     """A row per tensor and observer: range, scale and zero point (the middle one of many, with smallest and largest), what it costs, and
     which is best. Figures from a histogram are exact to `bound_db`. `attrs['args']`: the arguments in words."""
     names = observers if observers is not None else dict.fromkeys([*DERIVED, *check_record(record).observers])
-    names = [names] if isinstance(names, str) else list(names)
+    names = check_observers(names)
     comparison = _Comparison(check_record(record), args)
     rows = [_where(record, key) | comparison.row(key, asked) for key in record.tensors for asked in names]
     table = _table(rows, OBSERVER_COLUMNS, record)

@@ -70,12 +70,14 @@ def alone(codes: np.ndarray) -> np.ndarray:
 
 
 def noise_and_bound(errors: np.ndarray, histogram: Histogram) -> tuple[float, float]:
-    "Σ error over all values from the errors (buckets, places), and how far off that sum can be."
-    counts, mean = histogram.counts, errors.mean(1)
+    "Σ e² over all values from e = |QDQ(x) - x| (buckets, places), and how far off that sum can be."
+    counts, mean = histogram.counts, (errors**2).mean(1)
     if histogram.exact: return math.fsum(counts * mean), 0.0
-    worst = np.maximum(errors.max(1) - mean, mean - errors.min(1))
+    low, high = cells(histogram.codes, False)
+    between = (high - low) / (2 * errors.shape[1])  # from a place to the farthest value that it stands for
+    worst = np.maximum((errors.max(1) + between)**2 - mean, mean - np.maximum(errors.min(1) - between, 0)**2)
     gap = alone(histogram.codes)
-    even = np.where(gap, 0, counts * errors.std(1))
+    even = np.where(gap, 0, counts * (errors**2).std(1))
     return math.fsum(counts * mean), 4 * math.sqrt((even**2).sum()) + (counts * worst)[gap].sum()
 
 # %% ../nbs/08g_quality.ipynb #be88e62b
@@ -101,7 +103,7 @@ def quality_of(
     if scale.numel() != 1: raise ValueError(f"scale has {scale.numel()} elements; a histogram of the whole tensor can only judge one")
     if not stats.count: raise ValueError("nothing finite was seen")
     places, h = _places(stats), stats.histogram
-    errors = (fake_quantize(places.reshape(-1), scale, zero_point, args).double() - places.reshape(-1).double()).square()
+    errors = (fake_quantize(places.reshape(-1), scale, zero_point, args).double() - places.reshape(-1).double()).abs()
     noise, off = noise_and_bound(errors.reshape(places.shape).numpy(), h)
     units = places.double() / scale.double() + zero_point.double()
     low, high = outer_limits(args)
