@@ -105,7 +105,8 @@ def test_a_comparison_concludes_what_the_observer_concludes(outliers, observer, 
         alone = new_observer(observer, "input", FORMATS[form])
         for part in seen[name].split(100): alone(part)
         qparams = alone.get_qparams()
-        assert table.loc[(name, "input"), "scale"] == qparams["scale"].item() and table.loc[(name, "input"), "zero_point"] == qparams["zero_point"].item()
+        row = table.loc[(name, "input")]
+        assert row.scale == qparams["scale"].item() and row.zero_point == qparams["zero_point"].item()
 
 
 def test_rows_that_cannot_be_say_why():
@@ -141,7 +142,8 @@ def test_nan_is_counted_and_placed_and_never_in_a_figure():
     bad[1, 2, 3], bad[1, 0, 0] = float("nan"), float("inf")
     run = record(model, [good, bad], observers=["static_minmax", "minmax"], scheme=QuantizationModifier(scheme="FP8"), progress=False)
     row = ranges(run).query("base_name == 'input'").iloc[0]
-    assert (row.nan, row.inf, row.first_nonfinite) == (1, 1, "inf at (1, 0, 0) of batch 1") and np.isfinite(row[["min", "max", "p50"]].astype(float)).all()
+    assert (row.nan, row.inf, row.first_nonfinite) == (1, 1, "inf at (1, 0, 0) of batch 1")
+    assert np.isfinite(row[["min", "max", "p50"]].astype(float)).all()
     covered = coverage(run).query("base_name == 'input'")
     assert (covered.nonfinite == 2).all() and covered.computed.all() and covered.first_nonfinite.str.contains("batch 1").all()
     assert np.isfinite(compare_observers(run).query("base_name == 'input'").sqnr_db).all()
@@ -157,7 +159,8 @@ def test_extremes_and_channels(outliers):
     for name, x in seen.items():
         sizes = x.abs().amax(0)
         rows = loud[loud.module == name]
-        assert rows.absmax.tolist() == sizes.topk(3).values.tolist() and rows.ratio.iloc[0] == pytest.approx((sizes.max() / sizes.double().median()).item(), rel=0.1)
+        assert rows.absmax.tolist() == sizes.topk(3).values.tolist()
+        assert rows.ratio.iloc[0] == pytest.approx(sizes.max().item() / np.median(sizes.numpy()))
 
 
 # --- coverage ---
@@ -168,7 +171,8 @@ def test_coverage_of_a_record_is_that_of_a_calibration(architecture):
     run = record(make_model(architecture), make_batches(3), scheme=recipe, progress=False)
     calibrate(make_model(architecture), make_batches(3), recipe, progress=False)
     both = [coverage(source).query("base_name == 'input'").set_index("module").sort_index() for source in (run, recipe)]
-    columns = ["observations", "elements", "batches", "skipped", "nonfinite", "computed", "never_seen", "scales", "zero", "eps", "saturated", "expert_tokens"]
+    columns = ["observations", "elements", "batches", "skipped", "nonfinite", "computed", "never_seen", "scales", "zero", "eps", "saturated",
+               "expert_tokens"]
     pd.testing.assert_frame_equal(*(table[columns] for table in both), check_dtype=False)
     assert both[0].expert_tokens.notna().any() == (architecture == "mixtral")
 
