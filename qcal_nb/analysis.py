@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['WHERE', 'PERCENTILES', 'RANGE_COLUMNS', 'ORDERS', 'DERIVED', 'OBSERVER_COLUMNS', 'COVERAGE_COLUMNS', 'DIFF_COLUMNS',
-           'layer_of', 'check_record', 'place_in_words', 'ranges', 'compile_pattern', 'choose', 'args_of',
-           'conclusion_row', 'same_args', 'compare_observers', 'coverage', 'history', 'convergence', 'extremes',
-           'outlier_channels', 'diff']
+           'layer_of', 'check_record', 'where_in', 'model_table', 'place_in_words', 'ranges', 'compile_pattern',
+           'choose', 'args_of', 'spread_of', 'conclusion_row', 'same_args', 'compare_observers', 'coverage', 'history',
+           'convergence', 'extremes', 'outlier_channels', 'diff']
 
 # %% ../nbs/09_analysis.ipynb #c57aa007
 import math
@@ -48,11 +48,12 @@ def check_record(record: object) -> CalibrationRecord:
 WHERE = ["module", "base_name", "type", "layer"]
 
 
-def _where(record: CalibrationRecord, key: Key) -> dict[str, Any]:
+def where_in(record: CalibrationRecord, key: Key) -> dict[str, Any]:
+    "The columns that say which tensor a row is about."
     return dict(module=key[0], base_name=key[1], type=record.types.get(key[0], ""), layer=layer_of(key[0]))
 
 
-def _table(rows: list[dict[str, Any]], columns: list[str], record: CalibrationRecord) -> pd.DataFrame:
+def model_table(rows: list[dict[str, Any]], columns: list[str], record: CalibrationRecord) -> pd.DataFrame:
     "Rows in model order, one base name after the other; `attrs` says how much data they are about."
     table = pd.DataFrame(rows, columns=columns).astype({"layer": "Int64"} if "layer" in columns else {})
     order = {module: i for i, module in enumerate(record.types)}
@@ -87,7 +88,7 @@ def ranges(record: CalibrationRecord) -> pd.DataFrame:
     done: dict[int, dict[str, Any]] = {}
     for stats in check_record(record).tensors.values():
         if id(stats) not in done: done[id(stats)] = _range_row(stats)
-    return _table([_where(record, key) | done[id(stats)] for key, stats in record.tensors.items()], RANGE_COLUMNS, record)
+    return model_table([where_in(record, key) | done[id(stats)] for key, stats in record.tensors.items()], RANGE_COLUMNS, record)
 
 # %% ../nbs/09_analysis.ipynb #38b3ab3d
 ORDERS = ("depth", "absmax", "std", "min", "max", "module")
@@ -123,7 +124,8 @@ def args_of(record: CalibrationRecord, key: Key) -> QuantizationArgs:
     return found.model_copy(update={"observer": None, "observer_kwargs": {}})
 
 
-def _spread(values: Tensor | None, name: str) -> dict[str, float]:
+def spread_of(values: Tensor | None, name: str) -> dict[str, float]:
+    "The middle one of many values, and the smallest and largest beside it."
     if values is None: return dict.fromkeys((name, f"{name}_min", f"{name}_max"), math.nan)
     wide = values.double()
     return {name: wide.median().item(), f"{name}_min": wide.min().item(), f"{name}_max": wide.max().item()}
@@ -133,7 +135,7 @@ def conclusion_row(conclusion: Conclusion, stats: TensorStats) -> dict[str, Any]
     "What an observer concluded about a tensor, and what it costs where the tensor's histogram can tell."
     c, cost, reason = conclusion, {}, conclusion.reason
     unit = c.scale if c.global_scale is None or c.scale is None else c.scale.double() / c.global_scale.double()
-    row = _spread(unit, "scale") | _spread(c.zero_point, "zero_point")
+    row = spread_of(unit, "scale") | spread_of(c.zero_point, "zero_point")
     row |= dict(min=math.nan, max=math.nan) if c.low is None else dict(min=c.low.double().min().item(), max=c.high.double().max().item())
     if not reason and c.scale.numel() > 1:
         reason = f"{c.scale.numel():,} scales: the histogram of the whole tensor cannot tell what they cost; evaluate.compare_observers can"
@@ -180,8 +182,8 @@ def compare_observers(
     names = observers if observers is not None else dict.fromkeys([*DERIVED, *check_record(record).observers])
     names = check_observers(names)
     comparison = _Comparison(check_record(record), args)
-    rows = [_where(record, key) | comparison.row(key, asked) for key in record.tensors for asked in names]
-    table = _table(rows, OBSERVER_COLUMNS, record)
+    rows = [where_in(record, key) | comparison.row(key, asked) for key in record.tensors for asked in names]
+    table = model_table(rows, OBSERVER_COLUMNS, record)
     best = table[np.isfinite(table.sqnr_db.astype(float))].groupby(["module", "base_name"]).sqnr_db.idxmax()
     table["best"] = table.index.isin(best)
     words = {base: describe_args(comparison.args_for((module, base))).partition(", observer")[0] for module, base in record.tensors}
@@ -209,8 +211,8 @@ def coverage(source: CalibrationRecord | QuantizationMixin) -> pd.DataFrame:
                 for c in source.coverage]
         return pd.DataFrame(rows, columns=COVERAGE_COLUMNS).astype({"layer": "Int64", "expert_tokens": "Int64"})
     tokens = check_record(source).expert_tokens
-    rows = [_where(source, key[:2]) | _covered(c) | dict(expert_tokens=tokens.get(key[0].rpartition(".")[0])) for key, c in source.conclusions.items()]
-    return _table(rows, COVERAGE_COLUMNS, source).astype({"expert_tokens": "Int64"})
+    rows = [where_in(source, key[:2]) | _covered(c) | dict(expert_tokens=tokens.get(key[0].rpartition(".")[0])) for key, c in source.conclusions.items()]
+    return model_table(rows, COVERAGE_COLUMNS, source).astype({"expert_tokens": "Int64"})
 
 # %% ../nbs/09_analysis.ipynb #1894cae1
 def _history_of(stats: TensorStats, base_name: str, asked: Asked, args: QuantizationArgs, levels: Iterable[int]) -> list[dict[str, Any]]:
@@ -234,9 +236,9 @@ def history(record: CalibrationRecord, observer: Asked = "static_minmax", args: 
     for key, stats in record.tensors.items():
         if key[1] != "weight" and id(stats) not in done: done[id(stats)] = _history_of(stats, key[1], observer, args or DEFAULT_ARGS, levels)
     batches = [sum(max(0, min(end, 2**k) - first) for first, end in record.spans) for k in levels]
-    rows = [_where(record, key) | row | dict(tokens=n, batches=b) for key, stats in record.tensors.items() if key[1] != "weight"
+    rows = [where_in(record, key) | row | dict(tokens=n, batches=b) for key, stats in record.tensors.items() if key[1] != "weight"
             for row, n, b in zip(done[id(stats)], tokens, batches)]
-    return _table(rows, [*WHERE, "level", "batches", "tokens", "min", "max", "sqnr_db"], record)
+    return model_table(rows, [*WHERE, "level", "batches", "tokens", "min", "max", "sqnr_db"], record)
 
 # %% ../nbs/09_analysis.ipynb #0a6655bc
 def _settled(moved: np.ndarray, tokens: np.ndarray) -> float:
@@ -259,14 +261,14 @@ def convergence(record: CalibrationRecord, share: float = 0.05, observer: Asked 
     if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1: raise ValueError(f"share={share!r} must be a number between 0 and 1")
     story = history(record, observer, args)
     rows = [dict(zip(WHERE, where)) | _settled_row(part, share) for where, part in story.groupby(WHERE, sort=False, dropna=False)]
-    return _table(rows, [*WHERE, "tokens", "range_settled", "sqnr_settled"], record)
+    return model_table(rows, [*WHERE, "tokens", "range_settled", "sqnr_settled"], record)
 
 # %% ../nbs/09_analysis.ipynb #f59461ba
 def extremes(record: CalibrationRecord) -> pd.DataFrame:
     "A row per tensor and rank: its largest values by size, and where they stood; with token and context if a tokenizer was given when recording."
-    rows = [_where(record, key) | dict(rank=i, value=e.value, batch=e.batch, position=e.position, channel=e.channel, token=e.token, context=e.context)
+    rows = [where_in(record, key) | dict(rank=i, value=e.value, batch=e.batch, position=e.position, channel=e.channel, token=e.token, context=e.context)
             for key, stats in check_record(record).tensors.items() for i, e in enumerate(stats.top, 1)]
-    return _table(rows, [*WHERE, "rank", "value", "batch", "position", "channel", "token", "context"], record)
+    return model_table(rows, [*WHERE, "rank", "value", "batch", "position", "channel", "token", "context"], record)
 
 
 def outlier_channels(record: CalibrationRecord, top: int = 8) -> pd.DataFrame:
@@ -277,8 +279,8 @@ def outlier_channels(record: CalibrationRecord, top: int = 8) -> pd.DataFrame:
         middle = float(np.median(stats.channels)) if len(stats.channels) else math.nan
         for channel in np.argsort(-stats.channels, kind="stable")[:top].tolist():
             absmax = float(stats.channels[channel])
-            rows.append(_where(record, key) | dict(channel=channel, absmax=absmax, ratio=absmax / middle if middle else math.inf))
-    return _table(rows, [*WHERE, "channel", "absmax", "ratio"], record)
+            rows.append(where_in(record, key) | dict(channel=channel, absmax=absmax, ratio=absmax / middle if middle else math.inf))
+    return model_table(rows, [*WHERE, "channel", "absmax", "ratio"], record)
 
 # %% ../nbs/09_analysis.ipynb #c122a21a
 DIFF_COLUMNS = [*WHERE, "min_a", "min_b", "max_a", "max_b", "range_ratio", "std_ratio", "observer", "scale_ratio", "moved"]
@@ -310,6 +312,6 @@ def diff(a: CalibrationRecord, b: CalibrationRecord) -> pd.DataFrame:
     """A row per tensor and observer that both records have, the most moved first: range (absmax), standard deviation and scale of b over those of a;
     `moved` is the largest of them in powers of two. `attrs`: the tensors that only one of them has."""
     keys = [key for key in check_record(a).tensors if key in check_record(b).tensors]
-    table = _table([_where(a, key) | row for key in keys for row in _diff_rows(a, b, key)], DIFF_COLUMNS, a)
+    table = model_table([where_in(a, key) | row for key in keys for row in _diff_rows(a, b, key)], DIFF_COLUMNS, a)
     table.attrs |= dict(only_a=sorted(a.tensors.keys() - b.tensors.keys()), only_b=sorted(b.tensors.keys() - a.tensors.keys()))
     return table.sort_values("moved", ascending=False, kind="stable").reset_index(drop=True)

@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 from compressed_tensors.quantization import QuantizationArgs
+from torch import Tensor
 
 from .conclusions import Conclusion, merge_conclusions, merges
 from .histogram import Histogram
 from .observers.base import Counts, NonFinite
-from .record_files import read_tree, write_tree
+from .record_files import check_form, read_tree, write_tree
 from .tensor_stats import Extreme, Level, TensorStats, Timeline, level_of, same_stats
 
 # %% ../nbs/08d_calibration_record.ipynb #ffd4ce89
@@ -153,8 +154,8 @@ class CalibrationRecord(_Reading):
         "Read what `save` wrote. ValueError that names file and fault; nothing in the file is executed."
         tree = read_tree(path, FORMAT, VERSION)
         try: return from_tree(tree)
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError) as fault:
-            raise ValueError(f"{path} is damaged: {type(fault).__name__}: {fault}") from None
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as fault:
+            raise ValueError(f"{path} is damaged: {fault}") from None
 
 # %% ../nbs/08d_calibration_record.ipynb #fbfe7476
 def _check_same_run(a: CalibrationRecord, b: CalibrationRecord) -> None:
@@ -217,6 +218,7 @@ def _place_to_list(place: NonFinite | None) -> list | None:
 
 
 def _place_from_list(found: list | None) -> NonFinite | None:
+    if found is not None: check_form(found, (int, int | None, [int], str), "a place of non-finite values")
     return None if found is None else NonFinite(found[0], found[1], tuple(found[2]), float(found[3]))
 
 
@@ -278,8 +280,19 @@ def to_tree(record: CalibrationRecord) -> dict[str, Any]:
                 conclusions=[[*key, numbers[id(c)]] for key, c in record.conclusions.items()])
 
 
+_ENDS, _TENSOR = int | float | None, Tensor | None
+_STATS = dict(levels=[(int, _ENDS, _ENDS, Tensor, Tensor, int, int, int, bool)], sums=(str, str), first_nonfinite=list | None, dtypes=[str],
+              shapes=[[int]], channels=Tensor, top=[(int | float, int, [int], int, str | None, str | None)], timeline=(int, Tensor, Tensor),
+              counts=(int, int, int))
+_FOUND = (str, str, int, dict, {str: Tensor}, *[_TENSOR] * 5, (int, int, int, int, int, list | None), str)
+_FORM = dict(about=dict(model=str, name=str, config=dict | None, versions={str: str}), types={str: str}, spans=[(int, int)], seconds=int | float,
+             level_tokens=[(int, int)], expert_tokens={str: int}, stats=[_STATS], tensors=[(str, str, int)], args=[str], found=[_FOUND],
+             conclusions=[(str, str, str, int)])
+
+
 def from_tree(t: Mapping[str, Any]) -> CalibrationRecord:
-    "The way back."
+    "The way back. ValueError and the like if it is none."
+    check_form(t, _FORM, "the record")
     stats, args = [_stats_from_tree(s) for s in t["stats"]], [QuantizationArgs.model_validate(json.loads(text)) for text in t["args"]]
     found = [_conclusion_from_list(c, args) for c in t["found"]]
     tensors = {(module, base_name): stats[i] for module, base_name, i in t["tensors"]}

@@ -12,6 +12,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
+from numbers import Integral
 from typing import Any, TypeVar
 
 import torch
@@ -99,10 +100,9 @@ Mask = Callable[[Mapping[str, Tensor]], Tensor] | Iterable[int] | None
 def check_mask(mask: Mask) -> Mask:
     "A mask itself, token ids as a set; TypeError if it is neither token ids nor a function."
     if mask is None or callable(mask): return mask
-    try: ids = {int(i) for i in mask} if not isinstance(mask, (str, bytes)) else None
-    except (TypeError, ValueError): ids = None
-    if ids is None: raise TypeError(f"mask must be token ids to leave out, or a function of the batch that returns bool (batch, seq), True = count; got {mask!r}")
-    return ids
+    ids = mask.reshape(-1).tolist() if isinstance(mask, Tensor) else list(mask) if isinstance(mask, Iterable) else [None]
+    if not all(isinstance(i, Integral) and not isinstance(i, bool) for i in ids): raise TypeError(f"mask must be token ids to leave out, or a function of the batch that returns bool (batch, seq), True = count; got {mask!r}")
+    return set(ids)
 
 
 def kept_tokens(batch: Mapping[str, Tensor], mask: Mask) -> Tensor | None:
@@ -149,15 +149,13 @@ AROUND = 8  # tokens of context on either side
 
 
 class Teller:
-    "Tells token and context of a position in the batch that runs; each position is decoded once."
+    "Tells token and context of a position (row, place) in the batch that runs; each position is decoded once."
 
     def __init__(self, tokenizer: Any, running: Running) -> None:
         self.tokenizer, self.ids, self._told = tokenizer, running.ids.tolist(), {}
 
     def __call__(self, extreme: Extreme) -> Extreme:
-        if len(extreme.position) not in (2, 3): return extreme
         row, place = extreme.position[0], extreme.position[-1]  # of an attention state the head stands between
-        if row >= len(self.ids) or place >= len(self.ids[row]): return extreme
         if (row, place) not in self._told:
             line = self.ids[row]
             around = self.tokenizer.decode(line[max(0, place - AROUND):place + AROUND + 1])
@@ -245,7 +243,7 @@ class Collector:
     def take(self) -> dict[Key, TensorStats]:
         "What was seen of the batch. From here on observers remember it."
         for key, stats in self.news.items():
-            if len(stats.top) == N_EXTREMES: self._least[key] = max(self._least.get(key, 0.0), abs(stats.top[-1].value))
+            if len(stats.top) == N_EXTREMES and key not in self.tainted: self._least[key] = max(self._least.get(key, 0.0), abs(stats.top[-1].value))
         self.observers.keep()
         news = {key: _without_values(s) if key in self.tainted else s for key, s in self.news.items()}
         self.begin()
@@ -256,8 +254,10 @@ class Collector:
 # %% ../nbs/08e_collector.ipynb #250f6e54
 @contextmanager
 def _attached(self: Collector) -> Iterator[Collector]:
-    handles = [h for name, m in self.modules.items() for h in _hooks(self, name, m)]
-    try: yield self
+    handles: list[Any] = []
+    try:
+        for name, module in self.modules.items(): handles.extend(_hooks(self, name, module))
+        yield self
     finally:
         self.begin()
         for handle in handles: handle.remove()
@@ -296,12 +296,24 @@ def _measure(self: Collector, key: Key, value: Tensor, keep: Tensor | None) -> N
         raise NonFiniteError(f"{key[0]}, {key[1]}: {place}. Mend the data or the model, or record with nonfinite='skip' "
                              "(leave such batches out) or 'record' (leave such elements out)")
     if place is not None and self.nonfinite == "skip": self.tainted.add(key)
-    stats = self.once(value, ("told", least), lambda: _told(self.teller, stats, least))
-    self.news[key] = stats if old is None else self.once(value, ("after", id(old)), lambda: (replace(old | stats, batches=1), old))[0]
+    if self.teller is not None and _stands_on_tokens(value, key[1], self.running):
+        stats = self.once(value, ("told", least), lambda: _told(self.teller, stats, least))
+    self.news[key] = stats if old is None else self.once(value, ("after", id(old)), lambda: (_both_calls(old, stats), old))[0]
+
+# %% ../nbs/08e_collector.ipynb #edb2f991
+def _stands_on_tokens(value: Tensor, base_name: str, running: Running) -> bool:
+    "Whether the positions of a tensor are those of the token ids."
+    leading = leading_of(value, running)
+    if base_name in STATES: leading = leading[:1] + leading[-1:]
+    return leading == tuple(running.ids.shape)
 
 
-def _told(teller: Teller | None, stats: TensorStats, least: float) -> TensorStats:
-    if teller is None or not stats.top: return stats
+def _both_calls(first: TensorStats, second: TensorStats) -> TensorStats:
+    "Of a module that was called twice in one batch."
+    return replace(first | second, batches=max(first.batches, second.batches))
+
+
+def _told(teller: Teller, stats: TensorStats, least: float) -> TensorStats:
     return replace(stats, top=tuple(teller(e) if abs(e.value) >= least else e for e in stats.top))
 
 
@@ -319,7 +331,8 @@ def look_at_weights(self: Collector) -> dict[Key, TensorStats]:
         weight = self.modules[name].weight.detach()
         stats = found[name, "weight"] = measure(weight, None)
         if stats.first_nonfinite is not None and self.nonfinite == "raise":
-            raise NonFiniteError(f"{name}, weight: {stats.first_nonfinite}. Mend the model, or record with nonfinite='record'")
+            raise NonFiniteError(f"{name}, weight: {stats.first_nonfinite}. Mend the model, or record with nonfinite='skip' or 'record'")
+        if stats.first_nonfinite is not None and self.nonfinite == "skip": found[name, "weight"] = _without_values(stats)
         self.observers.see(self.once, name, "weight", weight, weight)
     self.observers.keep()
     self.once.clear()
@@ -352,9 +365,10 @@ def _conclusion(self: Collector, done: dict, key: ConclusionKey, one: Attached |
     if not reason and one.derived: return _once(done, (one, stats), lambda: conclude_from(stats, base_name, one.asked, one.args))
     if not reason and memory is None and not one.listens: reason = NEVER_SEEN
     if reason: return Conclusion(label, base_name, self.observers.args(name, base_name), counts=counts_of(stats), reason=reason)
-    return _once(done, (one, memory or key), lambda: _concluded(_own(self, one, key), one.asked))
+    own = key if one.listens else memory  # modules that are fed the same tensor have weights of their own
+    return _once(done, (one, own), lambda: _concluded(self, one, key))
 
-
+# %% ../nbs/08e_collector.ipynb #c727a431
 def _once(done: dict[tuple[int, ...], tuple], question: tuple[Any, ...], answer: Callable[[], Conclusion]) -> Conclusion:
     "One conclusion for tensors that share what it follows from."
     ids = tuple(map(id, question))
@@ -362,10 +376,13 @@ def _once(done: dict[tuple[int, ...], tuple], question: tuple[Any, ...], answer:
     return done[ids][0]
 
 
-def _concluded(observer: Observer, asked: Asked) -> Conclusion:
-    try: return concluded(observer, asked, observer.get_statistics(), observer.counts)
+def _concluded(self: Collector, one: Attached, key: ConclusionKey) -> Conclusion:
+    observer = one.alone(self.observers.memory.get(key, one.fresh))
+    try:
+        observer = _own(self, one, key)
+        return concluded(observer, one.asked, observer.get_statistics() if observer.has_statistics else {}, observer.counts)
     except (ValueError, RuntimeError) as why:
-        return Conclusion(label_of(asked), observer.base_name, observer.args, counts=observer.counts, reason=str(why))
+        return Conclusion(key[2], observer.base_name, observer.args, counts=observer.counts, reason=str(why))
 
 
 def _together(self: Collector, model: Module, found: Mapping[ConclusionKey, Conclusion]) -> dict[ConclusionKey, Conclusion]:

@@ -28,6 +28,7 @@ from .tensor_stats import TensorStats, first_place
 # %% ../nbs/08b_conclusions.ipynb #4ab489ff
 DEFAULT_ARGS = QuantizationArgs(num_bits=8, type="int", symmetric=True, strategy="tensor")
 Asked = str | tuple[str, Mapping[str, Any]]  # an observer by name, or with arguments of its own
+NEVER_SEEN = "nothing finite was seen"
 
 
 def args_to_ask(args: QuantizationArgs | None) -> QuantizationArgs:
@@ -81,15 +82,14 @@ class Conclusion:
 
 
 def concluded(observer: Observer, asked: Asked, statistics: Mapping[str, Tensor], counts: Counts) -> Conclusion:
-    "What an observer says now, as a value."
-    low, high = observer.clip_range()
-    qparams = observer.get_qparams()
-    return Conclusion(label_of(asked), observer.base_name, observer.args, dict(observer.kwargs), dict(statistics), low, high, **qparams, counts=counts)
+    "What an observer says now, as a value on the CPU. RuntimeError if it has seen nothing."
+    if not observer.has_statistics: raise RuntimeError(NEVER_SEEN)
+    found = [*observer.clip_range(), *observer.get_qparams().values()]
+    kept = {name: value.cpu() for name, value in statistics.items()}  # a conclusion outlives the device that it was drawn on
+    return Conclusion(label_of(asked), observer.base_name, observer.args, dict(observer.kwargs), kept,
+                      *(None if value is None else value.cpu() for value in found), counts=counts)
 
-# %% ../nbs/08b_conclusions.ipynb #ada72b43
-NEVER_SEEN = "nothing finite was seen"
-
-
+# %% ../nbs/08b_conclusions.ipynb #97a8451a
 def follows_from_stats(observer: Observer) -> bool:
     "Whether the observer asks for no more than extremes and a histogram of the whole tensor."
     first_look = (MemorylessMinMaxObserver, MinMaxObserver) if observer.base_name == "weight" else ()

@@ -69,8 +69,10 @@ def is_bfloat16(value: Tensor) -> bool:
 
 
 def _has_more_bits(piece: Tensor) -> bool:
-    more = piece.float().view(torch.int32) & 0xFFFF
-    return bool(more.any()) and bool(((more != 0) & piece.isfinite()).any())
+    single = piece.float()
+    more = (single.view(torch.int32) & 0xFFFF).bool()
+    if piece.dtype == torch.float64: more |= single != piece  # bits that float32 has no place for
+    return bool(more.any()) and bool((more & single.isfinite()).any())
 
 # %% ../nbs/02_histogram.ipynb #28fb3bc3
 def _merged(codes: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['args_to_dict', 'scheme_to_dict', 'to_yaml', 'from_yaml', 'storage_format', 'from_config', 'recipe_of', 'override',
-           'to_config', 'expert_names', 'save_quantized']
+           'stored_modules', 'to_config', 'packed_tensors', 'expert_names', 'save_quantized']
 
 # %% ../nbs/07_recipes.ipynb #fcca5d17
 import json
@@ -390,7 +390,7 @@ def _calibrated(model: Module, verb: str) -> Ledger:
     return ledger
 
 
-def _stored_modules(model: Module, config: QuantizationConfig) -> tuple[_Stored, list[str]]:
+def stored_modules(model: Module, config: QuantizationConfig) -> tuple[_Stored, list[str]]:
     "The quantized modules with the schemes and formats they are stored in; and the names of those that were skipped."
     chosen = {name: (m, s) for name, (m, s) in schemes_by_module(model, config).items() if is_module_quantized(m)}
     skipped = {tensor.rpartition(".")[0] for tensor in uncomputed(chosen)}
@@ -423,7 +423,7 @@ def _need_whole_attention(model: Module, config: QuantizationConfig, stored: _St
 def _checkpoint_config(model: Module) -> QuantizationConfig:
     "The config of the checkpoint that a calibrated model would be saved as."
     config = _calibrated(model, "save").config
-    stored, skipped = _stored_modules(model, config)
+    stored, skipped = stored_modules(model, config)
     live = QuantizationConfig.from_pretrained(model)  # knows which modules vLLM has to be told to ignore
     if live is None or not (stored or live.kv_cache_scheme):
         raise ValueError("nothing of this model is quantized; save it with model.save_pretrained")
@@ -438,8 +438,8 @@ def to_config(source: QuantizationMixin | Module) -> dict[str, Any]:
     if isinstance(source, QuantizationMixin): return _config_to_dict(source.resolved_config)
     return _config_to_dict(_checkpoint_config(source))
 
-# %% ../nbs/07_recipes.ipynb #4b699f76
-def _pack(tensors: dict[str, Tensor], scheme: QuantizationScheme, form: CompressionFormat, name: str) -> dict[str, Tensor]:
+# %% ../nbs/07_recipes.ipynb #472f8efd
+def packed_tensors(tensors: dict[str, Tensor], scheme: QuantizationScheme, form: CompressionFormat, name: str) -> dict[str, Tensor]:
     "A module's tensors, local names, as they are stored."
     symmetric = [base_name for base_name, part in _PARTS.items() if (args := getattr(scheme, part)) is None or args.symmetric]
     if "input" in symmetric: symmetric += ["q", "k", "v"]
@@ -465,13 +465,13 @@ def _untied(model: Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _checkpoint_tensors(model: Module) -> tuple[dict[str, Tensor], set[torch.dtype]]:
     "Every tensor of the checkpoint by name; and the dtypes to which weights are unpacked that had another."
-    stored, skipped = _stored_modules(model, _calibrated(model, "save").config)
+    stored, skipped = stored_modules(model, _calibrated(model, "save").config)
     state, unpacked = _untied(model, model.state_dict()), {}
     for name in skipped:
         for qparam in QPARAMS: state.pop(f"{name}.{qparam}", None)
     for name, (module, scheme, form) in stored.items():
         local = [k for k in (*module._parameters, *module._buffers) if f"{name}.{k}" in state]
-        packed = _pack({k: state.pop(f"{name}.{k}") for k in local}, scheme, form, name)
+        packed = packed_tensors({k: state.pop(f"{name}.{k}") for k in local}, scheme, form, name)
         if form not in unpacked and scheme.weights is not None:
             dtype = BaseCompressor.get_value_from_registry(form.value).decompress(packed, scheme)["weight"].dtype
             unpacked[form] = dtype if dtype != module.weight.dtype else None
@@ -517,7 +517,7 @@ def _refuse_uneven_experts(model: PreTrainedModel) -> None:
     """ValueError if the matrices of a layer's experts are not all quantized in one way. Programs that load such a checkpoint stack them, and
     what comes of unequal parts is a NaN or another expert."""
     config = _calibrated(model, "save").config
-    stored, _ = _stored_modules(model, config)
+    stored, _ = stored_modules(model, config)
     for path, container in unfused_experts(model).items():
         linears = [f"{path}.{name}" for name, m in container.named_modules() if isinstance(m, torch.nn.Linear)]
         ways = {stored[name][1].model_dump_json(exclude={"targets"}) if name in stored else "not quantized" for name in linears}

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['BASE_NAMES', 'recipe_to_record', 'modules_to_record', 'args_by_tensor', 'check_base_names', 'check_observers',
-           'tensors_to_record', 'attention_open', 'new_collector', 'new_record', 'numbered', 'running_of', 'one_pass',
-           'record', 'CalibrationRecord', 'TensorStats', 'measure', 'record_equal', 'same_stats', 'unequal_parts']
+           'tensors_to_record', 'attention_open', 'new_collector', 'new_record', 'numbered', 'reads_two_sequences',
+           'running_of', 'one_pass', 'check_options', 'not_empty', 'record', 'CalibrationRecord', 'TensorStats',
+           'measure', 'record_equal', 'same_stats', 'unequal_parts']
 
-# %% ../nbs/08f_records.ipynb #cac3c0c4
+# %% ../nbs/08f_records.ipynb #bc75fa36
+import itertools
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
@@ -28,10 +30,10 @@ from .calibration import exclusive, feeding, guarded
 from .calibration_record import About, CalibrationRecord, record_equal, unequal_parts
 from .collector import STATES, Collector, Running, check_mask, conclusions_of, kept_tokens, look_at_weights
 from .conclusions import DEFAULT_ARGS, Asked, args_to_ask, label_of
-from .experts import tokens_per_expert
+from .experts import tokens_per_expert, unfused_experts
 from .ledger import experts_apart, ledger_of
-from .lifecycle import QUANTIZABLE, QuantizationMixin, embeddings_of, reaches_experts, schemes_by_module
-from .observers.base import check_policy, find_observer
+from .lifecycle import QUANTIZABLE, QuantizationMixin, check_schemes, embeddings_of, reaches_experts, schemes_by_module
+from .observers.base import check_policy, each_warning_once, find_observer
 from .pipelines import batches, calibration_context, count_tokens, expected_batches, feed
 from .ranks import rank_and_size, together
 from .schemes import preset
@@ -47,13 +49,15 @@ BASE_NAMES = ("input", "weight", "output", "lm_head_output", "q", "k", "v")
 def recipe_to_record(scheme: Any = None, ignore: Iterable[str] = ("lm_head",)) -> QuantizationMixin:
     "What a recording is about: a modifier itself, or that of a preset's name; of None every Linear."
     if isinstance(scheme, QuantizationMixin): return scheme
-    return QuantizationMixin(scheme=scheme or preset("INT8_STATIC"), ignore=list(ignore))
+    return QuantizationMixin(scheme=preset("INT8_STATIC") if scheme is None else scheme, ignore=list(ignore))
 
 
 def modules_to_record(model: Module, scheme: Any = None, ignore: Iterable[str] = ("lm_head",)) -> dict[str, Module]:
-    "The modules that a scheme (a preset's name, a modifier, or None for every Linear) would quantize."
-    chosen = schemes_by_module(model, recipe_to_record(scheme, ignore).resolved_config)
-    return {name: module for name, (module, _) in chosen.items() if isinstance(module, QUANTIZABLE)}
+    "The modules that a scheme (a preset's name, a modifier, or None for every Linear) would quantize; ValueError that lists those it does not fit."
+    recipe = recipe_to_record(scheme, ignore)
+    chosen = {n: (m, s) for n, (m, s) in schemes_by_module(model, recipe.resolved_config).items() if isinstance(m, QUANTIZABLE)}
+    check_schemes(model, chosen, recipe.bypass_divisibility_checks)
+    return {name: module for name, (module, _) in chosen.items()}
 
 
 def args_by_tensor(model: Module, recipe: QuantizationMixin) -> Any:
@@ -65,14 +69,16 @@ def args_by_tensor(model: Module, recipe: QuantizationMixin) -> Any:
 # %% ../nbs/08f_records.ipynb #4ab23ddb
 def check_base_names(base_names: Iterable[str]) -> tuple[str, ...]:
     "The base names that can be recorded, or a ValueError."
+    if not isinstance(base_names, Iterable): raise TypeError(f"base_names={base_names!r} must be some of {', '.join(map(repr, BASE_NAMES))}")
     names = (base_names,) if isinstance(base_names, str) else tuple(base_names)
-    if not names or set(names) - set(BASE_NAMES):
+    if not names or any(name not in BASE_NAMES for name in names):
         raise ValueError(f"base_names={names!r} must be some of {', '.join(map(repr, BASE_NAMES))}")
-    return names
+    return tuple(dict.fromkeys(names))
 
 
 def check_observers(observers: Iterable[Asked]) -> list[Asked]:
     "The observers that were asked for. ValueError or TypeError for an unknown name or a bad argument."
+    if not isinstance(observers, Iterable): raise TypeError(f"observers={observers!r} must be names, or pairs of a name and its arguments")
     asked = [observers] if isinstance(observers, str) else list(observers)
     for one in asked:
         label_of(one)
@@ -127,6 +133,7 @@ def new_record(model: Module, collector: Collector, recipe: QuantizationMixin | 
 
 # %% ../nbs/08f_records.ipynb #4da6cc47
 def _check_indices(indices: Iterable[int], count: int) -> list[int]:
+    if not isinstance(indices, Iterable): raise TypeError(f"batch_indices={indices!r} must be ints, one for each batch, or None")
     found = list(indices)
     bad = [i for i in found if isinstance(i, bool) or not isinstance(i, int) or i < 0]
     if bad: raise ValueError(f"batch_indices holds {bad[0]!r}; it must hold ints from 0 on, the place of each batch in the whole")
@@ -147,34 +154,71 @@ def numbered(stream: Iterator[Any], batch_indices: Iterable[int] | None = None) 
     dist.all_gather_object(counts, len(stream))
     return enumerate(stream, sum(counts[:rank]))
 
-# %% ../nbs/08f_records.ipynb #4a1524de
-def running_of(batch: Mapping[str, Any], index: int, mask: Any = None) -> Running:
-    "What a collector needs to know of a batch."
+# %% ../nbs/08f_records.ipynb #d25576d7
+def reads_two_sequences(model: Module) -> bool: return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def running_of(batch: Mapping[str, Any], index: int, mask: Any = None, two_sequences: bool = False) -> Running:
+    "What a collector needs to know of a batch. `two_sequences`: a decoder reads another one, so that a position alone names no token."
     ids, keep = batch.get("input_ids"), kept_tokens(batch, mask)
-    known = isinstance(ids, Tensor) and ids.ndim == 2 and not ids.is_floating_point()
+    known = isinstance(ids, Tensor) and ids.ndim == 2 and not ids.is_floating_point() and not two_sequences
     return Running(index, ids if known else None, keep, count_tokens(batch) if keep is None else int(keep.sum()))
 
-
+# %% ../nbs/08f_records.ipynb #ed18ad2b
 @contextmanager
 def _bar(total: int | None, progress: bool) -> Iterator[tqdm]:
     with tqdm(desc="recording", total=total, unit=" batches", disable=not progress) as bar: yield bar
 
 
+@contextmanager
+def _tokens_from_zero(model: Module) -> Iterator[None]:
+    "Experts that were taken apart before count tokens from zero; afterwards they have what they had."
+    before = [(experts, experts.tokens) for experts in unfused_experts(model).values()]
+    try:
+        for experts, _ in before: experts.tokens = None
+        yield
+    finally:
+        for experts, tokens in before: experts.tokens = tokens
+
+
 def one_pass(model: Module, stream: Iterator[tuple[int, Any]], collector: Collector, result: CalibrationRecord,
              mask: Any = None, total: int | None = None, progress: bool = False) -> CalibrationRecord:
     "Run numbered batches (inside `exclusive`) and return the record that has seen them too; interrupted, those that were finished."
-    with collector.attached(), calibration_context(model), guarded(model), _bar(total, progress) as bar:
+    done = result, collector.observers.memory  # changes at once: whenever an interrupt comes, both are of the same batches
+    with collector.attached(), calibration_context(model), guarded(model), _tokens_from_zero(model), _bar(total, progress) as bar:
         try:
             for index, batch in stream:
-                running, began = running_of(batch, index, mask), time.perf_counter()
+                running, began = running_of(batch, index, mask, reads_two_sequences(model)), time.perf_counter()
                 collector.begin(running)
                 with feeding(collector.owner): feed(model, batch, index)
-                result = result.seen(collector.take(), index, running.tokens, time.perf_counter() - began)
+                news, routed = collector.take(), {f"{e.module}.{e.expert}": e.tokens for e in tokens_per_expert(model)}
+                seen = done[0].seen(news, index, running.tokens, time.perf_counter() - began)
+                done = replace(seen, expert_tokens=routed), collector.observers.memory
                 bar.update()
-                bar.set_postfix_str(f"{result.tokens / result.seconds:,.0f} tokens/s")
+                bar.set_postfix_str(f"{seen.tokens / seen.seconds:,.0f} tokens/s")
         except KeyboardInterrupt:
-            bar.write(f"interrupted: the record holds the {result.batches} batches that were finished")
-        return replace(result, expert_tokens={f"{e.module}.{e.expert}": e.tokens for e in tokens_per_expert(model)})
+            bar.write(f"interrupted: the record holds the {done[0].batches} batches that were finished")
+    result, collector.observers.memory = done
+    return result
+
+# %% ../nbs/08f_records.ipynb #0a34b0db
+def check_options(model: Module, tokenizer: Any, mask: Any, keep_text: bool) -> None:
+    "TypeError or ValueError for options of `record` that make no sense, or none for this model."
+    ledger_of(model)  # a TypeError unless it is a model
+    if tokenizer is not None and not (callable(tokenizer) and hasattr(tokenizer, "decode")):
+        raise TypeError(f"tokenizer must be the model's tokenizer (a callable with `decode`) or None, got {type(tokenizer).__name__}")
+    if not isinstance(keep_text, bool): raise TypeError(f"keep_text={keep_text!r} must be True or False")
+    if mask is not None and reads_two_sequences(model):
+        raise ValueError(f"mask: {type(model).__name__} reads two sequences, one in its encoder and one in its decoder, "
+                         "and a mask is of one; record without a mask, or the encoder by itself")
+
+
+def not_empty(stream: Iterator[tuple[int, Any]], names: tuple[str, ...]) -> Iterator[tuple[int, Any]]:
+    "The same batches, the first of them already made. ValueError if there is none where data is needed; a rank may have none."
+    first = next(stream, None)
+    if first is None and names != ("weight",) and rank_and_size()[1] == 1:
+        raise ValueError("data is empty: not a single batch came of it; pass at least one text or batch")
+    return stream if first is None else itertools.chain([first], stream)
 
 # %% ../nbs/08f_records.ipynb #5e86eb94
 def record(
@@ -194,18 +238,20 @@ def record(
     progress: bool = True,                                  # Show a bar with tokens per second and the time left
 ) -> CalibrationRecord:
     "Run data through the model once and keep what was seen. Nothing stays on the model; an interrupt returns the record so far."
-    names, asked, mask = check_base_names(base_names), check_observers(observers), check_mask(mask)
-    check_policy(nonfinite)
-    ledger_of(model)  # a TypeError unless it is a model
-    recipe = recipe_to_record(scheme)
+    with together("check what to record"):  # a rank that finds a fault does not leave the others waiting
+        names, asked, mask = check_base_names(base_names), check_observers(observers), check_mask(mask)
+        check_policy(nonfinite)
+        check_options(model, tokenizer, mask, keep_text)
+        recipe = recipe_to_record(scheme)
     stream = iter(()) if data is None and names == ("weight",) else batches(data, tokenizer, batch_size, max_length)
     options = dict(observers=asked, tokenizer=tokenizer if keep_text else None, nonfinite=nonfinite, owner=f"record {uuid.uuid4().hex}")
-    with (exclusive(model, "record()"), experts_apart(model, reaches_experts(model, recipe.resolved_config)),
+    with (exclusive(model, "record()"), each_warning_once(), experts_apart(model, reaches_experts(model, recipe.resolved_config)),
           attention_open(model, names)):
-        stream = numbered(stream, batch_indices)
+        stream = not_empty(numbered(stream, batch_indices), names)
         collector = new_collector(model, recipe, names, scheme is not None, **options)
-        result = one_pass(model, stream, collector, new_record(model, collector, recipe if scheme is not None else None),
-                          mask, expected_batches(data, batch_size), progress)
-        if names != ("weight",) and not result.batches and rank_and_size()[1] == 1:
-            raise ValueError("data is empty: not a single batch came of it; pass at least one text or batch")
+        if not collector.tensors:
+            raise ValueError(f"there is nothing to record: {type(model).__name__} has no Linear or Embedding that the scheme matches "
+                             f"and that has any of {', '.join(map(repr, names))}")
+        start = new_record(model, collector, recipe if scheme is not None else None)
+        result = one_pass(model, stream, collector, start, mask, expected_batches(data, batch_size), progress)
         return replace(result, conclusions=conclusions_of(collector, model, result.tensors))

@@ -21,23 +21,20 @@ from torch import Tensor
 from .histogram import Histogram, bucket_counts, is_bfloat16, representatives
 from .observers.base import NonFinite
 
-# %% ../nbs/08a_tensor_stats.ipynb #e577fabc
-def _fraction(value: float) -> Fraction: return Fraction(value) if math.isfinite(value) else Fraction(0)
-
-
+# %% ../nbs/08a_tensor_stats.ipynb #7bb71e21
 _VALUES = torch.from_numpy(np.concatenate([representatives(np.arange(0x7F80), True), np.zeros(0x80)]))
 
 
 def sums(value: Tensor, counts: Tensor) -> tuple[Fraction, Fraction]:
     "Σx and Σx² of a finite contiguous tensor, each rounded to float64 once or a few times. Of bfloat16 the counts tell, without another read."
     if value.dtype == torch.bfloat16:
-        positive, negative = counts.view(2, -1)[1].double(), counts.view(2, -1)[0].double()
-        return _fraction((positive - negative).dot(_VALUES).item()), _fraction((positive + negative).dot(_VALUES.square()).item())
+        negative, positive = counts.cpu().view(2, -1).double()
+        return Fraction((positive - negative).dot(_VALUES).item()), Fraction((positive + negative).dot(_VALUES.square()).item())
     total = squares = 0.0
     for piece in value.view(-1).split(1 << 16):  # 512 kB each in float64: they stay in the cache
         wide = piece.double()
         total, squares = total + wide.sum().item(), squares + wide.dot(wide).item()
-    return _fraction(total), _fraction(squares)
+    return Fraction(total), Fraction(squares)
 
 # %% ../nbs/08a_tensor_stats.ipynb #6478f2c6
 N_EXTREMES = 8
@@ -81,6 +78,7 @@ def largest_places(
     found, step = [], max(1, (1 << 17) // max(1, len(columns)))
     for start in range(0, len(flat) if len(columns) else 0, step):
         block = flat[start:start + step][:, columns].abs()
+        if len(found) >= N_EXTREMES and block.amax().item() <= -sorted(found)[N_EXTREMES - 1][0]: continue  # of equals the first
         for place in _largest_of(block).tolist():
             row, column = divmod(place, len(columns))
             found.append((-block[row, column].item(), start + row, int(columns[column])))
@@ -194,7 +192,7 @@ class TensorStats(_Answers):
 
     @property
     def std(self) -> float:
-        "The population standard deviation."
+        "The population standard deviation; if not all values are bfloat16 numbers, to 1e-12 of their root mean square."
         if not self.count: return math.nan
         total, squares = _moments(self)
         return math.sqrt(max(squares / self.count - (total / self.count)**2, 0))
@@ -253,16 +251,21 @@ def _as_rows(value: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor | None]
 def _row_pieces(flat: Tensor) -> Iterable[Tensor]: return flat.split(max(1, (1 << 18) // flat.shape[1]))
 
 
+def _finite(flat: Tensor) -> Tensor:
+    "What is finite as float32, which is what the histogram counts: float64 reaches further."
+    return torch.isfinite(flat.float())
+
+
 def _channel_ranges(flat: Tensor, clean: bool) -> tuple[Tensor, Tensor]:
     "Smallest and largest finite value of every column."
     if clean: return flat.amin(0), flat.amax(0)  # each at the speed of memory; torch.aminmax(dim=0) takes twenty times as long
-    ok = torch.isfinite(flat)
+    ok = _finite(flat)
     return torch.where(ok, flat, torch.inf).amin(0), torch.where(ok, flat, -torch.inf).amax(0)
 
 
 def _sums(flat: Tensor, counts: Tensor, clean: bool) -> tuple[Fraction, Fraction]:
     if flat.dtype == torch.bfloat16: return sums(flat, counts)
-    pieces = (piece if clean else torch.where(torch.isfinite(piece), piece, 0) for piece in _row_pieces(flat))
+    pieces = (piece if clean else torch.where(_finite(piece), piece, 0) for piece in _row_pieces(flat))
     pairs = [sums(piece.contiguous(), counts) for piece in pieces]
     return sum(p[0] for p in pairs), sum(p[1] for p in pairs)
 
@@ -282,7 +285,7 @@ class _Places:
         return tuple(Extreme(v, -1 if self.batch is None else self.batch, self.position(row), channel) for v, row, channel in found)
 
     def nonfinite(self, flat: Tensor, count: int) -> NonFinite:
-        row, channel = divmod(int((~torch.isfinite(flat)).reshape(-1).to(torch.uint8).argmax()), flat.shape[1])
+        row, channel = divmod(int((~_finite(flat)).reshape(-1).to(torch.uint8).argmax()), flat.shape[1])
         return NonFinite(count, self.batch, (*self.position(row), channel), flat[row, channel].item())
 
 # %% ../nbs/08a_tensor_stats.ipynb #f52f2612
@@ -304,9 +307,9 @@ def measure(
     bad = histogram.nan + histogram.pos_inf + histogram.neg_inf
     if bad: seen["first_nonfinite"] = places.nonfinite(flat, bad)
     low, high = _channel_ranges(flat, not bad)
-    absmax = torch.maximum(-low, high).clamp_(min=0)
-    least, most = (low.min().item() + 0.0, high.max().item() + 0.0) if histogram.count else (math.inf, -math.inf)  # -0.0 becomes 0.0
-    clean = flat if not bad else torch.where(torch.isfinite(flat), flat, 0)
+    absmax = torch.maximum(-low, high).clamp_(min=0).abs_()  # -0.0 becomes 0.0
+    least, most = (low.min().item() + 0.0, high.max().item() + 0.0) if histogram.count else (math.inf, -math.inf)
+    clean = flat if not bad else torch.where(_finite(flat), flat, 0)
     total, squares = _sums(flat, counts, not bad)
     line = Timeline({batch: (least, most)}) if batch is not None and histogram.count else Timeline()
     return TensorStats({level_of(batch or 0): Level(least, most, histogram)}, total, squares, top=places.extremes(clean, absmax), timeline=line,

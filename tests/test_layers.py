@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 spec = importlib.util.spec_from_file_location("qcal_tools_drift", ROOT/"tools"/"drift.py")
 drift = importlib.util.module_from_spec(spec); spec.loader.exec_module(drift)
 
-FROM = dict(matplotlib="plots", traitlets="state", ipywidgets="widgets", anywidget="widgets")   # package → first module that may
+FROM = dict(matplotlib="figures", traitlets="state", ipywidgets="widgets", anywidget="widgets")   # package → first module that may
 NEVER = {"nbdev", "fastcore", "execnb", "llmcompressor", "pytest", "hypothesis", "playwright", "nbconvert"}
 ORDER = list(drift.modules(ROOT))          # dotted names below qcal_nb, lowest first
 
@@ -75,21 +75,22 @@ def test_there_is_something_to_check(): assert len(ORDER) >= 4
     ("pack.a", "from ..high import f", "does not stand above"),
     ("high", "from . import nothing", "no notebook exports"),
     ("high", "from .gone import f", "no notebook exports"),
-    ("high", "def f(): import matplotlib.pyplot as plt", "only from plots on"),
+    ("high", "def f(): import matplotlib.pyplot as plt", "only from figures on"),
     ("plots", "from ipywidgets import HTML", "only from widgets on"),
     ("plots", "from fastcore.test import expect_fail", "never at run time"),
     ("plots", "import llmcompressor", "never at run time"),
 ])
 def test_a_wrong_import_is_seen(module, source, complaint):
-    order = ["low", "pack.a", "pack.b", "high", "plots"]
+    order = ["low", "pack.a", "pack.b", "high", "figures", "plots"]
     assert len(found := violations({module: source}, order)) == 1 and complaint in found[0]
 
 @pytest.mark.parametrize("module, source", [
     ("pack.b", "from .a import A\nfrom ..low import f, g"), ("high", "from qcal_nb.pack.a import A\nfrom .pack import B"),
-    ("high", "from . import low\nimport torch.nn as nn\nfrom . import __version__"), ("plots", "import matplotlib.pyplot as plt"),
+    ("high", "from . import low\nimport torch.nn as nn\nfrom . import __version__"), ("figures", "import matplotlib.pyplot as plt"),
+    ("plots", "from .figures import f"),
 ])
 def test_a_right_import_passes(module, source):
-    assert violations({module: source}, ["low", "pack.a", "pack.b", "high", "plots"]) == []
+    assert violations({module: source}, ["low", "pack.a", "pack.b", "high", "figures", "plots"]) == []
 
 # --- what the package asks for, and what `import qcal_nb` brings in ---
 
@@ -116,8 +117,8 @@ def test_import_is_light():
     assert run(f"import sys, qcal_nb; print([m for m in {heavy} if m in sys.modules])") == "[]"
 
 def test_engine_needs_no_screen():
-    "Everything below `plots` imports neither matplotlib nor ipywidgets, also by what it imports."
-    below = [m for m in ORDER if "plots" not in ORDER or ORDER.index(m) < ORDER.index("plots")]
+    "Everything below `figures` imports neither matplotlib nor ipywidgets, also by what it imports."
+    below = ORDER[:ORDER.index(FROM["matplotlib"])]
     code = f"import sys, importlib\nfor m in {below}: importlib.import_module('qcal_nb.'+m)\n"
     assert run(code+"print([m for m in ('matplotlib', 'ipywidgets', 'anywidget') if m in sys.modules])") == "[]"
 
