@@ -210,6 +210,78 @@ def _made(made: dict[tuple, Attached | str], asked: Asked, base_name: str, args:
             made[key] = "it weighs the columns of a weight, by what they are fed; no other tensor has such columns"
     return made[key]
 
+# %% ../nbs/08e_collector.ipynb #250f6e54
+@contextmanager
+def _attached(self: "Collector") -> Iterator["Collector"]:
+    handles: list[Any] = []
+    try:
+        for name, module in self.modules.items(): handles.extend(_hooks(self, name, module))
+        yield self
+    finally:
+        self.begin()
+        for handle in handles: handle.remove()
+
+
+def _hooks(self: "Collector", name: str, module: Module) -> Iterator[Any]:
+    "Our hooks on one module."
+    def before(_: Module, args: Any, kwargs: dict[str, Any]) -> None: self.look(name, "input", first_tensor(args, kwargs))
+    def after(_: Module, args: Any, output: Any) -> None: self.look(name, "output", first_tensor(output))
+    if (name, "input") in self.tensors or self.observers.listen(name): yield module.register_forward_pre_hook(before, with_kwargs=True)
+    if (name, "output") in self.tensors: yield module.register_forward_hook(after)
+    for state, inner, place in (("q", IMPL_ATTR, 1), ("k", KV_CACHE_ATTR, 0), ("v", KV_CACHE_ATTR, 1)):
+        if (name, state) in self.tensors: yield module._modules[inner].register_forward_pre_hook(_state_hook(self, name, state, place), with_kwargs=True)
+
+
+def _state_hook(self: "Collector", name: str, state: str, place: int) -> Callable[..., None]:
+    "A forward-pre hook that looks at one argument of what stands in for attention or its cache."
+    names = dict(q="query", k="key_states", v="value_states")
+    def see(_: Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self.look(name, state, kwargs[names[state]] if names[state] in kwargs else args[place])
+    return see
+
+# %% ../nbs/08e_collector.ipynb #351d8a63
+def _see(self: "Collector", name: str, base_name: str, value: Tensor) -> None:
+    "Measure and show to observers; whatever was done for the same tensor already is not done again."
+    keep = kept_of(value, name, base_name, self.running)
+    if (name, base_name) in self.tensors: _measure(self, (name, base_name), value, keep)
+    shown = value if keep is None else self.once(value, "shown", lambda: selected(value, keep))
+    self.observers.see(self.once, name, base_name, value, shown)
+
+
+def _measure(self: "Collector", key: Key, value: Tensor, keep: Tensor | None) -> None:
+    stats = self.once(value, "stats", lambda: measure(value, self.running.index, keep, leading_of(value, self.running)))
+    place, least, old = stats.first_nonfinite, self._least.get(key, 0.0), self.news.get(key)
+    if place is not None and self.nonfinite == "raise":
+        raise NonFiniteError(f"{key[0]}, {key[1]}: {place}. Mend the data or the model, or record with nonfinite='skip' "
+                             "(leave such batches out) or 'record' (leave such elements out)")
+    if place is not None and self.nonfinite == "skip": self.tainted.add(key)
+    if self.teller is not None and _stands_on_tokens(value, key[1], self.running):
+        stats = self.once(value, ("told", least), lambda: _told(self.teller, stats, least))
+    self.news[key] = stats if old is None else self.once(value, ("after", id(old)), lambda: (_both_calls(old, stats), old))[0]
+
+# %% ../nbs/08e_collector.ipynb #edb2f991
+def _stands_on_tokens(value: Tensor, base_name: str, running: Running) -> bool:
+    "Whether the positions of a tensor are those of the token ids."
+    leading = leading_of(value, running)
+    if base_name in STATES: leading = leading[:1] + leading[-1:]
+    return leading == tuple(running.ids.shape)
+
+
+def _both_calls(first: TensorStats, second: TensorStats) -> TensorStats:
+    "Of a module that was called twice in one batch."
+    return replace(first | second, batches=max(first.batches, second.batches))
+
+
+def _told(teller: Teller, stats: TensorStats, least: float) -> TensorStats:
+    return replace(stats, top=tuple(teller(e) if abs(e.value) >= least else e for e in stats.top))
+
+
+def _without_values(stats: TensorStats) -> TensorStats:
+    "What `skip` leaves of a batch: that it was there, and what was wrong with it."
+    bad = Level(histogram=Histogram(nan=stats.nan, pos_inf=stats.histogram.pos_inf, neg_inf=stats.histogram.neg_inf))
+    return TensorStats(dict.fromkeys(stats.levels, bad), first_nonfinite=stats.first_nonfinite, dtypes=stats.dtypes, shapes=stats.shapes,
+                       skipped=stats.calls)
+
 # %% ../nbs/08e_collector.ipynb #9140b9e5
 class Collector:
     "Measures tensors of modules while they run, and shows them to observers. `begin` a batch, run it, `take` what was seen."
@@ -250,78 +322,6 @@ class Collector:
         return news
 
     def attached(self) -> Any: return _attached(self)
-
-# %% ../nbs/08e_collector.ipynb #250f6e54
-@contextmanager
-def _attached(self: Collector) -> Iterator[Collector]:
-    handles: list[Any] = []
-    try:
-        for name, module in self.modules.items(): handles.extend(_hooks(self, name, module))
-        yield self
-    finally:
-        self.begin()
-        for handle in handles: handle.remove()
-
-
-def _hooks(self: Collector, name: str, module: Module) -> Iterator[Any]:
-    "Our hooks on one module."
-    def before(_: Module, args: Any, kwargs: dict[str, Any]) -> None: self.look(name, "input", first_tensor(args, kwargs))
-    def after(_: Module, args: Any, output: Any) -> None: self.look(name, "output", first_tensor(output))
-    if (name, "input") in self.tensors or self.observers.listen(name): yield module.register_forward_pre_hook(before, with_kwargs=True)
-    if (name, "output") in self.tensors: yield module.register_forward_hook(after)
-    for state, inner, place in (("q", IMPL_ATTR, 1), ("k", KV_CACHE_ATTR, 0), ("v", KV_CACHE_ATTR, 1)):
-        if (name, state) in self.tensors: yield module._modules[inner].register_forward_pre_hook(_state_hook(self, name, state, place), with_kwargs=True)
-
-
-def _state_hook(self: Collector, name: str, state: str, place: int) -> Callable[..., None]:
-    "A forward-pre hook that looks at one argument of what stands in for attention or its cache."
-    names = dict(q="query", k="key_states", v="value_states")
-    def see(_: Module, args: Any, kwargs: dict[str, Any]) -> None:
-        self.look(name, state, kwargs[names[state]] if names[state] in kwargs else args[place])
-    return see
-
-# %% ../nbs/08e_collector.ipynb #a4bc3cf1
-def _see(self: Collector, name: str, base_name: str, value: Tensor) -> None:
-    "Measure and show to observers; whatever was done for the same tensor already is not done again."
-    keep = kept_of(value, name, base_name, self.running)
-    if (name, base_name) in self.tensors: _measure(self, (name, base_name), value, keep)
-    shown = value if keep is None else self.once(value, "shown", lambda: selected(value, keep))
-    self.observers.see(self.once, name, base_name, value, shown)
-
-
-def _measure(self: Collector, key: Key, value: Tensor, keep: Tensor | None) -> None:
-    stats = self.once(value, "stats", lambda: measure(value, self.running.index, keep, leading_of(value, self.running)))
-    place, least, old = stats.first_nonfinite, self._least.get(key, 0.0), self.news.get(key)
-    if place is not None and self.nonfinite == "raise":
-        raise NonFiniteError(f"{key[0]}, {key[1]}: {place}. Mend the data or the model, or record with nonfinite='skip' "
-                             "(leave such batches out) or 'record' (leave such elements out)")
-    if place is not None and self.nonfinite == "skip": self.tainted.add(key)
-    if self.teller is not None and _stands_on_tokens(value, key[1], self.running):
-        stats = self.once(value, ("told", least), lambda: _told(self.teller, stats, least))
-    self.news[key] = stats if old is None else self.once(value, ("after", id(old)), lambda: (_both_calls(old, stats), old))[0]
-
-# %% ../nbs/08e_collector.ipynb #edb2f991
-def _stands_on_tokens(value: Tensor, base_name: str, running: Running) -> bool:
-    "Whether the positions of a tensor are those of the token ids."
-    leading = leading_of(value, running)
-    if base_name in STATES: leading = leading[:1] + leading[-1:]
-    return leading == tuple(running.ids.shape)
-
-
-def _both_calls(first: TensorStats, second: TensorStats) -> TensorStats:
-    "Of a module that was called twice in one batch."
-    return replace(first | second, batches=max(first.batches, second.batches))
-
-
-def _told(teller: Teller, stats: TensorStats, least: float) -> TensorStats:
-    return replace(stats, top=tuple(teller(e) if abs(e.value) >= least else e for e in stats.top))
-
-
-def _without_values(stats: TensorStats) -> TensorStats:
-    "What `skip` leaves of a batch: that it was there, and what was wrong with it."
-    bad = Level(histogram=Histogram(nan=stats.nan, pos_inf=stats.histogram.pos_inf, neg_inf=stats.histogram.neg_inf))
-    return TensorStats(dict.fromkeys(stats.levels, bad), first_nonfinite=stats.first_nonfinite, dtypes=stats.dtypes, shapes=stats.shapes,
-                       skipped=stats.calls)
 
 # %% ../nbs/08e_collector.ipynb #e1169832
 def look_at_weights(self: Collector) -> dict[Key, TensorStats]:
