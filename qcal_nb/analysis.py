@@ -88,7 +88,8 @@ def ranges(record: CalibrationRecord) -> pd.DataFrame:
     done: dict[int, dict[str, Any]] = {}
     for stats in check_record(record).tensors.values():
         if id(stats) not in done: done[id(stats)] = _range_row(stats)
-    return model_table([where_in(record, key) | done[id(stats)] for key, stats in record.tensors.items()], RANGE_COLUMNS, record)
+    table = model_table([where_in(record, key) | done[id(stats)] for key, stats in record.tensors.items()], RANGE_COLUMNS, record)
+    return table.astype({name: float for name in RANGE_COLUMNS[4:-4]} | dict.fromkeys(("numel", "nan", "inf"), int))  # even without rows
 
 # %% ../nbs/09_analysis.ipynb #38b3ab3d
 ORDERS = ("depth", "absmax", "std", "min", "max", "module")

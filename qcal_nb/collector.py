@@ -148,6 +148,11 @@ def selected(value: Tensor, keep: Tensor) -> Tensor:
 AROUND = 8  # tokens of context on either side
 
 
+def _sound(text: str) -> str:
+    "Text that can be written anywhere: half of a surrogate pair, as a cut character may leave it, becomes a question mark."
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
 class Teller:
     "Tells token and context of a position (row, place) in the batch that runs; each position is decoded once."
 
@@ -158,8 +163,8 @@ class Teller:
         row, place = extreme.position[0], extreme.position[-1]  # of an attention state the head stands between
         if (row, place) not in self._told:
             line = self.ids[row]
-            around = self.tokenizer.decode(line[max(0, place - AROUND):place + AROUND + 1])
-            self._told[row, place] = self.tokenizer.decode([line[place]]), around
+            around = line[max(0, place - AROUND):place + AROUND + 1]
+            self._told[row, place] = tuple(_sound(self.tokenizer.decode(ids)) for ids in ([line[place]], around))
         token, context = self._told[row, place]
         return replace(extreme, token=token, context=context)
 

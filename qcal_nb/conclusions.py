@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEFAULT_ARGS', 'Asked', 'NEVER_SEEN', 'args_to_ask', 'label_of', 'new_observer', 'Conclusion', 'concluded',
-           'follows_from_stats', 'dtype_of', 'statistics_from', 'conclude_from', 'counts_of', 'merges',
+           'counts_values', 'follows_from_stats', 'dtype_of', 'statistics_from', 'conclude_from', 'counts_of', 'merges',
            'merge_conclusions', 'conclude_together']
 
 # %% ../nbs/08b_conclusions.ipynb #496f9bcf
@@ -19,9 +19,7 @@ from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
 from .histogram import dense_counts
-from .observers.base import Counts, Observer, find_observer, fuse
-from .observers.histogram import HistogramObserver
-from .observers.minmax import MemorylessMinMaxObserver, MinMaxObserver, StaticMinMaxObserver
+from .observers.base import Counts, Observer, find_observer, fuse, qparams_for
 from .schemes import describe_args
 from .tensor_stats import TensorStats, first_place
 
@@ -84,17 +82,27 @@ class Conclusion:
 def concluded(observer: Observer, asked: Asked, statistics: Mapping[str, Tensor], counts: Counts) -> Conclusion:
     "What an observer says now, as a value on the CPU. RuntimeError if it has seen nothing."
     if not observer.has_statistics: raise RuntimeError(NEVER_SEEN)
-    found = [*observer.clip_range(), *observer.get_qparams().values()]
+    low, high = observer.clip_range()  # found once: it may be a search
+    own = type(observer).get_qparams is not Observer.get_qparams
+    found = [low, high, *(observer.get_qparams() if own else qparams_for(observer, low, high)).values()]
     kept = {name: value.cpu() for name, value in statistics.items()}  # a conclusion outlives the device that it was drawn on
     return Conclusion(label_of(asked), observer.base_name, observer.args, dict(observer.kwargs), kept,
                       *(None if value is None else value.cpu() for value in found), counts=counts)
 
-# %% ../nbs/08b_conclusions.ipynb #97a8451a
+# %% ../nbs/08b_conclusions.ipynb #f2eafcf3
+_EXTREMES = dict(weight=("static_minmax", "memoryless_minmax", "minmax"))  # a weight is looked at once: these three are the same
+
+
+def counts_values(observer: Observer) -> bool:
+    "Whether the observer keeps a histogram, as every `HistogramObserver` does."
+    return {"buckets", "inexact"} <= set(observer.statistics)
+
+
 def follows_from_stats(observer: Observer) -> bool:
     "Whether the observer asks for no more than extremes and a histogram of the whole tensor."
-    first_look = (MemorylessMinMaxObserver, MinMaxObserver) if observer.base_name == "weight" else ()
-    minmax = type(observer) in (StaticMinMaxObserver, *first_look)
-    return observer.args.strategy == "tensor" and (minmax or isinstance(observer, HistogramObserver))
+    names = _EXTREMES.get(observer.base_name, ("static_minmax",))
+    minmax = any(type(observer) is find_observer(name) for name in names)  # by name: a cell that was run again made another class
+    return observer.args.strategy == "tensor" and (minmax or counts_values(observer))
 
 
 def dtype_of(stats: TensorStats) -> torch.dtype:
@@ -106,7 +114,7 @@ def statistics_from(stats: TensorStats, observer: Observer) -> dict[str, Tensor]
     "The observer's statistics, had it seen what was measured. RuntimeError if that was nothing finite."
     if not stats.count: raise RuntimeError(NEVER_SEEN)
     found = {name: torch.tensor([end], dtype=dtype_of(stats)) for name, end in (("min_vals", stats.min), ("max_vals", stats.max))}
-    if isinstance(observer, HistogramObserver):
+    if counts_values(observer):
         found |= dict(buckets=dense_counts(stats.histogram), inexact=torch.tensor([int(not stats.histogram.exact)]))
     return found
 

@@ -5,17 +5,21 @@
 # %% auto #0
 __all__ = ['BASE_NAMES', 'recipe_to_record', 'modules_to_record', 'args_by_tensor', 'check_base_names', 'check_observers',
            'tensors_to_record', 'attention_open', 'new_collector', 'new_record', 'numbered', 'reads_two_sequences',
-           'running_of', 'one_pass', 'check_options', 'not_empty', 'record', 'CalibrationRecord', 'TensorStats',
-           'measure', 'record_equal', 'same_stats', 'unequal_parts']
+           'running_of', 'one_pass', 'check_options', 'not_empty', 'record', 'all_ranks', 'CalibrationRecord',
+           'TensorStats', 'measure', 'record_equal', 'same_stats', 'unequal_parts']
 
 # %% ../nbs/08f_records.ipynb #bc75fa36
 import itertools
+import tempfile
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import reduce
 from importlib.metadata import version
+from operator import or_
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -36,6 +40,7 @@ from .lifecycle import QUANTIZABLE, QuantizationMixin, check_schemes, embeddings
 from .observers.base import check_policy, each_warning_once, find_observer
 from .pipelines import batches, calibration_context, count_tokens, expected_batches, feed
 from .ranks import rank_and_size, together
+from .record_files import write_whole
 from .schemes import preset
 from .snapshots import restore, snapshot
 from .tensor_stats import TensorStats, measure, same_stats
@@ -255,3 +260,14 @@ def record(
         start = new_record(model, collector, recipe if scheme is not None else None)
         result = one_pass(model, stream, collector, start, mask, expected_batches(data, batch_size), progress)
         return replace(result, conclusions=conclusions_of(collector, model, result.tensors))
+
+# %% ../nbs/08f_records.ipynb #0652a8b7
+def all_ranks(part: CalibrationRecord) -> CalibrationRecord:
+    "Collective: the record of all ranks, from each one's part. Alone: the part itself. RankError if a rank fails or holds another run."
+    if rank_and_size()[1] == 1: return part
+    with together("put their records together"), tempfile.TemporaryDirectory() as folder:
+        data = part.save(Path(folder)/"part").read_bytes()  # as it would be read from a file: nothing is unpickled
+    parts: list[Any] = [None] * rank_and_size()[1]
+    dist.all_gather_object(parts, data)
+    with together("put their records together"), tempfile.TemporaryDirectory() as folder:
+        return reduce(or_, (CalibrationRecord.load(write_whole(Path(folder)/str(i), found)) for i, found in enumerate(parts)))

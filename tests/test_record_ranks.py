@@ -13,11 +13,11 @@ def folders(tmp_path_factory): return {n: tmp_path_factory.mktemp(str(n)) for n 
 
 
 @pytest.fixture(scope="module")
-def two(folders): return good(folders[2], 2, [*WHOLE, "record_bad_data", "record_bad_argument", "record_bad_forward"])
+def two(folders): return good(folders[2], 2, [*WHOLE, "record_together", "record_bad_data", "record_bad_argument", "record_bad_forward"])
 
 
 @pytest.fixture(scope="module")
-def one(folders): return good(folders[1], 1, WHOLE)[0]
+def one(folders): return good(folders[1], 1, [*WHOLE, "record_together"])[0]
 
 
 @pytest.mark.slow
@@ -70,3 +70,12 @@ def test_a_bad_argument_of_one_rank_is_told_to_all(two):
 @pytest.mark.slow
 def test_a_forward_that_fails_on_one_rank_costs_only_its_part(two):
     assert two[0]["record_bad_forward"] == "no error" and two[1]["record_bad_forward"].startswith("RuntimeError: ")
+
+
+@pytest.mark.slow
+def test_all_ranks_have_the_whole(two, one, folders):
+    alone = CalibrationRecord.load(folders[1]/"together.0.record")
+    for rank in (0, 1): assert unequal_parts(CalibrationRecord.load(folders[2]/f"together.{rank}.record"), alone) == []
+    assert [r["record_together"]["own"] for r in two] == [((0, 3),), ((3, 4),)] and all(r["record_together"]["batches"] == ((0, 4),) for r in two)
+    assert all("its weight is another one in the other record" in r["record_together"]["error"] for r in two)
+    assert one["record_together"]["error"] == "no error"

@@ -6,8 +6,8 @@
 __all__ = ['ACTIVATIONS', 'BASE_NAMES', 'POLICIES', 'current_batch', 'current_feed', 'NOBODY', 'FUSED_LAYERS', 'check_base_name',
            'check_args', 'flatten_for_calibration', 'observer_key', 'Registry', 'find_observer', 'NonFiniteError',
            'check_policy', 'NonFinite', 'find_nonfinite', 'without_nonfinite', 'Statistics', 'Counts', 'QParamsDict',
-           'same_tensor', 'Fusable', 'Observer', 'first_tensor', 'each_warning_once', 'warn_once', 'fuse',
-           'fused_layers']
+           'same_tensor', 'Fusable', 'qparams_for', 'Observer', 'first_tensor', 'each_warning_once', 'warn_once',
+           'fuse', 'fused_layers']
 
 # %% ../../nbs/03a_observers_base.ipynb #b5c0be45
 import warnings
@@ -368,9 +368,9 @@ def _absmax(self: "Observer") -> Tensor:
 
 
 @torch.no_grad()
-def _conclude(self: "Observer") -> QParamsDict:
-    "The scale that follows from an observer's statistics, by compressed-tensors' own arithmetic. NonFiniteError if it overflows."
-    (low, high), global_scale = self.clip_range(), None
+def qparams_for(self: "Observer", low: Tensor, high: Tensor) -> QParamsDict:
+    "The scale for a range (`qparam_shape` each), by compressed-tensors' own arithmetic. NonFiniteError if it overflows."
+    global_scale = None
     if self.args.strategy == "tensor_group":
         absmax = torch.stack([_absmax(o) for o in (self, *self.partners())]).max().reshape(1)
         global_scale = generate_gparam(-absmax, absmax)
@@ -421,7 +421,7 @@ class Observer(Fusable, Registry, ABC):
 
     def get_qparams(self) -> QParamsDict:
         "`scale`, `zero_point` (of the scale's shape), `global_scale` (1,) or None. Reads only; RuntimeError without statistics."
-        return _conclude(self)
+        return qparams_for(self, *self.clip_range())
 
     def hears(self) -> bool:
         "Whether the forward pass that runs in this thread is meant for this observer: its owner's, or without an owner nobody's."

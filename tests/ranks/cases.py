@@ -20,7 +20,7 @@ from qcal_nb.models import calibration_texts, load_tiny_llama
 from qcal_nb.observers.base import Counts, Observer
 from qcal_nb.pipelines import calibrate, calibration_context
 from qcal_nb.ranks import agree, differing_qparams, observe_weights, rank_and_size, sync_statistics, together
-from qcal_nb.records import record
+from qcal_nb.records import all_ranks, record
 from qcal_nb.schemes import preset
 
 LIMIT = float(sys.argv[2])
@@ -172,6 +172,17 @@ def record_one_without_data():
     rank, size = rank_and_size()
     data = [torch.ones(2, 8), torch.ones(3, 8)]
     return recorded("no_data", torch.nn.Sequential(torch.nn.Linear(8, 8)), data if rank == 0 or size == 1 else [])
+
+
+def record_together():
+    "All parts on every rank; and parts of two models, which no rank may take for one."
+    model, tokenizer = load_tiny_llama()
+    rank, _ = rank_and_size()
+    part = record(model, texts(), tokenizer=tokenizer, max_length=64, observers=["percentile"], progress=False)
+    whole = all_ranks(part)
+    whole.save(Path(sys.argv[1])/f"together.{rank}.record")
+    other = record(torch.nn.Sequential(torch.nn.Linear(8, 8 + rank)), [torch.ones(2, 8)], progress=False)
+    return dict(batches=whole.spans, own=part.spans, error=said(all_ranks, other))
 
 
 def record_bad_data():
