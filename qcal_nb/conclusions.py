@@ -118,7 +118,7 @@ def statistics_from(stats: TensorStats, observer: Observer) -> dict[str, Tensor]
         found |= dict(buckets=dense_counts(stats.histogram), inexact=torch.tensor([int(not stats.histogram.exact)]))
     return found
 
-
+# %% ../nbs/08b_conclusions.ipynb #57a980fc
 def conclude_from(stats: TensorStats, base_name: str, asked: Asked, args: QuantizationArgs | None = None) -> Conclusion:
     "What the observer concludes from a tensor's statistics alone; with a `reason` instead of a scale where that is not possible."
     args = args or DEFAULT_ARGS
