@@ -24,7 +24,7 @@ from .calibration_record import CalibrationRecord, Key
 from .conclusions import DEFAULT_ARGS, Asked, Conclusion, conclude_from, label_of
 from .coverage import suspicious_scales
 from .lifecycle import QuantizationMixin
-from .observers.base import NonFinite
+from .observers.base import NonFinite, check_args
 from .quality import Quality, quality_of
 from .records import check_observers
 from .schemes import describe_args
@@ -182,6 +182,7 @@ def compare_observers(
     which is best. Figures from a histogram are exact to `bound_db`. `attrs['args']`: the arguments in words."""
     names = observers if observers is not None else dict.fromkeys([*DERIVED, *check_record(record).observers])
     names = check_observers(names)
+    if args is not None: check_args(args)
     comparison = _Comparison(check_record(record), args)
     rows = [where_in(record, key) | comparison.row(key, asked) for key in record.tensors for asked in names]
     table = model_table(rows, OBSERVER_COLUMNS, record)

@@ -22,7 +22,7 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
-from .conclusions import Conclusion, merge_conclusions, merges
+from .conclusions import Conclusion, merge_conclusions, merges, of_one_part
 from .histogram import Histogram
 from .observers.base import Counts, NonFinite
 from .record_files import check_form, read_tree, write_tree
@@ -65,6 +65,8 @@ class About:
     name: str = ""                                          # where it came from, as its config tells
     config: Mapping[str, Any] | None = None                 # the QuantizationConfig, as JSON; None: every Linear, nothing said
     versions: Mapping[str, str] = field(default_factory=dict)
+    mask: str = ""                                          # what was left out, in words; empty: nothing
+    phase: str = "original"                                 # whether the model was quantized: as `ledger.phase_of`
 
 # %% ../nbs/08d_calibration_record.ipynb #28328d5f
 class _Reading:
@@ -100,7 +102,8 @@ class _Reading:
     def __repr__(self) -> str:
         seen = f"{len(self)} tensors, {self.batches} batch{'es' * (self.batches != 1)}, {self.tokens:,} tokens"
         text = "; holds pieces of the calibration text" if self.has_text else ""
-        return f"CalibrationRecord({self.model or 'no model'}: {seen}{text})"
+        without = f"; without {self.about.mask}" if self.about.mask else ""
+        return f"CalibrationRecord({self.model or 'no model'}: {seen}{without}{text})"
 
 # %% ../nbs/08d_calibration_record.ipynb #ce1b6247
 def _added(a: Mapping[Any, int], b: Mapping[Any, int]) -> dict[Any, int]: return {k: a.get(k, 0) + b.get(k, 0) for k in (a | b)}
@@ -159,20 +162,24 @@ class CalibrationRecord(_Reading):
 
 # %% ../nbs/08d_calibration_record.ipynb #fbfe7476
 def _check_same_run(a: CalibrationRecord, b: CalibrationRecord) -> None:
-    for name in ("model", "config"):
+    for name in ("model", "config", "mask", "phase"):
         ours, theirs = getattr(a.about, name), getattr(b.about, name)
         if ours != theirs: raise ValueError(f"the records are of two runs: {name} is {ours!r} in one and {theirs!r} in the other")
     other = {m: t for m, t in b.types.items() if a.types.get(m, t) != t}
     if other: raise ValueError(f"the records are of two models: {', '.join(other)} are of other classes in the other record")
 
 
+def _joined_conclusion(a: CalibrationRecord, b: CalibrationRecord, key: ConclusionKey, stats: TensorStats) -> Conclusion:
+    if key in a.conclusions and key in b.conclusions: return merge_conclusions(a.conclusions[key], b.conclusions[key], stats)
+    has, lacks = (a, b) if key in a.conclusions else (b, a)
+    return of_one_part(has.conclusions[key], lacks.tensors.get(key[:2], TensorStats()).calls > 0, stats)
+
+
 def joined_records(a: CalibrationRecord, b: CalibrationRecord) -> CalibrationRecord:
     "The record of both runs."
     _check_same_run(a, b)
     tensors = joined_tensors(a.tensors, b.tensors)
-    conclusions = {**a.conclusions, **b.conclusions}
-    for key in a.conclusions.keys() & b.conclusions.keys():
-        conclusions[key] = merge_conclusions(a.conclusions[key], b.conclusions[key], tensors.get(key[:2], TensorStats()))
+    conclusions = {key: _joined_conclusion(a, b, key, tensors.get(key[:2], TensorStats())) for key in {**a.conclusions, **b.conclusions}}
     about = replace(a.about, versions={**b.about.versions, **a.about.versions})
     return CalibrationRecord(tensors, {**a.types, **b.types}, conclusions, about, joined_spans(a.spans, b.spans),
                              _added(a.level_tokens, b.level_tokens), _added(a.expert_tokens, b.expert_tokens), a.seconds + b.seconds)
@@ -197,7 +204,7 @@ def unequal_parts(a: CalibrationRecord, b: CalibrationRecord) -> list[str]:
     found = [f"statistics of {name}" for name in _compared(a.tensors, b.tensors, same_stats)]
     lasting = [{k: c for k, c in r.conclusions.items() if merges(c) and not c.reason} for r in (a, b)]
     found += [f"conclusion of {name}" for name in _compared(*lasting, _same_conclusion)]
-    facts = [dict(model=r.about.model, config=r.about.config, types=dict(r.types), batches=r.spans,
+    facts = [dict(model=r.about.model, config=r.about.config, mask=r.about.mask, phase=r.about.phase, types=dict(r.types), batches=r.spans,
                   tokens={k: n for k, n in r.level_tokens.items() if n}, experts=dict(r.expert_tokens)) for r in (a, b)]
     return found + [name for name in facts[0] if facts[0][name] != facts[1][name]]
 
@@ -285,7 +292,7 @@ _STATS = dict(levels=[(int, _ENDS, _ENDS, Tensor, Tensor, int, int, int, bool)],
               shapes=[[int]], channels=Tensor, top=[(int | float, int, [int], int, str | None, str | None)], timeline=(int, Tensor, Tensor),
               counts=(int, int, int))
 _FOUND = (str, str, int, dict, {str: Tensor}, *[_TENSOR] * 5, (int, int, int, int, int, list | None), str)
-_FORM = dict(about=dict(model=str, name=str, config=dict | None, versions={str: str}), types={str: str}, spans=[(int, int)], seconds=int | float,
+_FORM = dict(about=dict(model=str, name=str, config=dict | None, versions={str: str}, mask=str, phase=str), types={str: str}, spans=[(int, int)], seconds=int | float,
              level_tokens=[(int, int)], expert_tokens={str: int}, stats=[_STATS], tensors=[(str, str, int)], args=[str], found=[_FOUND],
              conclusions=[(str, str, str, int)])
 

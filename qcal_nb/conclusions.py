@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DEFAULT_ARGS', 'Asked', 'NEVER_SEEN', 'args_to_ask', 'label_of', 'new_observer', 'Conclusion', 'concluded',
            'counts_values', 'follows_from_stats', 'dtype_of', 'statistics_from', 'conclude_from', 'counts_of', 'merges',
-           'merge_conclusions', 'conclude_together']
+           'merge_conclusions', 'of_one_part', 'conclude_together']
 
 # %% ../nbs/08b_conclusions.ipynb #496f9bcf
 from collections.abc import Mapping
@@ -161,6 +161,14 @@ def merge_conclusions(a: Conclusion, b: Conclusion, stats: TensorStats) -> Concl
     observer = new_observer(asked, a.base_name, a.args)
     for name, value in a.statistics.items(): setattr(observer, name, _OPERATIONS[observer.sync_ops[name]](value, b.statistics[name]))
     return replace(concluded(observer, asked, observer.get_statistics(), _both(a.counts, b.counts)), observer=a.observer)
+
+
+def of_one_part(c: Conclusion, others: bool, stats: TensorStats) -> Conclusion:
+    "A conclusion that one part of the data has alone. `others`: whether the other part saw the tensor, so that it speaks for a part only."
+    if c.reason or c.base_name == "weight" or not others: return c
+    if c.from_stats: return replace(conclude_from(stats, c.base_name, (c.args.observer, c.kwargs), c.args), observer=c.observer)
+    why = "it saw a part of the data only: the other record, which this one was merged with, did not have it attached"
+    return Conclusion(c.observer, c.base_name, c.args, c.kwargs, counts=c.counts, reason=why)
 
 
 def _both(a: Counts, b: Counts) -> Counts:

@@ -31,7 +31,8 @@ def check_causal(model: Module) -> Module:
     "`model` itself; TypeError unless it has an output head and generates from left to right."
     if not isinstance(model, Module): raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     config = getattr(model, "config", None)
-    if getattr(config, "is_encoder_decoder", False) or "input_ids" not in inspect.signature(model.forward).parameters or embeddings_of(model)[1] is None:
+    if getattr(config, "is_encoder_decoder", False) or "input_ids" not in inspect.signature(model.forward).parameters or embeddings_of(model)[1] is None \
+            or not getattr(model, "can_generate", lambda: True)():
         raise TypeError(f"model must be a causal language model (token ids in, logits of the next token out, e.g. AutoModelForCausalLM), "
                         f"got {type(model).__name__}")
     return model

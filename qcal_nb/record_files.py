@@ -101,6 +101,7 @@ def check_form(value: Any, form: Any, where: str = "it") -> None:
 def write_whole(path: str | os.PathLike, data: bytes) -> Path:
     "Write a file such that at any time there is the old one or the new one, whole."
     path = Path(path)
+    if not path.parent.is_dir(): raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} to; make it first")
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(beside, "wb") as file:

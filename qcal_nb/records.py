@@ -32,12 +32,12 @@ from . import __version__
 from .attention import attention_classes, attention_faults, attention_modules, hook_attention, hook_kv_cache
 from .calibration import exclusive, feeding, guarded
 from .calibration_record import About, CalibrationRecord, record_equal, unequal_parts
-from .collector import STATES, Collector, Running, check_mask, conclusions_of, kept_tokens, look_at_weights
+from .collector import STATES, Collector, Running, check_mask, conclusions_of, kept_tokens, look_at_weights, mask_in_words
 from .conclusions import DEFAULT_ARGS, Asked, args_to_ask, label_of
 from .experts import tokens_per_expert, unfused_experts
-from .ledger import experts_apart, ledger_of
+from .ledger import experts_apart, ledger_of, phase_of
 from .lifecycle import QUANTIZABLE, QuantizationMixin, check_schemes, embeddings_of, reaches_experts, schemes_by_module
-from .observers.base import check_policy, each_warning_once, find_observer
+from .observers.base import check_policy, each_warning_once, find_observer, warn_once
 from .pipelines import batches, calibration_context, count_tokens, expected_batches, feed
 from .ranks import rank_and_size, together
 from .record_files import write_whole
@@ -127,12 +127,12 @@ def new_collector(model: Module, recipe: QuantizationMixin, base_names: Iterable
     return Collector(tensors, args=args_by_tensor(model, recipe) if asked_args else None, **options)
 
 
-def new_record(model: Module, collector: Collector, recipe: QuantizationMixin | None = None) -> CalibrationRecord:
+def new_record(model: Module, collector: Collector, recipe: QuantizationMixin | None = None, mask: Any = None) -> CalibrationRecord:
     "A record before any data: its weights are measured at once, everything else was never seen so far."
     packages = ("torch", "transformers", "compressed-tensors")
     about = About(type(model).__name__, getattr(getattr(model, "config", None), "name_or_path", "") or "",
                   None if recipe is None else recipe.resolved_config.model_dump(mode="json"),
-                  dict(qcal_nb=__version__, **{package: version(package) for package in packages}))
+                  dict(qcal_nb=__version__, **{package: version(package) for package in packages}), mask_in_words(mask), phase_of(model))
     tensors = dict.fromkeys(collector.tensors, TensorStats()) | look_at_weights(collector)
     return CalibrationRecord(tensors, {name: type(m).__name__ for name, m in collector.modules.items()}, about=about)
 
@@ -257,8 +257,9 @@ def record(
         if not collector.tensors:
             raise ValueError(f"there is nothing to record: {type(model).__name__} has no Linear or Embedding that the scheme matches "
                              f"and that has any of {', '.join(map(repr, names))}")
-        start = new_record(model, collector, recipe if scheme is not None else None)
+        start = new_record(model, collector, recipe if scheme is not None else None, mask)
         result = one_pass(model, stream, collector, start, mask, expected_batches(data, batch_size), progress)
+        if result.batches and not result.tokens: warn_once("mask leaves out every token: nothing was seen but weights")
         return replace(result, conclusions=conclusions_of(collector, model, result.tensors))
 
 # %% ../nbs/08f_records.ipynb #0652a8b7

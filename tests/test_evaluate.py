@@ -532,3 +532,10 @@ def test_the_loss_of_one_batch_is_cross_entropy(llama, data):
         return cross_entropy(logits, batch["input_ids"][:, 1:].flatten(), reduction="sum").item()
     total = sum(map(summed, data))
     assert math.isclose(table.loss[0], total / (2 * 2 * 15), rel_tol=1e-6)
+
+
+def test_an_encoder_with_a_head_predicts_no_next_token():
+    from transformers import BertConfig, BertForMaskedLM
+    model = BertForMaskedLM(BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)).eval()
+    with pytest.raises(TypeError, match="must be a causal language model .* got BertForMaskedLM"):
+        compare_schemes(model, make_batches(1, 64), ["FP8"], eval_data=make_batches(1, 64))
