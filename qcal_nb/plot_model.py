@@ -216,6 +216,6 @@ def plot_density(
     bad = [i for i, s in enumerate(stats) if s.nan + s.inf]
     ax.plot(bad, np.zeros(len(bad)), "x", color="black", ms=8, mew=2, zorder=5)[0].set_gid("_nonfinite")
     legend(ax, [Line2D([], [], color="black", marker="x", ls="", mew=2, label="NaN or infinity found")] if bad else [], False)
-    _colorbar(ax, mesh, f"how many values are there{f' ({share} tensors a column)' if share > 1 else ''}")
+    _colorbar(ax, mesh, f"values in a cell; cells are narrower near 0{f' ({share} tensors a column)' if share > 1 else ''}")
     headline(ax, f"Where the values of every {base_name} are: the darker, the more{amount(record.batches, base_name)}", len(modules))
     return ax

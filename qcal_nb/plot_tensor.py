@@ -52,7 +52,7 @@ def _count_axis(ax: Axes, most: float, room: float) -> None:
     decades = 10.0 ** np.arange(int(high) + 1)
     ax.set_yticks(decades[::max(1, len(decades) // 5)], [f"{d:,.0f}" for d in decades[::max(1, len(decades) // 5)]])
     ax.set_yticks([], minor=True)
-    ax.set_ylabel("how many values", y=room + (1 - room) / 2)
+    ax.set_ylabel("values in a column", y=room + (1 - room) / 2)
     ax.axhline(10**low, color="0.3", lw=0.8)
 
 # %% ../nbs/11c_plot_tensor.ipynb #965a5c77
