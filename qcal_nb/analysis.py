@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['WHERE', 'PERCENTILES', 'RANGE_COLUMNS', 'ORDERS', 'DERIVED', 'OBSERVER_COLUMNS', 'COVERAGE_COLUMNS', 'DIFF_COLUMNS',
            'layer_of', 'check_record', 'where_in', 'model_table', 'place_in_words', 'ranges', 'compile_pattern',
-           'choose', 'args_of', 'spread_of', 'conclusion_row', 'same_args', 'compare_observers', 'coverage', 'history',
-           'convergence', 'extremes', 'outlier_channels', 'diff']
+           'choose', 'unnamed', 'same_args', 'args_of', 'conclusion_of', 'spread_of', 'scale_columns', 'conclusion_row',
+           'observers_table', 'compare_observers', 'coverage', 'history', 'convergence', 'extremes', 'outlier_channels',
+           'diff']
 
 # %% ../nbs/09_analysis.ipynb #c57aa007
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -119,12 +120,29 @@ OBSERVER_COLUMNS = [*WHERE, "observer", "min", "max", "scale", "scale_min", "sca
                     "clipped", "mse", "sqnr_db", "bound_db", "levels_used", "effective_bits", "best", "reason"]
 
 
+def unnamed(args: QuantizationArgs) -> QuantizationArgs:
+    "Arguments without the observer that they name."
+    return args.model_copy(update=dict(observer=None, observer_kwargs={}))
+
+
+def same_args(a: QuantizationArgs, b: QuantizationArgs) -> bool:
+    "Whether two are the same, but for the observer that they name."
+    return unnamed(a) == unnamed(b)
+
+
 def args_of(record: CalibrationRecord, key: Key) -> QuantizationArgs:
     "The arguments that observers of a tensor were given when it was recorded; the default ones if none was attached."
-    found = next((c.args for (module, base_name, _), c in record.conclusions.items() if (module, base_name) == key), DEFAULT_ARGS)
-    return found.model_copy(update={"observer": None, "observer_kwargs": {}})
+    found = (record.conclusions[(*key, name)].args for name in record.observers if (*key, name) in record.conclusions)
+    return unnamed(next(found, DEFAULT_ARGS))
 
 
+def conclusion_of(record: CalibrationRecord, key: Key, asked: Asked, args: QuantizationArgs | None = None) -> Conclusion:
+    "The attached observer's if it was given these arguments (None: whatever it was given); else what follows from the statistics."
+    found = record.conclusions.get((*key, label_of(asked)))
+    if found is not None and (args is None or same_args(found.args, args)): return found
+    return conclude_from(record.tensors[key], key[1], asked, args or args_of(record, key))
+
+# %% ../nbs/09_analysis.ipynb #e5fffff2
 def spread_of(values: Tensor | None, name: str) -> dict[str, float]:
     "The middle one of many values, and the smallest and largest beside it."
     if values is None: return dict.fromkeys((name, f"{name}_min", f"{name}_max"), math.nan)
@@ -132,12 +150,17 @@ def spread_of(values: Tensor | None, name: str) -> dict[str, float]:
     return {name: wide.median().item(), f"{name}_min": wide.min().item(), f"{name}_max": wide.max().item()}
 
 
+def scale_columns(c: Conclusion, static: bool = True) -> dict[str, float]:
+    "The range and the scales of a conclusion. Unless `static`, scales are found while running and there are none to show."
+    unit = c.scale if c.global_scale is None or c.scale is None else c.scale.double() / c.global_scale.double()
+    row = spread_of(unit if static else None, "scale") | spread_of(c.zero_point if static else None, "zero_point")
+    if c.low is None: return row | dict(min=math.nan, max=math.nan)
+    return row | dict(min=c.low.double().min().item(), max=c.high.double().max().item())
+
+
 def conclusion_row(conclusion: Conclusion, stats: TensorStats) -> dict[str, Any]:
     "What an observer concluded about a tensor, and what it costs where the tensor's histogram can tell."
-    c, cost, reason = conclusion, {}, conclusion.reason
-    unit = c.scale if c.global_scale is None or c.scale is None else c.scale.double() / c.global_scale.double()
-    row = spread_of(unit, "scale") | spread_of(c.zero_point, "zero_point")
-    row |= dict(min=math.nan, max=math.nan) if c.low is None else dict(min=c.low.double().min().item(), max=c.high.double().max().item())
+    c, cost, reason, row = conclusion, {}, conclusion.reason, scale_columns(conclusion)
     if not reason and c.scale.numel() > 1:
         reason = f"{c.scale.numel():,} scales: the histogram of the whole tensor cannot tell what they cost; evaluate.compare_observers can"
     elif not reason: cost = asdict(quality_of(stats, c.args, c.scale, c.zero_point))
@@ -145,32 +168,27 @@ def conclusion_row(conclusion: Conclusion, stats: TensorStats) -> dict[str, Any]
 
 # %% ../nbs/09_analysis.ipynb #3f0d13a1
 class _Comparison:
-    "Conclusions and rows of a record, each found once."
+    "Rows of a record, each found once."
 
     def __init__(self, record: CalibrationRecord, args: QuantizationArgs | None) -> None:
         self.record, self.args, self._done = record, args, {}
-        self._args = {c[:2]: conclusion.args for c, conclusion in record.conclusions.items()}
 
-    def args_for(self, key: Key) -> QuantizationArgs:
-        return self.args or self._args.get(key, DEFAULT_ARGS).model_copy(update={"observer": None, "observer_kwargs": {}})
-
-    def conclusion(self, key: Key, asked: Asked) -> Conclusion:
-        "The attached observer's if it was given these arguments; else from the statistics."
-        found = self.record.conclusions.get((*key, label_of(asked)))
-        if found is not None and (self.args is None or same_args(found.args, self.args)): return found
-        return conclude_from(self.record.tensors[key], key[1], asked, self.args_for(key))
+    def args_for(self, key: Key) -> QuantizationArgs: return self.args or args_of(self.record, key)
 
     def row(self, key: Key, asked: Asked) -> dict[str, Any]:
         stats, found = self.record.tensors[key], self.record.conclusions.get((*key, label_of(asked)))
         known = id(stats), label_of(asked), key[1], id(found), self.args_for(key).model_dump_json()
-        if known not in self._done: self._done[known] = conclusion_row(self.conclusion(key, asked), stats)
+        if known not in self._done: self._done[known] = conclusion_row(conclusion_of(self.record, key, asked, self.args), stats)
         return self._done[known]
 
 
-def same_args(a: QuantizationArgs, b: QuantizationArgs) -> bool:
-    "Whether two are the same, but for the observer that they name."
-    plain = dict(observer=None, observer_kwargs={})
-    return a.model_copy(update=plain) == b.model_copy(update=plain)
+def observers_table(rows: list[dict[str, Any]], record: CalibrationRecord, args: Mapping[str, QuantizationArgs]) -> pd.DataFrame:
+    "A comparison of observers from its rows: the best of each tensor is marked, and `attrs['args']` says the arguments by base name in words."
+    table = model_table(rows, OBSERVER_COLUMNS, record)
+    best = table[np.isfinite(table.sqnr_db.astype(float))].groupby(["module", "base_name"]).sqnr_db.idxmax()
+    table["best"] = table.index.isin(best)
+    table.attrs["args"] = "; ".join(f"{base}: {describe_args(a).partition(', observer')[0]}" for base, a in args.items())
+    return table
 
 # %% ../nbs/09_analysis.ipynb #572c8308
 def compare_observers(
@@ -185,12 +203,7 @@ def compare_observers(
     if args is not None: check_args(args)
     comparison = _Comparison(check_record(record), args)
     rows = [where_in(record, key) | comparison.row(key, asked) for key in record.tensors for asked in names]
-    table = model_table(rows, OBSERVER_COLUMNS, record)
-    best = table[np.isfinite(table.sqnr_db.astype(float))].groupby(["module", "base_name"]).sqnr_db.idxmax()
-    table["best"] = table.index.isin(best)
-    words = {base: describe_args(comparison.args_for((module, base))).partition(", observer")[0] for module, base in record.tensors}
-    table.attrs["args"] = "; ".join(f"{base}: {text}" for base, text in words.items())
-    return table
+    return observers_table(rows, record, {base: comparison.args_for((module, base)) for module, base in record.tensors})
 
 # %% ../nbs/09_analysis.ipynb #687b3a6e
 COVERAGE_COLUMNS = [*WHERE, "observer", "observations", "elements", "batches", "skipped", "nonfinite", "first_nonfinite", "computed", "never_seen",

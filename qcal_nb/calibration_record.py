@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ class _Reading:
     @property
     def model(self) -> str: return self.about.model
 
-    @property
+    @cached_property
     def observers(self) -> list[str]:
         "The observers that were attached, as they were asked for."
         return list(dict.fromkeys(name for _, _, name in self.conclusions))

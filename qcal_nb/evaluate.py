@@ -20,7 +20,7 @@ from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from torch import Tensor
 from torch.nn import Module
 
-from .analysis import OBSERVER_COLUMNS, model_table, spread_of, where_in
+from .analysis import observers_table, scale_columns, where_in
 from .calibration import exclusive
 from .calibration_record import CalibrationRecord, ConclusionKey
 from .collector import Collector, check_mask, kept_of, selected
@@ -35,7 +35,7 @@ from qcal_nb.records import (
     attention_open, check_base_names, check_observers, modules_to_record, one_pass, recipe_to_record, record, tensors_to_record,
 )
 from .scheme_comparison import compare_schemes
-from .schemes import code_points, describe_args
+from .schemes import code_points
 from .sensitivities import sensitivity
 
 _all_ = ["compare_schemes", "sensitivity"]
@@ -166,22 +166,15 @@ def measured(model: Module, run: CalibrationRecord, stream: list[dict[str, Any]]
 # %% ../nbs/10d_evaluate.ipynb #dc8e0240
 def _row(record: CalibrationRecord, key: ConclusionKey, c: Conclusion, tally: Tally | None) -> dict[str, Any]:
     reason = c.reason or ("" if tally is not None and tally.count else NEVER_SEEN)
-    unit = c.scale if c.global_scale is None or c.scale is None else c.scale.double() / c.global_scale.double()
-    static = not c.args.dynamic  # else there is a scale for every group of every token, found while running
-    row = spread_of(unit if static else None, "scale") | spread_of(c.zero_point if static else None, "zero_point")
-    row |= dict(min=np.nan, max=np.nan) if c.low is None else dict(min=c.low.double().min().item(), max=c.high.double().max().item())
+    row = scale_columns(c, static=not c.args.dynamic)  # else there is a scale for every group of every token, found while running
     cost = dict.fromkeys(Quality.__dataclass_fields__, np.nan) if reason else asdict(tally.quality)
     return where_in(record, key[:2]) | row | cost | dict(observer=c.observer, reason=reason)
 
 
 def _measured_table(run: CalibrationRecord, tallies: Mapping[ConclusionKey, Tally], labels: list[str]) -> pd.DataFrame:
     keys = [(*key, label) for key in run.tensors for label in labels]
-    table = model_table([_row(run, key, run.conclusions[key], tallies.get(key)) for key in keys], OBSERVER_COLUMNS, run)
-    best = table[np.isfinite(table.sqnr_db.astype(float))].groupby(["module", "base_name"]).sqnr_db.idxmax()
-    table["best"] = table.index.isin(best)
-    said = {key[1]: describe_args(run.conclusions[key].args).partition(", observer")[0] for key in keys}
-    table.attrs["args"] = "; ".join(f"{base}: {text}" for base, text in said.items())
-    return table
+    rows = [_row(run, key, run.conclusions[key], tallies.get(key)) for key in keys]
+    return observers_table(rows, run, {key[1]: run.conclusions[key].args for key in keys})
 
 # %% ../nbs/10d_evaluate.ipynb #ad60db66
 def compare_observers(

@@ -17,12 +17,12 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from .analysis import DERIVED, check_record, layer_of, ranges, same_args
+from .analysis import DERIVED, check_record, conclusion_of, layer_of, ranges
 from .calibration_record import CalibrationRecord
-from .conclusions import DEFAULT_ARGS, Asked, Conclusion, conclude_from, label_of
+from .conclusions import Asked, Conclusion
 from .figures import (BASE_COLORS, OTHER, SMOOTH, bars, counts_between, headline, label_depth, light, new_axes, packed, say_nothing, shades,
                              symlog, symlog_edges, symlog_from)
-from .observers.base import find_observer
+from .records import check_observers
 
 # %% ../nbs/11b_plot_model.ipynb #1a2d5a27
 def choose_base(names: list[str], base_name: str | None) -> str:
@@ -45,18 +45,11 @@ def conclusions_for(
     args: QuantizationArgs | None = None,       # None: those of the recorded scheme, or int8 symmetric per tensor
 ) -> list[Conclusion]:
     "What observers conclude about one tensor. KeyError with close names if it was not recorded."
-    stats = check_record(record)[module, base_name]
-    attached = {name: c for (m, b, name), c in record.conclusions.items() if (m, b) == (module, base_name)}
-    own = next((c.args.model_copy(update=dict(observer=None, observer_kwargs={})) for c in attached.values()), DEFAULT_ARGS)
-    names = [observers] if isinstance(observers, str) else list(dict.fromkeys([*attached, *DERIVED])) if observers is None else list(observers)
-
-    for asked in names: find_observer(label_of(asked) if isinstance(asked, str) else asked[0])  # or a ValueError that lists the known ones
-
-    def one(asked: Asked) -> Conclusion:
-        found = attached.get(label_of(asked))
-        if found is not None and (args is None or same_args(found.args, args)): return found
-        return conclude_from(stats, base_name, asked, args or own)
-    return [one(asked) for asked in names]
+    key = module, base_name
+    check_record(record)[key]  # or a KeyError
+    attached = [name for name in record.observers if (*key, name) in record.conclusions]
+    names = dict.fromkeys([*attached, *DERIVED]) if observers is None else check_observers(observers)
+    return [conclusion_of(record, key, asked, args) for asked in names]
 
 # %% ../nbs/11b_plot_model.ipynb #35921d21
 def _select(table: pd.DataFrame, base_name: str | None) -> tuple[pd.DataFrame, str]:

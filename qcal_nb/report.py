@@ -10,7 +10,6 @@ import base64
 import hashlib
 import math
 import os
-import tempfile
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
@@ -24,6 +23,7 @@ from .analysis import check_record, compare_observers, convergence, coverage, ex
 from .calibration_record import CalibrationRecord
 from .plots import (clips_of, plot_channels, plot_convergence, plot_density, plot_histogram, plot_observers, plot_ranges, plot_scales,
                            plot_timeline, to_png)
+from .record_files import write_whole
 from .schemes import describe
 
 # %% ../nbs/11f_report.ipynb #1fdd5e96
@@ -215,19 +215,7 @@ def page_html(title: str, body: str) -> str:
             f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title><style>{STYLE}</style></head>\n'
             f"<body>{body}<script>{SCRIPT}</script></body></html>\n")
 
-# %% ../nbs/11f_report.ipynb #c14671df
-def _write(path: str | os.PathLike, text: str) -> Path:
-    "Whole or not at all."
-    path = Path(path)
-    with tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=f".{path.name}", delete=False) as file: file.write(text.encode("utf-8", "replace"))
-    try: os.replace(file.name, path)
-    except BaseException:
-        os.unlink(file.name)
-        raise
-    path.chmod(0o644)
-    return path
-
-
+# %% ../nbs/11f_report.ipynb #a4ce62d4
 def to_html(
     record: CalibrationRecord,
     path: str | os.PathLike,        # Where to write the page
@@ -246,4 +234,4 @@ def to_html(
     links = "".join(f'<a href="#{name}">{escape(name.replace("-", " "))}</a>' for name in ("pictures", *(name for _, name, _ in tables)))
     body = (f"<header><h1>{escape(title)}</h1>{_facts_html(facts(record))}</header>\n{notes}\n<nav>{links}</nav>\n"
             f'<section id="pictures"><h2>Pictures</h2>{pictures}</section>\n' + "\n".join(table_html(*part) for part in tables))
-    return _write(path, page_html(title, body))
+    return write_whole(path, page_html(title, body).encode("utf-8", "replace"))
