@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['WHERE', 'PERCENTILES', 'RANGE_COLUMNS', 'ORDERS', 'DERIVED', 'OBSERVER_COLUMNS', 'COVERAGE_COLUMNS', 'DIFF_COLUMNS',
            'layer_of', 'check_record', 'where_in', 'model_table', 'place_in_words', 'ranges', 'compile_pattern',
-           'choose', 'unnamed', 'same_args', 'args_of', 'conclusion_of', 'spread_of', 'scale_columns', 'conclusion_row',
-           'observers_table', 'compare_observers', 'coverage', 'history', 'convergence', 'extremes', 'outlier_channels',
-           'diff']
+           'choose', 'unnamed', 'same_args', 'args_of', 'conclusion_of', 'spread_of', 'scale_columns', 'at_limit',
+           'conclusion_row', 'observers_table', 'compare_observers', 'coverage', 'history', 'convergence', 'percent_of',
+           'enough_in_words', 'extremes', 'outlier_channels', 'diff']
 
 # %% ../nbs/09_analysis.ipynb #c57aa007
 import math
@@ -117,7 +117,7 @@ def choose(
 # %% ../nbs/09_analysis.ipynb #22f6bbfd
 DERIVED = ("static_minmax", "percentile", "entropy", "histogram_mse")
 OBSERVER_COLUMNS = [*WHERE, "observer", "min", "max", "scale", "scale_min", "scale_max", "zero_point", "zero_point_min", "zero_point_max",
-                    "clipped", "mse", "sqnr_db", "bound_db", "levels_used", "effective_bits", "best", "reason"]
+                    "clipped", "mse", "sqnr_db", "bound_db", "levels_used", "effective_bits", "at_limit", "best", "reason"]
 
 
 def unnamed(args: QuantizationArgs) -> QuantizationArgs:
@@ -157,6 +157,16 @@ def scale_columns(c: Conclusion, static: bool = True) -> dict[str, float]:
     if c.low is None: return row | dict(min=math.nan, max=math.nan)
     return row | dict(min=c.low.double().min().item(), max=c.high.double().max().item())
 
+# %% ../nbs/09_analysis.ipynb #90510197
+def at_limit(c: Conclusion, stats: TensorStats) -> bool:
+    """Whether a search for the best range ended at the smallest range that it tries, so that a larger `maxshrink` might do better. False where that
+    cannot be told: many scales, or a range averaged over batches."""
+    known = {"maxshrink", "grid", "expand"} <= c.kwargs.keys() and c.low is not None and c.low.numel() == 1
+    if not known or not (c.from_stats or c.base_name == "weight"): return False
+    steps, grid = int(c.kwargs["maxshrink"] * c.kwargs["grid"]), c.kwargs["grid"]
+    share = max(abs(c.low.item()), abs(c.high.item())) / (stats.absmax * c.kwargs["expand"] or 1.0)
+    return steps > 1 and share < 1 - (steps - 1.5) / grid
+
 
 def conclusion_row(conclusion: Conclusion, stats: TensorStats) -> dict[str, Any]:
     "What an observer concluded about a tensor, and what it costs where the tensor's histogram can tell."
@@ -164,7 +174,7 @@ def conclusion_row(conclusion: Conclusion, stats: TensorStats) -> dict[str, Any]
     if not reason and c.scale.numel() > 1:
         reason = f"{c.scale.numel():,} scales: the histogram of the whole tensor cannot tell what they cost; evaluate.compare_observers can"
     elif not reason: cost = asdict(quality_of(stats, c.args, c.scale, c.zero_point))
-    return row | (cost or dict.fromkeys(Quality.__dataclass_fields__, math.nan)) | dict(observer=c.observer, reason=reason)
+    return row | (cost or dict.fromkeys(Quality.__dataclass_fields__, math.nan)) | dict(observer=c.observer, at_limit=at_limit(c, stats), reason=reason)
 
 # %% ../nbs/09_analysis.ipynb #3f0d13a1
 class _Comparison:
@@ -264,19 +274,36 @@ def _settled(moved: np.ndarray, tokens: np.ndarray) -> float:
 
 def _settled_row(rows: pd.DataFrame, share: float) -> dict[str, Any]:
     width, tokens = (rows["max"] - rows["min"]).to_numpy(), rows.tokens.to_numpy()
-    noise = 10 ** (-rows.sqnr_db.to_numpy() / 10)
-    if not np.isfinite(width[-1]): return dict(tokens=tokens[-1], range_settled=math.nan, sqnr_settled=math.nan)
+    noise = 10 ** (-rows.sqnr_db.to_numpy() / 20)  # its size, as the range is one: 5 % of it are 0.4 dB
+    if not np.isfinite(width[-1]): return dict(tokens=tokens[-1], range_settled=math.nan, sqnr_settled=math.nan, enough=False)
     moved = [~(abs(v - v[-1]) <= share * abs(v[-1])) for v in (width, noise)]  # what was not seen yet (nan) is off as well
-    return dict(tokens=tokens[-1], range_settled=_settled(moved[0], tokens), sqnr_settled=_settled(moved[1][:-1], tokens))
+    settled = [_settled(moved[0], tokens), _settled(moved[1][:-1], tokens)]
+    return dict(tokens=tokens[-1], range_settled=settled[0], sqnr_settled=settled[1], enough=bool(max(settled) < tokens[-1]))
 
 
 def convergence(record: CalibrationRecord, share: float = 0.05, observer: Asked = "static_minmax", args: QuantizationArgs | None = None) -> pd.DataFrame:
-    """A row per activation: after how many tokens its range, and the quantization noise of the scale from it, last were off their final values by more
-    than `share`. As many as there are: it was still moving, more data might change it."""
+    """A row per activation: after how many tokens its range, and the size of the quantization noise of the scale from it, last were off their final
+    values by more than `share` (0.05: 5 %, for noise 0.4 dB). `enough`: both had settled before the last half of the data."""
     if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1: raise ValueError(f"share={share!r} must be a number between 0 and 1")
     story = history(record, observer, args)
     rows = [dict(zip(WHERE, where)) | _settled_row(part, share) for where, part in story.groupby(WHERE, sort=False, dropna=False)]
-    return model_table(rows, [*WHERE, "tokens", "range_settled", "sqnr_settled"], record)
+    table = model_table(rows, [*WHERE, "tokens", "range_settled", "sqnr_settled", "enough"], record)
+    table = table.astype(dict(tokens=float, range_settled=float, sqnr_settled=float, enough=bool))
+    table.attrs["share"] = share
+    return table
+
+# %% ../nbs/09_analysis.ipynb #6dd4d3bb
+def percent_of(table: pd.DataFrame) -> str:
+    "The share that a table of `convergence` is about, in words."
+    return f"{100 * table.attrs.get('share', 0.05):g} %"
+
+
+def enough_in_words(table: pd.DataFrame) -> str:
+    "The verdict on a table of `convergence`, in a sentence."
+    seen = table[table.range_settled.notna()]
+    moved = f"moved by more than {percent_of(table)} in the last half of the data"
+    if seen.enough.all(): return f"Yes: no range and no quantization error {moved}"
+    return f"Not yet for {(~seen.enough).sum():,} of {len(seen):,} tensors: their range or quantization error {moved}"
 
 # %% ../nbs/09_analysis.ipynb #f59461ba
 def extremes(record: CalibrationRecord) -> pd.DataFrame:
@@ -295,10 +322,10 @@ def outlier_channels(record: CalibrationRecord, top: int = 8) -> pd.DataFrame:
         for channel in np.argsort(-stats.channels, kind="stable")[:top].tolist():
             absmax = float(stats.channels[channel])
             rows.append(where_in(record, key) | dict(channel=channel, absmax=absmax, ratio=absmax / middle if middle else math.inf))
-    return model_table(rows, [*WHERE, "channel", "absmax", "ratio"], record)
+    return model_table(rows, [*WHERE, "channel", "absmax", "ratio"], record).astype(dict(absmax=float, ratio=float))  # even without rows
 
-# %% ../nbs/09_analysis.ipynb #c122a21a
-DIFF_COLUMNS = [*WHERE, "min_a", "min_b", "max_a", "max_b", "range_ratio", "std_ratio", "observer", "scale_ratio", "moved"]
+# %% ../nbs/09_analysis.ipynb #7166f327
+DIFF_COLUMNS = [*WHERE, "min_a", "min_b", "max_a", "max_b", "range_ratio", "std_ratio", "observer", "scale_ratio", "moved", "only_in"]
 
 
 def _ratio(a: float, b: float) -> float: return b / a if a and math.isfinite(a) and math.isfinite(b) else math.nan
@@ -320,13 +347,23 @@ def _diff_rows(a: CalibrationRecord, b: CalibrationRecord, key: Key) -> list[dic
     ratios = dict(range_ratio=_ratio(one.absmax, two.absmax), std_ratio=_ratio(one.std, two.std))
     names = [n for n in a.observers if (*key, n) in a.conclusions and (*key, n) in b.conclusions] or [""]
     scales = {n: _scale_ratio(a.conclusions[(*key, n)], b.conclusions[(*key, n)]) if n else math.nan for n in names}
-    return [ends | ratios | dict(observer=n, scale_ratio=r, moved=_moved(*ratios.values(), r)) for n, r in scales.items()]
+    return [ends | ratios | dict(observer=n, scale_ratio=r, moved=_moved(*ratios.values(), r), only_in="") for n, r in scales.items()]
+
+
+def _alone(record: CalibrationRecord, key: Key, name: str) -> dict[str, Any]:
+    "The row of a tensor that only one of two records has."
+    s = record.tensors[key]
+    return where_in(record, key) | ({f"min_{name}": s.min, f"max_{name}": s.max} if s.count else {}) | dict(observer="", only_in=name)
 
 
 def diff(a: CalibrationRecord, b: CalibrationRecord) -> pd.DataFrame:
-    """A row per tensor and observer that both records have, the most moved first: range (absmax), standard deviation and scale of b over those of a;
-    `moved` is the largest of them in powers of two. `attrs`: the tensors that only one of them has."""
+    """A row per tensor and observer, the most moved first: range (absmax), standard deviation and scale of b over those of a; `moved` is the largest
+    of them in powers of two. Last what only one of them has, as `only_in` says."""
     keys = [key for key in check_record(a).tensors if key in check_record(b).tensors]
-    table = model_table([where_in(a, key) | row for key in keys for row in _diff_rows(a, b, key)], DIFF_COLUMNS, a)
-    table.attrs |= dict(only_a=sorted(a.tensors.keys() - b.tensors.keys()), only_b=sorted(b.tensors.keys() - a.tensors.keys()))
-    return table.sort_values("moved", ascending=False, kind="stable").reset_index(drop=True)
+    both = model_table([where_in(a, key) | row for key in keys for row in _diff_rows(a, b, key)], DIFF_COLUMNS, a)
+    both = both.sort_values("moved", ascending=False, kind="stable")
+    alone = [_alone(r, key, name) for name, r, other in (("a", a, b), ("b", b, a)) for key in r.tensors if key not in other.tensors]
+    rows = both.to_dict("records") + alone
+    table = pd.DataFrame(rows, columns=DIFF_COLUMNS).astype({"layer": "Int64"})
+    table.attrs |= dict(batches_a=a.batches, batches_b=b.batches, tokens_a=a.tokens, tokens_b=b.tokens)
+    return table

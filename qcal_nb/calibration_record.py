@@ -161,11 +161,18 @@ class CalibrationRecord(_Reading):
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as fault:
             raise ValueError(f"{path} is damaged: {fault}") from None
 
-# %% ../nbs/08d_calibration_record.ipynb #fbfe7476
+# %% ../nbs/08d_calibration_record.ipynb #38a509b9
+def _unequal(a: Any, b: Any, path: str) -> tuple[str, Any, Any] | None:
+    "Where two trees first differ, and what stands there."
+    if a == b: return None
+    if not isinstance(a, Mapping) or not isinstance(b, Mapping): return path, a, b
+    return next(found for k in {**a, **b} if (found := _unequal(a.get(k), b.get(k), f"{path}.{k}")))
+
+
 def _check_same_run(a: CalibrationRecord, b: CalibrationRecord) -> None:
     for name in ("model", "config", "mask", "phase"):
-        ours, theirs = getattr(a.about, name), getattr(b.about, name)
-        if ours != theirs: raise ValueError(f"the records are of two runs: {name} is {ours!r} in one and {theirs!r} in the other")
+        found = _unequal(getattr(a.about, name), getattr(b.about, name), name)
+        if found: raise ValueError("the records are of two runs: {} is {!r} in one and {!r} in the other".format(*found))
     other = {m: t for m, t in b.types.items() if a.types.get(m, t) != t}
     if other: raise ValueError(f"the records are of two models: {', '.join(other)} are of other classes in the other record")
 

@@ -154,9 +154,10 @@ def log_values(ax: Axes, low: float, high: float) -> None:
     "Make the vertical axis logarithmic from low to high (both > 0), with plain numbers at its ticks."
     low, high = low / (high / low) ** 0.04, high * (high / low) ** 0.08
     ax.set_yscale("log")
-    steps = (1,) if high / low > 100 else (1, 2, 5)
-    ticks = [m * 10.0**k for k in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1) for m in steps]
-    ticks = [t for t in ticks if low <= t <= high]
+    for steps in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7)):  # as few as will do
+        ticks = [m * 10.0**k for k in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1) for m in steps]
+        ticks = [t for t in ticks if low <= t <= high]
+        if len(ticks) > 3: break
     ticks = ticks[::max(1, math.ceil(len(ticks) / 8))]
     ax.set_yticks(ticks, [f"{t:,.0f}" if t >= 1 else f"{t:.6g}" if t >= 1e-4 else f"{t:.0e}" for t in ticks])
     ax.yaxis.set_minor_locator(NullLocator())

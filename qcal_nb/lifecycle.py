@@ -141,7 +141,7 @@ def _partly_fused(model: Module, chosen: dict[str, tuple[Module, QuantizationSch
 
 # %% ../nbs/05_lifecycle.ipynb #88e56425
 def check_schemes(model: Module, chosen: dict[str, tuple[Module, QuantizationScheme]], bypass_divisibility: bool = False) -> None:
-    "ValueError that lists every module whose shape or neighbours do not allow its scheme. Looks only."
+    "ValueError that counts all modules whose shape or neighbours do not allow their scheme, and lists a dozen. Looks only."
     matrices = {name: (m, s) for name, (m, s) in chosen.items() if isinstance(m, QUANTIZABLE)}
     faults = [] if bypass_divisibility else [f for name, (m, s) in matrices.items() for f in _indivisible(name, m, s)]
     hint = "change the scheme or `ignore`"
@@ -150,7 +150,7 @@ def check_schemes(model: Module, chosen: dict[str, tuple[Module, QuantizationSch
         faults += _impossible(name, m, s) if isinstance(m, QUANTIZABLE) else attention_faults(model, name, m, s, not is_cache_scheme(s))
     faults += _partly_fused(model, chosen)
     if faults:
-        listed = "\n".join(f"  - {f}" for f in faults)
+        listed = "\n".join([f"  - {f}" for f in faults[:12]] + [f"  … and {len(faults) - 12:,} more"] * (len(faults) > 12))
         raise ValueError(f"the scheme does not fit {len(faults)} tensor{'s' * (len(faults) > 1)} ({hint}):\n{listed}")
 
 # %% ../nbs/05_lifecycle.ipynb #283b8e69

@@ -225,6 +225,9 @@ def feed(model: Module, batch: Mapping[str, Tensor], index: int | None = None) -
         if index is not None and hasattr(error, "add_note"):
             shapes = ", ".join(f"{k} {tuple(v.shape)}" for k, v in batch.items() if isinstance(v, Tensor))
             error.add_note(f"while feeding batch {index} ({shapes})")
+            if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "decoder_input_ids" not in batch:
+                error.add_note(f"{type(model).__name__} reads two sequences: each batch needs decoder_input_ids (or labels) too, "
+                               "data=[dict(input_ids=…, decoder_input_ids=…), …]")
         raise
     finally: current_batch.reset(token)
     return count_tokens(batch)

@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
-from .analysis import check_record, compare_observers, convergence, layer_of
+from .analysis import check_record, compare_observers, convergence, enough_in_words, layer_of, percent_of
 from .calibration_record import CalibrationRecord
 from .conclusions import Asked, Conclusion
 from .coverage import extreme_scales
@@ -50,13 +50,14 @@ def _hatch(ax: Axes, missing: np.ndarray) -> None:
 
 
 def _write_cells(ax: Axes, sqnr: np.ndarray, best: np.ndarray, middle: float) -> None:
-    "SQNR in each cell, where there is room; the best of a column is bold in a frame."
+    "SQNR in each cell, where there is room; the best of a column in a frame."
+    digits = int(sqnr.shape[1] <= 30)
     for (y, x), db in np.ndenumerate(sqnr):
         if np.isnan(db): continue
-        ax.text(x, y, f"{db:.0f}" if np.isfinite(db) else "∞", ha="center", va="center", fontsize=7, color="white" if db > middle else "black",
-                weight="bold" if best[y, x] else "normal", zorder=4)
+        ax.text(x, y, f"{db:.{digits}f}" if np.isfinite(db) else "∞", ha="center", va="center", fontsize=7 - 0.8 * digits, color="white" if db > middle else "black",
+                weight="bold" if best[y, x] and not digits else "normal", zorder=4)
         for ec, lw in (("white", 3), ("black", 1.2)) if best[y, x] else ():
-            ax.add_patch(Rectangle((x - 0.44, y - 0.42), 0.88, 0.84, fill=False, ec=ec, lw=lw, zorder=5))
+            ax.add_patch(Rectangle((x - 0.49, y - 0.42), 0.98, 0.84, fill=False, ec=ec, lw=lw, zorder=5))
 
 # %% ../nbs/11d_plot_choices.ipynb #47f75cfa
 def _reasons(table: pd.DataFrame) -> list[Patch]:
@@ -64,6 +65,11 @@ def _reasons(table: pd.DataFrame) -> list[Patch]:
     why = [r for r in table[table.sqnr_db.isna() & (table.reason != "")].reason.drop_duplicates()]
     why = list(dict.fromkeys(re.sub(r"^[\d,]+ scales", "many scales", r) for r in why))
     return [Patch(fc="white", ec="0.6", hatch="////", label=f"unknown: {r if len(r) < 130 else r[:129] + '…'}") for r in why[:3]]
+
+
+def _row_name(name: str, sqnr: np.ndarray, best: np.ndarray) -> str:
+    "An observer, and for how many tensors it is the best; or that nothing is known of it."
+    return f"{name}\n" + (f"best for {best.sum():,} of {len(best):,}" if np.isfinite(sqnr).any() else "unknown")
 
 
 def _draw_sqnr(ax: Axes, sqnr: np.ndarray, best: np.ndarray, color: str) -> Any:
@@ -98,7 +104,7 @@ def plot_observers(
     if not len(table): return say_nothing(ax, "Nothing recorded yet: feed a batch")
     mesh = _draw_sqnr(ax, sqnr, best, BASE_COLORS.get(base_name, OTHER))
     label_depth(ax, tensors.module, tensors.layer)
-    ax.set_yticks(range(len(names)), [f"{n}\nbest for {b:,} of {len(tensors):,}" for n, b in zip(names, best.sum(1))], fontsize=8, parse_math=False)
+    ax.set_yticks(range(len(names)), [_row_name(*row) for row in zip(names, sqnr, best)], fontsize=8, parse_math=False)
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.figure.colorbar(mesh, ax=ax, pad=0.01, fraction=0.03, aspect=15).set_label("SQNR in dB", fontsize=8)
     asked = next((t.partition(": ")[2] for t in whole.attrs.get("args", "").split("; ") if t.startswith(f"{base_name}: ")), "")
@@ -202,11 +208,12 @@ def settled_share(table: pd.DataFrame, column: str) -> tuple[np.ndarray, np.ndar
 
 def _slowest(table: pd.DataFrame) -> str:
     "How many still moved at the end, and which."
-    late, noisy = (table[table[column] >= table.tokens] for column in SETTLED)
-    if not len(late): return "Every range was settled before the last half of the data"
+    late = table[~table.enough]
+    if not len(late): return ""
+    counts = [f"{(late[column] >= late.tokens).sum():,} {words}s" for column, (words, _, _) in SETTLED.items()]
     names = [f"{m} ({b})" for m, b in zip(late.module[:3], late.base_name[:3])]
     more = f"\nand {len(late) - 3:,} more" if len(late) > 3 else ""
-    return f"Still moving in the last half: {len(late):,} ranges, {len(noisy):,} errors\n" + "\n".join(names) + more
+    return f"Still moving in the last half: {' and '.join(counts)}\n" + "\n".join(names) + more
 
 # %% ../nbs/11d_plot_choices.ipynb #e6ed3205
 def plot_convergence(
@@ -220,7 +227,7 @@ def plot_convergence(
     if not len(seen) or not seen.tokens.max(): return say_nothing(ax, "No activation was recorded yet: feed a batch")
     for (column, (words, marker, line)), color in zip(SETTLED.items(), (BASE_COLORS["input"], dark(CLIPPED, 0.2))):
         at, share = settled_share(seen, column)
-        dots(ax, at, 100 * share, column, color=color, marker=marker, ls=line, ms=5, lw=1.6, drawstyle="steps-post", label=f"{words} settled")
+        dots(ax, at, 100 * share, column, color=color, marker=marker, ls=line, ms=5, lw=1.6, drawstyle="steps-post", label=f"{words} settled to {percent_of(table)}")
     total = float(seen.tokens.max())
     first = min(float(seen[list(SETTLED)].min().min()), total / 4)
     ax.set_xscale("log", base=2)
@@ -228,10 +235,10 @@ def plot_convergence(
     ax.set_xticks(ticks[-10:], [f"{t:,.0f}" for t in ticks[-10:]], fontsize=8)
     ax.set(xlim=(first / 1.15, total * 1.15), ylim=(-4, 108), xlabel="tokens read (logarithmic)", ylabel="% of tensors")
     ax.axvspan(total / 2, total, color="0.92", zorder=0)
-    ax.text(0.012, 0.97, _slowest(seen), transform=ax.transAxes, va="top", fontsize=7.5, parse_math=False,
-            bbox=dict(fc=(1, 1, 1, 0.85), ec="0.7", lw=0.6, boxstyle="round,pad=0.3"), zorder=6)
+    style = dict(va="top", fontsize=7.5, parse_math=False, bbox=dict(fc=(1, 1, 1, 0.85), ec="0.7", lw=0.6, boxstyle="round,pad=0.3"), zorder=6)
+    if late := _slowest(seen): ax.text(0.012, 0.97, late, transform=ax.transAxes, **style)
     legend(ax, [*ax.get_legend_handles_labels()[0], Patch(color="0.92", label="last half of the data")], own)
-    headline(ax, f"Was it enough data? How many of {len(seen):,} tensors no longer moved after so many tokens")
+    headline(ax, f"Was it enough data? {enough_in_words(table)}".replace(": ", "\n", 1))
     return ax
 
 # %% ../nbs/11d_plot_choices.ipynb #e0eb84e8
@@ -255,7 +262,7 @@ def _worst(table: pd.DataFrame, only: np.ndarray) -> str:
 # %% ../nbs/11d_plot_choices.ipynb #5f413d8d
 def plot_sensitivity(
     table: pd.DataFrame,        # What `evaluate.sensitivity` gave: a row per module
-    measure: str = "loss",      # "loss", or "kl" (divergence from the original model)
+    measure: str = "kl",        # "kl" (divergence from the original model), or "loss"
     ax: Axes | None = None,     # Where to draw; a new figure if None
 ) -> Axes:
     "What quantizing each module alone costs, and what leaving it out gains, over the depth of the model. Returns the axes."
@@ -263,19 +270,20 @@ def plot_sensitivity(
     only, without = _damage(table, measure)
     own, ax = ax is None, ax or new_axes()
     if not len(table): return say_nothing(ax, "No module was measured yet")
-    x, small = np.arange(len(table)), len(table) > 100
+    x, small, what = np.arange(len(table)), len(table) > 100, dict(kl="KL").get(measure, measure)
     ax.axhline(0, color="0.5", lw=0.8, zorder=0)
     bars(ax, x, np.minimum(only, 0), np.maximum(only, 0), "_stem", color="0.7", lw=max(0.5, min(2, 200 / len(table))))
     dots(ax, x, only, "only", ls="", marker="o", ms=3 if small else 6, color=BASE_COLORS["input"], zorder=4,
-         label="only this one quantized: loss added")
+         label=f"only this one quantized: {what} added")
     dots(ax, x, without, "without", ls="", marker="D", ms=3.5 if small else 6, mfc="white", mec=CLIPPED, mew=1.3, zorder=3,
-         label="all but this one quantized: loss saved")
+         label=f"all but this one quantized: {what} saved")
     label_depth(ax, table.module, table.layer)
-    ax.set_ylabel("loss, nats per token" if measure == "loss" else "KL, nats per token")
+    ax.set_ylabel(f"{what}, nats per token")
     ax.margins(y=0.12)
     handles = ax.get_legend_handles_labels()[0]
     legend(ax, handles if np.isfinite(without).any() else handles[:1], own)
-    damage = table.attrs.get("loss_quantized", math.nan) - table.attrs.get("loss_original", math.nan)
-    all_of_it = f" (all quantized: +{damage:.3g})" if measure == "loss" and np.isfinite(damage) else ""
+    told = table.attrs
+    damage = told.get("kl_quantized", math.nan) if measure == "kl" else told["loss_quantized"] - told["loss_original"]
+    all_of_it = f" ({what}; all quantized: +{damage:.3g})" if np.isfinite(damage) else ""
     headline(ax, f"Which modules suffer most from being quantized{all_of_it}\nmost: {_worst(table, only)}", len(table))
     return ax

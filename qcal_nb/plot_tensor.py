@@ -12,9 +12,10 @@ import numpy as np
 from compressed_tensors.quantization import QuantizationArgs
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
-from matplotlib.patches import Rectangle
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
 
-from .analysis import check_record
+from .analysis import at_limit, check_record
 from .calibration_record import CalibrationRecord
 from .conclusions import Asked, Conclusion
 from .figures import (BASE_COLORS, CLIPPED, OTHER, SMOOTH, counts_between, dark, dots, drawable, headline, light, log_values, new_axes,
@@ -64,8 +65,9 @@ def _in_words(c: Conclusion, stats: TensorStats) -> tuple[str, float]:
         return f"{c.observer}: {scale.numel():,} scales, {scale.min():.3g} … {scale.max():.3g} (shown is the largest)", np.nan
     cost = quality_of(stats, c.args, c.scale, c.zero_point)
     clips = f"clips {100 * cost.clipped:.2g} %" if cost.clipped else "clips nothing"
+    limit = ", at the limit of its search" if at_limit(c, stats) else ""
     noise = "no error" if not np.isfinite(cost.sqnr_db) else f"SQNR {cost.sqnr_db:.1f} dB"
-    return f"{c.observer}: scale {scale.item():.4g}, zero point {int(c.zero_point.item())}, {clips}, {noise}", cost.sqnr_db
+    return f"{c.observer}: scale {scale.item():.4g}, zero point {int(c.zero_point.item())}, {clips}{limit}, {noise}", cost.sqnr_db
 
 
 def stored_values(c: Conclusion) -> np.ndarray:
@@ -97,8 +99,8 @@ def _row(ax: Axes, c: Conclusion, y: float, step: float, text: str, best: bool) 
     for end in (low, high): ax.plot([end, end], [y, 1], transform=across, color="0.25", lw=0.7, ls=(0, (4, 3)), zorder=3)
 
 
-def _draw_counts(ax: Axes, counts: np.ndarray, edges: np.ndarray, found: list[Conclusion], color: str) -> None:
-    "The histogram, and over it what is clipped."
+def _draw_counts(ax: Axes, counts: np.ndarray, edges: np.ndarray, found: list[Conclusion], color: str) -> bool:
+    "The histogram, and over it what is clipped. Returns whether anything is."
     middle, base = (edges[1:] + edges[:-1]) / 2, 0.7
     room = Rectangle((edges[0], base), edges[-1] - edges[0], 1e30, transform=ax.transData)  # nothing is drawn below the base line
     body = ax.stairs(counts, edges, fill=True, baseline=base, color=light(color, 0.6), zorder=1)
@@ -107,6 +109,16 @@ def _draw_counts(ax: Axes, counts: np.ndarray, edges: np.ndarray, found: list[Co
     shaded = [ax.stairs(cut, edges, fill=True, baseline=base, color=dark(CLIPPED, 0.2), alpha=0.45, lw=0, zorder=2) for cut in cuts if cut.any()]
     line = ax.stairs(np.maximum(counts, base), edges, baseline=base, color=dark(color, 0.2), lw=0.8, zorder=2)
     for artist in (body, line, *shaded): artist.set_clip_path(room)
+    return bool(shaded)
+
+
+def _signs(found: list[Conclusion], clipped: bool) -> list:
+    "What strokes, dashes and shading mean, for the legend."
+    if all(c.reason for c in found): return []
+    stroke = Line2D([], [], color="0.15", ls="", marker="|", ms=8, label="a number that can be stored")
+    limit = Line2D([], [], color="0.25", lw=0.8, ls=(0, (4, 3)), label="the last one: beyond is clipped")
+    shade = Patch(color=dark(CLIPPED, 0.2), alpha=0.45, label="clipped; the darker, the more observers do")
+    return [stroke, limit, *([shade] if clipped else [])]
 
 # %% ../nbs/11c_plot_tensor.ipynb #48d19443
 def _title(module: str, base_name: str) -> str:
@@ -125,7 +137,7 @@ def plot_histogram(
     """The values of a tensor, log counts, over what each observer would represent of them: its range, code points, clipped values, scale, zero point
     and SQNR. KeyError with close names if it was not recorded. Returns the axes."""
     stats, found = check_record(record)[module, base_name], conclusions_for(record, module, base_name, observers, args)
-    ax = ax or new_axes(9.0, 2.6 + 0.42 * len(found))
+    own, ax = ax is None, ax or new_axes(9.0, 2.8 + 0.42 * len(found))
     bad = f" ({stats.nan + stats.inf:,} NaN or infinite)" if stats.numel else ""
     if not stats.count: return say_nothing(ax, f"{_title(module, base_name)}: nothing finite was seen{bad}")
     reach = max([stats.absmax, *(abs(end) for c in found if not c.reason for end in _ends(c))]) or 1.0
@@ -133,11 +145,12 @@ def plot_histogram(
     counts = counts_between(stats.histogram, edges)
     room = 0.42 * len(found) / (2.0 + 0.42 * len(found))
     _count_axis(ax, counts.max(), room)
-    _draw_counts(ax, counts, edges, found, BASE_COLORS.get(base_name, OTHER))
+    clipped = _draw_counts(ax, counts, edges, found, BASE_COLORS.get(base_name, OTHER))
     words = [_in_words(c, stats) for c in found]
     best = max((sqnr for _, sqnr in words if np.isfinite(sqnr)), default=None)
     for i, (c, (text, sqnr)) in enumerate(zip(found, words)):
         _row(ax, c, room * (1 - (i + 0.5) / len(found)), room / len(found), text, sqnr == best and len(found) > 1)
+    if own: legend(ax, _signs(found, clipped), own)
     asked = f", quantized to {describe_args(found[0].args).partition(', static')[0]}" if found else ""
     headline(ax, f"{_title(module, base_name)}: what each observer makes of it\n{stats.count:,} values{asked}")
     return ax
@@ -220,6 +233,7 @@ def plot_channels(record: CalibrationRecord, module: str, base_name: str = "inpu
     if len(positive) and positive.max() > 10 * positive.min(): log_values(ax, positive.min(), positive.max())
     silent = f", {np.sum(sizes == 0):,} of them always 0" if (sizes == 0).any() else ""
     many = f"{len(loud)} of {len(sizes):,} channels are" if len(loud) != 1 else f"1 of {len(sizes):,} channels is"
-    ax.set(xlabel=f"channel ({len(sizes):,}{silent})", ylabel="largest |value|", xlim=(-0.02 * len(sizes) - 0.5, 1.02 * len(sizes)))
+    what = f"channel of {'a' if base_name == 'q' else 'a key-value'} head, all heads together" if base_name in ("q", "k", "v") else "channel"
+    ax.set(xlabel=f"{what} ({len(sizes):,}{silent})", ylabel="largest |value|", xlim=(-0.02 * len(sizes) - 0.5, 1.02 * len(sizes)))
     headline(ax, f"{_title(module, base_name)}: {many} more than {LOUD:g} times as large as the median")
     return ax

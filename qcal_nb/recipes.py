@@ -45,7 +45,7 @@ from qcal_nb.lifecycle import (
     QUANTIZABLE, Ledger, LifecycleError, QuantizationMixin, QuantizationModifier, ledger_of, phase_of, schemes_by_module,
     uncomputed,
 )
-from .schemes import describe_args
+from .schemes import describe_args, faults_of
 from .snapshots import QPARAMS, edits, snapshot, undo
 
 # %% ../nbs/07_recipes.ipynb #2d39c779
@@ -165,19 +165,11 @@ def _text_of(source: str | os.PathLike, kind: str) -> tuple[str, str]:
     except UnicodeDecodeError as error: raise ValueError(f"{os.fspath(source)} is not text: {error}") from None
 
 
-def _faults(error: ValidationError) -> Iterator[str]:
-    "What pydantic found, a line each, without its links."
-    for fault in error.errors():
-        inner = fault.get("ctx", {}).get("error")
-        if isinstance(inner, ValidationError): yield from _faults(inner)
-        else: yield ": ".join(p for p in (".".join(map(str, fault["loc"])), fault["msg"].removeprefix("Value error, ")) if p)
-
-
 def _modifier(fields: Mapping[str, Any], source: str) -> QuantizationModifier:
     "A modifier of fields that were read; whatever is wrong with them is a ValueError that names the source."
     if unsaid := [k for k in fields if not isinstance(k, str)]: raise ValueError(f"{source}: {unsaid[0]!r} is not a field's name")
     try: return QuantizationModifier(**fields)
-    except ValidationError as error: fault = "; ".join(_faults(error))
+    except ValidationError as error: fault = "; ".join(faults_of(error))
     except (TypeError, ValueError, AttributeError, NotImplementedError) as error: fault = str(error)
     raise ValueError(f"{source}: {fault}")
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BASE_NAMES', 'recipe_to_record', 'modules_to_record', 'args_by_tensor', 'check_base_names', 'check_observers',
            'tensors_to_record', 'attention_open', 'new_collector', 'new_record', 'numbered', 'reads_two_sequences',
-           'running_of', 'one_pass', 'check_options', 'not_empty', 'record', 'all_ranks', 'CalibrationRecord',
-           'TensorStats', 'measure', 'record_equal', 'same_stats', 'unequal_parts']
+           'warn_of_padding', 'running_of', 'one_pass', 'check_options', 'not_empty', 'record', 'all_ranks',
+           'CalibrationRecord', 'TensorStats', 'measure', 'record_equal', 'same_stats', 'unequal_parts']
 
 # %% ../nbs/08f_records.ipynb #bc75fa36
 import itertools
@@ -41,7 +41,7 @@ from .observers.base import check_policy, each_warning_once, find_observer, warn
 from .pipelines import batches, calibration_context, count_tokens, expected_batches, feed
 from .ranks import rank_and_size, together
 from .record_files import write_whole
-from .schemes import preset
+from .schemes import in_plain_words, preset
 from .snapshots import restore, snapshot
 from .tensor_stats import TensorStats, measure, same_stats
 
@@ -54,7 +54,7 @@ BASE_NAMES = ("input", "weight", "output", "lm_head_output", "q", "k", "v")
 def recipe_to_record(scheme: Any = None, ignore: Iterable[str] = ("lm_head",)) -> QuantizationMixin:
     "What a recording is about: a modifier itself, or that of a preset's name; of None every Linear."
     if isinstance(scheme, QuantizationMixin): return scheme
-    return QuantizationMixin(scheme=preset("INT8_STATIC") if scheme is None else scheme, ignore=list(ignore))
+    with in_plain_words(): return QuantizationMixin(scheme=preset("INT8_STATIC") if scheme is None else scheme, ignore=list(ignore))
 
 
 def modules_to_record(model: Module, scheme: Any = None, ignore: Iterable[str] = ("lm_head",)) -> dict[str, Module]:
@@ -163,6 +163,14 @@ def numbered(stream: Iterator[Any], batch_indices: Iterable[int] | None = None) 
 def reads_two_sequences(model: Module) -> bool: return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
+def warn_of_padding(batch: Mapping[str, Any]) -> None:
+    "Padding is data too, as in the reference; whoever did not mean that is told how to leave it out."
+    seen = batch.get("attention_mask")
+    if isinstance(seen, Tensor) and seen.ndim == 2 and not seen.all():
+        warn_once("batches are padded, and the padding counts like any token, as in llm-compressor; "
+                  "mask=lambda batch: batch['attention_mask'].bool() leaves it out, and so does batch_size=1")
+
+
 def running_of(batch: Mapping[str, Any], index: int, mask: Any = None, two_sequences: bool = False) -> Running:
     "What a collector needs to know of a batch. `two_sequences`: a decoder reads another one, so that a position alone names no token."
     ids, keep = batch.get("input_ids"), kept_tokens(batch, mask)
@@ -193,6 +201,7 @@ def one_pass(model: Module, stream: Iterator[tuple[int, Any]], collector: Collec
     with collector.attached(), calibration_context(model), guarded(model), _tokens_from_zero(model), _bar(total, progress) as bar:
         try:
             for index, batch in stream:
+                if mask is None: warn_of_padding(batch)
                 running, began = running_of(batch, index, mask, reads_two_sequences(model)), time.perf_counter()
                 collector.begin(running)
                 with feeding(collector.owner): feed(model, batch, index)
@@ -242,7 +251,12 @@ def record(
     keep_text: bool = True,                                 # Whether tokens of the data may stand in the record
     progress: bool = True,                                  # Show a bar with tokens per second and the time left
 ) -> CalibrationRecord:
-    "Run data through the model once and keep what was seen. Nothing stays on the model; an interrupt returns the record so far."
+    """Run data through the model once and keep what was seen: a `CalibrationRecord`. Nothing stays on the model; an interrupt returns the record so far.
+
+    `scheme` says which modules (None: every Linear but lm_head) and what observers are asked for; `observers` are names or (name, arguments);
+    `base_names` what to look at: "input", "weight", "output", "lm_head_output", "q", "k", "v". `mask` leaves tokens out: their ids, or a function of
+    the batch that returns bool (batch, seq), True = count. `tokenizer`: for texts, and to name the tokens of the largest values (`keep_text=False`: not in the
+    record). `batch_indices`: global ones, to merge parts with `a | b`. Bad arguments and busy models are refused before anything is run."""
     with together("check what to record"):  # a rank that finds a fault does not leave the others waiting
         names, asked, mask = check_base_names(base_names), check_observers(observers), check_mask(mask)
         check_policy(nonfinite)

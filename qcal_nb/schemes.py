@@ -4,15 +4,18 @@
 
 # %% auto #0
 __all__ = ['INT8_STATIC', 'preset_names', 'is_preset', 'preset', 'format_name', 'describe_args', 'describe', 'needs_data',
-           'code_points']
+           'faults_of', 'in_plain_words', 'code_points']
 
-# %% ../nbs/01_schemes.ipynb #0538baa4
-from collections.abc import Iterable
+# %% ../nbs/01_schemes.ipynb #a32404e9
+import difflib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from compressed_tensors.quantization.utils import calculate_range
+from pydantic import ValidationError
 
 # %% ../nbs/01_schemes.ipynb #8bce0f40
 INT8_STATIC = dict(
@@ -39,7 +42,8 @@ def preset(
 ) -> QuantizationScheme:
     "A fresh `QuantizationScheme` for a preset; an unknown name is a ValueError that lists the known ones."
     if not is_preset(name):
-        raise ValueError(f"scheme={name!r} is not a preset; choose one of {', '.join(preset_names())}")
+        near = difflib.get_close_matches(str(name).upper(), preset_names(), 3)
+        raise ValueError(f"scheme={name!r} is not a preset; choose one of {', '.join(preset_names())}" + f" (close to it: {', '.join(near)})" * bool(near))
     targets = [targets] if isinstance(targets, str) else list(targets)
     parts = {part: args.model_copy(deep=True) for part, args in _PRESETS[name.upper()].items()}
     return QuantizationScheme(targets=targets, **parts)
@@ -75,6 +79,23 @@ def needs_data(scheme: QuantizationScheme) -> bool:
     "Whether the scale of an activation can only be found by running text through the model."
     inputs, outputs = scheme.input_activations, scheme.output_activations
     return (inputs is not None and inputs.dynamic is not True) or (outputs is not None and not outputs.dynamic)
+
+# %% ../nbs/01_schemes.ipynb #bfbab93f
+def faults_of(error: ValidationError) -> Iterator[str]:
+    "What pydantic found, a line each, without its links."
+    for fault in error.errors():
+        inner = fault.get("ctx", {}).get("error")
+        if isinstance(inner, ValidationError): yield from faults_of(inner)
+        else: yield ": ".join(p for p in (".".join(map(str, fault["loc"])), fault["msg"].removeprefix("Value error, ")) if p)
+
+
+@contextmanager
+def in_plain_words() -> Iterator[None]:
+    "Inside the block what pydantic refuses is a ValueError of one line."
+    try: yield
+    except ValidationError as error: fault = "; ".join(faults_of(error))
+    else: return
+    raise ValueError(fault)
 
 # %% ../nbs/01_schemes.ipynb #59820cc6
 def code_points(args: QuantizationArgs) -> torch.Tensor:

@@ -12,7 +12,7 @@ from helpers import make_batches, make_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qcal_nb.analysis import PERCENTILES, compare_observers, convergence, coverage, diff, extremes, history, outlier_channels, ranges
+from qcal_nb.analysis import PERCENTILES, compare_observers, convergence, coverage, diff, enough_in_words, extremes, history, outlier_channels, ranges
 from qcal_nb.calibration_record import CalibrationRecord
 from qcal_nb.conclusions import DEFAULT_ARGS, conclude_from, new_observer
 from qcal_nb.lifecycle import QuantizationModifier
@@ -217,8 +217,31 @@ def test_convergence_finds_the_batch_that_widened_the_range():
     data = [torch.rand(1, 16, 8) * (10 if i == 5 else 1) for i in range(16)]
     run = record(model, data, progress=False)
     assert convergence(run).iloc[0].range_settled == 8 * 1  # levels end after 1, 2, 4, 8, 16 batches of one row each
+    assert convergence(run).enough.all() and convergence(run).attrs["share"] == 0.05
+    late = convergence(record(model, data[::-1], progress=False))  # the wide one is the eleventh of sixteen
+    assert not late.enough.any() and enough_in_words(late).startswith("Not yet for 1 of 1 tensors")
     steady = record(model, [torch.ones(1, 16, 8)] * 16, progress=False)
+    assert convergence(steady).enough.all()
+    assert enough_in_words(convergence(steady, 0.01)).startswith("Yes: no range and no quantization error moved by more than 1 %")
     assert convergence(steady).iloc[0].range_settled == 1 and convergence(steady).iloc[0].sqnr_settled == 1
+
+
+# --- searches that were cut short ---
+
+def test_at_limit_is_said_where_a_larger_search_would_go_on():
+    model, four = make_model("llama_gqa"), QuantizationArgs(num_bits=4, symmetric=True, strategy="tensor")
+    scheme = {"weights": dict(num_bits=4, strategy="tensor")}
+    run = record(model, make_batches(3), base_names=["weight"], scheme=scheme, observers=["memoryless_mse"], progress=False)
+    asked = ["memoryless_mse", "histogram_mse", "static_minmax", ("histogram_mse", dict(maxshrink=0.9))]
+    table = compare_observers(run, asked[1:3], four)
+    for row in table[table.observer == "histogram_mse"].itertuples():
+        stats = run[row.module, "weight"]
+        assert row.at_limit == (max(-row.min, row.max) < stats.absmax * 0.8151), row
+    assert table.at_limit.any() and not table[table.observer == "static_minmax"].at_limit.any()
+    attached = compare_observers(run, asked[:1])
+    for row in attached.itertuples(): assert row.at_limit == (max(-row.min, row.max) < run[row.module, "weight"].absmax * 0.8151)
+    wide = compare_observers(run, asked[3:], four)
+    assert not wide.at_limit.any() and (wide.sqnr_db.to_numpy() >= table[table.observer == "histogram_mse"].sqnr_db.to_numpy() - 0.5).all()
 
 
 # --- differences ---
@@ -233,7 +256,12 @@ def test_diff_finds_what_moved():
     assert table.loc[("model.layers.1.mlp.up_proj", "weight"), "scale_ratio"] == pytest.approx(4) and table.moved.iloc[0] == pytest.approx(2)
     assert table.loc[("model.layers.1.mlp.down_proj", "input"), "range_ratio"] == pytest.approx(4)
     part = CalibrationRecord({k: v for k, v in a.tensors.items() if k[1] == "input"}, a.types)
-    assert diff(a, part).attrs["only_a"] and not diff(a, part).attrs["only_b"]
+    weights = [key for key in a.tensors if key[1] == "weight"]
+    for table, name in ((diff(a, part), "a"), (diff(part, a), "b")):
+        alone = table[table.only_in != ""]
+        assert sorted(zip(alone.module, alone.base_name)) == sorted(weights) and set(alone.only_in) == {name} and alone.moved.isna().all()
+        assert table.only_in.iloc[:len(table) - len(alone)].eq("").all() and alone[f"max_{name}"].notna().all()
+    assert table.attrs["batches_b"] == 3 and table.attrs["tokens_a"] == part.tokens
 
 
 # --- merged records, errors ---

@@ -205,7 +205,11 @@ def test_convergence(run):
 @pytest.mark.parametrize("measure, base, worst", [("loss", "loss_original", "loss_quantized"), ("kl", None, "kl_quantized")])
 def test_sensitivity(run, measure, base, worst):
     table = sensitivities(list(run.types))
-    got = drawn(plots.plot_sensitivity(table, measure))
+    ax = plots.plot_sensitivity(table, measure)
+    got, words = drawn(ax), dict(kl="KL").get(measure, measure)
+    damage = table.attrs[worst] - table.attrs.get(base, 0.0)
+    assert f"({words}; all quantized: +{damage:.3g})" in ax.get_title() and ax.get_ylabel() == f"{words}, nats per token"
+    assert all(f"{words} " in text.get_text() for text in ax.figure.legends[0].texts)
     assert [y for _, y in got["only"]] == (table[f"{measure}_only"] - table.attrs.get(base, 0.0)).tolist()
     assert [y for _, y in got["without"]] == (table.attrs[worst] - table[f"{measure}_without"]).tolist()
 

@@ -77,3 +77,10 @@ def test_a_folder_that_is_not_there(tmp_path):
 @pytest.mark.parametrize("args", ["int4", 4, dict(num_bits=4)])
 def test_arguments_of_a_comparison(args):
     with pytest.raises(TypeError, match="args must be QuantizationArgs, got"): compare_observers(CalibrationRecord(), args=args)
+
+
+def test_what_differs_is_named_and_nothing_else_is_printed():
+    model, data = make_model("llama_gqa"), make_batches(3)
+    a, b, c = (record(model, data[i:i + 1], scheme=s, batch_indices=[i], progress=False) for i, s in enumerate(("FP8", "INT8_STATIC", None)))
+    with pytest.raises(ValueError, match="two runs: config.config_groups.group_0.weights.type is 'float' in one and 'int' in the other$"): a | b
+    with pytest.raises(ValueError, match="two runs: config is None in one and {'config_groups'"): c | a

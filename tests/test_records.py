@@ -4,6 +4,7 @@ import itertools
 import math
 import random
 import sys
+import warnings
 from collections import Counter
 from fractions import Fraction
 
@@ -790,8 +791,11 @@ def test_padding_does_not_count(tiny):
     texts = sorted(calibration_texts()[:40], key=len)[::13]
     assert len({len(tokenizer(t).input_ids) for t in texts}) == 4
     options = dict(tokenizer=tokenizer, **QUIET)
-    padded = record(model, texts, batch_size=4, mask=lambda b: b["attention_mask"].bool(), **options)
-    single, careless = record(model, texts, **options), record(model, texts, batch_size=4, **options)
+    with pytest.warns(UserWarning, match="the padding counts like any token.*leaves it out"): careless = record(model, texts, batch_size=4, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        padded = record(model, texts, batch_size=4, mask=lambda b: b["attention_mask"].bool(), **options)
+    single = record(model, texts, **options)
     assert padded.tokens == single.tokens < careless.tokens
     for key, stats in single.tensors.items():
         assert padded[key].count == stats.count and math.isclose(padded[key].max, stats.max, rel_tol=1e-4), key

@@ -98,7 +98,7 @@ def test_the_top_says_what_was_run(run, page):
     text = read(page).text
     for fact in ("A & B", "LlamaForCausalLM", "int8", "4 batches, 128 tokens", "static_minmax, mse", f"torch {run.about.versions['torch']}"):
         assert fact in text
-    assert "Nothing suspicious" in text and "pieces of the calibration text" not in text
+    assert "Nothing is wrong" in text and "pieces of the calibration text" not in text
 
 
 def test_nothing_points_outside(page):
@@ -112,12 +112,11 @@ def test_nothing_points_outside(page):
     assert {link[1:] for link in found.links if link.startswith("#")} <= ids
 
 
-def test_suspicious_things_stand_first(tmp_path):
+def test_what_is_wrong_stands_first(tmp_path):
     found = read(to_html(odd_record(), tmp_path / "odd.html"))
-    head = found.text[:found.text.index("Pictures")]
+    head = found.text[:found.text.index("Findings")]
     for words in ("pieces of the calibration text", "broken (input): 1 NaN, 1 infinite, the first nan at (0, 1) of batch 0",
-            "1 tensors were never seen",
-                  "never (input)", "layers.0.experts.3"): assert words in head, words
+                  "Never seen: 1 tensor", "never (input)", "layers.0.experts.3"): assert words in head, words
 
 
 def test_scales_at_eps_are_reported(tmp_path):
