@@ -349,7 +349,7 @@ def _diff_rows(a: CalibrationRecord, b: CalibrationRecord, key: Key) -> list[dic
     scales = {n: _scale_ratio(a.conclusions[(*key, n)], b.conclusions[(*key, n)]) if n else math.nan for n in names}
     return [ends | ratios | dict(observer=n, scale_ratio=r, moved=_moved(*ratios.values(), r), only_in="") for n, r in scales.items()]
 
-
+# %% ../nbs/09_analysis.ipynb #6968a61d
 def _alone(record: CalibrationRecord, key: Key, name: str) -> dict[str, Any]:
     "The row of a tensor that only one of two records has."
     s = record.tensors[key]
