@@ -280,7 +280,7 @@ def test_wrong_questions(run, module):
         with pytest.raises(TypeError, match="record must be a CalibrationRecord"): plot({})
     table = sensitivities(["a", "b"])
     with pytest.raises(ValueError, match="measure='KL' must be"): plots.plot_sensitivity(table, "KL")
-    with pytest.raises(ValueError, match="measure='kl'"): plots.plot_sensitivity(pd.DataFrame(table.to_dict("list")))
+    with pytest.raises(ValueError, match="measure='kl'"): plots.plot_sensitivity(pd.DataFrame(table.to_dict("list")), "loss")
     with pytest.raises(ValueError, match="observer='msee' is unknown"): plots.plot_scales(run, "msee")
 
 
