@@ -92,8 +92,8 @@ def ranges(record: CalibrationRecord) -> pd.DataFrame:
     table = model_table([where_in(record, key) | done[id(stats)] for key, stats in record.tensors.items()], RANGE_COLUMNS, record)
     return table.astype({name: float for name in RANGE_COLUMNS[4:-4]} | dict.fromkeys(("numel", "nan", "inf"), int))  # even without rows
 
-# %% ../nbs/09_analysis.ipynb #38b3ab3d
-ORDERS = ("depth", "absmax", "std", "min", "max", "module")
+# %% ../nbs/09_analysis.ipynb #69ae41f9
+ORDERS = ("depth", "absmax", "outlier_ratio", "std", "min", "max", "module", "sqnr_db")
 
 
 def compile_pattern(pattern: str) -> re.Pattern:
@@ -105,14 +105,15 @@ def compile_pattern(pattern: str) -> re.Pattern:
 def choose(
     table: pd.DataFrame, pattern: str = "", base_name: str | None = None, layer: int | None = None, order: str = "depth",
 ) -> pd.DataFrame:
-    "The rows whose module matches a pattern, of one base name and layer (None: any), in model order or the largest first."
+    "The rows whose module matches a pattern, of one base name and layer (None: any), in model order or the largest first (of SQNR the smallest)."
     if order not in ORDERS: raise ValueError(f"order={order!r} is unknown; it must be one of {', '.join(map(repr, ORDERS))}")
     search = compile_pattern(pattern).search
     keep = table.module.map(lambda name: bool(search(name))).astype(bool)
     if base_name is not None: keep &= table.base_name == base_name
     if layer is not None: keep &= (table.layer == layer).fillna(False).astype(bool)
     rows = table[keep]
-    return rows if order == "depth" else rows.sort_values(order, ascending=order in ("module", "min"), kind="stable")
+    if order not in rows and order != "depth": raise ValueError(f"order={order!r}: the table has no such column; it has {', '.join(rows.columns)}")
+    return rows if order == "depth" else rows.sort_values(order, ascending=order in ("module", "min", "sqnr_db"), kind="stable")
 
 # %% ../nbs/09_analysis.ipynb #22f6bbfd
 DERIVED = ("static_minmax", "percentile", "entropy", "histogram_mse")

@@ -16,7 +16,9 @@ from torch.nn import Module
 from .records import CalibrationRecord
 from .session import Session, stop
 from .state import WorkbenchState
-from .widgets import STYLE, LifecycleStepper, Panel, RangeExplorer, block
+from .markup import STYLE, block
+from .panels import Panel
+from .widgets import LifecycleStepper, RangeExplorer
 
 # %% ../nbs/15_workbench.ipynb #fe20a178
 class _Remote(Panel):

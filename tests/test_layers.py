@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 spec = importlib.util.spec_from_file_location("qcal_tools_drift", ROOT/"tools"/"drift.py")
 drift = importlib.util.module_from_spec(spec); spec.loader.exec_module(drift)
 
-FROM = dict(matplotlib="figures", traitlets="state", ipywidgets="widgets", anywidget="widgets")   # package → first module that may
+FROM = dict(matplotlib="figures", traitlets="state", ipywidgets="panels", anywidget="panels")   # package → first module that may
 NEVER = {"nbdev", "fastcore", "execnb", "llmcompressor", "pytest", "hypothesis", "playwright", "nbconvert"}
 ORDER = list(drift.modules(ROOT))          # dotted names below qcal_nb, lowest first
 
