@@ -11,7 +11,7 @@ from html import escape
 
 import ipywidgets as w
 
-from .markup import CHIPS, block, changes_html, CHANGE_ORDERS, error_html, matches_html, phase_html, progress_text, tree_html, warning_html
+from .markup import CHANGE_ORDERS, block, changes_html, error_html, matches_html, phase_html, progress_text, tree_html, warning_html
 from .panels import Panel, static_picture
 from .schemes import describe, preset_names
 from .session import Session, in_background, pause, resume, stop

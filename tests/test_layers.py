@@ -76,7 +76,7 @@ def test_there_is_something_to_check(): assert len(ORDER) >= 4
     ("high", "from . import nothing", "no notebook exports"),
     ("high", "from .gone import f", "no notebook exports"),
     ("high", "def f(): import matplotlib.pyplot as plt", "only from figures on"),
-    ("plots", "from ipywidgets import HTML", "only from widgets on"),
+    ("plots", "from ipywidgets import HTML", "only from panels on"),
     ("plots", "from fastcore.test import expect_fail", "never at run time"),
     ("plots", "import llmcompressor", "never at run time"),
 ])
