@@ -4,9 +4,12 @@
 
 # %% auto #0
 __all__ = ['T', 'Memory', 'Mask', 'STATES', 'AROUND', 'Once', 'Attached', 'Running', 'check_mask', 'mask_in_words', 'kept_tokens',
-           'leading_of', 'kept_of', 'selected', 'Teller', 'Observers', 'Collector', 'look_at_weights', 'conclusions_of']
+           'leading_of', 'kept_of', 'selected', 'Teller', 'Observers', 'Collector', 'look_at_weights', 'conclusions_of',
+           'Conclusions']
 
-# %% ../nbs/08e_collector.ipynb #76a8bfa6
+# %% ../nbs/08e_collector.ipynb #b91e9d8b
+import copy
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -179,8 +182,10 @@ class Teller:
 class Observers:
     "What the observers that were asked for remember of every tensor. Changes of a batch in hand are kept with `keep`, or forgotten with `begin`."
 
-    def __init__(self, asked: Iterable[Asked], args: Callable[[str, str], Any] | None, nonfinite: str) -> None:
-        self.asked = {label_of(one): one for one in asked}
+    def __init__(self, asked: Mapping[str, Iterable[Asked]] | Iterable[Asked], args: Callable[[str, str], Any] | None, nonfinite: str) -> None:
+        by_base = asked if isinstance(asked, Mapping) else {"": asked}
+        self.labels = {base: {label_of(one) for one in some} for base, some in by_base.items()}
+        self.asked = {label_of(one): one for some in by_base.values() for one in some}
         self.args, self.nonfinite = args or (lambda name, base_name: DEFAULT_ARGS), nonfinite
         self.memory: dict[ConclusionKey, Memory] = {}
         self._new: dict[ConclusionKey, Memory] = {}
@@ -189,7 +194,8 @@ class Observers:
     def of(self, name: str, base_name: str) -> dict[str, Attached | str]:
         "By label: the observer of a tensor, or why there cannot be one. The same for all tensors of the same arguments."
         args = self.args(name, base_name)
-        return {label: _made(self._made, asked, base_name, args, self.nonfinite) for label, asked in self.asked.items()}
+        wanted = self.labels.get(base_name, self.labels.get("", ()))
+        return {label: _made(self._made, asked, base_name, args, self.nonfinite) for label, asked in self.asked.items() if label in wanted}
 
     def listen(self, name: str) -> bool:
         "Whether an observer of the module's weight needs to hear what the module is fed."
@@ -299,7 +305,8 @@ class Collector:
     "Measures tensors of modules while they run, and shows them to observers. `begin` a batch, run it, `take` what was seen."
 
     def __init__(
-        self, tensors: Mapping[Key, Module], observers: Iterable[Asked] = (),
+        self, tensors: Mapping[Key, Module],
+        observers: Mapping[str, Iterable[Asked]] | Iterable[Asked] = (),  # The same for all, or by base name ("": any other)
         args: Callable[[str, str], Any] | None = None,  # From module and base name to the QuantizationArgs of observers
         owner: str | None = None,                       # Only what this owner feeds is looked at; None: what nobody claims
         tokenizer: Any = None, nonfinite: str = "record",
@@ -406,3 +413,37 @@ def _together(self: Collector, model: Module, found: Mapping[ConclusionKey, Conc
             observers = {key: _own(self, self.observers.of(key[0], "weight")[label], key) for key in keys}
             if observers: result |= conclude_together(observers, self.observers.asked[label])
     return result
+
+# %% ../nbs/08e_collector.ipynb #fa0cded0
+class Conclusions(Mapping[ConclusionKey, Conclusion]):
+    "What observers conclude from what they know now, each found when it is asked for. Equal to `conclusions_of` of the same moment."
+
+    def __init__(self, collector: Collector, model: Module, tensors: Mapping[Key, TensorStats]) -> None:
+        self._collector = copy.copy(collector)
+        self._collector.observers = copy.copy(collector.observers)  # its memory is replaced, never changed: this one stays as it is now
+        self._model, self._tensors, self._done, self._found = model, tensors, {}, {}
+        self._lock = threading.RLock()
+
+    def __iter__(self) -> Iterator[ConclusionKey]:
+        return ((*key, label) for key in self._tensors for label in self._collector.observers.of(*key))
+
+    def __len__(self) -> int: return sum(1 for _ in self)
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, tuple) and len(key) == 3 and key[:2] in self._tensors and key[2] in self._collector.observers.of(*key[:2])
+
+    def __getitem__(self, key: ConclusionKey) -> Conclusion:
+        if key not in self: raise KeyError(key)
+        with self._lock:
+            if key not in self._found: self._find(key)
+            return self._found[key]
+
+    def _find(self, key: ConclusionKey) -> None:
+        one = self._collector.observers.of(*key[:2])[key[2]]
+        found = self._found[key] = _conclusion(self._collector, self._done, key, one, self._tensors[key[:2]])
+        if key[1] != "weight" or found.args.strategy != "tensor_group": return
+        alike = {k: _conclusion(self._collector, self._done, k, self._collector.observers.of(*k[:2])[key[2]], self._tensors[k[:2]])
+                 for k in self if k[1:] == key[1:]}
+        self._found |= alike | _together(self._collector, self._model, alike)
+
+    def __reduce__(self) -> tuple[type, tuple[dict]]: return dict, (dict(self),)

@@ -17,7 +17,7 @@ from traitlets import Bytes, List, Unicode
 
 from .markup import CHIPS, PHASES, STYLE
 from .plots import plot_phases, plot_ranges, to_png
-from .session import Session
+from .session import Saved, Session
 from .state import WorkbenchState
 
 # %% ../nbs/14b_panels.ipynb #3407b61e
@@ -78,9 +78,9 @@ class Panel(w.VBox):
     """A box bound to a session and a state. `refresh(what)` redraws it; subclasses say how.
     The display bundle carries a static PNG."""
 
-    def __init__(self, session: Session, state: WorkbenchState | None = None) -> None:
-        if not isinstance(session, Session):
-            raise TypeError(f"session must be a qcal_nb.session.Session, got {type(session).__name__}")
+    def __init__(self, session: Session | Saved, state: WorkbenchState | None = None) -> None:
+        if not isinstance(session, (Session, Saved)):
+            raise TypeError(f"session must be a qcal_nb.session.Session, or Saved(record), got {type(session).__name__}")
         super().__init__()
         self.session, self.state = session, state or WorkbenchState()
         self._redrawn = 0.0
