@@ -83,15 +83,27 @@ class Panel(w.VBox):
             raise TypeError(f"session must be a qcal_nb.session.Session, or Saved(record), got {type(session).__name__}")
         super().__init__()
         self.session, self.state = session, state or WorkbenchState()
-        self._redrawn = 0.0
+        self._redrawn, self.seen, self._missed = 0.0, True, False
         self._style = w.HTML(STYLE)
         self._unlisten = session.listen(self._heard)
 
     def _heard(self, what: str) -> None:
-        "Redraw after a change; while batches run, a few times a second at most."
-        if what == "batch" and time.monotonic() - self._redrawn < 0.25: return
-        self.refresh(what)
+        "Redraw after a change; while batches run, a few times a second at most. A panel that is not seen waits."
+        if what == "batch" and (not self.seen or time.monotonic() - self._redrawn < 0.25): return
+        self.redraw(what)
         self._redrawn = time.monotonic()
+
+    def redraw(self, what: str = "") -> None:
+        "`refresh` if the panel is seen, else when it is."
+        if self.seen: self.refresh(what)
+        else: self._missed = True
+
+    def show(self, seen: bool) -> None:
+        "Say whether the panel can be seen, behind a tab for example; one that could not catches up."
+        self.seen = seen
+        if seen and self._missed:
+            self._missed = False
+            self.refresh("shown")
 
     def refresh(self, what: str = "") -> None:
         "Show what the session and the state are now."

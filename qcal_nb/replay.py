@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from .analysis import compare_observers, same_args
-from .calibration import observer_of
+from .calibration import observer_name, observer_of
 from .calibration_record import CalibrationRecord, ConclusionKey, Key
 from .collector import Attached, Collector, Memory
 from .conclusions import Asked, Conclusion, counts_of, follows_from_stats, label_of, statistics_from
@@ -31,18 +31,19 @@ COMPARED = {"weight": ("memoryless_minmax", "memoryless_mse", "imatrix_mse", "pe
 _PARTS = {"weights": "weight", "input_activations": "input", "output_activations": "output"}
 
 
-def _asked(args: QuantizationArgs | None) -> Iterator[Asked]:
-    "The observer that arguments name, if they need one."
-    if args is None or args.dynamic is True or not args.observer: return
-    yield (args.observer, dict(args.observer_kwargs)) if args.observer_kwargs else args.observer
+def _asked(args: QuantizationArgs | None, base_name: str = "input") -> Iterator[Asked]:
+    "The observer that arguments name, if they need one; where they name none, the usual one."
+    if args is None or args.dynamic is True: return
+    name = args.observer or observer_name(args, base_name)
+    yield (name, dict(args.observer_kwargs)) if args.observer_kwargs else name
 
 
 def observers_to_compare(modifier: QuantizationMixin) -> dict[str, list[Asked]]:
     "By base name (`\"\"`: any other): the observers that a recipe asks for first, then those of `COMPARED`; none twice."
     config, found = modifier.resolved_config, {base: [] for base in ("weight", "input", "output", "")}
     for scheme in config.config_groups.values():
-        for part, base in _PARTS.items(): found[base] += _asked(getattr(scheme, part))
-    found[""] += _asked(config.kv_cache_scheme)
+        for part, base in _PARTS.items(): found[base] += _asked(getattr(scheme, part), base)
+    found[""] += _asked(config.kv_cache_scheme, "k")
     for scheme in config.config_groups.values(): found[""] += _asked(scheme.input_activations)
     wanted = {base: [*own, *COMPARED.get(base, COMPARED[""])] for base, own in found.items()}
     granular = any(s.weights is not None and s.weights.strategy in ("channel", "group", "tensor_group") for s in config.config_groups.values())
@@ -52,7 +53,8 @@ def observers_to_compare(modifier: QuantizationMixin) -> dict[str, list[Asked]]:
 # %% ../nbs/12b_replay.ipynb #72765ae4
 def _same_observer(c: Conclusion, observer: Observer) -> bool:
     "Whether a conclusion is of just this observer, with just these arguments."
-    known = c.scale is not None and c.args.observer and find_observer(c.args.observer) is find_observer(observer.args.observer)
+    name = observer.args.observer or observer_name(observer.args, observer.base_name)
+    known = c.scale is not None and c.args.observer and find_observer(c.args.observer) is find_observer(name)
     return bool(known) and same_args(c.args, observer.args) and dict(c.kwargs) == dict(observer.kwargs)
 
 

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import pandas as pd
@@ -32,6 +33,7 @@ from qcal_nb.lifecycle import (
     schemes_by_module, snapshot,
 )
 from .pipelines import batches, calibration_context, expected_batches, feed
+from .provenance import data_code, model_code
 from .recipes import from_config, override
 from .records import new_collector, new_record, running_of
 from .replay import best_observers, comparison, memory_of, observers_to_compare, remind, what_is_known
@@ -209,6 +211,11 @@ class _Answers:
         """`evaluate.compare_schemes` on the session's model and data, kept as `compared`. `eval_data` None: the session's, else the data itself,
         which flatters. Only in the original phase; `stop` ends it with the rows so far."""
         return _compare_schemes(self, schemes, self.eval_data if eval_data is None else eval_data, prompt)
+
+    @cached_property
+    def origin(self) -> list[str]:
+        "Lines that make model, tokenizer and data once more, as far as can be told."
+        return [*model_code(self.model, self.tokenizer), *data_code(self.made.data)]
 
     def script(self) -> str:
         "The Python that repeats this session in a fresh kernel, bit for bit; `...` stands where it cannot be told what was passed."

@@ -9,7 +9,6 @@ __all__ = ['call_code', 'imports_first', 'script_of', 'production_of']
 import os
 from typing import Any
 
-from .provenance import data_code, model_code
 from .recipes import to_yaml
 from .session_parts import options_code
 
@@ -33,7 +32,7 @@ def imports_first(lines: list[str]) -> tuple[list[str], list[str]]:
 def script_of(session: Any) -> str:
     made, call = session.made, call_code(session)
     steps = [f"session.{line}" for line in session.code]
-    lines = [*model_code(session.model, session.tokenizer), *data_code(made.data)]
+    lines = [*session.origin]
     lines += ["from qcal_nb.session import Session"] + ["from qcal_nb.recipes import from_yaml"] * any("from_yaml(" in line for line in (call, *steps))
     imports, rest = imports_first(lines)
     notes = ["# record=...: the record that was passed; save it with record.save(path), and pass the path"] * ("record=..." in call)
@@ -50,9 +49,8 @@ def production_of(session: Any) -> str:
     warn = [f"# llm-compressor has no observer {', '.join(named)}: calibrate here, and leave with the checkpoint,",
             "#   qcal_nb.recipes.save_quantized(model, 'folder', tokenizer), which vLLM and transformers load"] if named else []
     options = "".join(f", {k}={v!r}" for k, v in session.made.rest.items() if v != dict(batch_size=1, max_length=None)[k])
-    made = [*model_code(session.model, session.tokenizer), *data_code(session.made.data)]
     needed = ["from pathlib import Path", "from llmcompressor import oneshot", "from torch.utils.data import DataLoader", "from qcal_nb.pipelines import batches"]
-    imports, rest = imports_first([*needed, *made])
+    imports, rest = imports_first([*needed, *session.origin])
     return "\n".join([*warn, *imports, "", *rest, "", f"recipe = \"\"\"\n{recipe}\"\"\"", 'Path("recipe.yaml").write_text(recipe)',
                       f"loader = DataLoader(list(batches(data, tokenizer{options})), batch_size=None)",
                       'oneshot(model=model, recipe="recipe.yaml", processor=tokenizer, dataset=loader, pipeline="basic")']) + "\n"

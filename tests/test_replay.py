@@ -1,0 +1,255 @@
+"""Calibrations taken up from a record: the same scales bit for bit as by feeding, for every observer; the best of each; the session as Python."""
+import os
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from helpers import differences, fingerprint, make_batches, make_model, qparams
+
+from qcal_nb.analysis import compare_observers
+from qcal_nb.conclusions import label_of
+from qcal_nb.lifecycle import QuantizationModifier, reset_quantization
+from qcal_nb.models import calibration_texts, load_tiny_llama
+from qcal_nb.pipelines import calibrate
+from qcal_nb.provenance import data_code, model_code
+from qcal_nb.recipes import to_yaml
+from qcal_nb.records import CalibrationRecord, record_equal
+from qcal_nb.replay import COMPARED, observers_to_compare
+from qcal_nb.session import Saved, Session, SessionError
+
+KV = dict(num_bits=8, type="float", strategy="tensor", dynamic=False, symmetric=True)
+RECIPES = {
+    "FP8": dict(scheme="FP8"), "INT8_STATIC": dict(scheme="INT8_STATIC"),
+    "groups": dict(scheme={"weights": dict(num_bits=4, strategy="group", group_size=32)}),
+    "NVFP4": dict(scheme="NVFP4"), "W8A8": dict(scheme="W8A8"),
+    "kv cache": dict(scheme="FP8", kv_cache_scheme=KV), "kv cache alone": dict(kv_cache_scheme=KV),
+    "imatrix": dict(scheme="INT8_STATIC", weight_observer="imatrix_mse"),
+    "outputs": dict(config_groups={"g": dict(targets=["Linear"], weights=dict(num_bits=8), output_activations=dict(num_bits=8, strategy="tensor"))}),
+    **{f"inputs by {name}": dict(scheme="INT8_STATIC", input_observer=name) for name in COMPARED[""]},
+    **{f"weights by {name}": dict(scheme="W8A8", weight_observer=name) for name in ("memoryless_mse", "imatrix_mse")},
+}
+
+
+def modifier(name): return QuantizationModifier(**RECIPES[name], ignore=["lm_head"])
+
+
+def walk(session, *steps):
+    for step in steps: getattr(session, step)()
+    return session
+
+
+def same(a, b):
+    "Names of scales that differ in a bit; both must have some."
+    assert a and a.keys() == b.keys()
+    return [n for n in a if a[n].dtype != b[n].dtype or not torch.equal(a[n].view(torch.uint8), b[n].view(torch.uint8))]
+
+
+def unequal(a, b):
+    "Keys of conclusions whose scales differ."
+    assert set(a) == set(b)
+    return [k for k in a if (a[k].scale is None) != (b[k].scale is None) or a[k].scale is not None and not torch.equal(a[k].scale, b[k].scale)]
+
+
+@pytest.mark.parametrize("arch", ["llama_gqa", "mixtral"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_session_from_a_record_has_the_scales_of_feeding(name, arch, tmp_path):
+    data = make_batches(3)
+    first = walk(Session(make_model(arch), data, recipe=modifier(name)), "initialize", "start", "feed_all", "end")
+    fed = calibrate(make_model(arch), data, modifier(name), progress=False)
+    assert same(qparams(first.model), qparams(fed)) == []
+    path = first.record.save(tmp_path / "run.record")
+    second = walk(Session(make_model(arch), None, record=path, recipe=modifier(name)), "initialize", "start")
+    assert second.legal()["end"] is None, second.legal()["end"]
+    assert second.replayed == modifier(name).requires_calibration_data
+    second.end()
+    assert same(qparams(second.model), qparams(first.model)) == []
+
+
+@pytest.mark.parametrize("name", ["FP8", "INT8_STATIC", "kv cache", "imatrix", "inputs by mse", "inputs by minmax", "inputs by entropy"])
+def test_feeding_goes_on_where_the_record_ends(name, tmp_path):
+    data = make_batches(5)
+    whole = walk(Session(make_model("llama_gqa"), data, recipe=modifier(name)), "initialize", "start", "feed_all", "end")
+    part = walk(Session(make_model("llama_gqa"), data[:2], recipe=modifier(name)), "initialize", "start", "feed_all")
+    rest = Session(make_model("llama_gqa"), data, record=part.record.save(tmp_path / "part"), recipe=modifier(name))
+    walk(rest, "initialize", "start")
+    assert (rest.phase, rest.fed) == ("fed", 2)
+    walk(rest, "feed_all", "end")
+    assert rest.fed == 5 and same(qparams(rest.model), qparams(whole.model)) == [] and record_equal(rest.record, whole.record)
+    assert unequal(rest.record.conclusions, whole.record.conclusions) == []
+
+
+def test_what_a_record_lacks_must_be_fed(tmp_path):
+    first = walk(Session(make_model("llama_gqa"), make_batches(3), recipe=modifier("FP8")), "initialize", "start", "feed_all")
+    other = QuantizationModifier(scheme="INT8_STATIC", input_observer="mse", ignore=["lm_head"])  # mse was asked for another format
+    second = walk(Session(make_model("llama_gqa"), make_batches(3), record=first.record, recipe=other), "initialize", "start")
+    assert (second.phase, second.fed, second.replayed) == ("started", 0, False) and "need data first" in second.legal()["end"]
+    assert second.record is first.record  # kept until the first batch
+    second.feed()
+    assert second.record.batches == 1
+    second.back()
+    assert second.record is first.record
+    plain = QuantizationModifier(scheme="INT8_STATIC", input_observer="percentile", ignore=["lm_head"])  # follows from a record for any format
+    third = walk(Session(make_model("llama_gqa"), make_batches(3), record=first.record, recipe=plain), "initialize", "start", "end")
+    fed = calibrate(make_model("llama_gqa"), make_batches(3), plain, progress=False)
+    assert same(qparams(third.model), qparams(fed)) == []
+
+
+def test_start_can_be_told_to_begin_anew():
+    session = walk(Session(make_model("llama_gqa"), make_batches(3)), "initialize", "start", "feed_all", "reset", "initialize")
+    session.start(replay=False)
+    assert session.phase == "started" and session.fed == 0 and session.code[-1] == "start(replay=False)"
+    session.back()
+    session.start()
+    assert session.phase == "fed" and session.fed == 3
+
+
+def test_back_over_a_replayed_start():
+    session = walk(Session(make_model("llama_gqa"), make_batches(3)), "initialize", "start", "feed_all", "reset", "initialize")
+    before, run = fingerprint(session.model), session.record
+    session.start()
+    session.back()
+    assert differences(before, fingerprint(session.model)) == [] and session.phase == "initialized" and session.fed == 0 and session.record is run
+
+
+# --- the best of each ---
+
+@pytest.mark.parametrize("arch", ["llama_gqa", "qwen3", "mixtral"])
+def test_use_best_is_the_comparison_and_its_scales_those_of_feeding(arch):
+    data = make_batches(3)
+    session = walk(Session(make_model(arch), data, scheme="INT8_STATIC"), "initialize", "start", "feed_all", "end")
+    args = session.scheme_args(*next(k for k in session.record.tensors if k[1] == "input"))
+    table = compare_observers(session.record, args=args).query("base_name == 'input'")
+    chosen = session.use_best("input")
+    assert session.phase == "original" and session.record.batches == 3
+    best = table[table.best].set_index("module").sqnr_db
+    own = table.set_index(["module", "observer"]).sqnr_db
+    assert chosen.keys() == set(best.index) and all(own[m, label_of(c["input"])] == best[m] for m, c in chosen.items())
+    walk(session, "initialize", "start", "end")
+    fed = calibrate(make_model(arch), data, session.recipe(), progress=False)
+    assert same(qparams(session.model), qparams(fed)) == []
+
+
+def test_use_best_says_why_not_and_changes_nothing():
+    model = make_model("llama_gqa")
+    session, before = Session(model, make_batches(2), scheme="W4A16", targets=["re:.*down_proj"]), fingerprint(model)
+    with pytest.raises(SessionError, match="cannot use best: nothing was recorded; initialize, start and feed first"): session.use_best()
+    with pytest.raises(ValueError, match=r"base_names=\['q'\] must be some of"): session.use_best("q")
+    assert differences(before, fingerprint(model)) == [] and session.code == []
+
+
+def test_a_weight_with_many_scales_has_no_best_in_a_record():
+    session = walk(Session(make_model("llama_gqa"), make_batches(2), scheme="W8A8"), "initialize", "start", "feed_all")
+    with pytest.raises(SessionError, match="no tensor's SQNR is known from the record.*evaluate.compare_observers"): session.use_best()
+    assert session.phase == "fed" and not any(line.startswith("use_best") for line in session.code)
+
+
+def test_six_observers_are_compared_and_none_twice():
+    for name in RECIPES:
+        for base, asked in observers_to_compare(modifier(name)).items():
+            labels = [label_of(one) for one in asked]
+            assert len(set(labels)) == len(labels) >= 5, (name, base)
+    per_tensor, per_channel = (observers_to_compare(modifier(name))["weight"] for name in ("FP8", "INT8_STATIC"))
+    assert "imatrix_mse" not in per_tensor and "imatrix_mse" in per_channel  # it weighs columns
+
+
+def test_conclusions_are_found_when_asked_for_and_are_those_of_a_recording():
+    session = walk(Session(make_model("llama_gqa"), make_batches(3), scheme="INT8_STATIC"), "initialize", "start", "feed_all")
+    lazy = session.record.conclusions
+    assert len(lazy._found) == 0 and len(lazy) == len(list(lazy))
+    key = next(k for k in lazy if k[1:] == ("input", "entropy"))
+    assert lazy[key].scale is not None and len(lazy._found) == 1 and key in lazy and (*key[:2], "nobody") not in lazy
+    with pytest.raises(KeyError): lazy[(*key[:2], "nobody")]
+    again = pickle.loads(pickle.dumps(lazy))
+    assert type(again) is dict and unequal(again, lazy) == []
+
+
+# --- without the model ---
+
+def test_a_saved_run(tmp_path):
+    session = walk(Session(make_model("llama_gqa"), make_batches(3)), "initialize", "start", "feed_all", "end")
+    saved = Saved(session.record.save(tmp_path / "run"))
+    assert saved.phase == "saved" and set(saved.legal().values()) == {saved.legal()["end"]} and "pass the model" in saved.legal()["end"]
+    both = saved.scales().merge(session.scales(), on=["module", "base_name"], suffixes=("", "_model"))
+    assert len(both) == len(session.scales()) and np.array_equal(both.clip_max, both.clip_max_model) and np.array_equal(both.scale, both.scale_model)
+    chosen = saved.use_best()
+    assert chosen == session.use_best() and to_yaml(saved.recipe()) == to_yaml(session.recipe())
+    with pytest.raises(SessionError, match="saved record without its model"): saved.compare_schemes(["FP8"])
+    space = {}
+    exec(saved.script(), space)
+    assert space["session"].scales().equals(saved.scales())
+    with pytest.raises(TypeError, match="record must be a CalibrationRecord or the path of one, got int"): Saved(3)
+
+
+def test_a_record_of_another_model_is_refused():
+    run = walk(Session(make_model("llama_gqa"), make_batches(1)), "initialize", "start", "feed_all").record
+    with pytest.raises(ValueError, match="record is of another model: this Sequential has no 'model.layers.0.self_attn.q_proj'"):
+        Session(torch.nn.Sequential(torch.nn.Linear(2, 2)), None, record=run)
+    wanted = dict(record="a CalibrationRecord or the path of one", recipe="a QuantizationModifier, or the path or text of a recipe")
+    for what, words in wanted.items():
+        with pytest.raises(TypeError, match=f"{what} must be {words}, got int"): Session(make_model("llama_gqa"), **{what: 3})
+
+
+# --- the session as Python ---
+
+def run_script(text, tmp_path):
+    "Run a script in a fresh interpreter and return the scales it ends with."
+    script, out = tmp_path / "script.py", tmp_path / "scales.pkl"
+    script.write_text(text + f"session.scales().to_pickle({str(out)!r})\n")
+    subprocess.run([sys.executable, script], check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, timeout=300)
+    return pd.read_pickle(out)
+
+
+STORIES = {
+    "plain": lambda s: walk(s, "initialize", "start", "feed_all", "end"),
+    "back and again": lambda s: (walk(s, "initialize", "start", "feed", "feed_all", "back", "feed", "end", "back"), s.feed_all(), s.end()),
+    "use best": lambda s: (walk(s, "initialize", "start", "feed_all", "end"), s.use_best(), walk(s, "initialize", "start", "end")),
+    "configured": lambda s: (s.configure(scheme="INT8_STATIC", ignore=["lm_head", "re:.*down_proj"]), walk(s, "initialize", "start", "feed", "end")),
+    "a recipe": lambda s: (s.configure(recipe=QuantizationModifier(scheme="FP8", input_observer="mse", ignore=["lm_head"])),
+                           walk(s, "initialize", "start", "feed", "end")),
+}
+
+
+@pytest.mark.parametrize("story", STORIES)
+def test_the_script_of_a_session_gives_its_scales_in_a_fresh_interpreter(story, tmp_path):
+    model, tokenizer = load_tiny_llama(dtype=torch.bfloat16 if story == "plain" else torch.float32)
+    session = Session(model, calibration_texts()[3:6], tokenizer, max_length=64)
+    STORIES[story](session)
+    assert len(session.scales()) and run_script(session.script(), tmp_path).equals(session.scales())
+
+
+def test_a_model_from_a_folder_and_texts_of_ones_own(tmp_path):
+    model, tokenizer = load_tiny_llama()
+    with torch.no_grad(): model.model.layers[0].mlp.up_proj.weight *= 2
+    assert "..." in model_code(model)[0]
+    model.save_pretrained(tmp_path / "mine")
+    tokenizer.save_pretrained(tmp_path / "mine")
+    from transformers import AutoTokenizer, LlamaForCausalLM
+    mine, own = LlamaForCausalLM.from_pretrained(tmp_path / "mine"), AutoTokenizer.from_pretrained(tmp_path / "mine")
+    session = Session(mine, ["def f(x):\n    return 'x'", 'class A: "quoted"'], own, scheme={"weights": {"num_bits": 4, "strategy": "channel"}})
+    walk(session, "initialize", "start", "feed_all", "end")
+    assert run_script(session.script(), tmp_path).equals(session.scales())
+
+
+def test_what_cannot_be_told_is_left_to_fill_in():
+    lines = data_code(["x" * 5000])
+    assert len(lines) == 1 and lines[0].startswith("data = ...  # your 1 texts, 5,000 characters, SHA-256")
+    assert data_code(torch.utils.data.DataLoader([1, 2]))[0] == "data = ...  # your DataLoader of 2"
+    assert model_code(torch.nn.Linear(2, 2))[0] == "model = ...  # your Linear of 6 parameters"
+    run = walk(Session(make_model("llama_gqa"), make_batches(1)), "initialize", "start", "feed_all").record
+    text = Session(make_model("llama_gqa"), None, record=run).script()
+    assert "record=..." in text and "save it with record.save(path)" in text and compile(text, "script", "exec")
+
+
+def test_after_everything_the_model_is_as_it_was():
+    model = make_model("llama_gqa")
+    before, session = fingerprint(model), Session(model, make_batches(3))
+    walk(session, "initialize", "start", "feed_all", "end")
+    session.use_best()
+    walk(session, "initialize", "start", "end", "reset")
+    assert differences(before, fingerprint(model)) == []
+    reset_quantization(model)
+    assert isinstance(session.record, CalibrationRecord)
