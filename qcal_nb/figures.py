@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BASE_COLORS', 'PHASE_COLORS', 'CLIPPED', 'OTHER', 'NAMED', 'MAX_COLUMNS', 'SMOOTH', 'light', 'dark', 'shades',
            'new_axes', 'say_nothing', 'drawable', 'short_name', 'layer_spans', 'label_depth', 'headline', 'packed',
-           'symlog_from', 'symlog', 'log_values', 'symlog_edges', 'counts_between', 'bars', 'dots', 'drawn', 'to_png',
-           'data_of']
+           'symlog_from', 'symlog', 'log_values', 'symlog_edges', 'counts_between', 'bars', 'dots', 'drawn', 'as_png',
+           'to_png', 'data_of']
 
 # %% ../nbs/11a_figures.ipynb #2214d173
 import io
@@ -216,25 +216,29 @@ def drawn(ax: Axes) -> dict[str, list]:
     named = [a for a in (*ax.collections, *ax.lines, *ax.patches) if a.get_gid() and not a.get_gid().startswith("_")]
     return {a.get_gid().removesuffix(":xy").removesuffix(":x"): _plain(_read(a)) for a in named}
 
-# %% ../nbs/11a_figures.ipynb #9a805bad
-def _pixels(figure: Figure, dpi: int) -> PILImage.Image:
-    "A figure drawn at so many dots per inch, in 64 colours: a third of the bytes, and the eye sees no difference."
-    before, figure.dpi = figure.dpi, dpi
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    figure.dpi = before
+# %% ../nbs/11a_figures.ipynb #eaf9b7a7
+def _pixels(canvas: FigureCanvasAgg) -> PILImage.Image:
+    "What is on a canvas in 64 colours: a third of the bytes, and the eye sees no difference."
     rgb = PILImage.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
     few = rgb.quantize(64, method=PILImage.Quantize.FASTOCTREE, dither=PILImage.Dither.NONE)
     few.putpalette([255 if value >= 248 else value for value in few.getpalette()])  # white stays white
     return few
 
 
-def to_png(ax: Axes, dpi: int = 100) -> bytes:
-    "The whole figure of `ax` as PNG. What was drawn travels inside it, so that a picture can be checked against its source."
+def as_png(ax: Axes) -> bytes:
+    "What was last drawn on the canvas of a figure, as PNG; `to_png` draws it first."
     data, buffer = PngInfo(), io.BytesIO()
     data.add_text("qcal_nb", json.dumps(drawn(ax)), zip=True)
-    _pixels(ax.figure, dpi).save(buffer, format="png", pnginfo=data)
+    _pixels(ax.figure.canvas).save(buffer, format="png", pnginfo=data)
     return buffer.getvalue()
+
+
+def to_png(ax: Axes, dpi: int = 100) -> bytes:
+    "The whole figure of `ax` as PNG. What was drawn travels inside it, so that a picture can be checked against its source."
+    before, ax.figure.dpi = ax.figure.dpi, dpi
+    FigureCanvasAgg(ax.figure).draw()
+    png, ax.figure.dpi = as_png(ax), before
+    return png
 
 
 def data_of(png: bytes) -> dict[str, list]:

@@ -73,25 +73,14 @@ def bar_at(ax: Axes, x: float, count: int) -> int | None:
     index = round(low + (x - left) / width * (high - low))
     return index if 0 <= index < count and 0 <= (x - left) / width <= 1 else None
 
-# %% ../nbs/14b_panels.ipynb #af9a81a3
-class Panel(w.VBox):
-    """A box bound to a session and a state. `refresh(what)` redraws it; subclasses say how.
-    The display bundle carries a static PNG."""
+# %% ../nbs/14b_panels.ipynb #38b6c59c
+class _Seen(w.VBox):
+    "A box that redraws itself only while somebody can see it."
 
-    def __init__(self, session: Session | Saved, state: WorkbenchState | None = None) -> None:
-        if not isinstance(session, (Session, Saved)):
-            raise TypeError(f"session must be a qcal_nb.session.Session, or Saved(record), got {type(session).__name__}")
-        super().__init__()
-        self.session, self.state = session, state or WorkbenchState()
-        self._redrawn, self.seen, self._missed = 0.0, True, False
-        self._style = w.HTML(STYLE)
-        self._unlisten = session.listen(self._heard)
+    seen, _missed, _redrawn = True, False, 0.0
 
-    def _heard(self, what: str) -> None:
-        "Redraw after a change; while batches run, a few times a second at most. A panel that is not seen waits."
-        if what == "batch" and (not self.seen or time.monotonic() - self._redrawn < 0.25): return
-        self.redraw(what)
-        self._redrawn = time.monotonic()
+    def refresh(self, what: str = "") -> None:
+        "Show what the session and the state are now."
 
     def redraw(self, what: str = "") -> None:
         "`refresh` if the panel is seen, else when it is."
@@ -105,8 +94,24 @@ class Panel(w.VBox):
             self._missed = False
             self.refresh("shown")
 
-    def refresh(self, what: str = "") -> None:
-        "Show what the session and the state are now."
+    def _heard(self, what: str) -> None:
+        "Redraw after a change; while batches run, a few times a second at most. A panel that is not seen waits."
+        if what == "batch" and (not self.seen or time.monotonic() - self._redrawn < 0.25): return
+        self.redraw(what)
+        self._redrawn = time.monotonic()
+
+# %% ../nbs/14b_panels.ipynb #9e4f2fae
+class Panel(_Seen):
+    """A box bound to a session and a state. `refresh(what)` redraws it; subclasses say how.
+    The display bundle carries a static PNG."""
+
+    def __init__(self, session: Session | Saved, state: WorkbenchState | None = None) -> None:
+        if not isinstance(session, (Session, Saved)):
+            raise TypeError(f"session must be a qcal_nb.session.Session, or Saved(record), got {type(session).__name__}")
+        super().__init__()
+        self.session, self.state = session, state or WorkbenchState()
+        self._style = w.HTML(STYLE)
+        self._unlisten = session.listen(self._heard)
 
     def static_png(self) -> bytes:
         "What to show where there is no kernel."

@@ -22,6 +22,7 @@ from .calibration import observer_name, observer_of
 from .calibration_record import CalibrationRecord, ConclusionKey, Key
 from .collector import Attached, Collector, Memory
 from .conclusions import Asked, Conclusion, counts_of, follows_from_stats, label_of, statistics_from
+from .evaluate import weights_compared
 from .lifecycle import QuantizationMixin, observed_names
 from .observers.base import Counts, Observer, find_observer
 
@@ -120,13 +121,16 @@ def _by_args(record: CalibrationRecord, args_of: ArgsOf, base_names: Iterable[st
     return found
 
 
-def comparison(record: CalibrationRecord, args_of: ArgsOf, asked: Mapping[str, Iterable[Asked]], base_names: Iterable[str]) -> pd.DataFrame:
-    "`analysis.compare_observers` of the tensors that a recipe quantizes, each with the arguments that the recipe has for it."
+def comparison(record: CalibrationRecord, args_of: ArgsOf, asked: Mapping[str, Iterable[Asked]], base_names: Iterable[str],
+               weight_of: Callable[[str], Tensor | None] | None = None) -> pd.DataFrame:
+    """`analysis.compare_observers` of the tensors that a recipe quantizes, each with the arguments that the recipe has for it.
+    With `weight_of`, a weight by its module's name, weights of many scales are measured; a record alone cannot tell about them."""
     parts = []
     for args, keys in _by_args(record, args_of, set(base_names)).values():
         for base in dict.fromkeys(b for _, b in keys):
-            part = replace(record, tensors={k: record.tensors[k] for k in keys if k[1] == base})
-            parts.append(compare_observers(part, asked.get(base, asked[""]), args))
+            part, some = replace(record, tensors={k: record.tensors[k] for k in keys if k[1] == base}), asked.get(base, asked[""])
+            measure = base == "weight" and args.strategy != "tensor" and weight_of is not None
+            parts.append(weights_compared(part, [m for m, _ in part.tensors], some, args, weight_of) if measure else compare_observers(part, some, args))
     return pd.concat(parts, ignore_index=True) if parts else compare_observers(CalibrationRecord())
 
 

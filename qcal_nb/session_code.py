@@ -30,7 +30,7 @@ def imports_first(lines: list[str]) -> tuple[list[str], list[str]]:
 
 
 def script_of(session: Any) -> str:
-    made, call = session.made, call_code(session)
+    call = call_code(session)
     steps = [f"session.{line}" for line in session.code]
     lines = [*session.origin]
     lines += ["from qcal_nb.session import Session"] + ["from qcal_nb.recipes import from_yaml"] * any("from_yaml(" in line for line in (call, *steps))

@@ -4,11 +4,14 @@
 
 # %% auto #0
 __all__ = ['SCALE_COLUMNS', 'Replay', 'scale_row', 'scales_table', 'module_statuses', 'is_plain', 'options_code', 'read_recipe',
-           'SessionError', 'Past', 'Progress']
+           'ended_in_time', 'SessionError', 'Past', 'Progress']
 
-# %% ../nbs/12c_session_parts.ipynb #14cbe4a2
+# %% ../nbs/12c_session_parts.ipynb #f3963a3a
+import atexit
 import os
-from collections.abc import Iterator, Mapping
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,6 +106,24 @@ def read_recipe(recipe: Any) -> QuantizationModifier | None:
     if recipe is None or isinstance(recipe, QuantizationModifier): return recipe
     if isinstance(recipe, (str, os.PathLike)): return from_yaml(recipe)
     raise TypeError(f"recipe must be a QuantizationModifier, or the path or text of a recipe, got {type(recipe).__name__}")
+
+# %% ../nbs/12c_session_parts.ipynb #94ce0163
+_running: "weakref.WeakKeyDictionary[threading.Thread, Callable[[], Any]]" = weakref.WeakKeyDictionary()
+
+
+def ended_in_time(thread: threading.Thread, stop: Callable[[], Any]) -> threading.Thread:
+    "The thread itself; `stop` is called before the interpreter ends, which waits for the thread up to ten seconds."
+    _running[thread] = stop
+    return thread
+
+
+@atexit.register
+def _end_all() -> None:
+    threads = list(_running.items())
+    for thread, stop in threads:
+        if thread.is_alive(): stop()
+    for thread, _ in threads:
+        if thread.is_alive(): thread.join(10)
 
 # %% ../nbs/12c_session_parts.ipynb #2896ed0f
 class SessionError(RuntimeError):

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Workbench', 'close_workbench']
 
-# %% ../nbs/15_workbench.ipynb #35a5f862
+# %% ../nbs/15_workbench.ipynb #e9bcf01b
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,12 +14,13 @@ import ipywidgets as w
 import pandas as pd
 from torch.nn import Module
 
-from .records import CalibrationRecord
-from .session import Session, stop
-from .state import WorkbenchState
+from .lifecycle import QuantizationModifier
 from .markup import STYLE, block
 from .panels import Panel
-from .widgets import LifecycleStepper, RangeExplorer
+from .records import CalibrationRecord
+from .session import Saved, Session, stop
+from .state import WorkbenchState
+from .widgets import CodePanel, HistogramInspector, LifecycleStepper, ObserverComparison, RangeExplorer
 
 # %% ../nbs/15_workbench.ipynb #fe20a178
 class _Remote(Panel):
@@ -28,9 +30,9 @@ class _Remote(Panel):
         "Attach the scheme: every matched module gets parameters for its scales, not computed yet."
         self.session.initialize()
 
-    def start(self) -> None:
-        "Attach observers and hooks."
-        self.session.start()
+    def start(self, replay: bool = True) -> None:
+        "Attach observers and hooks; what the record knows they know at once, unless `replay=False`."
+        self.session.start(replay)
 
     def feed(self, n: int = 1) -> None:
         "Feed the next `n` batches."
@@ -52,12 +54,32 @@ class _Remote(Panel):
         "The model as it was before the first step; the record is kept."
         self.session.reset()
 
+# %% ../nbs/15_workbench.ipynb #1f2a934d
+class _Choices(_Remote):
+    "What can be chosen before the first step, from Python."
+
     def configure(self, **options: Any) -> None:
-        "Set `scheme`, `targets` or `ignore` before the first step."
+        "Set `scheme`, `targets`, `ignore`, or a whole `recipe`."
         self.session.configure(**options)
 
-# %% ../nbs/15_workbench.ipynb #b4954b2b
-class _Values(_Remote):
+    def use_best(self, base_names: Iterable[str] = ("input", "weight")) -> dict[str, dict[str, Any]]:
+        "Give each tensor the observer that loses least there; back to the original model."
+        return self.session.use_best(base_names)
+
+    def compare_schemes(self, schemes: Any, *, eval_data: Any = None, prompt: str | None = None) -> pd.DataFrame:
+        "Schemes side by side on the session's model: perplexity, divergence, bytes, and what each writes after `prompt`."
+        return self.session.compare_schemes(schemes, eval_data=eval_data, prompt=prompt)
+
+    def recipe(self) -> QuantizationModifier:
+        "The recipe as it stands; `recipes.to_yaml` writes it for llm-compressor."
+        return self.session.recipe()
+
+    def script(self) -> str:
+        "The Python that repeats the session in a fresh kernel."
+        return self.session.script()
+
+# %% ../nbs/15_workbench.ipynb #44781a8b
+class _Values(_Choices):
     "What a workbench knows, as plain values."
 
     def scales(self) -> pd.DataFrame:
@@ -77,6 +99,12 @@ class _Values(_Remote):
     @scheme.setter
     def scheme(self, value: Any) -> None: self.session.scheme = value
 
+    def turn_to(self, panel: str) -> None:
+        "Turn to a panel: \"Ranges\", \"Histogram\", \"Compare\" or \"Code\"."
+        names = list(self.panels)
+        if panel not in names: raise ValueError(f"panel={panel!r} must be one of {', '.join(map(repr, names))}")
+        self.tabs.selected_index = names.index(panel)
+
     @property
     def selected(self) -> str:
         "Module path of the tensor that is pointed out; can be set."
@@ -85,37 +113,72 @@ class _Values(_Remote):
     @selected.setter
     def selected(self, module: str) -> None: self.state.selected = module
 
+# %% ../nbs/15_workbench.ipynb #b1681e7d
+def _title(session: Session | Saved) -> w.HTML:
+    "What is on the bench, in a line."
+    if session.model is None: words = f"<b>{session.record.model or 'A record'}</b> · a saved run: {session.record.batches:,} batches, {session.record.tokens:,} tokens"
+    else: words = f"<b>{type(session.model).__name__}</b> · {sum(p.numel() for p in session.model.parameters()):,} parameters"
+    return w.HTML(STYLE + block(words))
+
+
+def _make_panels(bench: "Workbench") -> dict[str, Panel]:
+    "The panels behind tabs, by title."
+    session, state = bench.session, bench.state
+    bench.explorer, bench.inspector = RangeExplorer(session, state), HistogramInspector(session, state)
+    bench.comparison, bench.code = ObserverComparison(session, state, visible=False), CodePanel(session, state)
+    return {"Ranges": bench.explorer, "Histogram": bench.inspector, "Compare": bench.comparison, "Code": bench.code}
+
+
+def _make_tabs(panels: dict[str, Panel]) -> w.Tab:
+    "Tabs; only the panel that is seen redraws itself."
+    tabs = w.Tab(list(panels.values()), titles=list(panels))
+    tabs.add_class("qcal-tabs")
+    def choose(_: Any = None) -> None:
+        for i, panel in enumerate(panels.values()): panel.show(i == tabs.selected_index)
+    tabs.observe(choose, names=["selected_index"])
+    choose()
+    return tabs
+
 # %% ../nbs/15_workbench.ipynb #161d79be
 class Workbench(_Values):
-    "Calibrate a model step by step and see what every step does. `data` takes all that `qcal_nb.calibrate` takes."
+    """Calibrate a model step by step and see what every step does. `data` takes all that `qcal_nb.calibrate` takes; `record` and `recipe` (values or paths)
+    take up a saved run; `eval_data` is what schemes are compared on."""
 
     def __init__(self, model: Module, data: Any = None, tokenizer: Any = None, scheme: Any = "FP8", *,
-                 ignore: Iterable[str] = ("lm_head",), targets: Iterable[str] = ("Linear",),
-                 batch_size: int = 1, max_length: int | None = None) -> None:
-        options = dict(ignore=ignore, targets=targets, batch_size=batch_size, max_length=max_length)
-        session = Session(model, data, tokenizer, scheme, **options)
+                 ignore: Iterable[str] = ("lm_head",), targets: Iterable[str] = ("Linear",), batch_size: int = 1, max_length: int | None = None,
+                 record: Any = None, recipe: Any = None, eval_data: Any = None) -> None:
+        self._build(Session(model, data, tokenizer, scheme, ignore=ignore, targets=targets, batch_size=batch_size, max_length=max_length,
+                            record=record, recipe=recipe, eval_data=eval_data))
+
+    @classmethod
+    def from_record(cls, record: CalibrationRecord | str | os.PathLike) -> "Workbench":
+        "A saved run without its model: everything can be looked at and compared, nothing can be run."
+        bench = cls.__new__(cls)
+        bench._build(Saved(record))
+        return bench
+
+    def _build(self, session: Session | Saved) -> None:
         super().__init__(session, WorkbenchState())
-        self.stepper, self.explorer = LifecycleStepper(session, self.state), RangeExplorer(session, self.state)
-        size = sum(p.numel() for p in model.parameters())
-        title = w.HTML(STYLE + block(f"<b>{type(model).__name__}</b> · {size:,} parameters"))
-        self.children = [title, _section("Lifecycle"), self.stepper, _section("Ranges"), self.explorer]
+        self.stepper = LifecycleStepper(session, self.state) if session.model is not None else None
+        self.panels = _make_panels(self)
+        self.tabs = _make_tabs(self.panels)
+        self.children = [_title(session), *([] if self.stepper is None else [self.stepper]), self.tabs]
         self.add_class("qcal-workbench")
 
-    def static_png(self) -> bytes: return self.explorer.static_png()
+    def static_png(self) -> bytes: return list(self.panels.values())[self.tabs.selected_index].static_png()
 
     def close(self) -> None:
         "Stop what runs, take observers and hooks off the model (a finished calibration stays), and remove the panels."
         if self._unlisten is not None: close_workbench(self)
         super().close()
 
-
-def _section(title: str) -> w.HTML: return w.HTML(block(f"<h3 style='margin: 8px 0 2px'>{title}</h3>"))
-
-
+# %% ../nbs/15_workbench.ipynb #d3842b87
 def close_workbench(workbench: Workbench) -> None:
     "Leave a model without any hook of ours."
     session = workbench.session
-    stop(session)
-    if session._thread is not None: session._thread.join()
-    if session.phase in ("initialized", "started", "fed") and session.legal()["reset"] is None: session.reset()
-    for panel in (workbench.stepper, workbench.explorer): panel.close()
+    if session.model is not None:
+        stop(session)
+        if session._thread is not None: session._thread.join()
+        if session.phase in ("initialized", "started", "fed") and session.legal()["reset"] is None: session.reset()
+    for panel in (workbench.stepper, *workbench.panels.values()):
+        if panel is not None: panel.close()

@@ -539,3 +539,46 @@ def test_an_encoder_with_a_head_predicts_no_next_token():
     model = BertForMaskedLM(BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)).eval()
     with pytest.raises(TypeError, match="must be a causal language model .* got BertForMaskedLM"):
         compare_schemes(model, make_batches(1, 64), ["FP8"], eval_data=make_batches(1, 64))
+
+
+# --- a line of text, and a way to stop ---
+
+def test_a_line_of_text_is_what_greedy_generation_of_the_quantized_model_gives():
+    model, tokenizer = load_tiny_llama()
+    prompt, texts, evals = "The function returns", calibration_texts()[:2], [text[:300] for text in heldout_texts()[:2]]
+    table = compare_schemes(model, texts, ["FP8", "W4A16"], eval_data=evals, tokenizer=tokenizer, prompt=prompt, **QUIET)
+    assert list(table.columns) == [*SCHEME_COLUMNS, "text"]
+    ids = tokenizer(prompt, return_tensors="pt")
+    for label, text in zip(table.scheme, table.text):
+        if label != "original": calibrate(model, texts, QuantizationModifier(scheme=label, ignore=["lm_head"]), tokenizer=tokenizer, **QUIET)
+        out = model.generate(**ids, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.eos_token_id)[0, ids.input_ids.shape[1]:]
+        assert text == tokenizer.decode(out, skip_special_tokens=True)
+        reset_quantization(model)
+
+
+def test_text_needs_a_tokenizer_and_a_token_and_leaves_the_model_as_it_was(data, evals):
+    model, tokenizer = load_tiny_llama()
+    model.train()
+    model.generation_config.temperature, model.generation_config.do_sample = 0.3, True
+    before, settings = fingerprint(model), model.generation_config.to_dict()
+    compare_schemes(model, None, "W8A16", eval_data=evals, tokenizer=tokenizer, prompt="x" * 4000, **QUIET)  # longer than the model can read
+    assert model.training and model.generation_config.to_dict() == settings and differences(before, fingerprint(model)) == []
+
+    def silent(text): return dict(input_ids=[])  # a tokenizer that adds no token of its own
+    options = dict(eval_data=evals, **QUIET)
+    with pytest.raises(ValueError, match="pass the model's tokenizer"): compare_schemes(model, None, "W8A16", prompt="a", **options)
+    with pytest.raises(ValueError, match="holds no token"): compare_schemes(model, None, "W8A16", tokenizer=silent, prompt="", **options)
+    with pytest.raises(TypeError, match="prompt must be a str"): compare_schemes(model, None, "W8A16", tokenizer=tokenizer, prompt=3, **options)
+
+
+def test_tick_comes_after_each_batch_and_can_end_the_comparison(llama, data, evals, capsys):
+    beats, before = [], fingerprint(llama)
+    whole = compare_schemes(llama, data, ["FP8", "W8A8"], eval_data=evals, tick=lambda: beats.append(1), **QUIET)
+    assert len(beats) == 3 * len(evals) and "text" not in whole
+
+    def tick():
+        beats.append(1)
+        if len(beats) == 2 * len(evals) + 1: raise KeyboardInterrupt
+    beats.clear()
+    table = compare_schemes(llama, data, ["FP8", "W8A8"], eval_data=evals, tick=tick, **QUIET)
+    assert table.equals(whole.iloc[:2]) and differences(before, fingerprint(llama)) == [] and capsys.readouterr().out == ""

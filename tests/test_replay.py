@@ -12,6 +12,7 @@ from helpers import differences, fingerprint, make_batches, make_model, qparams
 
 from qcal_nb.analysis import compare_observers
 from qcal_nb.conclusions import label_of
+from qcal_nb.evaluate import compare_observers as measured
 from qcal_nb.lifecycle import QuantizationModifier, reset_quantization
 from qcal_nb.models import calibration_texts, load_tiny_llama
 from qcal_nb.pipelines import calibrate
@@ -141,10 +142,21 @@ def test_use_best_says_why_not_and_changes_nothing():
     assert differences(before, fingerprint(model)) == [] and session.code == []
 
 
-def test_a_weight_with_many_scales_has_no_best_in_a_record():
+def test_weights_of_many_scales_are_measured_and_a_record_alone_says_why_not(tmp_path):
     session = walk(Session(make_model("llama_gqa"), make_batches(2), scheme="W8A8"), "initialize", "start", "feed_all")
-    with pytest.raises(SessionError, match="no tensor's SQNR is known from the record.*evaluate.compare_observers"): session.use_best()
-    assert session.phase == "fed" and not any(line.startswith("use_best") for line in session.code)
+    saved = Saved(session.record.save(tmp_path / "run"))
+    with pytest.raises(SessionError, match="no tensor's SQNR is known from the record.*evaluate.compare_observers"): saved.use_best()
+    table = session.comparison().set_index(["module", "observer"])
+    chosen = session.use_best()
+    names = [label for label in COMPARED["weight"] if label != "imatrix_mse"]  # which needs data
+    exact = measured(session.model, None, names, scheme="W8A8", base_names=["weight"], progress=False)
+    for row in exact.itertuples():
+        assert row.reason or table.sqnr_db[row.module, row.observer] == row.sqnr_db, row
+    best = table[table.best].reset_index().set_index("module").observer
+    assert {m: c["weight"] for m, c in chosen.items()} == best.to_dict()
+    walk(session, "initialize", "start", "feed_all", "end")
+    fed = calibrate(make_model("llama_gqa"), make_batches(2), session.recipe(), progress=False)
+    assert same(qparams(session.model), qparams(fed)) == []
 
 
 def test_six_observers_are_compared_and_none_twice():
