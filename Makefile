@@ -99,7 +99,7 @@ docs: $(STAMP) ## HTML pages of all notebooks in _docs/
 
 screenshots: $(STAMP) ## pictures of the workbench in Chromium, in build/shots/
 	@mkdir -p build/shots
-	@QCAL_SHOTS="$(CURDIR)/build/shots" $(RUN) python -m pytest -q tests/test_browser.py -k initialize_to_reset
+	@QCAL_SHOTS="$(CURDIR)/build/shots" $(RUN) python -m pytest -q tests/test_browser_panels.py
 
 model: $(STAMP) ## train the embedded model again (minutes to an hour)
 	@mkdir -p build
