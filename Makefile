@@ -9,7 +9,7 @@ RUN    := PATH="$(BIN):$$PATH" HF_HUB_OFFLINE=1
 NB     ?= nbs
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test test-next test-fast export drift notebooks outputs clean-notebooks lint pytest readme docs screenshots model clean distclean
+.PHONY: help setup lab test test-next test-fast export drift notebooks outputs clean-notebooks lint pytest readme docs screenshots latency model clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -100,6 +100,9 @@ docs: $(STAMP) ## HTML pages of all notebooks in _docs/
 screenshots: $(STAMP) ## pictures of the workbench in Chromium, in build/shots/
 	@mkdir -p build/shots
 	@QCAL_SHOTS="$(CURDIR)/build/shots" $(RUN) python -m pytest -q tests/test_browser_panels.py
+
+latency: $(STAMP) ## how fast the workbench answers in Chromium, on the embedded model and on 1,000 tensors
+	@$(RUN) python -m pytest -q tests/test_latency.py
 
 model: $(STAMP) ## train the embedded model again (minutes to an hour)
 	@mkdir -p build

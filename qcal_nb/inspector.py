@@ -151,7 +151,7 @@ def _make_inspector_controls(panel: "HistogramInspector") -> None:
     box = dict(indent=False, layout=w.Layout(width="auto", margin="2px 16px 2px 0"))
     panel.base_name = w.Dropdown(options=["input", "weight"], description="Tensor", **wide(170))
     panel.selected = w.Dropdown(options=[AUTOMATIC], description="Module", **wide(420))
-    panel.format = w.SelectionSlider(options=[("as in the scheme", ""), *((f, f) for f in FORMATS)], description="Format", **wide(360))
+    panel.format = w.SelectionSlider(options=[("as in the scheme", ""), *((f, f) for f in FORMATS)], description="Format", **wide(400))
     panel.symmetric = w.Checkbox(description="Symmetric", **box)
     panel.clip = w.FloatSlider(1.0, min=0.005, max=1, step=0.005, readout_format=".1%", description="Clip range (by hand)", **wide(420))
     panel.log_counts = w.Checkbox(description="Logarithmic counts", **box)
@@ -211,9 +211,9 @@ def _automatic(panel: "HistogramInspector") -> str:
 
 # %% ../nbs/14e_inspector.ipynb #5a8774d7
 def _hear(panel: "HistogramInspector", what: str) -> None:
-    "After a change of the session. While batches run so seldom that drawing takes at most a twentieth of the time."
-    if what == "batch" and time.monotonic() - panel._redrawn < max(0.25, 20 * panel._cost): return
-    panel.refresh(what)
+    "After a change of the session. While batches run so seldom that drawing takes at most a twenty-fifth of the time."
+    if what == "batch" and (not panel.seen or time.monotonic() - panel._redrawn < max(0.25, 25 * panel._cost)): return
+    panel.redraw(what)
     panel._redrawn = time.monotonic()
 
 
