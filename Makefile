@@ -73,7 +73,7 @@ NEXT_VENV   := .venv-next
 NEXT_STAMP  := $(NEXT_VENV)/.installed
 NEXT_BIN    := $(abspath $(NEXT_VENV))/bin
 ENGINE      := stored_scales observers histogram histogram_observers lifecycle properties presets bad_input pipelines attention sequential offload \
-               experts recipes session records record_files record_attention analysis evaluate
+               experts recipes session replay records record_files record_attention analysis findings evaluate
 
 $(NEXT_STAMP): settings.ini setup.py pyproject.toml constraints.txt Makefile
 	@echo "setting up $(NEXT_VENV): about a minute"

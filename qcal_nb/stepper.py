@@ -136,6 +136,9 @@ def _unfit(session: Session) -> str:
 # %% ../nbs/14c_stepper.ipynb #5587e4d2
 def _fed_words(session: Session) -> str:
     total, tokens = session.replay.total, f"{session.record.tokens:,} tokens"
+    if session.replayed and session.fed == session.record.batches and not session.progress.done:
+        more = "" if total is None or total <= session.fed else f"; Feed goes on with batch {session.fed + 1:,} of {total:,}"
+        return f"Taken up from the record, {session.fed:,} batches · {tokens}: nothing has to be fed again{more}"
     of = "" if total is None else f" of {total:,}"
     if total is None or session.fed < total:
         if session._stop.is_set(): return f"Stopped after {session.fed:,}{of} batches · {tokens}. Feed all goes on from there"
@@ -153,7 +156,7 @@ def _note(session: Session, legal: dict[str, str | None]) -> str:
         return "This scheme observes no activation: feeding only fills the record, End needs no data"
     if observing and reason: return f"Cannot feed: {reason}"
     if not session.record.tokens: return "No data was fed yet"
-    return f"{session.record.batches:,} batches in the record, {session.record.tokens:,} tokens"
+    return f"{session.record.batches:,} batches in the record, {session.record.tokens:,} tokens; Start takes them up if they hold what the scheme needs"
 
 
 def _remedy(session: Session) -> str:

@@ -257,3 +257,75 @@ def test_many_scales_are_not_told_as_one():
     wb.state.base_name, wb.selected = "weight", "model.layers.0.mlp.down_proj"
     assert "1,024 scales," in wb.explorer.numbers.value and "in the middle; the widest can hold" in wb.explorer.numbers.value
     wb.close()
+
+
+# --- five panels ---
+
+def test_panels_behind_tabs_rest_until_they_are_seen(wb):
+    press(wb, "initialize", "start", "feed_all")
+    before = wb.inspector.rows, wb.code.script.text
+    wb.state.clip = 0.5
+    assert wb.inspector.rows is before[0] and wb.comparison.tables._thread is None
+    wb.turn_to("Histogram")
+    assert wb.inspector.rows is not before[0] and not wb.explorer.seen and wb.inspector.seen
+    press(wb, "end")
+    assert wb.code.script.text == before[1]
+    wb.turn_to("Code")
+    assert wb.code.script.text == wb.script() and "session.end()" in wb.code.script.text
+    with pytest.raises(ValueError, match="panel='Histo' must be one of 'Ranges', 'Histogram', 'Compare', 'Code'"): wb.turn_to("Histo")
+
+
+def test_best_observers_by_buttons_need_no_second_feed(wb):
+    press(wb, "initialize", "start", "feed_all", "end")
+    wb.turn_to("Compare")
+    wb.comparison.wait()
+    wb.comparison.use.click()
+    assert wb.session.phase == "original" and "Start takes them up" in wb.stepper.note.value
+    press(wb, "initialize", "start")
+    assert "Taken up from the record, 4 batches" in wb.stepper.note.value and "nothing has to be fed again" in wb.stepper.note.value
+    assert wb.stepper.buttons["end"].button_style == "primary"
+    press(wb, "end")
+    best = dict(zip(wb.comparison.rows.module, wb.comparison.rows.best))
+    for name, module in wb.session.model.named_modules():
+        if name in best: assert torch.equal(module.input_scale, wb.record.conclusions[name, "input", best[name]].scale)
+
+
+def test_a_saved_run_shows_all_but_the_steps(wb, tmp_path):
+    press(wb, "initialize", "start", "feed_all", "end")
+    saved = Workbench.from_record(wb.record.save(tmp_path / "run"))
+    assert saved.stepper is None and drawn(saved)["range"] == drawn(wb)["range"] and drawn(saved)["clip_max"] == drawn(wb)["clip_max"]
+    for name in saved.panels:
+        saved.turn_to(name)
+        assert saved.static_png().startswith(b"\x89PNG")
+    saved.comparison.wait()
+    assert len(saved.comparison.rows) == 14 and "pass the model" in saved.session.legal()["end"] and saved.comparison.schemes.go.disabled
+    assert "Saved(record)" in saved.code.script.text
+    chosen = saved.use_best("input")
+    assert len(chosen) == 14 and "config_groups" in saved.code.recipe.text
+    saved.close()
+
+
+def test_a_record_and_a_recipe_bring_the_session_back(wb, tmp_path):
+    press(wb, "initialize", "start", "feed_all", "end")
+    wb.use_best()
+    press(wb, "initialize", "start", "end")
+    wb.code.save("recipe", str(tmp_path / "recipe.yaml"))
+    wb.code.save("record", str(tmp_path / "run.record"))
+    again = Workbench(make_model("llama_gqa"), record=tmp_path / "run.record", recipe=tmp_path / "recipe.yaml")
+    press(again, "initialize", "start")
+    assert "Taken up from the record" in again.stepper.note.value
+    press(again, "end")
+    assert again.scales().equals(wb.scales()) and "record=" in again.script()
+    again.session.reset()
+    again.close()
+
+
+def test_after_closing_nobody_listens_and_no_thread_runs(wb):
+    press(wb, "initialize", "start", "feed_all")
+    wb.turn_to("Compare")
+    wb.close()
+    wb.comparison.wait()
+    assert wb.session._listeners == [] and wb.comparison.tables._thread is None
+    assert phase_of(wb.session.model) == "original" and not any(m._forward_pre_hooks for m in wb.session.model.modules())
+    wb.state.clip = 0.3
+    wb.state.selected = "anything"
