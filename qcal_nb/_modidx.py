@@ -797,6 +797,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'qcal_nb.markup.progress_text': ('markup.html#progress_text', 'qcal_nb/markup.py'),
                                 'qcal_nb.markup.status_key': ('markup.html#status_key', 'qcal_nb/markup.py'),
                                 'qcal_nb.markup.table_html': ('markup.html#table_html', 'qcal_nb/markup.py'),
+                                'qcal_nb.markup.tensor_key': ('markup.html#tensor_key', 'qcal_nb/markup.py'),
                                 'qcal_nb.markup.term': ('markup.html#term', 'qcal_nb/markup.py'),
                                 'qcal_nb.markup.tree_html': ('markup.html#tree_html', 'qcal_nb/markup.py'),
                                 'qcal_nb.markup.warning_html': ('markup.html#warning_html', 'qcal_nb/markup.py')},

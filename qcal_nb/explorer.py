@@ -26,7 +26,7 @@ from traitlets import TraitError
 
 from .analysis import choose, compare_observers, ranges
 from .calibration_record import CalibrationRecord
-from .markup import GLOSSARY, block, error_html, glossary_html, table_html, term, warning_html
+from .markup import GLOSSARY, block, error_html, glossary_html, table_html, tensor_key, term, warning_html
 from .panels import Panel, Picture, bar_at, static_picture
 from .plots import plot_density, plot_ranges, to_png
 from .session import Session
@@ -337,7 +337,7 @@ class RangeExplorer(_Chosen):
         self.state.observe(self._follow, names=[*_CONTROLS, "selected"])
         controls = w.HBox([self.view, self.base_name, self.layer, self.pattern, self.order]).add_class("qcal-row")
         self.children = [self._style, controls, self.problem, self.picture, self.hint, self.all, self.select, self.numbers, self.table,
-                         w.HTML(glossary_html(WORDS))]
+                         w.HTML(tensor_key() + glossary_html(WORDS))]
         self.add_class("qcal-panel").add_class("qcal-explorer")
         self.refresh()
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'GLOSSARY', 'PHASES', 'CHIPS', 'CHANGE_ORDERS', 'OPEN_ROWS', 'block', 'term', 'glossary_html', 'phase_html',
-           'table_html', 'changes_table', 'changes_html', 'matches_html', 'status_key', 'tree_html', 'duration',
-           'progress_text', 'warning_html', 'error_html']
+           'table_html', 'changes_table', 'changes_html', 'matches_html', 'tensor_key', 'status_key', 'tree_html',
+           'duration', 'progress_text', 'warning_html', 'error_html']
 
 # %% ../nbs/14a_markup.ipynb #fa78cac2
 from collections import Counter
@@ -17,7 +17,7 @@ import pandas as pd
 from pydantic import ValidationError
 
 from .lifecycle import Match, ModuleChange
-from .plots import PHASE_COLORS
+from .plots import BASE_COLORS, PHASE_COLORS
 from .schemes import faults_of
 from .session import Progress
 
@@ -234,8 +234,17 @@ def _branch(name: str, node: dict, many: int, whole: bool) -> str:
     return f"<details{' open' if whole or not name[:1].isdigit() else ''}><summary>{label} <span class='faint'>{counts}</span></summary>{inside}</details>"
 
 
+_TENSORS = {"input": "what a module is fed", "weight": "its matrix", "output": "what it gives", "q": "queries of attention", "k": "keys", "v": "values"}
+
+
+def tensor_key() -> str:
+    "What the colours of pictures mean."
+    dots = "".join(f'<div><span class="dot" style="background: {color}"></span><b>{name}</b>: {_TENSORS[name]}</div>' for name, color in BASE_COLORS.items())
+    return block(f"<details><summary>What the colours mean</summary>{dots}</details>")
+
+
 def status_key() -> str:
-    "What the colours mean."
+    "What the colours of modules mean."
     return "".join(f"<div>{_dot(status)}<b>{status}</b>: {tip}</div>" for status, tip in CHIPS.values())
 
 
