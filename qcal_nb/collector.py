@@ -422,20 +422,20 @@ class Conclusions(Mapping[ConclusionKey, Conclusion]):
         self._collector = copy.copy(collector)
         self._collector.observers = copy.copy(collector.observers)  # its memory is replaced, never changed: this one stays as it is now
         self._model, self._tensors, self._done, self._found = model, tensors, {}, {}
+        self._keys = dict.fromkeys((*key, label) for key in tensors for label in collector.observers.of(*key))
         self._lock = threading.RLock()
 
-    def __iter__(self) -> Iterator[ConclusionKey]:
-        return ((*key, label) for key in self._tensors for label in self._collector.observers.of(*key))
+    def __iter__(self) -> Iterator[ConclusionKey]: return iter(self._keys)
 
-    def __len__(self) -> int: return sum(1 for _ in self)
+    def __len__(self) -> int: return len(self._keys)
 
-    def __contains__(self, key: object) -> bool:
-        return isinstance(key, tuple) and len(key) == 3 and key[:2] in self._tensors and key[2] in self._collector.observers.of(*key[:2])
+    def __contains__(self, key: object) -> bool: return key in self._keys
 
     def __getitem__(self, key: ConclusionKey) -> Conclusion:
-        if key not in self: raise KeyError(key)
+        if key not in self._keys: raise KeyError(key)
         with self._lock:
             if key not in self._found: self._find(key)
+            if len(self._found) == len(self._keys): self._model = self._collector = self._tensors = self._done = None  # nobody holds the model any more
             return self._found[key]
 
     def _find(self, key: ConclusionKey) -> None:
