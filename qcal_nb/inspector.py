@@ -24,7 +24,7 @@ from traitlets import TraitError
 
 from .analysis import BY_HAND, DERIVED, Answers, args_of, conclusion_by_hand, outlier_ratio, place_in_words, usual_observers
 from .calibration_record import CalibrationRecord, Key
-from .conclusions import Conclusion
+from .conclusions import Asked, Conclusion, label_of
 from .markup import block, error_html, warning_html
 from .panels import Panel, Picture, static_picture
 from .plot_tensor import HAND, LiveHistogram, fixed_axes
@@ -138,7 +138,7 @@ def notes_html(stats: TensorStats, table: list[dict[str, Any]]) -> str:
 # %% ../nbs/14e_inspector.ipynb #d81f10f4
 PAGES = ("Histogram", "Scales", "Batches", "Channels")
 AUTOMATIC = ("choose for me: the largest outliers", "")
-ATTACHED = ("the one that was attached", "")  # where there was none, or for another format: static_minmax
+ATTACHED = ("the recipe's own", "")  # where it names none, or for another format: static_minmax
 _TIPS = {"base_name": "Which tensor of each module to look at", "selected": "The module to look at; the other panels follow",
          "format": "The number format that scales are asked for", "symmetric": "Put the zero point in the middle of the codes (int formats; with a format of its own)",
          "clip": "How much of the range the scale by hand covers; what lies beyond is clipped",
@@ -324,19 +324,23 @@ def without_tags(html: str) -> str:
 # %% ../nbs/14e_inspector.ipynb #a7427f49
 def _show_scales(panel: "HistogramInspector", key: Key, what: str) -> None:
     record, args, base = panel.session.record, panel.state.args(), key[1]
-    attached = [] if args else [name for (_, b, name), c in record.conclusions.items() if b == base and c.scale is not None]
-    observer = panel.observer.value or (attached or ["static_minmax"])[0]
-    todo = [k for k in record.tensors if k[1] == base and not panel.answers.knows(record, k, observer, args)] if _waiting(panel) else []
+    own = {} if args or panel.observer.value else {k: one for k, one in panel.session.own_observers().items() if k[1] == base}
+    names = list({label_of(one): one for one in own.values()}.values())
+    observer = panel.observer.value or (names or ["static_minmax"])[0]
+    def conclude(record: CalibrationRecord, key: Key, asked: Asked, args: Any) -> Any: return panel.answers.conclusion(record, key, own.get(key, asked), args)
+    todo = [k for k in record.tensors if k[1] == base and not panel.answers.knows(record, k, own.get(k, observer), args)] if _waiting(panel) else []
     panel.scales_note.value = block(f"<span class='faint'>Finding the scales of {len(todo):,} tensors …</span>") if len(todo) > 50 else ""
     if len(todo) > 50:
-        panel._todo += [lambda k=k: panel.answers.conclusion(record, k, observer, args) for k in todo]
+        panel._todo += [lambda k=k: panel.answers.conclusion(record, k, own.get(k, observer), args) for k in todo]
         asyncio.get_running_loop().call_later(0.02, _go_on, panel)
         return
-    about = record, base, observer, repr(args)
+    about = record, base, repr(own) + str(observer), repr(args)
     if panel._scales[1:] == about[1:] and panel._scales[0] is record: return  # whichever tensor is selected, the scales are the same
     panel._scales, few = about, len({m for m, b in record.tensors if b == base}) <= 36
     ax = fixed_axes(9.0, 4.0 if few else 3.4, top=0.55, bottom=1.1 if few else 0.55)
-    _picture(panel, "Scales", plot_scales(record, observer, base, ax, args=args, conclude=panel.answers.conclusion))
+    plot_scales(record, observer, base, ax, args=args, conclude=conclude)
+    if len(names) > 1: ax.set_title(ax.get_title().replace(f"as {label_of(names[0])} chose", f"as the recipe's {len(names)} observers chose"))
+    _picture(panel, "Scales", ax)
 
 
 def _show_batches(panel: "HistogramInspector", key: Key, what: str) -> None:

@@ -85,9 +85,9 @@ def why_not_compare(session: Session) -> str:
 
 def measured_on_html(session: Session) -> str:
     "What the figures are measured on; with a warning if it is what the scales were made from."
-    if getattr(session, "eval_data", None) is not None: return block('<span class="faint">Measured on <code>session.eval_data</code>.</span>')
+    if getattr(session, "eval_data", None) is not None: return block('<span class="faint">Measured on the text that was held back (<code>eval_data</code>).</span>')
     return block('<div class="warning">Measured on the calibration data itself, which flatters. For honest figures hold some text back: '
-                 "<code>session.eval_data = texts</code>.</div>")
+                 "<code>Workbench(…, eval_data=texts)</code>, or <code>wb.session.eval_data = texts</code>.</div>")
 
 # %% ../nbs/14g_scheme_panel.ipynb #eb876a31
 def chosen_schemes(session: Session, names: tuple[str, ...]) -> dict[str, QuantizationModifier]:

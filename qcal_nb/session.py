@@ -36,7 +36,7 @@ from .pipelines import batches, calibration_context, expected_batches, feed
 from .provenance import data_code, model_code
 from .recipes import from_config, override
 from .records import new_collector, new_record, running_of
-from .replay import best_observers, comparison, memory_of, observers_to_compare, remind, what_is_known
+from .replay import asked_by, best_observers, comparison, memory_of, observers_to_compare, remind, what_is_known
 from .scheme_comparison import compare_schemes, named_schemes
 from .schemes import in_plain_words
 from .session_code import production_of, script_of
@@ -126,8 +126,21 @@ class _Options:
         self.modifier, self._options = _made_of(new | {"recipe": read_recipe(new["recipe"])}), new | {"recipe": read_recipe(new["recipe"])}
         self._log(f"configure({options_code(options, self.modifier)})", "configured")
 
-# %% ../nbs/12e_session.ipynb #9893cb75
-class _Views:
+# %% ../nbs/12e_session.ipynb #7d549881
+class _PerTensor:
+    "The part of a session that says what the recipe asks for, tensor by tensor."
+
+    def scheme_args(self, module: str, base_name: str) -> Any:
+        "What the recipe says about a tensor: QuantizationArgs, or None."
+        return _args_of(self)(module, base_name)
+
+    def own_observers(self) -> dict[tuple[str, str], Asked]:
+        "For each tensor of the record the observer that the recipe names; nothing for those that it leaves alone."
+        args_of = _args_of(self)
+        return {key: one for key in self.record.tensors for one in asked_by(args_of(*key), key[1])}
+
+# %% ../nbs/12e_session.ipynb #69ea80b5
+class _Views(_PerTensor):
     "The part of a session that shows where it stands, and tells its listeners of every change."
 
     def match_report(self) -> list[Match]: return match_report(self.model, self.modifier)
@@ -146,10 +159,6 @@ class _Views:
         if self.phase == "started" and _why_not(self, "end") is None: step = "end"
         if self.phase == "fed" and _why_not(self, "feed_all") is None: step = "feed_all"
         return step if step and _why_not(self, step) is None else None
-
-    def scheme_args(self, module: str, base_name: str) -> Any:
-        "What the recipe says about a tensor: QuantizationArgs, or None."
-        return _args_of(self)(module, base_name)
 
     def listen(self, listener: Callable[[str], None]) -> Callable[[], None]:
         "Have `listener(what)` called after every change. Returns a function that ends it."
@@ -216,7 +225,7 @@ class _Answers:
 
     def compare_schemes(self, schemes: Any, *, eval_data: Any = None, prompt: str | None = None) -> pd.DataFrame:
         """`evaluate.compare_schemes` on the session's model and data, kept as `compared`. `eval_data` None: the session's, else the data itself,
-        which flatters. Only in the original phase; `stop` ends it with the rows so far."""
+        which flatters; texts are cut at the model's positions unless the session has a `max_length`. Only in the original phase; `stop` ends it with the rows so far."""
         return _compare_schemes(self, schemes, self.eval_data if eval_data is None else eval_data, prompt)
 
     @cached_property
@@ -262,7 +271,7 @@ class Session(_Options, _Views, _Steps, _Answers):
                  ignore: Iterable[str] = ("lm_head",), targets: Iterable[str] = ("Linear",), batch_size: int = 1, max_length: int | None = None,
                  record: CalibrationRecord | str | os.PathLike | None = None, recipe: Any = None, eval_data: Any = None) -> None:
         if phase_of(model) != "original":
-            raise ValueError(f"this model is {phase_of(model)}; a session starts with an original one. Go back with reset() or close() "
+            raise ValueError(f"this model is {phase_of(model)}; a session starts with an original one. Go back with reset() "
                              "of the session or workbench that has it, or with qcal_nb.lifecycle.reset_quantization(model)")
         self.model, self.tokenizer, self.owner = model, tokenizer, f"session {uuid.uuid4().hex[:8]}"
         self._options = dict(scheme=scheme, ignore=list(ignore), targets=list(targets), recipe=read_recipe(recipe))
@@ -571,7 +580,8 @@ def _compare_schemes(session: "Session", schemes: Any, eval_data: Any, prompt: s
     options = dict(tokenizer=session.tokenizer, **session.made.rest)
     with _alone(session, "compare_schemes"):
         data, wanted = session.replay.all(), named_schemes(schemes)
-        evals = data if eval_data is None else list(batches(eval_data, **options))
+        longest = getattr(getattr(session.model, "config", None), "max_position_embeddings", None)  # beyond, a perplexity means nothing
+        evals = data if eval_data is None else list(batches(eval_data, **options | dict(max_length=options["max_length"] or longest)))
         session.progress = Progress(total=len(evals) * (1 + len(wanted)))
         session.compared = compare_schemes(session.model, data or None, wanted, eval_data=evals, prompt=prompt, tick=_ticker(session),
                                            progress=False, tokenizer=session.tokenizer)
@@ -635,3 +645,7 @@ class Saved(_Views, _Answers):
     def compare_schemes(self, schemes: Any, **options: Any) -> pd.DataFrame: raise SessionError(f"cannot compare schemes: {_NO_MODEL}")
     def script(self) -> str: return _saved_script(self)
     def _take(self, recipe: QuantizationModifier) -> None: self.modifier = recipe.model_copy()
+
+    def _refuse(self, *_: Any, **__: Any) -> None: raise SessionError(_NO_MODEL)
+
+    initialize = start = feed = feed_all = end = back = reset = configure = _refuse

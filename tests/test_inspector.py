@@ -365,3 +365,21 @@ def test_every_control_has_a_label_and_a_sentence(run, show):
     for name, tip in module_under_test._TIPS.items():
         control = getattr(panel, name)
         assert control.description and control.tooltip == tip and not tip.endswith(".")
+
+
+@pytest.mark.parametrize("best", [False, True])
+@pytest.mark.parametrize("base_name", ["input", "weight"])
+def test_the_scales_page_shows_what_the_recipe_would_give(best, base_name):
+    "Not those of an observer that was attached to compare; after `use_best` each tensor's own."
+    session = Session(make_model("llama_gqa"), make_batches(3), scheme="FP8")
+    for step in ("initialize", "start", "feed_all"): getattr(session, step)()
+    if best:
+        session.use_best()
+        for step in ("initialize", "start"): getattr(session, step)()
+    session.end()
+    panel = HistogramInspector(session, WorkbenchState(base_name=base_name))
+    panel.tabs.selected_index = 1
+    scales = session.scales().query(f"base_name == '{base_name}'").set_index("module").scale
+    shown = [y for _, y in data_of(panel.pictures["Scales"].png)["median"]]
+    assert shown == pytest.approx([scales[m] for m, b in session.record.tensors if b == base_name], rel=1e-6)
+    panel.close()
