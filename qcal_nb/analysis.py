@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['WHERE', 'PERCENTILES', 'RANGE_COLUMNS', 'ORDERS', 'DERIVED', 'OBSERVER_COLUMNS', 'BY_HAND', 'COVERAGE_COLUMNS',
-           'DIFF_COLUMNS', 'layer_of', 'check_record', 'where_in', 'model_table', 'outlier_ratio', 'place_in_words',
-           'ranges', 'compile_pattern', 'choose', 'unnamed', 'same_args', 'args_of', 'conclusion_of', 'spread_of',
-           'scale_columns', 'at_limit', 'conclusion_row', 'usual_observers', 'observers_table', 'compare_observers',
-           'one_scale', 'check_clip', 'conclusion_by_hand', 'Answers', 'coverage', 'history', 'convergence',
+           'LOUD', 'DIFF_COLUMNS', 'layer_of', 'check_record', 'where_in', 'model_table', 'outlier_ratio',
+           'place_in_words', 'ranges', 'compile_pattern', 'choose', 'unnamed', 'same_args', 'args_of', 'conclusion_of',
+           'spread_of', 'scale_columns', 'at_limit', 'conclusion_row', 'Answers', 'usual_observers', 'observers_table',
+           'compare_observers', 'one_scale', 'check_clip', 'conclusion_by_hand', 'coverage', 'history', 'convergence',
            'percent_of', 'enough_in_words', 'extremes', 'outlier_channels', 'diff']
 
 # %% ../nbs/09_analysis.ipynb #c57aa007
@@ -182,78 +182,6 @@ def conclusion_row(conclusion: Conclusion, stats: TensorStats) -> dict[str, Any]
     elif not reason: cost = asdict(quality_of(stats, c.args, c.scale, c.zero_point))
     return row | (cost or dict.fromkeys(Quality.__dataclass_fields__, math.nan)) | dict(observer=c.observer, at_limit=at_limit(c, stats), reason=reason)
 
-# %% ../nbs/09_analysis.ipynb #3f0d13a1
-class _Comparison:
-    "Rows of a record, each found once."
-
-    def __init__(self, record: CalibrationRecord, args: QuantizationArgs | None) -> None:
-        self.record, self.args, self._done = record, args, {}
-
-    def args_for(self, key: Key) -> QuantizationArgs: return self.args or args_of(self.record, key)
-
-    def row(self, key: Key, asked: Asked) -> dict[str, Any]:
-        stats, found = self.record.tensors[key], self.record.conclusions.get((*key, label_of(asked)))
-        known = id(stats), label_of(asked), key[1], id(found), self.args_for(key).model_dump_json()
-        if known not in self._done: self._done[known] = conclusion_row(conclusion_of(self.record, key, asked, self.args), stats)
-        return self._done[known]
-
-
-def usual_observers(record: CalibrationRecord, base_name: str) -> list[str]:
-    "Those that follow from a record, and those that were attached to tensors of this base name."
-    return list(dict.fromkeys([*DERIVED, *(name for _, base, name in record.conclusions if base == base_name)]))
-
-
-def observers_table(rows: list[dict[str, Any]], record: CalibrationRecord, args: Mapping[str, QuantizationArgs]) -> pd.DataFrame:
-    "A comparison of observers from its rows: the best of each tensor is marked, and `attrs['args']` says the arguments by base name in words."
-    table = model_table(rows, OBSERVER_COLUMNS, record)
-    best = table[np.isfinite(table.sqnr_db.astype(float))].groupby(["module", "base_name"]).sqnr_db.idxmax()
-    table["best"] = table.index.isin(best)
-    table.attrs["args"] = "; ".join(f"{base}: {describe_args(a).partition(', observer')[0]}" for base, a in args.items())
-    return table
-
-# %% ../nbs/09_analysis.ipynb #572c8308
-def compare_observers(
-    record: CalibrationRecord,
-    observers: Iterable[Asked] | None = None,   # None: those that follow from a record, and those that were attached
-    args: QuantizationArgs | None = None,       # None: those of the recorded scheme, or int8 symmetric per tensor
-) -> pd.DataFrame:
-    """A row per tensor and observer: range, scale and zero point (the middle one of many, with smallest and largest), what it costs, and
-    which is best. Figures from a histogram are exact to `bound_db`. `attrs['args']`: the arguments in words."""
-    asked = check_observers(observers) if observers is not None else None
-    if args is not None: check_args(args)
-    comparison = _Comparison(check_record(record), args)
-    rows = [where_in(record, key) | comparison.row(key, one) for key in record.tensors for one in asked or usual_observers(record, key[1])]
-    return observers_table(rows, record, {base: comparison.args_for((module, base)) for module, base in record.tensors})
-
-# %% ../nbs/09_analysis.ipynb #ff9895ff
-BY_HAND = "by hand"
-
-
-def one_scale(args: QuantizationArgs) -> QuantizationArgs:
-    "The same format with one scale for the whole tensor."
-    if args.strategy == "tensor": return args
-    return QuantizationArgs(num_bits=args.num_bits, type=args.type, symmetric=args.symmetric, strategy="tensor")
-
-
-def check_clip(clip: float) -> float:
-    "`clip` if it is a share, above 0 and at most 1; else a ValueError."
-    if isinstance(clip, bool) or not isinstance(clip, (int, float)) or not 0 < clip <= 1:
-        raise ValueError(f"clip={clip!r} must be a number above 0 and at most 1, a share of the tensor's range")
-    return clip
-
-
-def conclusion_by_hand(stats: TensorStats, base_name: str, args: QuantizationArgs | None = None, clip: float = 1.0) -> Conclusion:
-    """The scale for `clip` times the tensor's range (symmetric: times its largest |value|), always one for the whole tensor; with 1 that of
-    `static_minmax`. With a `reason` instead of a scale where there is none."""
-    args = one_scale(DEFAULT_ARGS if args is None else check_args(args))
-    share = check_clip(clip)
-    try:
-        observer = new_observer("static_minmax", base_name, args)
-        for name, end in statistics_from(stats, observer).items(): setattr(observer, name, (end.double() * share).to(end.dtype))
-        return replace(concluded(observer, "static_minmax", {}, counts_of(stats)), observer=BY_HAND)
-    except (ValueError, RuntimeError) as why:
-        return Conclusion(BY_HAND, base_name, args, counts=counts_of(stats), reason=str(why))
-
 # %% ../nbs/09_analysis.ipynb #5a555be8
 class Answers:
     "What observers conclude about tensors and what it costs, each found once; of more than `most` the oldest are forgotten."
@@ -286,6 +214,64 @@ class Answers:
         "What a conclusion depends on: tensor and attached observer, and base name, observer and arguments in words."
         parts = record.tensors[key], record.conclusions.get((*key, label_of(asked)))
         return parts, (key[1], label_of(asked), repr(args or args_of(record, key)), args is None)
+
+# %% ../nbs/09_analysis.ipynb #2991ff10
+def usual_observers(record: CalibrationRecord, base_name: str) -> list[str]:
+    "Those that follow from a record, and those that were attached to tensors of this base name."
+    return list(dict.fromkeys([*DERIVED, *(name for _, base, name in record.conclusions if base == base_name)]))
+
+
+def observers_table(rows: list[dict[str, Any]], record: CalibrationRecord, args: Mapping[str, QuantizationArgs]) -> pd.DataFrame:
+    "A comparison of observers from its rows: the best of each tensor is marked, and `attrs['args']` says the arguments by base name in words."
+    table = model_table(rows, OBSERVER_COLUMNS, record)
+    best = table[np.isfinite(table.sqnr_db.astype(float))].groupby(["module", "base_name"]).sqnr_db.idxmax()
+    table["best"] = table.index.isin(best)
+    table.attrs["args"] = "; ".join(f"{base}: {describe_args(a).partition(', observer')[0]}" for base, a in args.items())
+    return table
+
+# %% ../nbs/09_analysis.ipynb #572c8308
+def compare_observers(
+    record: CalibrationRecord,
+    observers: Iterable[Asked] | None = None,   # None: those that follow from a record, and those that were attached
+    args: QuantizationArgs | None = None,       # None: those of the recorded scheme, or int8 symmetric per tensor
+) -> pd.DataFrame:
+    """A row per tensor and observer: range, scale and zero point (the middle one of many, with smallest and largest), what it costs, and
+    which is best. Figures from a histogram are exact to `bound_db`. `attrs['args']`: the arguments in words."""
+    asked = check_observers(observers) if observers is not None else None
+    if args is not None: check_args(args)
+    answers, by_base = Answers(), {base: asked or usual_observers(record, base) for base in {b for _, b in check_record(record).tensors}}
+    rows = [where_in(record, key) | answers.row(answers.conclusion(record, key, one, args), stats)
+            for key, stats in record.tensors.items() for one in by_base[key[1]]]
+    return observers_table(rows, record, {base: args or args_of(record, (module, base)) for module, base in record.tensors})
+
+# %% ../nbs/09_analysis.ipynb #ff9895ff
+BY_HAND = "by hand"
+
+
+def one_scale(args: QuantizationArgs) -> QuantizationArgs:
+    "The same format with one scale for the whole tensor."
+    if args.strategy == "tensor": return args
+    return QuantizationArgs(num_bits=args.num_bits, type=args.type, symmetric=args.symmetric, strategy="tensor")
+
+
+def check_clip(clip: float) -> float:
+    "`clip` if it is a share, above 0 and at most 1; else a ValueError."
+    if isinstance(clip, bool) or not isinstance(clip, (int, float)) or not 0 < clip <= 1:
+        raise ValueError(f"clip={clip!r} must be a number above 0 and at most 1, a share of the tensor's range")
+    return clip
+
+
+def conclusion_by_hand(stats: TensorStats, base_name: str, args: QuantizationArgs | None = None, clip: float = 1.0) -> Conclusion:
+    """The scale for `clip` times the tensor's range (symmetric: times its largest |value|), always one for the whole tensor; with 1 that of
+    `static_minmax`. With a `reason` instead of a scale where there is none."""
+    args = one_scale(DEFAULT_ARGS if args is None else check_args(args))
+    share = check_clip(clip)
+    try:
+        observer = new_observer("static_minmax", base_name, args)
+        for name, end in statistics_from(stats, observer).items(): setattr(observer, name, (end.double() * share).to(end.dtype))
+        return replace(concluded(observer, "static_minmax", {}, counts_of(stats)), observer=BY_HAND)
+    except (ValueError, RuntimeError) as why:
+        return Conclusion(BY_HAND, base_name, args, counts=counts_of(stats), reason=str(why))
 
 # %% ../nbs/09_analysis.ipynb #687b3a6e
 COVERAGE_COLUMNS = [*WHERE, "observer", "observations", "elements", "batches", "skipped", "nonfinite", "first_nonfinite", "computed", "never_seen",
@@ -383,6 +369,9 @@ def extremes(record: CalibrationRecord) -> pd.DataFrame:
     rows = [where_in(record, key) | dict(rank=i, value=e.value, batch=e.batch, position=e.position, channel=e.channel, token=e.token, context=e.context)
             for key, stats in check_record(record).tensors.items() for i, e in enumerate(stats.top, 1)]
     return model_table(rows, [*WHERE, "rank", "value", "batch", "position", "channel", "token", "context"], record)
+
+
+LOUD = 4.0  # times the median channel: an outlier channel
 
 
 def outlier_channels(record: CalibrationRecord, top: int = 8) -> pd.DataFrame:

@@ -21,9 +21,11 @@ import pandas as pd
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 
 from .analysis import args_of, compare_observers, usual_observers
+from .calibration import args_in
 from .calibration_record import CalibrationRecord
 from .evaluate import weights_compared
 from .markup import block, table_html
+from .replay import schemes_of_record
 from .session import Session
 from .session_parts import ended_in_time
 
@@ -129,28 +131,11 @@ class Tables(_Worker):
         "Return when nothing is being made."
         if (thread := self._thread) is not None: thread.join(seconds)
 
-# %% ../nbs/14f_comparison_tables.ipynb #a9453f7b
-_PARTS = {"weight": "weights", "output": "output_activations"}  # all others: input_activations
-
-
-def _means(target: str, module: str, type_name: str) -> int:
-    "How narrowly a target means a module: 2 by pattern, 1 by class, 0 not at all. By name is narrower than both."
-    return 2 * bool(re.match(target.removeprefix("re:"), module)) if target.startswith("re:") else int(target == type_name)
-
-
+# %% ../nbs/14f_comparison_tables.ipynb #1c2af5e8
 def scheme_args_by_module(record: CalibrationRecord, config: QuantizationConfig | None, base_name: str) -> dict[str, QuantizationArgs]:
     "Module -> the arguments that a configuration has for one of its tensors; only modules that it quantizes there."
-    if config is None: return {}
-    found, ignore = {}, list(config.ignore or [])
-    by_target = {target: group for group in config.config_groups.values() for target in group.targets}
-    wide = [target for target in by_target if target not in record.types]
-    for module, type_name in record.types.items():
-        if module in ignore or any(_means(target, module, type_name) for target in ignore): continue
-        best = module if module in by_target else max(wide, key=lambda target: _means(target, module, type_name), default="")
-        if best != module and not _means(best, module, type_name): continue
-        args = getattr(by_target[best], _PARTS.get(base_name, "input_activations"))
-        if args is not None: found[module] = args
-    return found
+    found = {} if config is None else {m: args_in(scheme, base_name) for m, scheme in schemes_of_record(record, config).items()}
+    return {module: args for module, args in found.items() if args is not None}
 
 
 def counted_as(observer: str, base_name: str) -> str:

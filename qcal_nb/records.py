@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from . import __version__
 from .attention import attention_classes, attention_faults, attention_modules, hook_attention, hook_kv_cache
-from .calibration import exclusive, feeding, guarded
+from .calibration import args_in, exclusive, feeding, guarded
 from .calibration_record import About, CalibrationRecord, record_equal, unequal_parts
 from .collector import STATES, Collector, Running, check_mask, conclusions_of, kept_tokens, look_at_weights, mask_in_words
 from .conclusions import DEFAULT_ARGS, Asked, args_to_ask, label_of
@@ -68,8 +68,7 @@ def modules_to_record(model: Module, scheme: Any = None, ignore: Iterable[str] =
 def args_by_tensor(model: Module, recipe: QuantizationMixin) -> Any:
     "A function from module and base name to the arguments that observers are given."
     schemes = {name: scheme for name, (_, scheme) in schemes_by_module(model, recipe.resolved_config).items()}
-    parts = dict(weight="weights", output="output_activations")  # input, q, k and v: input_activations
-    return lambda name, base_name: args_to_ask(getattr(schemes.get(name), parts.get(base_name, "input_activations"), None))
+    return lambda name, base_name: args_to_ask(args_in(schemes.get(name), base_name))
 
 # %% ../nbs/08f_records.ipynb #4ab23ddb
 def check_base_names(base_names: Iterable[str]) -> tuple[str, ...]:

@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['COMPARED', 'Known', 'ArgsOf', 'asked_by', 'observers_to_compare', 'known_of', 'what_is_known', 'remind', 'memory_of',
-           'comparison', 'best_observers']
+           'schemes_of_record', 'comparison', 'best_observers']
 
-# %% ../nbs/12b_replay.ipynb #a66e451c
+# %% ../nbs/12b_replay.ipynb #26c1509f
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 from compressed_tensors.offload import get_execution_device
-from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 from torch import Tensor
 from torch.nn import Module
 
@@ -108,7 +109,23 @@ def memory_of(record: CalibrationRecord, collector: Collector) -> dict[Conclusio
         memory[key] = dict(observer.__dict__)
     return memory
 
-# %% ../nbs/12b_replay.ipynb #ab79e80c
+# %% ../nbs/12b_replay.ipynb #1f9bdc05
+def _means(target: str, module: str, type_name: str) -> int:
+    "How narrowly a target means a module: 3 by name, 2 by pattern, 1 by class, 0 not at all."
+    if target == module: return 3
+    return 2 * bool(re.match(target.removeprefix("re:"), module)) if target.startswith("re:") else int(target == type_name)
+
+
+def schemes_of_record(record: CalibrationRecord, config: QuantizationConfig) -> dict[str, QuantizationScheme]:
+    "Module -> scheme, by names and classes alone, for a record whose modules are not at hand; as compressed-tensors decides, the narrowest target."
+    by_target, found = {target: scheme for scheme in config.config_groups.values() for target in scheme.targets}, {}
+    for module, type_name in record.types.items():
+        if any(_means(target, module, type_name) for target in config.ignore or ()): continue
+        best = max(by_target, key=lambda target: _means(target, module, type_name), default="")
+        if best and _means(best, module, type_name): found[module] = by_target[best]
+    return found
+
+# %% ../nbs/12b_replay.ipynb #2d2a9fa5
 ArgsOf = Callable[[str, str], QuantizationArgs | None]
 
 
@@ -133,7 +150,7 @@ def comparison(record: CalibrationRecord, args_of: ArgsOf, asked: Mapping[str, I
             parts.append(weights_compared(part, [m for m, _ in part.tensors], some, args, weight_of) if measure else compare_observers(part, some, args))
     return pd.concat(parts, ignore_index=True) if parts else compare_observers(CalibrationRecord())
 
-
+# %% ../nbs/12b_replay.ipynb #a9bb1330
 def best_observers(table: pd.DataFrame, asked: Mapping[str, Iterable[Asked]]) -> dict[str, dict[str, Asked]]:
     "Of a comparison: module -> base name -> the observer whose scale loses least; only where that is known."
     known = table[np.isfinite(table.sqnr_db.astype(float)) & table.best]

@@ -28,7 +28,7 @@ from qcal_nb.divergence import (
 from .lifecycle import QuantizationModifier, check_schemes, schemes_by_module
 from .ledger import phase_of, ledger_of
 from .observers.base import first_tensor
-from .pipelines import batches, calibrate
+from .pipelines import batches, calibrate, positions_of
 from .quality import sqnr_db
 from .recipes import packed_tensors, stored_modules
 
@@ -149,7 +149,7 @@ def prompt_ids(model: Module, tokenizer: Any, prompt: str) -> Tensor:
     ids = list(tokenizer(prompt)["input_ids"])
     if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id: ids.pop()  # some tokenizers end every text
     if not ids: raise ValueError(f"prompt={prompt!r} holds no token to go on from")
-    room = (getattr(model.config, "max_position_embeddings", None) or len(ids) + NEW_TOKENS) - NEW_TOKENS
+    room = (positions_of(model) or len(ids) + NEW_TOKENS) - NEW_TOKENS
     return torch.tensor([ids[-max(1, room):]])
 
 

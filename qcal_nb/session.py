@@ -19,12 +19,11 @@ from functools import cached_property
 from typing import Any
 
 import pandas as pd
-from compressed_tensors.utils.match import match_name
 from torch.nn import Module
 
 # %% ../nbs/12e_session.ipynb #3b48acbd
 from .attention import states_of
-from .calibration import all_or_nothing, claim, exclusive, feeding, guarded, observers_in, scheme_args
+from .calibration import all_or_nothing, args_in, claim, exclusive, feeding, guarded, observers_in, scheme_args
 from .calibration_record import About, CalibrationRecord
 from .collector import Collector, Conclusions
 from .conclusions import Asked, label_of
@@ -32,11 +31,11 @@ from qcal_nb.lifecycle import (
     Match, ModuleChange, QuantizationModifier, State, changes, lacking_data, ledger_of, match_report, phase_of, reset_quantization, restore,
     schemes_by_module, snapshot,
 )
-from .pipelines import batches, calibration_context, expected_batches, feed
+from .pipelines import batches, calibration_context, expected_batches, feed, positions_of
 from .provenance import data_code, model_code
 from .recipes import from_config, override
 from .records import new_collector, new_record, running_of
-from .replay import asked_by, best_observers, comparison, memory_of, observers_to_compare, remind, what_is_known
+from .replay import asked_by, best_observers, comparison, memory_of, observers_to_compare, remind, schemes_of_record, what_is_known
 from .scheme_comparison import compare_schemes, named_schemes
 from .schemes import in_plain_words
 from .session_code import production_of, script_of
@@ -519,9 +518,9 @@ def _args_of(session: "Session") -> Callable[[str, str], Any]:
     schemes = {}
     if session.model is not None: schemes = {n: s for n, (_, s) in schemes_by_module(session.model, session.modifier.resolved_config).items()}
     recorded = {name for name, _ in session.record.tensors} - schemes.keys()
-    if recorded: schemes |= {n: s for n, s in _by_record(session.modifier, session.record).items() if n in recorded}  # experts that are fused now
-    parts = dict(weight="weights", output="output_activations")
-    return lambda name, base_name: getattr(schemes.get(name), parts.get(base_name, "input_activations"), None)
+    by_name = schemes_of_record(session.record, session.modifier.resolved_config) if recorded else {}  # experts that are fused now, or a saved record
+    schemes |= {n: s for n, s in by_name.items() if n in recorded}
+    return lambda name, base_name: args_in(schemes.get(name), base_name)
 
 
 def weight_of(session: "Session") -> Callable[[str], Any] | None:
@@ -529,16 +528,6 @@ def weight_of(session: "Session") -> Callable[[str], Any] | None:
     if session.model is None: return None
     modules = dict(session.model.named_modules())
     return lambda name: getattr(modules.get(name), "weight", None)
-
-
-def _by_record(modifier: QuantizationModifier, record: CalibrationRecord) -> dict[str, Any]:
-    "module -> scheme by names and classes alone, for a record whose modules are not at hand."
-    config = modifier.resolved_config
-    targets = {target: scheme for scheme in config.config_groups.values() for target in scheme.targets}
-    left_out = {name for name in record.types for i in config.ignore if i == record.types[name] or match_name(name, i)}
-    hit = {n: next((targets[t] for t in sorted(targets, key=lambda t: (t != n, "re:" not in t)) if t == kind or match_name(n, t)), None)
-           for n, kind in record.types.items() if n not in left_out}
-    return {n: scheme for n, scheme in hit.items() if scheme is not None}
 
 # %% ../nbs/12e_session.ipynb #c8764d9a
 def _use_best(session: "Session", base_names: list[str]) -> dict[str, dict[str, Asked]]:
@@ -580,7 +569,7 @@ def _compare_schemes(session: "Session", schemes: Any, eval_data: Any, prompt: s
     options = dict(tokenizer=session.tokenizer, **session.made.rest)
     with _alone(session, "compare_schemes"):
         data, wanted = session.replay.all(), named_schemes(schemes)
-        longest = getattr(getattr(session.model, "config", None), "max_position_embeddings", None)  # beyond, a perplexity means nothing
+        longest = positions_of(session.model)  # beyond, a perplexity means nothing
         evals = data if eval_data is None else list(batches(eval_data, **options | dict(max_length=options["max_length"] or longest)))
         session.progress = Progress(total=len(evals) * (1 + len(wanted)))
         session.compared = compare_schemes(session.model, data or None, wanted, eval_data=evals, prompt=prompt, tick=_ticker(session),
