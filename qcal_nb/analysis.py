@@ -6,14 +6,15 @@
 __all__ = ['WHERE', 'PERCENTILES', 'RANGE_COLUMNS', 'ORDERS', 'DERIVED', 'OBSERVER_COLUMNS', 'BY_HAND', 'COVERAGE_COLUMNS',
            'LOUD', 'DIFF_COLUMNS', 'layer_of', 'check_record', 'where_in', 'model_table', 'outlier_ratio',
            'place_in_words', 'ranges', 'compile_pattern', 'choose', 'unnamed', 'same_args', 'args_of', 'conclusion_of',
-           'spread_of', 'scale_columns', 'at_limit', 'conclusion_row', 'Answers', 'usual_observers', 'observers_table',
-           'compare_observers', 'one_scale', 'check_clip', 'conclusion_by_hand', 'coverage', 'history', 'convergence',
-           'percent_of', 'enough_in_words', 'extremes', 'outlier_channels', 'diff']
+           'spread_of', 'scale_columns', 'at_limit', 'conclusion_row', 'Answers', 'usual_observers', 'best_of',
+           'mark_best', 'observers_table', 'compare_observers', 'one_scale', 'check_clip', 'conclusion_by_hand',
+           'coverage', 'history', 'convergence', 'percent_of', 'enough_in_words', 'extremes', 'outlier_channels',
+           'diff']
 
 # %% ../nbs/09_analysis.ipynb #c57aa007
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -220,12 +221,35 @@ def usual_observers(record: CalibrationRecord, base_name: str) -> list[str]:
     "Those that follow from a record, and those that were attached to tensors of this base name."
     return list(dict.fromkeys([*DERIVED, *(name for _, base, name in record.conclusions if base == base_name)]))
 
+# %% ../nbs/09_analysis.ipynb #1c31b487
+def best_of(db: Sequence[float], bounds: Sequence[float], names: Sequence[str], own: str = "") -> int | None:
+    """Which of some observers of one tensor is the best: that of the largest SQNR (dB); of those that their `bounds` cannot tell from it `own`,
+    else the first that is not below `own`. None if no SQNR is known."""
+    known = [i for i, value in enumerate(db) if not math.isnan(value)]
+    if not known: return None
+    slack = [bound if math.isfinite(bound) else 0.0 for bound in bounds]
+    top = max(known, key=lambda i: db[i])
+    alike = [i for i in known if db[i] + slack[i] >= db[top] - slack[top]]
+    least = max((db[i] for i in known if names[i] == own), default=-math.inf)
+    return next((i for i in alike if names[i] == own), next(i for i in alike if db[i] >= least))
 
+
+def mark_best(table: pd.DataFrame, own: Mapping[Key, str] | None = None) -> pd.DataFrame:
+    "The same comparison with `best` decided by `best_of`, tensor by tensor. `own`: (module, base name) -> the observer that needs no change."
+    places: dict[Key, list[int]] = {}
+    for i, key in enumerate(zip(table.module, table.base_name)): places.setdefault(key, []).append(i)
+    db, bounds, names = table.sqnr_db.astype(float).to_numpy(), table.bound_db.astype(float).to_numpy(), table.observer.to_numpy()
+    found = [(at, best_of(db[at], bounds[at], names[at], (own or {}).get(key, ""))) for key, at in places.items()]
+    best = np.zeros(len(table), bool)
+    best[[at[i] for at, i in found if i is not None]] = True
+    marked = table.assign(best=best)
+    marked.attrs = table.attrs
+    return marked
+
+# %% ../nbs/09_analysis.ipynb #7823790a
 def observers_table(rows: list[dict[str, Any]], record: CalibrationRecord, args: Mapping[str, QuantizationArgs]) -> pd.DataFrame:
-    "A comparison of observers from its rows: the best of each tensor is marked, and `attrs['args']` says the arguments by base name in words."
-    table = model_table(rows, OBSERVER_COLUMNS, record)
-    best = table[np.isfinite(table.sqnr_db.astype(float))].groupby(["module", "base_name"]).sqnr_db.idxmax()
-    table["best"] = table.index.isin(best)
+    "A comparison of observers from its rows: `mark_best` of them, and `attrs['args']` says the arguments by base name in words."
+    table = mark_best(model_table(rows, OBSERVER_COLUMNS, record))
     table.attrs["args"] = "; ".join(f"{base}: {describe_args(a).partition(', observer')[0]}" for base, a in args.items())
     return table
 
@@ -236,7 +260,7 @@ def compare_observers(
     args: QuantizationArgs | None = None,       # None: those of the recorded scheme, or int8 symmetric per tensor
 ) -> pd.DataFrame:
     """A row per tensor and observer: range, scale and zero point (the middle one of many, with smallest and largest), what it costs, and
-    which is best. Figures from a histogram are exact to `bound_db`. `attrs['args']`: the arguments in words."""
+    which is best (`mark_best`). Figures from a histogram are exact to `bound_db`. `attrs['args']`: the arguments in words."""
     asked = check_observers(observers) if observers is not None else None
     if args is not None: check_args(args)
     answers, by_base = Answers(), {base: asked or usual_observers(record, base) for base in {b for _, b in check_record(record).tensors}}

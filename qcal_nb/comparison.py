@@ -24,12 +24,12 @@ from PIL import ImageDraw
 from PIL.PngImagePlugin import PngInfo
 from traitlets import Bool, TraitError
 
-from .analysis import choose, unnamed
+from .analysis import choose, mark_best, unnamed
 from .calibration_record import CalibrationRecord
-from .comparison_tables import Question, TABLE_ORDERS, TENSOR_COLUMNS, Tables, UNKNOWN, best_by_tensor, config_of, counted_as, counted_words, in_order, observers_html, scheme_args_by_module, tensors_html, unknown_html, verdict_html
+from .comparison_tables import Question, TABLE_ORDERS, TENSOR_COLUMNS, Tables, UNKNOWN, best_by_tensor, config_of, counted_words, in_order, observers_html, own_of, scheme_args_by_module, tensors_html, unknown_html, verdict_html
 from .scheme_panel import SchemeComparison
 from .figures import NAMED, new_axes, say_nothing
-from .markup import block, error_html
+from .markup import block, empty_html, error_html
 from .panels import Panel, Picture, bar_at, static_picture
 from .plots import plot_observers, to_png
 from .schemes import describe_args
@@ -65,8 +65,8 @@ def framed(png: bytes, ax: Axes, column: int | None) -> bytes:
     return buffer.getvalue()
 
 # %% ../nbs/14h_comparison.ipynb #731ff046
-CAUTION = ("SQNR judges each tensor alone, and outlier channels can fool it. What the model loses, only the model can say: "
-           "compare the recipe before and after under <i>Schemes side by side</i>.")
+CAUTION = ("Writes them into the recipe and takes the model back to the original; the record stays. SQNR judges each tensor alone, and outlier channels "
+           "can fool it. What the model loses, only the model can say: compare the recipe before and after under <i>Schemes side by side</i>.")
 
 
 def used_html(used: Mapping[str, Mapping[str, str]]) -> str:
@@ -76,7 +76,7 @@ def used_html(used: Mapping[str, Mapping[str, str]]) -> str:
         for base_name, observer in by_base.items():
             of_base = counts.setdefault(base_name, {})
             of_base[observer] = of_base.get(observer, 0) + 1
-    nothing = "Nothing was changed: no tensor has an observer whose SQNR is known and better."
+    nothing = "Nothing was changed: no tensor has an observer that is known to be better than the recipe's."
     if not counts: return block(f'<div class="warning" role="status">{nothing}</div>')
     parts = [f"{base_name} tensors: {counted_words(of_base)}" for base_name, of_base in counts.items()]
     return block(f'<div role="status">Written into the recipe, for {"; ".join(parts)}. The model is original again: '
@@ -89,7 +89,7 @@ def question_of(session: Session, state: WorkbenchState) -> Question:
     different = {id(a): a for a in args.values()}.values()  # modules of a group share theirs
     formats = {unnamed(a).model_dump_json(): unnamed(a) for a in different}
     asked = state.args() or next((a for a in formats.values() if len(formats) == 1 and a.dynamic is not True), None)
-    names = {counted_as(a.observer, state.base_name) for a in different if a.observer and a.dynamic is not True}
+    names = {name for a in different for name in own_of({"": a}, state.base_name).values()}
     return Question(state.base_name, asked, tuple(sorted(names)))
 
 # %% ../nbs/14h_comparison.ipynb #6a331b52
@@ -141,7 +141,7 @@ def _show_note(panel: "ObserverComparison") -> None:
     if panel.tables.error is not None: panel.problem.value = error_html(panel.tables.error)
     reason = _why_not_use(panel)
     panel.use.disabled = bool(reason)
-    panel.use.tooltip = f"Not now: {reason}" if reason else "Write the best observer of every tensor into the recipe"
+    panel.use.tooltip = f"Not now: {reason}" if reason else "Write the best observer of every tensor into the recipe, and go back to the original model"
 
 
 def _why_not_use(panel: "ObserverComparison") -> str:
@@ -184,6 +184,7 @@ def _show_compared(panel: "ObserverComparison") -> None:
     state, table = panel.state, panel.compared
     args = scheme_args_by_module(panel.session.record, config_of(panel.session), state.base_name)
     chosen = choose(table, state.pattern, state.base_name, None if state.layer < 0 else state.layer) if len(table) else table
+    if len(chosen): chosen = mark_best(chosen, own_of(args, state.base_name))
     panel.rows = best_by_tensor(chosen, args, state.base_name) if len(chosen) else pd.DataFrame(columns=TENSOR_COLUMNS)
     _draw(panel, chosen)
     if len(table) and not len(chosen):
@@ -218,7 +219,7 @@ def _draw(panel: "ObserverComparison", chosen: pd.DataFrame) -> None:
     "The heatmap of the chosen rows, or in words why there is none. A picture that was drawn before is taken from a shelf."
     known = len(panel.rows) and (panel.rows.why != "").sum() < len(panel.rows)
     state, why = panel.state, "" if known else "unknown" if len(chosen) else _why_empty(panel)
-    key = why or (id(panel.compared), state.pattern, state.layer)
+    key = why or (id(panel.compared), state.pattern, state.layer, tuple(panel.rows.best))
     if key not in panel._pictures:
         while len(panel._pictures) >= KEPT: panel._pictures.pop(next(iter(panel._pictures)))
         if why: ax = say_nothing(new_axes(9.6, 1.6), EMPTY[why])
@@ -246,6 +247,7 @@ def _show_rows(panel: "ObserverComparison") -> None:
     png = framed(panel._png, panel._ax, int(at[0]) if len(at) and panel._ax is not None else None)
     if panel.picture.png != png: panel.picture.png = png
     panel.picture.alt = _describe_heatmap(panel)
+    panel.picture.layout.display, panel.empty.value = ("", "") if panel._ax is not None else ("none", empty_html(panel.picture.alt))
     panel._refreshing = True
     panel.select.value = selected if len(at) else ""
     panel._refreshing = False
@@ -384,7 +386,7 @@ class ObserverComparison(_Comparison):
         self._question = question_of(session, self.state)
         self.rows, self.compared = pd.DataFrame(columns=TENSOR_COLUMNS), pd.DataFrame()
         self.tables, self.picture = Tables(self._made, weight_of(session)), Picture()
-        for name in ("verdict", "note", "problem", "observers", "table", "used"):
+        for name in ("verdict", "note", "problem", "observers", "table", "used", "empty"):
             setattr(self, name, w.HTML())
             getattr(self, name).add_class(f"qcal-compare-{name}")
         _make_controls(self)
@@ -392,6 +394,6 @@ class ObserverComparison(_Comparison):
         self.visible = visible
         controls = w.HBox([self.base_name, self.layer, self.pattern, self.format, self.symmetric], layout=w.Layout(flex_flow="row wrap"))
         self.children = [self._style, _heading("Which observer for every tensor?"), controls, self.verdict, use, self.note,
-                         self.problem, self.picture, self.select, self.observers, self.order, self.table, _heading("Schemes side by side"), self.schemes]
+                         self.problem, self.empty, self.picture, self.select, self.observers, self.order, self.table, _heading("Schemes side by side"), self.schemes]
         _connect(self)
         self.refresh()

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PIECE', 'TENSOR_COLUMNS', 'UNKNOWN', 'RUNNING', 'ZEROS', 'TABLE_ORDERS', 'WORTH', 'REMEDIES', 'compare_in_pieces',
-           'Question', 'Tables', 'scheme_args_by_module', 'counted_as', 'config_of', 'best_by_tensor', 'in_order',
-           'counted_words', 'verdict_html', 'unknown_html', 'tensors_html', 'observers_html']
+           'Question', 'Tables', 'scheme_args_by_module', 'counted_as', 'own_of', 'config_of', 'best_by_tensor',
+           'in_order', 'counted_words', 'verdict_html', 'unknown_html', 'tensors_html', 'observers_html']
 
 # %% ../nbs/14f_comparison_tables.ipynb #00eff7fc
 import math
@@ -23,9 +23,10 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from .analysis import args_of, compare_observers, usual_observers
 from .calibration import args_in
 from .calibration_record import CalibrationRecord
+from .conclusions import label_of
 from .evaluate import weights_compared
 from .markup import block, table_html
-from .replay import schemes_of_record
+from .replay import asked_by, schemes_of_record
 from .session import Session
 from .session_parts import ended_in_time
 
@@ -143,6 +144,12 @@ def counted_as(observer: str, base_name: str) -> str:
     return "static_minmax" if base_name == "weight" and observer in ("memoryless_minmax", "minmax") else observer
 
 
+def own_of(args: Mapping[str, QuantizationArgs], base_name: str) -> dict[tuple[str, str], str]:
+    "(module, base name) -> the observer in a comparison that concludes what the scheme's does; none where scales are found while running."
+    named = ((module, next(asked_by(one, base_name), "")) for module, one in args.items())
+    return {(module, base_name): counted_as(label_of(asked), base_name) for module, asked in named if asked}
+
+
 def config_of(session: Session) -> QuantizationConfig | None:
     "The configuration of the session's recipe; without a recipe that of its record, and without either None."
     if getattr(session, "modifier", None) is not None: return session.modifier.resolved_config
@@ -162,7 +169,7 @@ def best_by_tensor(table: pd.DataFrame, args: Mapping[str, QuantizationArgs], ba
     rows = []
     for module in table.module.drop_duplicates():
         asked, name = args.get(module), best.get(module, UNKNOWN)
-        scheme = "" if asked is None else RUNNING if asked.dynamic is True else asked.observer or ""
+        scheme = "" if asked is None else RUNNING if asked.dynamic is True else label_of(next(asked_by(asked, base_name)))
         used_db = db.get((module, scheme), db.get((module, counted_as(scheme, base_name)), math.nan))
         best_db = db.get((module, name), math.nan)
         rows.append((module, name, best_db, scheme, used_db, best_db - used_db, "" if module in best else why.get(module, ZEROS)))
@@ -193,6 +200,7 @@ def verdict_html(rows: pd.DataFrame, base_name: str, words: str) -> str:
     if len(gains) and (most := gains.loc[gains.gain_db.idxmax()]).gain_db >= WORTH:
         text += (f"The scheme's {scheme} loses up to <b>{most.gain_db:.1f} dB</b> against them (at {escape(most.module)}; "
                  f"{(gains.gain_db >= WORTH).sum():,} tensors more than {WORTH} dB). 6 dB are one bit.")
+    elif len(gains) and (gains.gain_db <= 0).all(): text += f"The scheme has the best of them everywhere ({scheme}): there is nothing to change."
     elif len(gains): text += f"The scheme's {scheme} is within {WORTH} dB of the best everywhere: no change is worth it here."
     elif used == [RUNNING]: text += "The scheme finds these scales anew while the model runs: no observer of it can be better or worse."
     elif used and len(known): text += f"What the scheme's {escape(', '.join(used))} would have cost was not recorded."

@@ -26,7 +26,7 @@ from traitlets import TraitError
 
 from .analysis import choose, compare_observers, ranges
 from .calibration_record import CalibrationRecord
-from .markup import GLOSSARY, block, error_html, glossary_html, table_html, tensor_key, term, warning_html
+from .markup import GLOSSARY, block, empty_html, error_html, glossary_html, table_html, tensor_key, term, warning_html
 from .panels import Panel, Picture, bar_at, static_picture
 from .plots import plot_density, plot_ranges, to_png
 from .session import Session
@@ -258,7 +258,8 @@ def _refresh_hints(panel: "RangeExplorer", known: _Known, waiting: bool) -> None
     s, empty, seen = panel.state, not len(panel.shown), bool(len(known.table))
     said = [why_empty(known.table, s)] if empty else remarks(panel.shown)
     if waiting: said.append(f"Working out the SQNR of {len(known.table):,} tensors; the table will be sorted when it is known")
-    panel.hint.value = "".join(map(warning_html, said)) if seen else block(f'<span class="faint">{escape(" ".join(said))}</span>')
+    panel.hint.value = empty_html(said[0]) + "".join(map(warning_html, said[1:])) if empty else "".join(map(warning_html, said))
+    panel.picture.layout.display = "none" if empty else ""
     panel.all.layout.display = "" if empty and seen and (s.pattern or s.layer >= 0) else "none"
 
 

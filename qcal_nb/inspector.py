@@ -22,7 +22,7 @@ from compressed_tensors.quantization import QuantizationArgs
 from matplotlib.axes import Axes
 from traitlets import TraitError
 
-from .analysis import BY_HAND, DERIVED, Answers, args_of, conclusion_by_hand, outlier_ratio, place_in_words, usual_observers
+from .analysis import BY_HAND, DERIVED, Answers, args_of, best_of, conclusion_by_hand, outlier_ratio, place_in_words, usual_observers
 from .calibration_record import CalibrationRecord, Key
 from .conclusions import Asked, Conclusion, label_of
 from .markup import block, error_html, warning_html
@@ -36,15 +36,15 @@ from .tensor_stats import TensorStats
 
 # %% ../nbs/14e_inspector.ipynb #02556694
 READOUT = ["observer", "scale", "scale_min", "scale_max", "scales", "zero_point", "clipped", "mse", "sqnr_db", "bound_db", "levels_used", "levels",
-           "at_limit", "best", "reason"]
+           "at_limit", "best", "own", "reason"]
 SEARCHING = "being searched …"  # the reason of a conclusion that is on its way
 
 
-def readout(found: list[Conclusion], costs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    "A row per conclusion, with what it costs; `best` is the one with the largest SQNR."
-    best = max((cost["sqnr_db"] for cost in costs if math.isfinite(cost["sqnr_db"])), default=math.nan)
-    first = next((i for i, cost in enumerate(costs) if cost["sqnr_db"] == best), -1)
-    return [{name: cost.get(name) for name in READOUT} | dict(scales=0 if c.scale is None else c.scale.numel(), levels=len(code_points(c.args)), best=i == first)
+def readout(found: list[Conclusion], costs: list[dict[str, Any]], own: str = "") -> list[dict[str, Any]]:
+    "A row per conclusion, with what it costs, and which is the best (`analysis.best_of`); `own` is the observer that the recipe names."
+    best = best_of(*([cost[name] for cost in costs] for name in ("sqnr_db", "bound_db", "observer")), own)
+    return [{name: cost.get(name) for name in READOUT} | dict(scales=0 if c.scale is None else c.scale.numel(), levels=len(code_points(c.args)),
+                                                              best=i == best, own=cost["observer"] == own)
             for i, (c, cost) in enumerate(zip(found, costs))]
 
 # %% ../nbs/14e_inspector.ipynb #4e7c047c
@@ -66,8 +66,9 @@ def _cells(values: dict[str, Any]) -> list[str]:
 
 def _name(row: dict[str, Any]) -> str:
     dot = f'<span class="dot" style="background: {HAND}"></span>' if row["observer"] == BY_HAND else ""
-    best, limit = ' <b title="the largest SQNR of these">★ best</b>' if row["best"] else "", " <span class='faint'>(at the limit of its search)</span>"
-    return f"{dot}{escape(row['observer'])}{limit if row['at_limit'] else ''}{best}"
+    limit, tip = " <span class='faint'>(at the limit of its search)</span>", "the largest SQNR; of those that cannot be told apart the recipe’s, else the first"
+    best, own = f' <b title="{tip}">★ best</b>', " <span class='faint'>(the recipe’s)</span>"
+    return f"{dot}{escape(row['observer'])}{own if row['own'] else ''}{limit if row['at_limit'] else ''}{best if row['best'] else ''}"
 
 
 def readout_html(table: list[dict[str, Any]]) -> str:
@@ -84,13 +85,14 @@ def readout_html(table: list[dict[str, Any]]) -> str:
 # %% ../nbs/14e_inspector.ipynb #00d14ea7
 def verdict(table: list[dict[str, Any]], clip: float) -> str:
     "What the read-out says about the scale by hand, in a sentence; empty while that is not known."
-    known = {row["observer"]: row["sqnr_db"] for row in table if math.isfinite(row["sqnr_db"])}
+    known = {row["observer"]: row for row in table if math.isfinite(row["sqnr_db"])}
     if BY_HAND not in known: return ""
     at, hand = f"By hand, {'the whole range' if clip == 1 else f'{100 * clip:.3g} % of the range'}", known.pop(BY_HAND)
-    if not known: return f"{at}: {hand:.1f} dB."
-    best = max(known, key=known.get)
-    more, name = hand - known[best], escape(best)
-    if abs(more) < 0.05: return f"{at}: as good as {name}, the best observer. Move <i>Clip range</i> to look for a better one."
+    if not known: return f"{at}: {hand['sqnr_db']:.1f} dB."
+    best = next((row for row in known.values() if row["best"]), max(known.values(), key=lambda row: row["sqnr_db"]))
+    more, name = hand["sqnr_db"] - best["sqnr_db"], escape(best["observer"])
+    sure = max(0.05, sum(row["bound_db"] for row in (hand, best) if row["bound_db"] and math.isfinite(row["bound_db"])))
+    if abs(more) < sure: return f"{at}: as good as {name}, the best observer. Move <i>Clip range</i> to look for a better one."
     if more > 0: return f"{at}: <b>{more:.1f} dB better</b> than {name}, the best observer."
     return f"{at}: {-more:.1f} dB worse than {name}, the best observer. Move <i>Clip range</i> to come closer."
 
@@ -292,13 +294,20 @@ def _go_on(panel: "HistogramInspector") -> None:
         elif left: panel.refresh("found")
 
 
+def _own(panel: "HistogramInspector", key: Key) -> str:
+    "The observer that the recipe names for a tensor; looked up once for all tensors of a recipe."
+    recipe, of, owns = panel.session.modifier, len(panel.session.record.tensors), panel._owns
+    if owns[0] is not recipe or owns[1] != of: owns = panel._owns = recipe, of, {k: label_of(one) for k, one in panel.session.own_observers().items()}
+    return owns[2].get(key, "")
+
+
 def _show_histogram(panel: "HistogramInspector", key: Key, what: str) -> None:
     record, state, stats = panel.session.record, panel.state, panel.session.record[key]
     names = usual_observers(record, key[1])
     found = [_ask(panel, key, name, what == "batch") for name in names]
     found.append(conclusion_by_hand(stats, key[1], state.args() or args_of(record, key), state.clip))
     costs = [panel.answers.row(c, stats) for c in found]
-    panel.rows = readout(found, costs)
+    panel.rows = readout(found, costs, _own(panel, key))
     panel.readout_box.value, panel.verdict.value = readout_html(panel.rows), block(verdict(panel.rows, state.clip))
     panel.notes.value = notes_html(stats, panel.rows)
     picture, drawable = panel.pictures["Histogram"], [c for c in found if not c.reason or c.reason == SEARCHING]
@@ -372,7 +381,7 @@ class HistogramInspector(Panel):
     def __init__(self, session: Session, state: WorkbenchState | None = None) -> None:
         super().__init__(session, state)
         self.answers, self.live, self.rows = Answers(), LiveHistogram(), []
-        self._turn, self._cost, self._todo, self._picked, self._scales = threading.RLock(), 0.0, [], (None, "", ""), (None,)
+        self._turn, self._cost, self._todo, self._picked, self._scales, self._owns = threading.RLock(), 0.0, [], (None, "", ""), (None,), (None, 0, {})
         self._filling = self._hurried = False
         _make_inspector_controls(self)
         _make_pages(self)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STYLE', 'GLOSSARY', 'PHASES', 'CHIPS', 'CHANGE_ORDERS', 'OPEN_ROWS', 'block', 'term', 'glossary_html', 'phase_html',
            'table_html', 'changes_table', 'changes_html', 'matches_html', 'tensor_key', 'status_key', 'tree_html',
-           'duration', 'progress_text', 'warning_html', 'error_html']
+           'duration', 'progress_text', 'warning_html', 'empty_html', 'error_html']
 
 # %% ../nbs/14a_markup.ipynb #fa78cac2
 from collections import Counter
@@ -28,7 +28,13 @@ STYLE = """<style>
 .qcal th, .qcal td { padding: 2px 10px 2px 0; text-align: left; white-space: nowrap }
 .qcal th, .qcal td { border-bottom: 1px solid var(--jp-border-color2, #ddd) }
 .qcal td.n { text-align: right; font-variant-numeric: tabular-nums }
-.qcal .scroll { max-height: 260px; overflow: auto }
+.qcal .scroll { max-height: 260px; overflow: auto; scrollbar-width: thin; overscroll-behavior-x: contain; background:
+  linear-gradient(to right, var(--jp-layout-color1, #fff) 30%, transparent) left / 40px 100%,
+  linear-gradient(to left, var(--jp-layout-color1, #fff) 30%, transparent) right / 40px 100%,
+  linear-gradient(to right, #8886, transparent) left / 12px 100%, linear-gradient(to left, #8886, transparent) right / 12px 100%;
+  background-repeat: no-repeat; background-attachment: local, local, scroll, scroll }
+.qcal .empty { border: 1px dashed var(--jp-border-color1, #bbb); border-radius: 4px; padding: 36px 20px; max-width: 720px; text-align: center;
+  color: var(--jp-ui-font-color2, #777) }
 .qcal .dot { display: inline-block; width: 10px; height: 10px; border-radius: 5px; margin-right: 5px }
 .qcal .chip { padding: 2px 10px; border-radius: 10px; margin-right: 4px; border: 1px solid var(--jp-border-color1, #bbb) }
 .qcal .chip.now { color: black; font-weight: bold }
@@ -155,8 +161,8 @@ def _signed(added: Iterable[str], removed: Iterable[str]) -> str:
 
 
 def _transition(c: ModuleChange) -> str:
-    if c.status_before == c.status_after: return c.status_before
-    return f"{c.status_before or 'none'} → {c.status_after or 'none'}"
+    if c.status_before == c.status_after: return c.status_before or "original"
+    return f"{c.status_before or 'original'} → {c.status_after or 'original'}"
 
 
 def changes_table(changes: list[ModuleChange], order: str = "model order") -> pd.DataFrame:
@@ -273,6 +279,11 @@ def progress_text(progress: Progress) -> str:
 def warning_html(text: str) -> str:
     "A warning in words."
     return block(f'<div class="warning" role="status">{escape(text).replace(chr(10), "<br>")}</div>')
+
+
+def empty_html(text: str) -> str:
+    "Where a picture will be, and what to do to see it."
+    return block(f'<div class="empty" role="status">{escape(text)}</div>')
 
 
 def error_html(error: BaseException | None, remedy: str = "") -> str:

@@ -24,8 +24,10 @@ from .state import WorkbenchState
 _PICTURE_JS = """
 function render({ model, el }) {
   const box = document.createElement("div"), img = document.createElement("img"), tip = document.createElement("div");
-  box.style.cssText = "position: relative; display: inline-block; max-width: 100%";
-  img.className = "qcal-picture"; img.style.cssText = "max-width: 100%; background: white; border-radius: 4px";
+  const frame = document.createElement("div");  // where the page is narrower than a picture can be read, the picture scrolls
+  frame.style.cssText = "overflow-x: auto; max-width: 100%"; el.style.minWidth = "0";
+  box.style.cssText = "position: relative; display: inline-block; max-width: 100%; min-width: min(780px, max-content)";
+  img.className = "qcal-picture"; img.style.cssText = "max-width: 100%; background: white; border-radius: 4px; vertical-align: bottom";
   tip.style.cssText = "position: absolute; display: none; pointer-events: none; background: #222; color: white; "
     + "padding: 3px 8px; font-size: 12px; border-radius: 3px; white-space: pre";
   let url = null, waiting = null;
@@ -48,7 +50,7 @@ function render({ model, el }) {
   img.addEventListener("mouseleave", () => { clearTimeout(waiting); waiting = null; send("pointer", []); });
   img.addEventListener("click", (e) => send("clicked", [...place(e), Date.now()]));
   model.on("change:png", show); model.on("change:alt", show); model.on("change:hint", hint);
-  show(); box.append(img, tip); el.append(box);
+  show(); box.append(img, tip); frame.append(box); el.append(frame);
   return () => { clearTimeout(waiting); if (url) URL.revokeObjectURL(url); };
 }
 export default { render };

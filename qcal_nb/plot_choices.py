@@ -23,7 +23,7 @@ from matplotlib.patches import Patch, Rectangle
 
 from .analysis import check_record, compare_observers, conclusion_of, convergence, enough_in_words, layer_of, percent_of
 from .calibration_record import CalibrationRecord
-from .conclusions import Asked, Conclusion
+from .conclusions import Asked, Conclusion, label_of
 from .coverage import extreme_scales
 from .figures import (BASE_COLORS, CLIPPED, NAMED, OTHER, bars, dark, dots, headline, label_depth, light, log_values, new_axes, packed,
                              say_nothing, shades, short_name)
@@ -198,7 +198,7 @@ def plot_scales(
     base_name = choose_base([b for _, b in record.tensors], base_name)
     observer = observer or next((n for (_, b, n), c in record.conclusions.items() if b == base_name and c.scale is not None), "static_minmax")
     by_module = scales_by_module(record, observer, base_name, args, conclude)
-    name = observer if isinstance(observer, str) else observer[0]
+    name = label_of(observer)
     if not by_module:
         first = next((conclude(record, key, observer, args) for key in record.tensors if key[1] == base_name), None)
         return say_nothing(ax, f"{name} has no scale for any {base_name}:\n{first.reason if first else 'nothing was recorded'}")

@@ -33,7 +33,7 @@ from .attention import attention_classes, attention_faults, attention_modules, h
 from .calibration import args_in, exclusive, feeding, guarded
 from .calibration_record import About, CalibrationRecord, record_equal, unequal_parts
 from .collector import STATES, Collector, Running, check_mask, conclusions_of, kept_tokens, look_at_weights, mask_in_words
-from .conclusions import DEFAULT_ARGS, Asked, args_to_ask, label_of
+from .conclusions import DEFAULT_ARGS, Asked, args_to_ask, name_and_kwargs
 from .experts import tokens_per_expert, unfused_experts
 from .ledger import experts_apart, ledger_of, phase_of
 from .lifecycle import QUANTIZABLE, QuantizationMixin, check_schemes, embeddings_of, reaches_experts, schemes_by_module
@@ -57,11 +57,12 @@ def recipe_to_record(scheme: Any = None, ignore: Iterable[str] = ("lm_head",)) -
     with in_plain_words(): return QuantizationMixin(scheme=preset("INT8_STATIC") if scheme is None else scheme, ignore=list(ignore))
 
 
-def modules_to_record(model: Module, scheme: Any = None, ignore: Iterable[str] = ("lm_head",)) -> dict[str, Module]:
-    "The modules that a scheme (a preset's name, a modifier, or None for every Linear) would quantize; ValueError that lists those it does not fit."
+def modules_to_record(model: Module, scheme: Any = None, ignore: Iterable[str] = ("lm_head",), check: bool = True) -> dict[str, Module]:
+    """The modules that a scheme (a preset's name, a modifier, or None for every Linear) would quantize; ValueError that lists those it does not fit.
+    `check=False`: of a model that has the scheme already, whose modules are wrapped and would not pass."""
     recipe = recipe_to_record(scheme, ignore)
     chosen = {n: (m, s) for n, (m, s) in schemes_by_module(model, recipe.resolved_config).items() if isinstance(m, QUANTIZABLE)}
-    check_schemes(model, chosen, recipe.bypass_divisibility_checks)
+    if check: check_schemes(model, chosen, recipe.bypass_divisibility_checks)
     return {name: module for name, (module, _) in chosen.items()}
 
 
@@ -84,10 +85,7 @@ def check_observers(observers: Iterable[Asked]) -> list[Asked]:
     "The observers that were asked for. ValueError or TypeError for an unknown name or a bad argument."
     if not isinstance(observers, Iterable): raise TypeError(f"observers={observers!r} must be names, or pairs of a name and its arguments")
     asked = [observers] if isinstance(observers, str) else list(observers)
-    for one in asked:
-        label_of(one)
-        name, kwargs = (one, {}) if isinstance(one, str) else one
-        find_observer(name).check_kwargs(dict(kwargs))
+    for name, kwargs in map(name_and_kwargs, asked): find_observer(name).check_kwargs(kwargs)
     return asked
 
 # %% ../nbs/08f_records.ipynb #63b788ee
@@ -120,9 +118,10 @@ def attention_open(model: Module, states: Iterable[str]) -> Iterator[None]:
     finally: restore(model, before)
 
 
-def new_collector(model: Module, recipe: QuantizationMixin, base_names: Iterable[str] = ("input", "weight"), asked_args: bool = True, **options: Any) -> Collector:
-    "A collector for what a recipe is about. `asked_args`: observers get the recipe's arguments, else the default ones."
-    tensors = tensors_to_record(model, modules_to_record(model, recipe), base_names)
+def new_collector(model: Module, recipe: QuantizationMixin, base_names: Iterable[str] = ("input", "weight"), asked_args: bool = True, check: bool = True,
+                  **options: Any) -> Collector:
+    "A collector for what a recipe is about. `asked_args`: observers get the recipe's arguments, else the default ones. `check`: as in `modules_to_record`."
+    tensors = tensors_to_record(model, modules_to_record(model, recipe, check=check), base_names)
     return Collector(tensors, args=args_by_tensor(model, recipe) if asked_args else None, **options)
 
 

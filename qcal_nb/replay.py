@@ -11,18 +11,17 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
-import numpy as np
 import pandas as pd
 from compressed_tensors.offload import get_execution_device
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 from torch import Tensor
 from torch.nn import Module
 
-from .analysis import compare_observers, same_args
+from .analysis import compare_observers, mark_best, same_args
 from .calibration import observer_name, observer_of
 from .calibration_record import CalibrationRecord, ConclusionKey, Key
 from .collector import Attached, Collector, Memory
-from .conclusions import Asked, Conclusion, counts_of, follows_from_stats, label_of, statistics_from
+from .conclusions import Asked, Conclusion, counts_of, follows_from_stats, label_of, name_and_kwargs, statistics_from
 from .evaluate import weights_compared
 from .lifecycle import QuantizationMixin, observed_names
 from .observers.base import Counts, Observer, find_observer
@@ -47,7 +46,8 @@ def observers_to_compare(modifier: QuantizationMixin) -> dict[str, list[Asked]]:
         for part, base in _PARTS.items(): found[base] += asked_by(getattr(scheme, part), base)
     found[""] += asked_by(config.kv_cache_scheme, "k")
     for scheme in config.config_groups.values(): found[""] += asked_by(scheme.input_activations)
-    wanted = {base: [*own, *COMPARED.get(base, COMPARED[""])] for base, own in found.items()}
+    named = {base: {name_and_kwargs(one)[0] for one in own} for base, own in found.items()}  # of one name the recipe's, with its arguments
+    wanted = {base: [*own, *(one for one in COMPARED.get(base, COMPARED[""]) if one not in named[base])] for base, own in found.items()}
     granular = any(s.weights is not None and s.weights.strategy in ("channel", "group", "tensor_group") for s in config.config_groups.values())
     if not granular: wanted["weight"] = [one for one in wanted["weight"] if one != "imatrix_mse"]  # it weighs columns, which one scale has not
     return {base: list({label_of(one): one for one in some}.values()) for base, some in wanted.items()}
@@ -140,7 +140,8 @@ def _by_args(record: CalibrationRecord, args_of: ArgsOf, base_names: Iterable[st
 
 def comparison(record: CalibrationRecord, args_of: ArgsOf, asked: Mapping[str, Iterable[Asked]], base_names: Iterable[str],
                weight_of: Callable[[str], Tensor | None] | None = None) -> pd.DataFrame:
-    """`analysis.compare_observers` of the tensors that a recipe quantizes, each with the arguments that the recipe has for it.
+    """`analysis.compare_observers` of the tensors that a recipe quantizes, each with the arguments that the recipe has for it; where it cannot be told
+    which observer is best, the recipe's own is.
     With `weight_of`, a weight by its module's name, weights of many scales are measured; a record alone cannot tell about them."""
     parts = []
     for args, keys in _by_args(record, args_of, set(base_names)).values():
@@ -148,12 +149,14 @@ def comparison(record: CalibrationRecord, args_of: ArgsOf, asked: Mapping[str, I
             part, some = replace(record, tensors={k: record.tensors[k] for k in keys if k[1] == base}), asked.get(base, asked[""])
             measure = base == "weight" and args.strategy != "tensor" and weight_of is not None
             parts.append(weights_compared(part, [m for m, _ in part.tensors], some, args, weight_of) if measure else compare_observers(part, some, args))
-    return pd.concat(parts, ignore_index=True) if parts else compare_observers(CalibrationRecord())
+    table = pd.concat(parts, ignore_index=True) if parts else compare_observers(CalibrationRecord())
+    own = {key: label_of(one) for key in record.tensors for one in asked_by(args_of(*key), key[1])}
+    return mark_best(table, own)
 
 # %% ../nbs/12b_replay.ipynb #a9bb1330
 def best_observers(table: pd.DataFrame, asked: Mapping[str, Iterable[Asked]]) -> dict[str, dict[str, Asked]]:
-    "Of a comparison: module -> base name -> the observer whose scale loses least; only where that is known."
-    known = table[np.isfinite(table.sqnr_db.astype(float)) & table.best]
+    "Of a comparison: module -> base name -> the best observer (`analysis.mark_best`); only where that is known."
+    known = table[table.best]
     names = {base: {label_of(one): one for one in some} for base, some in asked.items()}
     best: dict[str, dict[str, Asked]] = {}
     for module, base, label in zip(known.module, known.base_name, known.observer):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PIECE', 'NEW_TOKENS', 'SCHEME_COLUMNS', 'ORIGINAL', 'powers', 'counted', 'Damage', 'stored_bytes', 'evaluated',
-           'prompt_ids', 'continuation', 'named_schemes', 'fits', 'feeds_of', 'compare_schemes']
+           'prompt_ids', 'continuation', 'named_schemes', 'fits', 'unfit_schemes', 'feeds_of', 'compare_schemes']
 
 # %% ../nbs/10b_scheme_comparison.ipynb #04f1e4fe
 import math
@@ -192,6 +192,16 @@ def fits(model: Module, modifier: QuantizationModifier, label: str) -> None:
     except ValueError as fault: raise ValueError(f"{label}: {fault}") from None
 
 
+def unfit_schemes(model: Module, modifiers: Mapping[str, QuantizationModifier]) -> dict[str, str]:
+    "Label -> why a scheme does not fit the model, of those that do not; ValueError if none does."
+    found = {}
+    for label, modifier in modifiers.items():
+        try: fits(model, modifier, label)
+        except ValueError as fault: found[label] = fault
+    if found and len(found) == len(modifiers): raise next(iter(found.values()))
+    return {label: str(fault).removeprefix(f"{label}: ") for label, fault in found.items()}
+
+
 def feeds_of(data: Any, modifiers: Mapping[str, QuantizationModifier], **options: Any) -> list[dict[str, Any]] | None:
     "The batches to calibrate on; None if none are needed. ValueError if they are and there are none."
     needy = [label for label, modifier in modifiers.items() if modifier.requires_calibration_data]
@@ -201,12 +211,13 @@ def feeds_of(data: Any, modifiers: Mapping[str, QuantizationModifier], **options
     return found
 
 # %% ../nbs/10b_scheme_comparison.ipynb #2be02547
-SCHEME_COLUMNS = ["scheme", "loss", "loss_before", "perplexity", "perplexity_before", "kl", "top1", "worst_sqnr_db", "worst", "weight_bytes"]
+SCHEME_COLUMNS = ["scheme", "loss", "loss_before", "perplexity", "perplexity_before", "kl", "top1", "worst_sqnr_db", "worst", "weight_bytes", "why"]
 ORIGINAL = "original"
 
 
 def _schemes_table(rows: list[dict[str, Any]], texts: bool) -> pd.DataFrame:
-    return pd.DataFrame(rows, columns=SCHEME_COLUMNS + ["text"] * texts).astype({"weight_bytes": "Int64"})
+    table = pd.DataFrame(rows, columns=SCHEME_COLUMNS + ["text"] * texts).astype({"weight_bytes": "Int64"})
+    return table.fillna({"worst": "", "why": ""})
 
 
 def _compared(model: Module, modifier: QuantizationModifier | None, label: str, feeds: Any, data: list[dict[str, Any]], tick: Callable[[], None],
@@ -233,22 +244,23 @@ def compare_schemes(
     prompt: str | None = None,              # Adds a column `text`: how each model goes on from here; needs the tokenizer
     tick: Callable[[], None] | None = None, # Called after each batch; a KeyboardInterrupt raised in it ends the comparison
 ) -> pd.DataFrame:
-    """A row per scheme, the unquantized model first: loss and KL in nats per token, shares, dB and bytes. Works on the one model and leaves it as it
-    was, also after errors; an interrupt gives the rows so far."""
+    """A row per scheme, the unquantized model first: loss and KL in nats per token, shares, dB and bytes; of a scheme that does not fit the model `why`
+    instead. Works on the one model and leaves it as it was, also after errors; an interrupt gives the rows so far."""
     if prompt is not None: prompt_ids(check_causal(model), tokenizer, prompt)  # or a ValueError
     with borrowed(check_causal(model), "compare_schemes()"): pass  # or a LifecycleError
     modifiers, options = named_schemes(schemes), dict(tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
-    for label, modifier in modifiers.items(): fits(model, modifier, label)
-    evals, feeds, rows = eval_batches(eval_data, **options), feeds_of(data, modifiers, **options), []
+    unfit = unfit_schemes(model, modifiers)
+    fitting = {label: modifier for label, modifier in modifiers.items() if label not in unfit}
+    evals, feeds, rows = eval_batches(eval_data, **options), feeds_of(data, fitting, **options), []
     def line() -> str | None: return None if prompt is None else continuation(model, tokenizer, prompt)
-    with tqdm(desc="comparing", total=len(evals) * (1 + len(modifiers)), unit=" batches", disable=not progress) as bar:
+    with tqdm(desc="comparing", total=len(evals) * (1 + len(fitting)), unit=" batches", disable=not progress) as bar:
         def done() -> None:
             bar.update()
             if tick is not None: tick()
         try:
             for label, modifier in {ORIGINAL: None, **modifiers}.items():
                 bar.set_postfix_str(label)
-                rows.append(_compared(model, modifier, label, feeds, evals, done, line))
+                rows.append(dict(scheme=label, why=unfit[label]) if label in unfit else _compared(model, modifier, label, feeds, evals, done, line))
         except KeyboardInterrupt:
             if progress: bar.write(f"interrupted: the table holds the {len(rows)} rows that were finished")
     return _schemes_table(rows, prompt is not None)

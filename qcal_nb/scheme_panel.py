@@ -18,10 +18,11 @@ from . import session as sessions
 from .comparison_tables import _db
 from .divergence import check_causal
 from .lifecycle import QuantizationModifier
-from .markup import block, error_html, table_html
+from .markup import block, error_html, table_html, warning_html
 from .panels import Panel, static_picture
 from .schemes import preset_names
 from .session import Session
+from .session_parts import PHASES_IN_WORDS
 from .state import WorkbenchState
 
 # %% ../nbs/14g_scheme_panel.ipynb #8981f179
@@ -46,11 +47,14 @@ def _lines_html(table: pd.DataFrame) -> str:
 
 
 def schemes_html(table: pd.DataFrame) -> str:
-    "What `compare_schemes` found, as tables, the original in the first row."
+    "What `compare_schemes` found, as tables, the original in the first row; and why a scheme was not measured."
+    unfit = table[table.why != ""]
+    table = table[table.why == ""]
     shown = table[["scheme", *_SCHEME_HEADS]].copy()
     shown["top1"], shown["weight_bytes"] = [f"{100 * v:.1f} %" for v in table.top1], [size_words(v) for v in table.weight_bytes]
     shown["worst_sqnr_db"] = [_db(v) for v in table.worst_sqnr_db]
-    return block(table_html(shown.rename(columns=_SCHEME_HEADS)) + _lines_html(table))
+    reasons = "".join(warning_html(f"{name} was not measured: {why}") for name, why in zip(unfit.scheme, unfit.why))
+    return block(table_html(shown.rename(columns=_SCHEME_HEADS)) + _lines_html(table)) + reasons
 
 
 def winners_html(table: pd.DataFrame) -> str:
@@ -76,7 +80,7 @@ def why_not_compare(session: Session) -> str:
     except TypeError as error: return str(error)
     if session.running: return f"{session.running} is running; stop it or wait for it"
     if session.phase != "original":
-        return f"the model is {session.phase}; schemes start from the original. Press Back or Reset first (the record is kept)"
+        return f"the model is {PHASES_IN_WORDS[session.phase]}; schemes start from the original. Press Back or Reset first (the record is kept)"
     if (reason := session.why_not("compare_schemes")) is not None: return reason
     try: nothing = session.eval_data is None and session.replay.get(0) is None
     except Exception as error: return f"the data cannot be read: {error}"

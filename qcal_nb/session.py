@@ -36,11 +36,11 @@ from .provenance import data_code, model_code
 from .recipes import from_config, override
 from .records import new_collector, new_record, running_of
 from .replay import asked_by, best_observers, comparison, memory_of, observers_to_compare, remind, schemes_of_record, what_is_known
-from .scheme_comparison import compare_schemes, named_schemes
+from .scheme_comparison import compare_schemes, named_schemes, unfit_schemes
 from .schemes import in_plain_words
 from .session_code import production_of, script_of
 from qcal_nb.session_parts import (
-    SCALE_COLUMNS, Past, Progress, Replay, SessionError, ended_in_time, module_statuses, options_code, read_recipe, scale_row, scales_table,
+    PHASES_IN_WORDS, SCALE_COLUMNS, Past, Progress, Replay, SessionError, ended_in_time, module_statuses, options_code, read_recipe, scale_row, scales_table,
 )
 
 _all_ = ["Past", "Progress", "Replay", "SessionError", "module_statuses", "scales_table"]
@@ -57,10 +57,11 @@ def _why_not(session: "Session", step: str) -> str | None:
         return (f"something else changed the model since (it is {phase_of(session.model)} now); "
                 "call reset_quantization(model) and make a new session or workbench")
     if session.running: return f"{session.running} is running; stop it or wait for it"
-    if step == "initialize": return None if phase == "original" else f"the model is {phase} already; go back or reset first"
+    words = PHASES_IN_WORDS[phase]
+    if step == "initialize": return None if phase == "original" else f"the model is {words} already; go back or reset first"
     if step == "start":
         if phase == "original": return "initialize the model first"
-        return None if phase == "initialized" else f"calibration has started already (the model is {phase})"
+        return None if phase == "initialized" else f"calibration has started already (the model is {words})"
     if step in ("feed", "feed_all"): return _why_not_feed(session, phase)
     if step == "end": return _why_not_end(session, phase)
     if step == "back": return None if session.history else "there is no step to take back"
@@ -118,7 +119,7 @@ class _Options:
     def configure(self, **options: Any) -> None:
         "Set `scheme`, `targets`, `ignore`, or a whole `recipe`. Only in the original phase; a bad value is a ValueError and changes nothing."
         if self.phase != "original":
-            raise SessionError(f"the scheme is in use (the model is {self.phase}); go back to the original first")
+            raise SessionError(f"the scheme is in use (the model is {PHASES_IN_WORDS[self.phase]}); go back to the original first")
         if unknown := sorted(set(options) - set(self._options)):
             raise ValueError(f"unknown options {unknown}; there are scheme, targets, ignore and recipe")
         new = {**self._options, "recipe": None, **options}
@@ -204,6 +205,12 @@ class _Steps:
         _reset_session(self)
 
 # %% ../nbs/12e_session.ipynb #264fff3b
+def _why_no_best(record: CalibrationRecord) -> str | None:
+    if any(stats.count for stats in record.tensors.values()): return None
+    if record.batches: return "the data reached no module that the scheme means: see which modules match"
+    return "nothing was recorded; initialize, start and feed first"
+
+
 class _Answers:
     "The part of a session that compares, decides, and writes down what was done."
 
@@ -214,12 +221,12 @@ class _Answers:
     def why_not(self, what: str) -> str | None:
         "Why `use_best` or `compare_schemes` cannot be done now; None if it can."
         if self.running: return f"{self.running} is running; stop it or wait for it"
-        if what == "use_best": return None if self.record.tensors else "nothing was recorded; initialize, start and feed first"
+        if what == "use_best": return _why_no_best(self.record)
         return _NO_MODEL if self.model is None else _why_not(self, "initialize")
 
     def use_best(self, base_names: Iterable[str] = ("input", "weight")) -> dict[str, dict[str, Asked]]:
-        """Give each tensor whose SQNR is known the observer that loses least there; the model goes back to the original, the record stays.
-        Returns module -> base name -> observer. SessionError if nothing is known."""
+        """Give each tensor the observer that loses least there, where another than the recipe's is known to; the model goes back to the original, the
+        record stays. Returns what was changed, module -> base name -> observer; if nothing is better nothing happens. SessionError if nothing is known."""
         return _use_best(self, [base_names] if isinstance(base_names, str) else list(base_names))
 
     def compare_schemes(self, schemes: Any, *, eval_data: Any = None, prompt: str | None = None) -> pd.DataFrame:
@@ -277,7 +284,8 @@ class Session(_Options, _Views, _Steps, _Answers):
         self.modifier = _made_of(self._options)
         self.record = CalibrationRecord(about=About(type(model).__name__)) if record is None else read_record(record, model)
         stream = batches([] if data is None else data, tokenizer, batch_size, max_length)
-        self.replay, self.eval_data = Replay(stream, expected_batches(data, batch_size)), eval_data
+        self.replay, self.eval_data = Replay(stream, 0 if data is None else expected_batches(data, batch_size)), eval_data
+        if isinstance(data, (list, tuple, str)): self.replay.get(0)  # data at hand that nothing can be made of is said now; a stream is not touched
         self.made = _Made(data, record, dict(batch_size=batch_size, max_length=max_length), dict(self._options), self.modifier)
         self.phase, self.fed, self.memory, self.replayed = "original", 0, {}, False
         self.history: list[Past] = []
@@ -389,7 +397,7 @@ def _base_names(session: Session) -> list[str]:
 
 def _new_collector(session: Session, observers: Any) -> Collector:
     names = _base_names(session)
-    return new_collector(session.model, session.modifier, names, observers=observers, owner=session.owner, tokenizer=session.tokenizer)
+    return new_collector(session.model, session.modifier, names, check=False, observers=observers, owner=session.owner, tokenizer=session.tokenizer)
 
 
 def _collector(session: Session) -> Collector:
@@ -534,16 +542,23 @@ def _use_best(session: "Session", base_names: list[str]) -> dict[str, dict[str, 
     if not base_names or not set(base_names) <= {"input", "weight", "output"}:
         raise ValueError(f"base_names={base_names!r} must be some of 'input', 'weight', 'output'")
     if reason := session.why_not("use_best"): raise SessionError(f"cannot use best: {reason}")
-    asked = observers_to_compare(session.modifier)
-    choices = best_observers(session.comparison(base_names), asked)
-    if not choices:
+    best = best_observers(session.comparison(base_names), observers_to_compare(session.modifier))
+    if not best:
         raise SessionError("cannot use best: no tensor's SQNR is known from the record (a histogram of a whole tensor tells only about one scale "
                            "per tensor); evaluate.compare_observers measures any granularity")
+    if not (choices := _other_than_now(session, best)): return {}
     recipe = _overridden(session, choices)
     if session.phase not in ("original", "saved"): session.reset()
     session._take(recipe)
     session._log(f"use_best({base_names!r})", "configured")
     return choices
+
+
+def _other_than_now(session: "Session", best: dict[str, dict[str, Asked]]) -> dict[str, dict[str, Asked]]:
+    "What of it the recipe does not say already."
+    now = {key: label_of(one) for key, one in session.own_observers().items()}
+    left = {name: {base: one for base, one in by_base.items() if label_of(one) != now.get((name, base))} for name, by_base in best.items()}
+    return {name: by_base for name, by_base in left.items() if by_base}
 
 
 def _overridden(session: "Session", choices: dict[str, dict[str, Asked]]) -> QuantizationModifier:
@@ -571,7 +586,7 @@ def _compare_schemes(session: "Session", schemes: Any, eval_data: Any, prompt: s
         data, wanted = session.replay.all(), named_schemes(schemes)
         longest = positions_of(session.model)  # beyond, a perplexity means nothing
         evals = data if eval_data is None else list(batches(eval_data, **options | dict(max_length=options["max_length"] or longest)))
-        session.progress = Progress(total=len(evals) * (1 + len(wanted)))
+        session.progress = Progress(total=len(evals) * (1 + len(wanted) - len(unfit_schemes(session.model, wanted))))
         session.compared = compare_schemes(session.model, data or None, wanted, eval_data=evals, prompt=prompt, tick=_ticker(session),
                                            progress=False, tokenizer=session.tokenizer)
     session.tell("compared")

@@ -13,7 +13,7 @@ from typing import Any
 
 import ipywidgets as w
 
-from .lifecycle import check_schemes, schemes_by_module
+from .lifecycle import Match, check_schemes, schemes_by_module
 from qcal_nb.markup import (
     CHANGE_ORDERS,
     GLOSSARY,
@@ -32,6 +32,7 @@ from .panels import Panel, static_picture
 from .scheme_fields import PARTS, PartFields, check_fields, edited, parts_of
 from .schemes import describe, is_preset, preset_names
 from .session import Session, SessionError, in_background, pause, resume, stop
+from .session_parts import PHASES_IN_WORDS
 from .state import WorkbenchState
 
 # %% ../nbs/14c_stepper.ipynb #7ee7ee24
@@ -80,7 +81,8 @@ def _make_tabs(panel: "LifecycleStepper") -> w.Tab:
     panel.order.observe(lambda _: _show_changes(panel), names=["value"])
     pages = [w.VBox([panel.order, panel.changes]), panel.matches, panel.tree]
     tabs = w.Tab(pages, titles=["What the step changed", "Which modules match", "Module tree"], selected_index=1)
-    return tabs.add_class("qcal-tabs")
+    panel.fold = w.Accordion([tabs.add_class("qcal-tabs")], selected_index=0).add_class("qcal-editor").add_class("qcal-fold")
+    return tabs
 
 # %% ../nbs/14c_stepper.ipynb #43bfb01d
 CUSTOM = "custom"
@@ -118,10 +120,24 @@ def _say_scheme(session: Session) -> str:
     if not groups: return block("Nothing is quantized by this scheme")
     shown, more = groups[:4], f"<br>… and {len(groups) - 4:,} more groups of modules" if len(groups) > 4 else ""
     words = dict(weights="weights", inputs="input activations")
-    lines = ["; ".join(f"{term(words[k], k) if k in words else k} {escape(v)}" for k, v in describe(group).items() if k != "targets" and v != "not quantized")
-             or "nothing is quantized" for group in shown]
-    if len(groups) > 1: lines = [f"<b>{escape(_few(g.targets))}</b>: {line}" for g, line in zip(shown, lines)]
+    def line(parts: dict[str, str]) -> str:
+        return "; ".join(f"{term(words[k], k) if k in words else k} {escape(v)}" for k, v in parts.items()) or "nothing is quantized"
+    alike = _but_for_observers([_parts(group) for group in groups])
+    lines = [line(alike)] if alike is not None else [f"<b>{escape(_few(g.targets))}</b>: {line(_parts(g))}" for g in shown]
+    if alike is not None: more = ""
     return block(f"{term('scheme', scheme_label(session.scheme))}: " + "<br>".join(lines) + more)
+
+
+def _parts(group: Any) -> dict[str, str]: return {k: v for k, v in describe(group).items() if k != "targets" and v != "not quantized"}
+
+
+def _but_for_observers(groups: list[dict[str, str]]) -> dict[str, str] | None:
+    "Groups as one, part by part, if they differ in nothing but their observers; else None."
+    cut = [{k: v.partition(", observer ")[::2] for k, v in parts.items()} for parts in groups]
+    if any({k: v[0] for k, v in c.items()} != {k: v[0] for k, v in cut[0].items()} for c in cut): return None
+    names = {k: list(dict.fromkeys(c[k][1] for c in cut if c[k][1])) for k in cut[0]}
+    many = {k: f", observers {', '.join(found)} (by module)" if len(found) > 1 else f", observer {found[0]}" if found else "" for k, found in names.items()}
+    return {k: v[0] + many[k] for k, v in cut[0].items()}
 
 
 def _few(names: list[str]) -> str: return ", ".join(names[:2]) + (f" and {len(names) - 2:,} more" if len(names) > 2 else "")
@@ -155,6 +171,8 @@ def _note(session: Session, legal: dict[str, str | None]) -> str:
     if observing and not session.modifier.requires_calibration_data:
         return "This scheme observes no activation: feeding only fills the record, End needs no data"
     if observing and reason: return f"Cannot feed: {reason}"
+    if not session.record.tokens and session.replay.total == 0 and session.modifier.requires_calibration_data:
+        return "There is no data to feed, and this scheme needs some: pass texts or batches as data="
     if not session.record.tokens: return "No data was fed yet"
     return f"{session.record.batches:,} batches in the record, {session.record.tokens:,} tokens; Start takes them up if they hold what the scheme needs"
 
@@ -202,7 +220,7 @@ def _refresh_buttons(panel: "LifecycleStepper", marked: str | None, legal: dict[
 def _refresh_scheme(panel: "LifecycleStepper") -> None:
     "All fields show what is really set, also after an edit that was refused."
     s, label = panel.session, scheme_label(panel.session.scheme)
-    why_not = "" if s.phase == "original" else f"the scheme is in use (the model is {s.phase}); Reset, or go Back to the original"
+    why_not = "" if s.phase == "original" else f"the scheme is in use (the model is {PHASES_IN_WORDS[s.phase]}); Reset, or go Back to the original"
     parts = parts_of(s.modifier.resolved_config)
     many = "" if parts else "groups of modules have schemes of their own here; choose a preset to edit its fields"
     options = (*preset_names(), *dict.fromkeys([CUSTOM, label] if not is_preset(label) else [CUSTOM]))
@@ -223,6 +241,13 @@ def _refresh_scheme(panel: "LifecycleStepper") -> None:
 def _show_changes(panel: "LifecycleStepper") -> None:
     "The table of what the last step changed, in the chosen order."
     panel.changes.value = changes_html(panel.session.changes, panel.order.value)
+
+
+def _fold_title(session: Session, report: list[Match]) -> str:
+    "What the tables hold, in a line that is also seen while they are folded away."
+    matched, done = f"{sum(m.matched for m in report):,} of {len(report):,} modules match", len(session.changes)
+    if session.phase == "original" and not done: return f"Modules: {matched}"
+    return f"Modules: {matched}; the last step changed {f'{done:,} of them' if done else 'none of them'}"
 
 
 def _refresh_progress(panel: "LifecycleStepper") -> None:
@@ -248,7 +273,9 @@ def _refresh_stepper(panel: "LifecycleStepper", what: str) -> None:
     panel.code.value = block(same + "".join(f"<code>wb.{escape(line)}</code> " for line in s.code[-6:])) if s.code else ""
     _refresh_scheme(panel)
     _show_changes(panel)
-    panel.matches.value = matches_html(s.match_report())
+    report = s.match_report()
+    panel.fold.titles = [_fold_title(s, report)]
+    panel.matches.value = matches_html(report)
     panel.tree.value = tree_html(s.statuses())
 
 # %% ../nbs/14c_stepper.ipynb #4c2516ea
@@ -258,6 +285,7 @@ class _Pressed(Panel):
     def press(self, step: str) -> None:
         "What clicking a button does. An error is shown in the panel."
         self._try(lambda: _call(self.session, step))
+        if step in ("feed", "feed_all") and self.session.error is None: self.fold.selected_index = None  # feeding changes no module: make room for what is seen
         if step == "initialize" and self.session.phase == "initialized": self.tabs.selected_index = 0  # now what changed tells more
         self.refresh(step)
 
@@ -299,7 +327,7 @@ class LifecycleStepper(_Pressed):
         feeding, self.tabs = _make_feeding(self), _make_tabs(self)
         fields = w.HBox([self.scheme, self.targets, self.ignore]).add_class("qcal-row")
         steps = w.HBox(list(self.buttons.values())).add_class("qcal-row")
-        self.children = [self._style, self.phase, steps, feeding, self.error, fields, self.words, self.editor, self.code, self.tabs,
+        self.children = [self._style, self.phase, steps, feeding, self.error, fields, self.words, self.editor, self.code, self.fold,
                          w.HTML(glossary_html(WORDS))]
         self.add_class("qcal-panel").add_class("qcal-stepper")
         self.refresh()

@@ -110,7 +110,7 @@ def test_from_initialize_to_reset(open_nb, request):
 
     click(page, "initialize", "initialized")
     rows = changes_on_page(page)
-    assert rows == changes_in_kernel(page) and len([r for r in rows if r[1] == "none → initialized"]) == 28
+    assert rows == changes_in_kernel(page) and len([r for r in rows if r[1] == "original → initialized"]) == 28
     assert picture(page) == {}  # nothing was seen yet
 
     click(page, "start", "started")

@@ -3,7 +3,7 @@ import gc
 
 import pytest
 import torch
-from helpers import differences, fingerprint, make_batches, make_model
+from helpers import FOUR_BITS, differences, fingerprint, make_batches, make_model
 
 from qcal_nb import Workbench
 from qcal_nb.lifecycle import phase_of
@@ -85,10 +85,16 @@ def test_no_data():
     wb.close()
 
 
-def test_data_that_cannot_be_read():
-    wb = Workbench(make_model("llama_gqa"), ["a text, and no tokenizer"])
-    press(wb, "initialize", "start")
-    assert "pass the model's tokenizer" in wb.stepper.buttons["feed"].tooltip
+def test_data_that_cannot_be_read_is_said_at_once():
+    model = make_model("llama_gqa")
+    before = fingerprint(model)
+    with pytest.raises(ValueError, match="data holds strings but tokenizer=None; pass the model's tokenizer"): Workbench(model, ["a text, and no tokenizer"])
+    with pytest.raises(ValueError, match="batch_size=0 must be an int of at least 1"): Workbench(model, make_batches(1), batch_size=0)
+    assert differences(before, fingerprint(model)) == []
+    wb = Workbench(model)
+    assert "There is no data to feed, and this scheme needs some" in wb.stepper.note.value
+    wb.scheme = "W4A16"
+    assert "No data was fed yet" in wb.stepper.note.value
     wb.close()
 
 
@@ -233,8 +239,9 @@ def test_a_pattern_that_is_none_is_refused_at_once(wb, field):
 
 
 def test_data_that_cannot_be_read_is_said_in_the_panel():
-    wb = Workbench(make_model("llama_gqa"), ["a text, and no tokenizer"])
+    wb = Workbench(make_model("llama_gqa"), (text for text in ["a text, and no tokenizer"]))
     press(wb, "initialize", "start")
+    assert "pass the model's tokenizer" in wb.stepper.buttons["feed"].tooltip
     assert "Cannot feed: the data cannot be read: data holds strings but tokenizer=None" in wb.stepper.note.value
     wb.close()
 
@@ -276,6 +283,7 @@ def test_panels_behind_tabs_rest_until_they_are_seen(wb):
 
 
 def test_best_observers_by_buttons_need_no_second_feed(wb):
+    wb.scheme = FOUR_BITS
     press(wb, "initialize", "start", "feed_all", "end")
     wb.turn_to("Compare")
     wb.comparison.wait()
@@ -291,6 +299,7 @@ def test_best_observers_by_buttons_need_no_second_feed(wb):
 
 
 def test_a_saved_run_shows_all_but_the_steps(wb, tmp_path):
+    wb.scheme = FOUR_BITS
     press(wb, "initialize", "start", "feed_all", "end")
     saved = Workbench.from_record(wb.record.save(tmp_path / "run"))
     assert saved.stepper is None and drawn(saved)["range"] == drawn(wb)["range"] and drawn(saved)["clip_max"] == drawn(wb)["clip_max"]
@@ -301,13 +310,14 @@ def test_a_saved_run_shows_all_but_the_steps(wb, tmp_path):
     assert len(saved.comparison.rows) == 14 and "pass the model" in saved.session.legal()["end"] and saved.comparison.schemes.go.disabled
     assert "Saved(record)" in saved.code.script.text
     chosen = saved.use_best("input")
-    assert len(chosen) == 14 and "config_groups" in saved.code.recipe.text
+    assert chosen == wb.use_best("input") and len(chosen) > 7 and "config_groups" in saved.code.recipe.text
     saved.close()
 
 
 def test_a_record_and_a_recipe_bring_the_session_back(wb, tmp_path):
+    wb.scheme = FOUR_BITS
     press(wb, "initialize", "start", "feed_all", "end")
-    wb.use_best()
+    assert wb.use_best()
     press(wb, "initialize", "start", "end")
     wb.code.save("recipe", str(tmp_path / "recipe.yaml"))
     wb.code.save("record", str(tmp_path / "run.record"))
