@@ -65,7 +65,7 @@ def framed(png: bytes, ax: Axes, column: int | None) -> bytes:
     return buffer.getvalue()
 
 # %% ../nbs/14h_comparison.ipynb #731ff046
-CAUTION = ("Writes them into the recipe and takes the model back to the original; the record stays. SQNR judges each tensor alone, and outlier channels "
+CAUTION = ("<i>Use best</i> writes into the recipe where another observer loses less, and takes the model back to the original; the record stays. SQNR judges each tensor alone, and outlier channels "
            "can fool it. What the model loses, only the model can say: compare the recipe before and after under <i>Schemes side by side</i>.")
 
 

@@ -26,10 +26,11 @@ function render({ model, el }) {
   const box = document.createElement("div"), img = document.createElement("img"), tip = document.createElement("div");
   const frame = document.createElement("div");  // where the page is narrower than a picture can be read, the picture scrolls
   frame.style.cssText = "overflow-x: auto; max-width: 100%"; el.style.minWidth = "0";
-  box.style.cssText = "position: relative; display: inline-block; max-width: 100%; min-width: min(780px, max-content)";
+  box.style.cssText = "position: relative; display: inline-block; max-width: 100%";
   img.className = "qcal-picture"; img.style.cssText = "max-width: 100%; background: white; border-radius: 4px; vertical-align: bottom";
   tip.style.cssText = "position: absolute; display: none; pointer-events: none; background: #222; color: white; "
     + "padding: 3px 8px; font-size: 12px; border-radius: 3px; white-space: pre";
+  img.addEventListener("load", () => { box.style.minWidth = Math.min(img.naturalWidth, 780) + "px"; });
   let url = null, waiting = null;
   const show = () => {
     if (url) URL.revokeObjectURL(url);

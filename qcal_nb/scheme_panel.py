@@ -127,7 +127,7 @@ class SchemeComparison(Panel):
             setattr(self, name, w.HTML())
             getattr(self, name).add_class(f"qcal-schemes-{name}")
         _make_scheme_widgets(self)
-        buttons = w.HBox([self.go, self.halt, self.bar, self.note])
+        buttons = w.HBox([self.go, self.halt, self.bar, self.note]).add_class("qcal-row")
         self.children = [self._style, w.HBox([self.names, w.VBox([self.prompt, buttons])]), self.problem, self.result]
         self.refresh()
 
