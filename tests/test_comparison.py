@@ -353,7 +353,8 @@ def test_use_best_changes_nothing_where_nothing_is_known_to_be_better(session):
 
 
 def test_an_observer_with_arguments_is_compared_and_found_again():
-    own = {part: fields | dict(observer=f"{'memoryless_' * (part == 'weights')}mse", observer_kwargs=dict(grid=50.0)) for part, fields in FOUR_BITS.items()}
+    kwargs, names = dict(observer_kwargs=dict(grid=50.0)), dict(weights="memoryless_mse", input_activations="mse")
+    own = {part: fields | kwargs | dict(observer=names[part]) for part, fields in FOUR_BITS.items()}
     session = feed(Session(make_model("llama_gqa"), make_batches(2), scheme=own))
     state = WorkbenchState()
     panel = ready(session, state)

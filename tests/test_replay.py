@@ -225,7 +225,8 @@ def run_script(text, tmp_path):
 STORIES = {
     "plain": lambda s: walk(s, "initialize", "start", "feed_all", "end"),
     "back and again": lambda s: (walk(s, "initialize", "start", "feed", "feed_all", "back", "feed", "end", "back"), s.feed_all(), s.end()),
-    "use best": lambda s: (s.configure(scheme=FOUR_BITS), walk(s, "initialize", "start", "feed_all", "end"), s.use_best(), walk(s, "initialize", "start", "end")),
+    "use best": lambda s: (s.configure(scheme=FOUR_BITS), walk(s, "initialize", "start", "feed_all", "end"), s.use_best(),
+                           walk(s, "initialize", "start", "end")),
     "configured": lambda s: (s.configure(scheme="INT8_STATIC", ignore=["lm_head", "re:.*down_proj"]), walk(s, "initialize", "start", "feed", "end")),
     "a recipe": lambda s: (s.configure(recipe=QuantizationModifier(scheme="FP8", input_observer="mse", ignore=["lm_head"])),
                            walk(s, "initialize", "start", "feed", "end")),

@@ -88,7 +88,7 @@ def test_no_data():
 def test_data_that_cannot_be_read_is_said_at_once():
     model = make_model("llama_gqa")
     before = fingerprint(model)
-    with pytest.raises(ValueError, match="data holds strings but tokenizer=None; pass the model's tokenizer"): Workbench(model, ["a text, and no tokenizer"])
+    with pytest.raises(ValueError, match="data holds strings but tokenizer=None; pass the model's tokenizer"): Workbench(model, ["a text"])
     with pytest.raises(ValueError, match="batch_size=0 must be an int of at least 1"): Workbench(model, make_batches(1), batch_size=0)
     assert differences(before, fingerprint(model)) == []
     wb = Workbench(model)
