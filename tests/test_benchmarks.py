@@ -47,6 +47,12 @@ def test_alternates():
     assert calls == list("AB" * 4) and {name: len(t) for name, t in times.items()} == dict(A=3, B=3)  # the first round does not count
 
 
+def test_a_slow_first_round_counts():
+    took = iter([30.0, 20.0, 31.0, 21.0, 32.0, 22.0])
+    times = alternate({"A": Work(print), "B": Work(print)}, clock=lambda work, n=1: next(took))
+    assert times == dict(A=[30.0, 31.0, 32.0], B=[20.0, 21.0, 22.0])
+
+
 def test_quick_work_is_called_several_times_in_a_row():
     calls = []
     alternate({"A": Work(lambda _: calls.append("A")), "B": Work(lambda _: calls.append("B"))}, rounds=1)

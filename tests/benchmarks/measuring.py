@@ -1,6 +1,7 @@
 """What every row measures with: a clock that alternates, agreement of scales bit by bit, live bytes."""
 import contextlib
 import gc
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +16,7 @@ from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
 LEAST, MOST, FEW = 5, 25, 3      # rounds: at least, at most, and where one call takes longer than SLOW
-SLOW, BUDGET = 20.0, 20.0        # seconds: a slow call; what the rounds of a row may take before they stop at LEAST
+SLOW, BUDGET = 20.0, 10.0        # seconds: a slow call; what rounds beyond LEAST may take in all
 SHORTEST, CALLS = 0.01, 20       # seconds that one entry should take at least; calls in a row to get there, at most
 TIE = 1e-6                       # relative difference of two errors below which only the order of summation decides
 
@@ -41,19 +42,20 @@ def seconds(work: Work, calls: int = 1) -> float:
     return total / calls
 
 
-def rounds_for(warm: Iterable[float]) -> int:
-    "How many rounds, given the seconds of one: more where it is quick, for then noise matters more."
+def rounds_for(warm: Iterable[float], budget: float = BUDGET) -> int:
+    "How many rounds, given the seconds of each call in one: more where it is quick, for then noise matters more."
     warm = list(warm)
-    return FEW if max(warm) > SLOW else min(MOST, max(LEAST, int(BUDGET / sum(warm))))
+    return FEW if max(warm) > SLOW else min(MOST, max(LEAST, int(budget / sum(warm))))
 
 
-def alternate(works: dict[str, Work], rounds: int | None = None, clock: Callable[..., float] = seconds) -> dict[str, list[float]]:
-    "Seconds of each work, an entry a round. A round is A B C, and the next one A B C again; one before them is not counted."
+def alternate(works: dict[str, Work], rounds: int | None = None, budget: float = BUDGET,
+              clock: Callable[..., float] = seconds) -> dict[str, list[float]]:
+    "Seconds of each work, an entry a round. A round is A B C, and the next one A B C again; one before them counts only where it is slow."
     with collected() as collect:
         warm = {name: clock(work) for name, work in works.items()}
         calls = {name: max(1, min(CALLS, round(SHORTEST / max(took, 1e-6)))) for name, took in warm.items()}
-        times: dict[str, list[float]] = {name: [] for name in works}
-        for _ in range(rounds or rounds_for(warm.values())):
+        times: dict[str, list[float]] = {name: [took] if max(warm.values()) > SLOW else [] for name, took in warm.items()}
+        while len(next(iter(times.values()))) < (rounds or rounds_for(warm.values(), budget)):
             collect()
             for name, work in works.items(): times[name].append(clock(work, calls[name]))
     return times
@@ -177,11 +179,23 @@ def _allocations(events: Iterable[Any]) -> Iterator[tuple[int, int]]:
         yield from _allocations(event.children)
 
 
+@contextlib.contextmanager
+def without_stderr() -> Iterator[None]:
+    "What the process itself writes to stderr inside the block is dropped: the profiler is talkative, and not in Python."
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try: yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
 def memory(work: Work) -> tuple[float, float]:
     """MiB above what was live before: the highest point while `run` ran, and what is left at its end.
     torch's profiler reports every block that its CPU allocator hands out or takes back, those inside of kernels too; at one thread."""
     made = work.prepare()
-    with threads(1), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen: kept = work.run(made)
+    with threads(1), without_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen: kept = work.run(made)
     live = peak = 0
     for _, size in sorted(_allocations(seen.profiler.kineto_results.experimental_event_tree()), key=lambda event: event[0]):
         live += size

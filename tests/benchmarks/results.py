@@ -124,7 +124,8 @@ def machine() -> dict[str, Any]:
 def write(name: str, what: str, results: Iterable[Result], file: Path = FILE) -> None:
     "Put the lines of one row into the file; those of other rows stay, each with its own date and machine."
     known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    known[name] = dict(what=what, date=date.today().isoformat(), machine=machine(), results=[asdict(r) for r in results])
+    load = round(os.getloadavg()[0], 1)  # of the last minute, our own threads included: more than those means that the machine was shared
+    known[name] = dict(what=what, date=date.today().isoformat(), load=load, machine=machine(), results=[asdict(r) for r in results])
     file.write_text(json.dumps(known, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -30,12 +30,13 @@ from qcal_nb.pipelines import calibrate, feed
 from qcal_nb.records import new_collector, new_record, one_pass, recipe_to_record, record
 
 from . import sides
-from .measuring import Agreement, Found, Spread, Work, agreement, alternate, memory, one_read, threads
+from .measuring import FEW, Agreement, Found, Spread, Work, agreement, alternate, memory, one_read, threads
 from .results import Result, at_most, faster, judged, overhead, timing
 from .sides import FP8_TENSOR, INT4_GROUP, INT8, INT8_TENSOR, NVFP4, Size, a_pass, batch_of, distinct, inputs_of, linears, llama, quietly, watched
 
 ROOT = Path(__file__).resolve().parents[2]
 THREADS = 2
+SMALL = 25.0  # seconds for the rounds of a row about a few per cent, where noise matters most
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,14 @@ def row(name: str, what: str) -> Callable:
 # --- observers on a forward pass ---
 
 
-def hooks(size: Size, name: str, observer: str, dtype: torch.dtype, target: Any, note: str = "") -> list[Result]:
+def hooks(size: Size, name: str, observer: str, dtype: torch.dtype, target: Any) -> list[Result]:
     "A pass with one side's input observers on every Linear, beside a bare pass."
     model, batch, args = llama(size, dtype), batch_of(size.batch), INT8_TENSOR | dict(observer=observer)
     works = {"bare": a_pass(model, batch)} | {side: a_pass(watched(model, side, args), batch) for side in sides.MODIFIERS}
     works["limit"] = one_read(distinct(inputs_of(model, batch).values()))
-    times = alternate(works, size.rounds)
+    times = alternate(works, size.rounds, SMALL)
     with threads(1): agree = sides.hooks_agree(model, batch, args)
-    return [overhead(name, times, target, agree, note)]
+    return [overhead(name, times, target, agree)]
 
 
 @row("static_minmax hooks", "What a forward pass takes longer with `static_minmax` on the inputs of all Linears, int8 per tensor.")
@@ -202,7 +203,8 @@ def _(size: Size) -> list[Result]:
         "ours": Work(lambda _: one_run(model, [batch])),
         "limit": one_read(distinct([*inputs_of(model, batch).values(), *weights])),
     }, size.rounds)
-    with threads(1): return [timing("six observers on every tensor", times, faster(20), six_agree(model, batch))]
+    part = {name: value[:max(1, len(value) // 4)] for name, value in batch.items()}  # enough to compare scales on
+    with threads(1): return [timing("six observers on every tensor", times, faster(20), six_agree(model, part))]
 
 
 # --- records ---
@@ -254,7 +256,7 @@ def _(size: Size) -> list[Result]:
         works = {"bare": a_pass(model, batch), "reference": a_pass(torch_histograms(model, output), batch),
                  "ours": recording(deepcopy(model), batch, ("input", "output") if output else ("input",)),
                  "limit": one_read(tensors + outputs * output)}
-        results.append(overhead(name, alternate(works, size.rounds), target, note=note))
+        results.append(overhead(name, alternate(works, size.rounds, SMALL), target, note=note))
     return results
 
 
@@ -357,7 +359,7 @@ def _(size: Size) -> list[Result]:
 
 # --- growth ---
 
-LINEAR = at_most(1.1, "")
+LINEAR = ("≤ 1.1, last step ≤ 1.25", lambda r: r.ours.median <= 1.1 and r.points["last"] <= 1.25)
 SHORT = batch_of((1, 64))
 
 
@@ -366,13 +368,13 @@ def deep(layers: int) -> Module: return llama(sides.QUICK, num_hidden_layers=lay
 
 def growth(name: str, axis: str, xs: tuple[int, ...], work_of: Callable[[int], Work], size: Size) -> Result:
     "Times for several sizes in turn, and the exponent of the straight line through them on logarithmic scales: 1 is linear."
-    times = alternate({str(x): work_of(x) for x in xs}, size.rounds or 5)
+    times = alternate({str(x): work_of(x) for x in xs}, size.rounds or FEW)
     medians = [statistics.median(times[str(x)]) for x in xs]
     exponent, _ = np.polyfit(np.log(xs), np.log(medians), 1)
     last = float(np.log(medians[-1] / medians[-2]) / np.log(xs[-1] / xs[-2]))
     found = Result(f"growth: {name}", "exponent", Spread.of([float(exponent)]), rounds=len(times[str(xs[0])]), note=f"last step {last:.2f}",
                    points=dict(axis=axis, x=list(xs), seconds=medians, exponent=float(exponent), last=last))
-    return judged(found, (LINEAR[0], lambda r: LINEAR[1](r) and last <= 1.25))
+    return judged(found, LINEAR)
 
 
 def recorded(model: Module, data: list, observers: Any = ("static_minmax",)) -> Work:

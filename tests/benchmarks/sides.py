@@ -1,6 +1,7 @@
 """The two sides of a comparison, llm-compressor and ourselves, on the same models, batches and tensors."""
 import contextlib
 import io
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -47,7 +48,7 @@ class Size:
     mib: int = 64                            # of the tensor whose observation is looked at for memory
     rounds: int | None = None
     batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
-    depths: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    depths: tuple[int, ...] = (2, 4, 8, 16, 32, 64)
     observers: tuple[int, ...] = (1, 2, 4, 8)
 
 
@@ -61,7 +62,9 @@ def quietly() -> Iterator[None]:
     "No progress bars and no warnings inside the block."
     with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        yield
+        logging.disable(logging.WARNING)
+        try: yield
+        finally: logging.disable(logging.NOTSET)
 
 
 # --- models ---
