@@ -9,7 +9,7 @@ RUN    := PATH="$(BIN):$$PATH" HF_HUB_OFFLINE=1
 NB     ?= nbs
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test test-next test-fast export drift notebooks outputs clean-notebooks lint pytest readme docs screenshots latency model clean distclean
+.PHONY: help setup lab test test-next test-fast export drift notebooks outputs clean-notebooks lint pytest readme docs screenshots latency bench model clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -103,6 +103,9 @@ screenshots: $(STAMP) ## pictures of the workbench in Chromium, in build/shots/
 
 latency: $(STAMP) ## how fast the workbench answers in Chromium, on the embedded model and on 1,000 tensors
 	@$(RUN) python -m pytest -q tests/test_latency.py
+
+bench: $(STAMP) ## speed, memory and growth beside llm-compressor, about ten minutes, for nbs/benchmarks.ipynb; some rows: ROWS='imatrix six'
+	@PYTHONPATH=tests $(RUN) python -m benchmarks $(ROWS)
 
 model: $(STAMP) ## train the embedded model again (minutes to an hour)
 	@mkdir -p build
