@@ -28,7 +28,7 @@ from qcal_nb.lifecycle import (
     Event, EventType, QuantizationModifier, State, check_on_uncalibrated, configs_of, embeddings_of, unfuse_experts,
 )
 from .models import evaluating
-from .observers.base import check_policy, current_batch, each_warning_once, warn_once
+from .observers.base import check_policy, current_batch, each_warning_once, sharing, warn_once
 from .ranks import together
 from .sequential import PROPAGATE, blocks_of, run_blocks
 
@@ -224,8 +224,9 @@ def feed(model: Module, batch: Mapping[str, Tensor], index: int | None = None) -
     try:
         ready = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         positional = list(ready) == ["input_ids"] and "input_ids" not in inspect.signature(model.forward).parameters
-        if positional: model(ready["input_ids"])
-        else: model(**_accepted(model, ready))
+        with sharing():
+            if positional: model(ready["input_ids"])
+            else: model(**_accepted(model, ready))
     except Exception as error:
         if index is not None and hasattr(error, "add_note"):
             shapes = ", ".join(f"{k} {tuple(v.shape)}" for k, v in batch.items() if isinstance(v, Tensor))

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..histogram import Histogram, bucket_counts, is_bfloat16, sum_of
 from .base import Observer
 from .minmax import min_max
-from .mse import SEARCH, check_search, shrink_search
+from .search import SEARCH, check_search, shrink_search
 from ..schemes import code_points, format_name
 
 # %% ../../nbs/03e_observers_histogram.ipynb #ce6880da

@@ -18,7 +18,7 @@ from torch.nn import Module
 
 from .base import NonFiniteError, Observer, current_batch, find_nonfinite, first_tensor, flatten_for_calibration, warn_once
 from .minmax import min_max
-from .mse import check_search, quantize_with_range, shrink_search
+from .search import check_search, quantize_with_range, shrink_search
 
 # %% ../../nbs/03d_observers_imatrix.ipynb #84836f3a
 def weighted_error(observed: Tensor, low: Tensor, high: Tensor, args: QuantizationArgs, norm: float,
