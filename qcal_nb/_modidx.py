@@ -939,6 +939,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'qcal_nb/observers/bounds.py'),
                                           'qcal_nb.observers.bounds._boundable': ( 'observers_bounds.html#_boundable',
                                                                                    'qcal_nb/observers/bounds.py'),
+                                          'qcal_nb.observers.bounds._bounded': ( 'observers_bounds.html#_bounded',
+                                                                                 'qcal_nb/observers/bounds.py'),
                                           'qcal_nb.observers.bounds._kinks': ( 'observers_bounds.html#_kinks',
                                                                                'qcal_nb/observers/bounds.py'),
                                           'qcal_nb.observers.bounds.best_range': ( 'observers_bounds.html#best_range',

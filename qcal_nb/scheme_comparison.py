@@ -184,7 +184,7 @@ def named_schemes(schemes: Any) -> dict[str, QuantizationModifier]:
         found[f"{name} ({n + 1})" if n else name] = modifier
     return found
 
-
+# %% ../nbs/10b_scheme_comparison.ipynb #4161f1b8
 def fits(model: Module, modifier: QuantizationModifier, label: str) -> None:
     "ValueError that names the scheme and the modules it does not fit."
     try:

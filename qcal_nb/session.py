@@ -139,6 +139,12 @@ class _PerTensor:
         args_of = _args_of(self)
         return {key: one for key in self.record.tensors for one in asked_by(args_of(*key), key[1])}
 
+
+def _why_no_best(record: CalibrationRecord) -> str | None:
+    if any(stats.count for stats in record.tensors.values()): return None
+    if record.batches: return "the data reached no module that the scheme means: see which modules match"
+    return "nothing was recorded; initialize, start and feed first"
+
 # %% ../nbs/12e_session.ipynb #69ea80b5
 class _Views(_PerTensor):
     "The part of a session that shows where it stands, and tells its listeners of every change."
@@ -205,12 +211,6 @@ class _Steps:
         _reset_session(self)
 
 # %% ../nbs/12e_session.ipynb #264fff3b
-def _why_no_best(record: CalibrationRecord) -> str | None:
-    if any(stats.count for stats in record.tensors.values()): return None
-    if record.batches: return "the data reached no module that the scheme means: see which modules match"
-    return "nothing was recorded; initialize, start and feed first"
-
-
 class _Answers:
     "The part of a session that compares, decides, and writes down what was done."
 

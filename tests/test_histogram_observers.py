@@ -18,7 +18,7 @@ from qcal_nb.lifecycle import QuantizationModifier, reset_quantization
 from qcal_nb.observers import HistogramObserver, Observer
 from qcal_nb.observers.base import NonFiniteError, current_batch
 from qcal_nb.observers.histogram import divergences, level_cuts, quantization_error, without_zeros
-from qcal_nb.observers.mse import shrink_search
+from qcal_nb.observers.search import shrink_search
 from qcal_nb.pipelines import calibrate
 from qcal_nb.schemes import preset
 

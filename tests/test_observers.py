@@ -15,7 +15,7 @@ from qcal_nb.calibration import initialize_observer, observe, observer_of, updat
 from qcal_nb.lifecycle import LifecycleError, QuantizationModifier, State, phase_of, reset_quantization
 from qcal_nb.observers.base import NonFiniteError, Observer, find_observer, flatten_for_calibration
 from qcal_nb.observers.imatrix import importance_range
-from qcal_nb.observers.mse import mse_range
+from qcal_nb.observers.search import mse_range
 from qcal_nb.pipelines import calibrate
 from qcal_nb.schemes import preset
 

@@ -1,0 +1,20 @@
+"""The fast ways to a range, which large tensors take, on the whole matrix of architectures: tensors of any size are sent there."""
+import pytest
+from parity.harness import ARCHITECTURES, applies, measure
+
+from qcal_nb.observers import bounds
+
+pytestmark = [pytest.mark.parity, pytest.mark.slow]
+SEARCHING = ("FP8 mse", "A mse, averaging_constant 0.3, grid 50", "W8 tensor asym mse, A static_minmax asym", "KV cache mse")
+CELLS = [(a, c) for a in ARCHITECTURES for c in SEARCHING if applies(a, c)]
+
+
+@pytest.mark.parametrize("architecture, configuration", CELLS, ids=[" | ".join(cell) for cell in CELLS])
+def test_scales_are_those_of_the_reference(architecture, configuration, monkeypatch):
+    ways = []
+    for name in ("counted_error", "_bounded"):
+        monkeypatch.setattr(bounds, name, lambda *args, way=getattr(bounds, name): ways.append(way.__name__) or way(*args))
+    monkeypatch.setattr(bounds, "MANY", 1)
+    cell = measure(architecture, configuration)
+    assert cell.differ == [] and cell.scales > 0
+    assert ways  # one of the fast ways was taken
