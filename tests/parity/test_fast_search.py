@@ -1,6 +1,6 @@
 """The fast ways to a range, which large tensors take, on the whole matrix of architectures: tensors of any size are sent there."""
 import pytest
-from parity.harness import ARCHITECTURES, applies, measure
+from harness import ARCHITECTURES, applies, measure
 
 from qcal_nb.observers import bounds
 
@@ -12,8 +12,8 @@ CELLS = [(a, c) for a in ARCHITECTURES for c in SEARCHING if applies(a, c)]
 @pytest.mark.parametrize("architecture, configuration", CELLS, ids=[" | ".join(cell) for cell in CELLS])
 def test_scales_are_those_of_the_reference(architecture, configuration, monkeypatch):
     ways = []
-    for name in ("counted_error", "_bounded"):
-        monkeypatch.setattr(bounds, name, lambda *args, way=getattr(bounds, name): ways.append(way.__name__) or way(*args))
+    def noted(way): return lambda *args: ways.append(way.__name__) or way(*args)
+    for way in (bounds.counted_error, bounds._bounded): monkeypatch.setattr(bounds, way.__name__, noted(way))
     monkeypatch.setattr(bounds, "MANY", 1)
     cell = measure(architecture, configuration)
     assert cell.differ == [] and cell.scales > 0
