@@ -72,7 +72,7 @@ NEXT        ?= compressed-tensors==0.20.*
 NEXT_VENV   := .venv-next
 NEXT_STAMP  := $(NEXT_VENV)/.installed
 NEXT_BIN    := $(abspath $(NEXT_VENV))/bin
-ENGINE      := stored_scales observers histogram histogram_observers lifecycle properties presets bad_input pipelines attention sequential offload \
+ENGINE      := stored_scales observers bounds histogram histogram_observers lifecycle properties presets bad_input pipelines attention sequential offload \
                experts recipes session replay records record_files record_attention analysis findings evaluate
 
 $(NEXT_STAMP): settings.ini setup.py pyproject.toml constraints.txt Makefile

@@ -223,15 +223,14 @@ def usual_observers(record: CalibrationRecord, base_name: str) -> list[str]:
 
 # %% ../nbs/09_analysis.ipynb #1c31b487
 def best_of(db: Sequence[float], bounds: Sequence[float], names: Sequence[str], own: str = "") -> int | None:
-    """Which of some observers of one tensor is the best: that of the largest SQNR (dB); of those that their `bounds` cannot tell from it `own`,
-    else the first that is not below `own`. None if no SQNR is known."""
+    """Which of some observers of one tensor is the best: that of the largest SQNR (dB), unless `own` is among those that their `bounds` cannot tell from
+    it; without an `own` the first of these. None if no SQNR is known."""
     known = [i for i, value in enumerate(db) if not math.isnan(value)]
     if not known: return None
     slack = [bound if math.isfinite(bound) else 0.0 for bound in bounds]
     top = max(known, key=lambda i: db[i])
     alike = [i for i in known if db[i] + slack[i] >= db[top] - slack[top]]
-    least = max((db[i] for i in known if names[i] == own), default=-math.inf)
-    return next((i for i in alike if names[i] == own), next(i for i in alike if db[i] >= least))
+    return next((i for i in alike if names[i] == own), top) if own else alike[0]
 
 
 def mark_best(table: pd.DataFrame, own: Mapping[Key, str] | None = None) -> pd.DataFrame:

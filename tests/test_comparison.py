@@ -421,10 +421,15 @@ def test_stop_keeps_the_rows_that_are_finished(session):
 
 def test_an_error_is_shown_where_it_happened(session):
     panel = SchemeComparison(session)
-    panel.names.value = ["NVFP4", "W4A16"]  # groups of 128 do not divide 64
+    panel.names.value = ["W4A16"]  # groups of 128 do not divide 64
     panel.go.click()
     session._thread.join(60)
     assert "W4A16" in panel.problem.value and session.running == "" and not panel.go.disabled
+    panel.names.value = ["NVFP4", "W4A16"]
+    panel.go.click()
+    session._thread.join(60)
+    assert panel.problem.value == "" and session.compared.scheme.tolist() == ["original", "NVFP4", "W4A16"]
+    assert "W4A16 was not measured: the scheme does not fit" in panel.result.value
     panel.names.value = ["FP8"]
     panel.go.click()
     session._thread.join(60)

@@ -560,7 +560,8 @@ def test_a_line_of_text_is_what_greedy_generation_of_the_quantized_model_gives()
     ids = tokenizer(prompt, return_tensors="pt")
     for label, text in zip(table.scheme, table.text):
         if label != "original": calibrate(model, texts, QuantizationModifier(scheme=label, ignore=["lm_head"]), tokenizer=tokenizer, **QUIET)
-        out = model.generate(**ids, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.eos_token_id)[0, ids.input_ids.shape[1]:]
+        greedy = dict(max_new_tokens=24, do_sample=False, use_cache=False)  # with a cache last bits differ, and with them a rounding now and then
+        out = model.generate(**ids, **greedy, pad_token_id=tokenizer.eos_token_id)[0, ids.input_ids.shape[1]:]
         assert text == tokenizer.decode(out, skip_special_tokens=True)
         reset_quantization(model)
 

@@ -159,7 +159,7 @@ def test_weights_of_many_scales_are_measured_and_a_record_alone_says_why_not(tmp
     best = table[table.best].reset_index().set_index("module").observer
     assert {m: c["weight"] for m, c in chosen.items()} == best[best != "memoryless_minmax"].to_dict() != {}
     tops = table.reset_index().groupby("module").sqnr_db.max()
-    assert table[table.best].reset_index().set_index("module").sqnr_db.equals(tops)  # measured ones are exact
+    assert table[table.best].reset_index().set_index("module").sqnr_db.sort_index().equals(tops)  # measured ones are exact
     walk(session, "initialize", "start", "feed_all", "end")
     fed = calibrate(make_model("llama_gqa"), make_batches(2), session.recipe(), progress=False)
     assert same(qparams(session.model), qparams(fed)) == []
