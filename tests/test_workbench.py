@@ -98,6 +98,19 @@ def test_data_that_cannot_be_read_is_said_at_once():
     wb.close()
 
 
+def test_a_head_that_shares_its_weight_is_fed_too():
+    "Its forward is a plain function once compressed-tensors has wrapped it, which no check of schemes would accept again."
+    from transformers import BertConfig, BertForMaskedLM
+    sizes = dict(vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128)
+    model = BertForMaskedLM(BertConfig(**sizes)).eval()
+    before, wb = fingerprint(model), Workbench(model, make_batches(2), ignore=[])
+    press(wb, "initialize", "start", "feed_all", "end")
+    assert wb.session.phase == "ended" and wb.stepper.error.value == "" and "cls.predictions.decoder" in set(wb.scales().module)
+    press(wb, "reset")
+    assert differences(before, fingerprint(model)) == []
+    wb.close()
+
+
 def test_a_model_that_the_scheme_does_not_reach():
     with pytest.warns(UserWarning, match="8 Conv1D hold weights"):
         wb = Workbench(make_model("gpt2"), make_batches(2))
