@@ -80,7 +80,7 @@ def readout_html(table: list[dict[str, Any]]) -> str:
         elif row["scales"]: rows += f'<tr><th scope="row">{_name(row)}</th>' + "".join(f'<td class="n">{cell}</td>' for cell in _cells(row)) + "</tr>"
         else: reasons.setdefault(row["reason"], []).append(row["observer"])
     below = "".join(f'<div class="faint">{escape(", ".join(names))}: {escape(why)}</div>' for why, names in reasons.items())
-    return block(f"<table><tr>{head}</tr>{rows}</table>{below}")
+    return block(f'<div style="overflow-x: auto"><table><tr>{head}</tr>{rows}</table></div>{below}')
 
 # %% ../nbs/14e_inspector.ipynb #00d14ea7
 def verdict(table: list[dict[str, Any]], clip: float) -> str:
