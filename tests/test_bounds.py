@@ -7,11 +7,12 @@ from compressed_tensors.quantization import QuantizationArgs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qcal_nb.observers import Observer, bounds
+from qcal_nb.observers import Observer, bounds, imatrix
 from qcal_nb.observers.base import sharing
-from qcal_nb.observers.bounds import Binned, best_range, bounded_search, error_bounds
+from qcal_nb.observers.bounds import Binned, best_range, bounded_search, error_bounds, error_by_kernel
+from qcal_nb.observers.imatrix import importance_range, weighted_error
 from qcal_nb.observers.minmax import min_max
-from qcal_nb.observers.search import mse_range, search_error
+from qcal_nb.observers.search import mse_range, search_error, shrink_search
 
 ARGS = {"int8": dict(num_bits=8), "int8 asym": dict(num_bits=8, symmetric=False), "int4": dict(num_bits=4),
         "int2 asym": dict(num_bits=2, symmetric=False), "fp8": dict(num_bits=8, type="float"), "fp4": dict(num_bits=4, type="float")}
@@ -35,7 +36,8 @@ SEARCHES = st.fixed_dictionaries({}, optional=dict(
 
 
 @pytest.fixture(autouse=True)
-def _however_small(monkeypatch): monkeypatch.setattr(bounds, "MANY", 1)
+def _however_small(monkeypatch):
+    for module, limit in ((bounds, "MANY"), (bounds, "ENOUGH"), (imatrix, "ENOUGH")): monkeypatch.setattr(module, limit, 1)
 
 
 def tensor(kind, seed, size, rows, dtype):
@@ -63,17 +65,20 @@ def test_the_bounds_hold(kind, seed, size, form, norm, p):
     x, args = tensor(kind, seed, size, 200, torch.float32), QuantizationArgs(strategy="tensor", **ARGS[form])
     low, high = min_max(x)
     if not 1e-6 < (high - low).item(): return  # goes to the definition
-    [(least, most)] = error_bounds(Binned(x, norm), low * p, high * p, args)
+    [(least, most)] = error_bounds(Binned(x, low.item(), high.item(), norm), low * p, high * p, args)
     exact = search_error(x, low * p, high * p, args, norm).item()
     assert least <= exact <= most
+    if max(-low.item(), high.item()) < 1e5 and exact > 1e-30:
+        least, most = error_by_kernel(x, low * p, high * p, args, norm)
+        assert least <= exact <= most
 
 
 @pytest.mark.parametrize("form", ["int8", "int4", "fp8"])
 def test_bounds_decide_almost_everything(form):
     x = torch.randn(512, 1, 512, generator=torch.Generator().manual_seed(0))
     args, asked, shrinks, (low, high) = QuantizationArgs(strategy="tensor", **ARGS[form]), [], [1 - i / 100 for i in range(20)], min_max(x)
-    ends = error_bounds(Binned(x, 2.4), low * torch.tensor(shrinks), high * torch.tensor(shrinks), args)
-    bounded_search(shrinks, ends, 5, lambda p: asked.append(p) or search_error(x, low * p, high * p, args, 2.4).item())
+    ends = error_bounds(Binned(x, low.item(), high.item(), 2.4), low * torch.tensor(shrinks), high * torch.tensor(shrinks), args)
+    bounded_search(shrinks, ends, 5, [lambda p: asked.append(p) or (search_error(x, low * p, high * p, args, 2.4).item(),) * 2])
     assert len(asked) <= 6
 
 
@@ -84,6 +89,85 @@ def test_values_out_of_reach_go_to_the_definition():
         assert all(torch.equal(a, b) for a, b in zip(best_range(x, args), mse_range(x, args)))
     x = torch.full((4, 1, 64), math.nan)
     assert all(torch.equal(a, b, ) or a.isnan().all() and b.isnan().all() for a, b in zip(best_range(x, args), mse_range(x, args)))
+
+
+SCALES = {"channel": (), "rows of five": (5,), "groups": (4, 32)}  # how 128 values of a row are shared out
+
+
+def weight(kind, seed, size, rows, groups, dtype):
+    x = torch.randn(rows, 128, generator=torch.Generator().manual_seed(seed))
+    x = KINDS[kind](x) * size * torch.logspace(-2, 2, rows)[:, None]  # rows of very different size
+    return x.to(dtype).reshape(1, rows, *groups) if groups == (4, 32) else x.to(dtype).reshape(1, rows, 128)[..., :groups[0] if groups else None]
+
+
+def same_but_for_ties(mine, plain, error_of):
+    "Equal, or where not, errors that only the order of summation tells apart."
+    differ = (mine[0] != plain[0]) | (mine[1] != plain[1])
+    if not differ.any(): return 0
+    a, b = (error_of(*ends)[differ] for ends in (mine, plain))
+    torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
+    return int(differ.sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@settings(max_examples=200, deadline=None)
+@given(kind=st.sampled_from(sorted(KINDS)), seed=st.integers(0, 9999), size=SIZES, rows=st.sampled_from([2, 7, 60]),
+       groups=st.sampled_from(sorted(SCALES)), form=st.sampled_from(sorted(ARGS)), search=SEARCHES)
+def test_many_scales_are_those_of_the_definition(dtype, kind, seed, size, rows, groups, form, search):
+    x, args = weight(kind, seed, min(size, 1.0), rows, SCALES[groups], dtype), QuantizationArgs(strategy="channel", **ARGS[form])
+    mine, plain, norm = best_range(x, args, **search), mse_range(x, args, **search), search.get("norm", 2.4)
+    wide = x.double() if dtype == torch.float32 else x
+    same_but_for_ties(mine, plain, lambda low, high: search_error(wide, low.to(wide.dtype), high.to(wide.dtype), args, norm))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@settings(max_examples=150, deadline=None)
+@given(kind=st.sampled_from(sorted(KINDS)), seed=st.integers(0, 9999), size=SIZES, rows=st.sampled_from([2, 7, 60]),
+       groups=st.sampled_from(["channel", "groups"]), form=st.sampled_from(sorted(ARGS)), search=SEARCHES, weighted=st.booleans())
+def test_weighted_scales_are_those_of_the_definition(dtype, kind, seed, size, rows, groups, form, search, weighted):
+    x, args = weight(kind, seed, min(size, 1.0), rows, SCALES[groups], dtype), QuantizationArgs(strategy="channel", **ARGS[form])
+    heard = torch.rand(128, generator=torch.Generator().manual_seed(seed)).pow(8).expand(rows, 128).reshape(x.shape) if weighted else None
+    mine, norm = importance_range(x, args, heard, **search), search.get("norm", 3.0)
+    low, high = (end * search.get("expand", 1.0) for end in min_max(x))
+    grid = search.get("grid", 20)
+    plain = shrink_search(low, high, [1 - i / grid for i in range(max(1, int(search.get("maxshrink", 0.95) * grid)) + 1)],
+                          search.get("patience", 5) or math.inf, lambda lo, hi: weighted_error(x, lo, hi, args, norm, heard))
+    same_but_for_ties(mine, plain, lambda lo, hi: weighted_error(x, lo, hi, args, norm, heard))
+
+
+def test_patience_ends_the_search_for_all_scales_at_once():
+    "Rows whose errors have two valleys: with patience for one, and for both; the kernel must stop where the definition does."
+    g, args = torch.Generator().manual_seed(0), QuantizationArgs(strategy="channel", num_bits=4)
+    ends = set()
+    for trial in range(200):
+        x = torch.randn(1, 2, 12, generator=g) * torch.tensor([1.0] * 11 + [3.0])
+        for patience in (1, 2, 3, 5, 8):
+            mine, plain = (way(x, args, maxshrink=0.9, grid=40.0, patience=patience) for way in (best_range, mse_range))
+            assert torch.equal(mine[1], plain[1]), (trial, patience)
+            ends.add(tuple(mine[1].flatten().tolist()))
+    assert len(ends) > 200  # patience made a difference: more results than tensors
+
+
+def test_threads_and_shapes_do_not_matter():
+    args, x = QuantizationArgs(strategy="group", group_size=32, num_bits=4), torch.randn(1, 700, 40, 32, generator=torch.Generator().manual_seed(1))
+    alone, before = mse_range(x, args), torch.get_num_threads()
+    try:
+        for many in (1, 2, 3):
+            torch.set_num_threads(many)
+            mine = best_range(x, args)
+            assert same_but_for_ties(mine, alone, lambda low, high: search_error(x.double(), low.double(), high.double(), args, 2.4)) <= 3
+    finally: torch.set_num_threads(before)
+    split = best_range(x.reshape(2, 350, 40, 32), args)  # two observations of each scale
+    assert torch.equal(split[1], mse_range(x.reshape(2, 350, 40, 32), args)[1])
+
+
+def test_what_the_kernel_does_not_take_goes_to_the_definition():
+    args = QuantizationArgs(strategy="channel", num_bits=4)
+    for odd in (torch.randn(1, 5, 64, dtype=torch.float64), torch.randn(1, 5, 64) * 1e30, torch.full((1, 5, 64), math.nan)):
+        mine, plain = best_range(odd, args), mse_range(odd, args)
+        assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(mine, plain))
+    x = torch.randn(1, 5, 64)
+    assert torch.equal(best_range(x, args, norm=9.0)[1], mse_range(x, args, norm=9.0)[1])
 
 
 @pytest.mark.parametrize("name", ["mse", "minmax", "static_minmax"])

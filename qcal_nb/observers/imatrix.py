@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from .base import NonFiniteError, Observer, current_batch, find_nonfinite, first_tensor, flatten_for_calibration, warn_once
+from .bounds import ENOUGH
+from .kernels import fits_kernel, row_search
 from .minmax import min_max
 from .search import check_search, quantize_with_range, shrink_search
 
@@ -34,9 +36,14 @@ def importance_range(observed: Tensor, args: QuantizationArgs, importance: Tenso
     """The range (two tensors of shape `qparam_shape`) with the least weighted error. `patience` 0 never gives up;
     at least p = 1 and one step further are tried."""
     low, high = (extreme * expand for extreme in min_max(observed))
-    shrinks = (1 - i / grid for i in range(max(1, int(maxshrink * grid)) + 1))
-    return shrink_search(low, high, shrinks, patience or math.inf,
-                         lambda lo, hi: weighted_error(observed, lo, hi, args, norm, importance))
+    shrinks, patience = [1 - i / grid for i in range(max(1, int(maxshrink * grid)) + 1)], patience or math.inf
+    if observed.numel() < ENOUGH or not fits_kernel(observed, low, high, args, norm):
+        return shrink_search(low, high, shrinks, patience, lambda lo, hi: weighted_error(observed, lo, hi, args, norm, importance))
+
+    def error_of(scales: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        at = (slice(None), *torch.unravel_index(scales, observed.shape[1:-1]))
+        return weighted_error(observed[at], low, high, args, norm, None if importance is None else importance[at])
+    return row_search(observed, low, high, args, shrinks, patience, norm, error_of, importance, wide=True)
 
 # %% ../../nbs/03d_observers_imatrix.ipynb #f3f47982
 def sum_of_squares(value: Tensor) -> tuple[Tensor, int]:
