@@ -1111,6 +1111,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'qcal_nb/observers/kernels.py'),
                                            'qcal_nb.observers.kernels.power_coefficients': ( 'observers_kernels.html#power_coefficients',
                                                                                              'qcal_nb/observers/kernels.py'),
+                                           'qcal_nb.observers.kernels.power_of': ( 'observers_kernels.html#power_of',
+                                                                                   'qcal_nb/observers/kernels.py'),
                                            'qcal_nb.observers.kernels.power_table': ( 'observers_kernels.html#power_table',
                                                                                       'qcal_nb/observers/kernels.py'),
                                            'qcal_nb.observers.kernels.row_search': ( 'observers_kernels.html#row_search',

@@ -171,7 +171,7 @@ def error_in_pieces(observed: Tensor, low: Tensor, high: Tensor, args: Quantizat
     error = torch.tensor([search_error(piece, low, high, args, norm).item() for piece in pieces], dtype=torch.float64).sum().float().item()
     return error, error
 
-
+# %% ../../nbs/03bd_observers_bounds.ipynb #1183f0a7
 def bounded_search(shrinks: Iterable[float], bounds: Iterable[tuple[float, float]], patience: float,
                    looks: Sequence[Callable[[float], tuple[float, float]]]) -> float | None:
     """The shrink that `shrink_search` takes for one scale; None without any. `bounds`: of their errors. `looks` bound one more closely, each closer
