@@ -9,7 +9,7 @@ __all__ = ['args_in', 'scheme_args', 'observer_name', 'known_kwargs', 'owned_by'
            'reset_quantization_status', 'freeze_module_quantization', 'get_modules', 'call_observer',
            'calibrate_activations', 'update_weight_zp_scale', 'ObservedKVCache', 'initialize_quantized_kv_cache',
            'calibrate_kv_cache_input_hook', 'calibrate_kv_cache_output_hook', 'observers_in', 'claim', 'feeding',
-           'all_or_nothing', 'ModelBusyError', 'refuse_if_held', 'exclusive', 'guarded']
+           'ModelBusyError', 'refuse_if_held', 'exclusive', 'guarded']
 
 # %% ../nbs/04_calibration.ipynb #45a76f31
 import inspect
@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from qcal_nb.observers.base import (
-    BASE_NAMES, Observer, QParamsDict, check_base_name, current_feed, find_observer, first_tensor, observer_key, warn_once,
+    BASE_NAMES, Observer, QParamsDict, about_to_change, check_base_name, current_feed, find_observer, first_tensor, observer_key, warn_once,
 )
 
 # %% ../nbs/04_calibration.ipynb #96cd46c3
@@ -202,6 +202,7 @@ def call_observer(module: Module, base_name: str, value: Tensor | None = None) -
     if value is None and check_base_name(base_name) != "weight":
         raise ValueError(f"value=None: base name {base_name!r} needs the tensor to observe; only a weight is found on the module")
     if (observer := observer_of(module, base_name)) is None: return
+    about_to_change(observer)
     observer._seen = None  # look even at a weight that seems unchanged: writing through `.data` leaves no trace
     observer(module.weight if value is None else value)
     if observer.has_statistics: write_qparams(module, observer)
@@ -284,19 +285,6 @@ def feeding(owner: str) -> Iterator[None]:
     token = current_feed.set(owner)
     try: yield
     finally: current_feed.reset(token)
-
-
-@contextmanager
-def all_or_nothing(observers: list[Observer]) -> Iterator[None]:
-    """If the block fails or is interrupted, every observer knows what it knew before it.
-    References suffice: updates make new tensors."""
-    known = [dict(o.__dict__) for o in observers]
-    try: yield
-    except BaseException:
-        for observer, before in zip(observers, known):
-            observer.__dict__.clear()
-            observer.__dict__.update(before)
-        raise
 
 # %% ../nbs/04_calibration.ipynb #d656b175
 _holders: "weakref.WeakKeyDictionary[Module, str]" = weakref.WeakKeyDictionary()

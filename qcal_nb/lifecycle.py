@@ -42,7 +42,7 @@ from qcal_nb.attention import (
     states_of, watch_attention,
 )
 from qcal_nb.calibration import (
-    all_or_nothing, apply_calibration_status, calibrate_input_hook, calibrate_output_hook, each, freeze_module_quantization,
+    apply_calibration_status, calibrate_input_hook, calibrate_output_hook, each, freeze_module_quantization,
     initialize_observer, is_computed, known_kwargs, observer_name, observer_of, observers_in, refuse_if_held,
     scheme_args, update_qparams, write_qparams,
 )
@@ -50,7 +50,7 @@ from .coverage import Coverage, cover, expert_tokens_of
 from .experts import matches_experts, unfused_experts
 from .offload import has_accelerate_hooks, hold_while_running
 from qcal_nb.observers.base import (
-    ACTIVATIONS, BASE_NAMES, check_policy, each_warning_once, find_observer, fuse, fused_layers,
+    ACTIVATIONS, BASE_NAMES, all_or_nothing, check_policy, each_warning_once, find_observer, fuse, fused_layers,
     warn_once,
 )
 from .ranks import observe_weights, sync_statistics, together
@@ -657,7 +657,7 @@ def compute_remaining(self: QuantizationMixin, model: Module, on_uncalibrated: s
     If one would still be missing (and that is an error): ValueError, nothing written."""
     ledger = _need(model, self, "calibrating", "end", _first_step(model))
     modules = [m for m, _ in schemes_by_module(model, ledger.config).values()]
-    with all_or_nothing(observers_in(model)), together("end the calibration"):
+    with all_or_nothing(*observers_in(model)), together("end the calibration"):
         self.sync_obs_act_stats(modules)
         observe_weights([m for m in modules if not is_computed(m, "weight")])
         short = lacking_data(self, model, weights=True)

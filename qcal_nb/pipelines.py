@@ -22,13 +22,13 @@ from torch.nn import Linear, Module
 from tqdm import tqdm
 
 from .attention import eager_beneath
-from .calibration import all_or_nothing, claim, exclusive, feeding, guarded, observer_of, observers_in, owned_by
+from .calibration import claim, exclusive, feeding, guarded, observer_of, observers_in, owned_by
 from .experts import all_experts as showing_all_experts
 from qcal_nb.lifecycle import (
     Event, EventType, QuantizationModifier, State, check_on_uncalibrated, configs_of, embeddings_of, unfuse_experts,
 )
 from .models import evaluating
-from .observers.base import check_policy, current_batch, each_warning_once, sharing, warn_once
+from .observers.base import all_or_nothing, check_policy, current_batch, each_warning_once, sharing, warn_once
 from .ranks import together
 from .sequential import PROPAGATE, blocks_of, run_blocks
 
@@ -266,10 +266,9 @@ def _first_batches(data: Any, modifier: QuantizationModifier, pipeline: str, **o
 
 
 def _feed_all(model: Module, stream: Iterator[dict[str, Tensor]], owner: str, progress: bool) -> None:
-    observers = observers_in(model)
     with tqdm(desc="calibrating", unit=" tokens", unit_scale=True, disable=not progress) as bar:
         for index, batch in enumerate(stream):
-            with feeding(owner), all_or_nothing(observers): tokens = feed(model, batch, index)
+            with feeding(owner), all_or_nothing(): tokens = feed(model, batch, index)
             bar.update(tokens)
 
 

@@ -19,8 +19,8 @@ from torch.nn import Module, ModuleList
 from torch.utils._pytree import tree_any, tree_map
 from tqdm import tqdm
 
-from .calibration import all_or_nothing, feeding, observers_in
-from .observers.base import NOBODY, current_feed
+from .calibration import feeding
+from .observers.base import NOBODY, all_or_nothing, current_feed
 
 # %% ../nbs/05b_sequential.ipynb #a9cfb95e
 def _outermost(found: Mapping[str, Module]) -> dict[str, Module]:
@@ -114,12 +114,13 @@ def _first_calls(model: Module, blocks: Mapping[str, Module], relay: Relay, feed
 # %% ../nbs/05b_sequential.ipynb #0dcde13b
 def _needs_old(relay: Relay, feed: Callable[[], Any], outputs: Sequence[Any]) -> bool:
     "Whether some block call, or the end of the pass, needs what a block before the last one returned."
+    hollow = [_hollow(output) for output in outputs]
     for t in range(2, len(outputs) + 1):
         def answer(k: int, compute: Callable[[], Any], inputs: Any, t: int = t) -> Any:
             if k == t:
                 if _is_hollow(inputs): raise ValueError("an older output is needed")
                 raise _Enough
-            return _clone(outputs[k]) if k == t - 1 else _hollow(outputs[k])
+            return _clone(outputs[k]) if k == t - 1 else hollow[k]
         try: relay.run(feed, answer)
         except Exception: return True  # whatever went wrong without the values: with all of them kept it cannot
     return False
@@ -148,13 +149,12 @@ class BlockByBlock:
         again = t >= len(plan.calls) or plan.calls[t] in plan.calls[t + 1:]
         return outside if again else [*outside, *self.blocks[plan.calls[t]].modules()]
 
-    def one(self, index: int, t: int, last: bool, heard: bool) -> Any:
+    def one(self, index: int, t: int, last: bool, heard: bool, keep_all: bool = False) -> Any:
         "What block call `t` returns for one batch (None without blocks). `heard`: observers listen to this segment."
         kept, result, earlier = self.outputs[index], [], feeding(self.owner if heard and t == 0 else NOBODY)
         def answer(k: int, compute: Callable[[], Any], inputs: Any) -> Any:
-            if k < t:
-                if k == t - 1 and heard: current_feed.set(self.owner)
-                return _clone(kept[k])
+            if k == t - 1 and heard: current_feed.set(self.owner)
+            if k < t: return _clone(kept[k]) if keep_all or k == t - 1 else kept[k]  # hollow: nothing in it can be changed
             if k > t: raise self.astray(index)
             result.append(compute())
             if not last: raise _Enough
@@ -183,23 +183,23 @@ def run_blocks(
     progress: bool = False,                          # Show a bar with blocks
 ) -> None:
     "All batches through one block after the other. The model's forwards and `quantization_enabled` flags are what they were afterwards."
-    way, observers = BlockByBlock(model, batches, feed, owner), observers_in(model)
+    way = BlockByBlock(model, batches, feed, owner)
     with way.relay.attached():
         with feeding(NOBODY): plan = look_ahead(model, way.blocks, way.relay, lambda: feed(batches[0], 0))
         way.total = len(plan.calls)
         total = max(way.total + (propagate == "quantized"), 1)  # what comes after the last block is to see it quantized, too
         try:
             for t in tqdm(range(total), desc="calibrating", unit=" blocks", disable=not progress):
-                with disable_offloading(): _one_block(way, plan, t, t == total - 1, observers, after, propagate == "quantized")
+                with disable_offloading(): _one_block(way, plan, t, t == total - 1, after, propagate == "quantized")
         finally: model.apply(disable_quantization)
 
 
-def _one_block(way: BlockByBlock, plan: Plan, t: int, last: bool, observers: list, after: Callable, quantized: bool) -> None:
+def _one_block(way: BlockByBlock, plan: Plan, t: int, last: bool, after: Callable, quantized: bool) -> None:
     for index in range(len(way.batches)):
-        with all_or_nothing(observers): output = way.one(index, t, last, heard=True)
+        with all_or_nothing(): output = way.one(index, t, last, True, plan.keep_all)
         if not quantized and not last: way.keep(index, output, plan.keep_all)
     modules = way.modules(plan, t, last)
     after(modules)
     if not quantized or last: return
     for module in modules: enable_quantization(module)
-    for index in range(len(way.batches)): way.keep(index, way.one(index, t, last, heard=False), plan.keep_all)
+    for index in range(len(way.batches)): way.keep(index, way.one(index, t, last, False, plan.keep_all), plan.keep_all)

@@ -23,7 +23,7 @@ from torch.nn import Module
 
 # %% ../nbs/12e_session.ipynb #3b48acbd
 from .attention import states_of
-from .calibration import all_or_nothing, args_in, claim, exclusive, feeding, guarded, observers_in, scheme_args
+from .calibration import args_in, claim, exclusive, feeding, guarded, scheme_args
 from .calibration_record import About, CalibrationRecord
 from .collector import Collector, Conclusions
 from .conclusions import Asked, label_of
@@ -31,6 +31,7 @@ from qcal_nb.lifecycle import (
     Match, ModuleChange, QuantizationModifier, State, changes, lacking_data, ledger_of, match_report, phase_of, reset_quantization, restore,
     schemes_by_module, snapshot,
 )
+from .observers.base import all_or_nothing
 from .pipelines import batches, calibration_context, expected_batches, feed, positions_of
 from .provenance import data_code, model_code
 from .recipes import from_config, override
@@ -448,7 +449,7 @@ def _feed_batches(session: Session, n: int | None, collector: Collector) -> None
 
 def _feed_one(session: Session, batch: dict, collector: Collector) -> int:
     collector.begin(running_of(batch, session.fed))
-    with feeding(session.owner), all_or_nothing(observers_in(session.model)): tokens = feed(session.model, batch, session.fed)
+    with feeding(session.owner), all_or_nothing(): tokens = feed(session.model, batch, session.fed)
     session.record, session.fed = session.record.seen(collector.take(), session.fed, tokens), session.fed + 1
     return tokens
 

@@ -6,8 +6,8 @@
 __all__ = ['T', 'ACTIVATIONS', 'BASE_NAMES', 'POLICIES', 'current_batch', 'current_feed', 'NOBODY', 'FUSED_LAYERS',
            'check_base_name', 'check_args', 'flatten_for_calibration', 'observer_key', 'Registry', 'find_observer',
            'NonFiniteError', 'check_policy', 'NonFinite', 'find_nonfinite', 'without_nonfinite', 'Statistics', 'Counts',
-           'QParamsDict', 'same_tensor', 'Fusable', 'qparams_for', 'Observer', 'first_tensor', 'each_warning_once',
-           'warn_once', 'Once', 'sharing', 'shared', 'fuse', 'fused_layers']
+           'QParamsDict', 'same_tensor', 'Fusable', 'about_to_change', 'all_or_nothing', 'qparams_for', 'Observer',
+           'first_tensor', 'each_warning_once', 'warn_once', 'Once', 'sharing', 'shared', 'fuse', 'fused_layers']
 
 # %% ../../nbs/03a_observers_base.ipynb #b5c0be45
 import warnings
@@ -315,6 +315,32 @@ class Fusable(Statistics):
         new._partners = tuple(weakref.ref(deepcopy(partner, memo)) for partner in self.partners())
         return new
 
+# %% ../../nbs/03a_observers_base.ipynb #dd10d6c6
+_changed: ContextVar[dict[int, tuple["Observer", dict[str, Any]]] | None] = ContextVar("qcal_nb_changed", default=None)
+
+
+def about_to_change(self: "Observer") -> None:
+    "Called before an observer changes: inside `all_or_nothing` what it knew before its first change is remembered."
+    changed = _changed.get()
+    if changed is not None and id(self) not in changed: changed[id(self)] = (self, dict(self.__dict__))
+
+
+@contextmanager
+def all_or_nothing(*observers: "Observer") -> Iterator[None]:
+    """If the block fails or is interrupted, every observer that looked at something in it, and each of `observers`, knows what it knew before.
+    References suffice: an update makes new tensors."""
+    changed = {id(o): (o, dict(o.__dict__)) for o in observers}
+    token = _changed.set(changed)
+    try: yield
+    except BaseException:
+        for observer, before in changed.values():
+            observer.__dict__.clear()
+            observer.__dict__.update(before)
+        raise
+    finally:
+        _changed.reset(token)
+        if (around := _changed.get()) is not None: around.update(changed | around)  # a block around this one may still fail
+
 # %% ../../nbs/03a_observers_base.ipynb #1cf710c4
 def _remember(self: "Observer") -> dict[str, Any]:
     "An observer's statistics as they are now. References suffice: an update makes new tensors."
@@ -333,6 +359,7 @@ def _look_at(self: "Observer", observed: Tensor) -> "Observer":
     "One observation: pass over what is empty or unchanged, start anew after consumption, update, keep non-finite values out."
     batch = current_batch.get()
     if _pass_over(self, observed, batch): return self
+    about_to_change(self)
     before = _remember(self)
     if batch is None or batch != self._batch[0]: self._batch = (batch, before)
     if self.consumed: self.delete_statistics()

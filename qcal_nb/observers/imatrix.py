@@ -16,7 +16,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationStrate
 from torch import Tensor
 from torch.nn import Module
 
-from .base import NonFiniteError, Observer, current_batch, find_nonfinite, first_tensor, flatten_for_calibration, warn_once
+from .base import NonFiniteError, Observer, about_to_change, current_batch, find_nonfinite, first_tensor, flatten_for_calibration, warn_once
 from .bounds import ENOUGH
 from .kernels import fits_kernel, row_search
 from .minmax import min_max
@@ -124,6 +124,7 @@ def hear_input(self: IMatrixMSEObserver, value: Tensor) -> None:
     "Add one input's squares. Non-finite values meet the observer's policy: an error, the batch left out, or these elements left out."
     batch = current_batch.get()
     if batch is not None and batch == self._left_out: return
+    about_to_change(self)
     if self.consumed: self.delete_statistics()
     before = {name: self.__dict__.get(name) for name in self.sync_ops}
     if batch is None or batch != self._batch[0]: self._batch = (batch, before)

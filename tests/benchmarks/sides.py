@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.nn import Linear, Module
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from qcal_nb.calibration import all_or_nothing, observers_in
 from qcal_nb.lifecycle import QuantizationModifier
 from qcal_nb.observers import Observer
+from qcal_nb.observers.base import all_or_nothing
 from qcal_nb.pipelines import calibration_context, feed
 
 from .measuring import Agreement, Found, Work, agreement, search_error
@@ -99,10 +99,8 @@ def watched(model: Module, side: str, args: dict[str, Any]) -> Module:
 
 def a_pass(model: Module, batch: dict[str, Tensor]) -> Work:
     "A forward pass as in a calibration: eager attention, no product of lm_head. With our observers, a failure would undo the whole batch."
-    mine = [o for o in observers_in(model) if isinstance(o, Observer)]
-
     def run(_: None) -> None:
-        with calibration_context(model), all_or_nothing(mine): feed(model, batch, 0)
+        with calibration_context(model), all_or_nothing(): feed(model, batch, 0)
     return Work(run)
 
 
