@@ -18,8 +18,9 @@ from compressed_tensors.quantization.utils import calculate_qparams
 from numba import njit
 from torch import Tensor
 
+from ..compiled import bits_of, in_parts, shared_out
 from qcal_nb.observers.kernels import (
-    BLOCK, MOST, bfloat16_errors, bits_of, column_errors, fits_kernel, form_of, nearest, power, power_coefficients, power_table, row_search, shared_out,
+    BLOCK, MOST, bfloat16_errors, column_errors, fits_kernel, form_of, nearest, power, power_coefficients, power_table, row_search,
     to_bfloat16, tolerance_of,
 )
 from .minmax import min_max
@@ -42,9 +43,9 @@ def sum_of_terms(error, counts, table):
 
 def counted(observed: Tensor) -> tuple[Tensor, np.ndarray]:
     "The different values of a bfloat16 or float16 tensor, and how often each comes, float64."
-    patterns, workers = observed.reshape(-1).view(torch.int16).numpy().view(np.uint16), torch.get_num_threads()
-    counts = np.zeros((workers, 1 << 16), np.int64)
-    shared_out(count_patterns, np.array_split(patterns, workers), counts)
+    parts = in_parts(observed.reshape(-1).view(torch.int16).numpy().view(np.uint16))
+    counts = np.zeros((len(parts), 1 << 16), np.int64)
+    shared_out(count_patterns, parts, counts)
     counts = counts.sum(0)
     seen = counts.nonzero()[0]
     return torch.from_numpy(seen.astype(np.uint16).view(np.int16)).view(observed.dtype), counts[seen].astype(float)
@@ -85,10 +86,10 @@ class Binned:
 
     def __init__(self, observed: Tensor, low: float, high: float, norm: float) -> None:
         self.norm, self.total = norm, observed.numel()
-        self.width, workers = (high - low) / BINS, torch.get_num_threads()
-        tables = np.zeros((workers, BINS, 2))
+        self.width, parts = (high - low) / BINS, in_parts(observed.reshape(-1).numpy())
+        tables = np.zeros((len(parts), BINS, 2))
         def fill(part: np.ndarray, table: np.ndarray) -> None: fill_bins(part, np.float32(low), np.float32(1 / self.width), table)
-        shared_out(fill, np.array_split(observed.reshape(-1).numpy(), workers), tables)
+        shared_out(fill, parts, tables)
         self.counts, sums = tables.sum(0).T.copy()
         self.edges = (np.arange(BINS + 1) * self.width + low).astype(np.float32)
         self.means = np.where(self.counts > 0, sums / np.maximum(self.counts, 1), self.edges[:-1]).astype(np.float32)
@@ -153,14 +154,14 @@ WIDE = 1 << 10  # columns of a kernel's block
 def error_by_kernel(observed: Tensor, low: Tensor, high: Tensor, args: QuantizationArgs, norm: float) -> tuple[float, float]:
     "Between which two numbers `search_error` of a float32 tensor with one scale lies: closer than by bins, for it looks at every value."
     (scale,), (zero_point,) = (q.float().numpy() for q in calculate_qparams(low, high, args))
-    form, flat, workers = form_of(args.type, args.num_bits), observed.reshape(-1).numpy(), torch.get_num_threads()
+    form, flat = form_of(args.type, args.num_bits), observed.reshape(-1).numpy()
     even = len(flat) // WIDE * WIDE
 
     def total(block: np.ndarray) -> float:
         same, errors = np.ones((1, block.shape[1]), np.float32), np.zeros((1, block.shape[1]))
         column_errors(block, None, same * scale, same * zero_point, None, form, np.float32(norm), power_coefficients(norm), None, errors)
         return float(errors.sum())
-    error = sum(shared_out(total, [*np.array_split(flat[:even].reshape(-1, WIDE), workers), flat[None, even:]]))
+    error = sum(shared_out(total, [*in_parts(flat[:even].reshape(-1, WIDE)), flat[None, even:]]))
     slip = error * tolerance_of(form, norm)
     return error - slip, error + slip
 
