@@ -947,6 +947,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'qcal_nb/observers/bounds.py'),
                                           'qcal_nb.observers.bounds.Binned.__init__': ( 'observers_bounds.html#binned.__init__',
                                                                                         'qcal_nb/observers/bounds.py'),
+                                          'qcal_nb.observers.bounds.Binned.size': ( 'observers_bounds.html#binned.size',
+                                                                                    'qcal_nb/observers/bounds.py'),
                                           'qcal_nb.observers.bounds._boundable': ( 'observers_bounds.html#_boundable',
                                                                                    'qcal_nb/observers/bounds.py'),
                                           'qcal_nb.observers.bounds._bounded': ( 'observers_bounds.html#_bounded',

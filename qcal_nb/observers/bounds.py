@@ -23,7 +23,8 @@ from qcal_nb.observers.kernels import (
     BLOCK, MOST, bfloat16_errors, column_errors, fits_kernel, form_of, nearest, power, power_coefficients, power_table, row_search,
     to_bfloat16, tolerance_of,
 )
-from .minmax import min_max
+from .base import shared
+from .minmax import range_seen
 from .search import quantize_with_range, search_error, shrink_search
 
 # %% ../../nbs/03bd_observers_bounds.ipynb #9d997514
@@ -82,10 +83,10 @@ def fill_bins(x, low, per_width, table):
 
 
 class Binned:
-    "A float32 tensor sorted into bins between its extremes: how many values are in each, and their mean. `norm`: of the errors to be bounded, at least 2."
+    "A float32 tensor sorted into bins between its extremes: how many values are in each, and their mean."
 
-    def __init__(self, observed: Tensor, low: float, high: float, norm: float) -> None:
-        self.norm, self.total = norm, observed.numel()
+    def __init__(self, observed: Tensor, low: float, high: float) -> None:
+        self.total, self.reach = observed.numel(), max(-low, high)
         self.width, parts = (high - low) / BINS, in_parts(observed.reshape(-1).numpy())
         tables = np.zeros((len(parts), BINS, 2))
         def fill(part: np.ndarray, table: np.ndarray) -> None: fill_bins(part, np.float32(low), np.float32(1 / self.width), table)
@@ -93,8 +94,11 @@ class Binned:
         self.counts, sums = tables.sum(0).T.copy()
         self.edges = (np.arange(BINS + 1) * self.width + low).astype(np.float32)
         self.means = np.where(self.counts > 0, sums / np.maximum(self.counts, 1), self.edges[:-1]).astype(np.float32)
-        squares = float((self.counts * (abs(self.means) + self.width) ** 2).sum())  # not `@`: NumPy's BLAS has threads of its own, which go on spinning
-        self.size = (max(-low, high) ** (norm - 2) * squares) ** (1 / norm)  # at least (Σ|x|^norm)^(1/norm)
+        self.squares = float((self.counts * (abs(self.means) + self.width) ** 2).sum())  # not `@`: NumPy's BLAS has threads of its own, which go on spinning
+
+    def size(self, norm: float) -> float:
+        "At least (Σ|x|^norm)^(1/norm), for a norm of at least 2."
+        return (self.reach ** (norm - 2) * self.squares) ** (1 / norm)
 
 # %% ../../nbs/03bd_observers_bounds.ipynb #45f9c9be
 @njit(nogil=True, cache=True)
@@ -126,24 +130,24 @@ def kinked_error(codes, edges, counts, width, norm):
     return least, most
 
 # %% ../../nbs/03bd_observers_bounds.ipynb #1bb00ce5
-def _bounds(binned: Binned, smooth: float, least: float, most: float) -> tuple[float, float]:
-    norm, w, root = binned.norm, binned.width, binned.total ** (1 / binned.norm)
+def _bounds(binned: Binned, norm: float, smooth: float, least: float, most: float) -> tuple[float, float]:
+    w, root = binned.width, binned.total ** (1 / norm)
     size = (smooth + most) ** (1 / norm) + w * root  # at least the norm of all errors, each as large as it can be in its bin
     convex = norm * (norm - 1) / 8 * w**2 * root**2 * size ** (norm - 2)
-    slip = _ROUNDING * binned.size
+    slip = _ROUNDING * binned.size(norm)
     rounding = norm * slip * (size + slip) ** (norm - 1) + 8e-6 * (smooth + most)  # the last: powers and sums in float32
     return smooth + least - rounding, smooth + most + convex + rounding
 
 
-def error_bounds(binned: Binned, low: Tensor, high: Tensor, args: QuantizationArgs) -> list[tuple[float, float]]:
-    "For ranges (`low` and `high` of shape (candidates,)): between which two numbers `search_error` of the tensor lies."
-    form, norm, coefficients = form_of(args.type, args.num_bits), np.float32(binned.norm), power_coefficients(binned.norm)
+def error_bounds(binned: Binned, low: Tensor, high: Tensor, args: QuantizationArgs, norm: float) -> list[tuple[float, float]]:
+    "For ranges (`low` and `high` of shape (candidates,)): between which two numbers `search_error` of the tensor lies. `norm`: at least 2."
+    form, coefficients = form_of(args.type, args.num_bits), power_coefficients(norm)
 
     def of(scale: np.float32, zero_point: np.float32) -> tuple[float, float]:
         codes = np.empty_like(binned.edges)
         quantize_edges(binned.edges, scale, zero_point, form, codes)
-        smooth = smooth_error(codes, binned.means, binned.counts, norm, coefficients)
-        return _bounds(binned, smooth, *kinked_error(codes, binned.edges, binned.counts, binned.width, binned.norm))
+        smooth = smooth_error(codes, binned.means, binned.counts, np.float32(norm), coefficients)
+        return _bounds(binned, norm, smooth, *kinked_error(codes, binned.edges, binned.counts, binned.width, norm))
     qparams = (q.float().numpy() for q in calculate_qparams(low, high, args))
     return shared_out(of, *qparams)
 
@@ -204,9 +208,9 @@ def _boundable(observed: Tensor, low: Tensor, high: Tensor, norm: float) -> bool
 
 def _bounded(observed: Tensor, low: Tensor, high: Tensor, args: QuantizationArgs, shrinks: list[float], patience: float, norm: float) -> float | None:
     "The best shrink of `low` and `high` for a float32 tensor with one scale."
-    binned = Binned(observed, *(extreme.item() for extreme in min_max(observed)), norm)
+    binned = shared(observed, "binned", lambda: Binned(observed, *(extreme.item() for extreme in range_seen(observed))))
     some = (shrinks[start:start + AT_ONCE] for start in range(0, len(shrinks), AT_ONCE))
-    bounds = (pair for ps in some for pair in error_bounds(binned, torch.cat([low * p for p in ps]), torch.cat([high * p for p in ps]), args))
+    bounds = (pair for ps in some for pair in error_bounds(binned, torch.cat([low * p for p in ps]), torch.cat([high * p for p in ps]), args, norm))
     looks = [functools.cache(lambda p, look=look: look(observed, low * p, high * p, args, norm)) for look in (error_by_kernel, error_in_pieces)]
     return bounded_search(shrinks, bounds, patience, looks)
 
@@ -226,7 +230,7 @@ def best_range(observed: Tensor, args: QuantizationArgs, maxshrink: float = 0.20
                norm: float = 2.4, expand: float = 1.0) -> tuple[Tensor, Tensor]:
     "What `mse_range` finds (two tensors of shape `qparam_shape`), the fastest way there is for this tensor."
     shrinks = [1 - i / grid for i in range(int(maxshrink * grid))]
-    low, high = (extreme * expand for extreme in min_max(observed))
+    low, high = (extreme * expand for extreme in range_seen(observed))
     if low.numel() > 1 and observed.numel() >= ENOUGH and fits_kernel(observed, low, high, args, norm):
         rows = observed.flatten(1, -2)
         return row_search(observed, low, high, args, shrinks, patience, norm, lambda some, lo, hi: search_error(rows[:, some], lo, hi, args, norm))

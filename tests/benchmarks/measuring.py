@@ -4,6 +4,7 @@ import gc
 import os
 import statistics
 import time
+import tracemalloc
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -191,9 +192,21 @@ def without_stderr() -> Iterator[None]:
         os.close(nowhere)
 
 
-def memory(work: Work) -> tuple[float, float]:
-    """MiB above what was live before: the highest point while `run` ran, and what is left at its end.
-    torch's profiler reports every block that its CPU allocator hands out or takes back, those inside of kernels too; at one thread."""
+def numpy_memory(work: Work) -> tuple[float, float]:
+    "The same for what NumPy and Python itself allocate, which tracemalloc follows."
+    made = work.prepare()
+    with threads(1):
+        tracemalloc.start()
+        try:
+            kept = work.run(made)
+            live, peak = tracemalloc.get_traced_memory()
+        finally: tracemalloc.stop()
+    del kept
+    return peak / MIB, live / MIB
+
+
+def torch_memory(work: Work) -> tuple[float, float]:
+    "MiB that torch allocates above what was live before, at one thread: its profiler reports every block, those inside of kernels too."
     made = work.prepare()
     with threads(1), without_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen: kept = work.run(made)
     live = peak = 0
@@ -202,3 +215,8 @@ def memory(work: Work) -> tuple[float, float]:
         peak = max(peak, live)
     del kept
     return peak / MIB, live / MIB
+
+
+def memory(work: Work) -> tuple[float, float]:
+    "MiB above what was live before: the highest point while `run` ran, and what is left at its end. torch's highest and NumPy's, which need not be at one time, are added."
+    return tuple(a + b for a, b in zip(torch_memory(work), numpy_memory(work)))
