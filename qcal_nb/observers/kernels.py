@@ -181,7 +181,7 @@ def keep_best(errors, pieces, tolerance, first, half, least, most, at, doubtful,
 # %% ../../nbs/03bc_observers_kernels.ipynb #649f61d3
 BLOCK = 1 << 16      # values
 FEW_SCALES = 4096    # below, patience may well end the search early
-MANY_SCALES = 8192   # whose qparams are found in one call
+MANY_SCALES = 4096   # whose qparams are found in one call
 
 
 def numbers(x: Tensor) -> np.ndarray:
@@ -259,7 +259,7 @@ def look_at_block(problem: Problem, part: slice, scale: np.ndarray, zero_point: 
 def look(problem: Problem, first: int, shrinks: Sequence[float], sure: Sure) -> list[bool]:
     "Show candidates to all scales; of each, whether it improved any for sure."
     scales, improved, share = problem.observed.shape[1], np.zeros(first + len(shrinks), bool), torch.tensor(shrinks)[:, None]
-    step = max(1, BLOCK // (problem.observed.shape[0] * problem.observed.shape[2]))
+    step = max(1, min(BLOCK // (problem.observed.shape[0] * problem.observed.shape[2]), MANY_SCALES // torch.get_num_threads()))
     for start in range(0, scales, MANY_SCALES):
         ranges = (shrunk(end[start:start + MANY_SCALES], share) for end in (problem.low, problem.high))
         scale, zero_point = (q.float().numpy() for q in calculate_qparams(*ranges, problem.args))

@@ -218,5 +218,6 @@ def torch_memory(work: Work) -> tuple[float, float]:
 
 
 def memory(work: Work) -> tuple[float, float]:
-    "MiB above what was live before: the highest point while `run` ran, and what is left at its end. torch's highest and NumPy's, which need not be at one time, are added."
+    """MiB above what was live before: the highest point while `run` ran, and what is left at its end. torch's highest and NumPy's are added,
+    though they need not be at one time."""
     return tuple(a + b for a, b in zip(torch_memory(work), numpy_memory(work)))
