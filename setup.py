@@ -19,7 +19,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=meta["python_requires"], install_requires=lines("requirements"),
     extras_require={key.removesuffix("_requirements"): lines(key) for key in meta if key.endswith("_requirements")},
-    entry_points={"nbdev": lines("nbdev_index")},
+    entry_points={"nbdev": lines("nbdev_index"), "console_scripts": lines("console_scripts")},
     packages=find_packages(include=[meta["lib_path"], meta["lib_path"]+".*"]),
     package_data={meta["lib_path"]: ["py.typed", "data/**"]},
     zip_safe=False,

@@ -181,7 +181,7 @@ def keep_best(errors, pieces, tolerance, first, half, least, most, at, doubtful,
 # %% ../../nbs/03bc_observers_kernels.ipynb #649f61d3
 BLOCK = 1 << 16      # values
 FEW_SCALES = 4096    # below, patience may well end the search early
-MANY_SCALES = 4096   # whose qparams are found in one call
+MANY_SCALES = 6144   # whose qparams are found in one call
 
 
 def numbers(x: Tensor) -> np.ndarray:
@@ -298,14 +298,14 @@ def best_candidates(problem: Problem, shrinks: Sequence[float], patience: float)
     sure, improved, end = Sure(len(problem.low)), [], None
     at_once = 10 if len(problem.low) < FEW_SCALES else 20  # candidates, between two looks at patience
     while end is None and len(improved) < len(shrinks):
-        first, before = len(improved), sure.copy()
+        first, before = len(improved), sure.copy() if improved else None
         improved += look(problem, first, shrinks[first:first + at_once], sure)
         if ended(improved, patience) is None and len(improved) < len(shrinks): continue
         scales = torch.from_numpy(sure.doubtful).nonzero()[:, 0]
         better = settle(problem, scales, shrinks[:len(improved)])
         end = ended([a or b for a, b in zip(improved, better.any(1).tolist())], patience)
         if end is not None and any(improved[end:]):
-            sure = before
+            sure = before or Sure(len(problem.low))
             look(problem, first, shrinks[first:end], sure)
     sure.at[scales] = (better[:end] * torch.arange(1, len(better[:end]) + 1)[:, None]).amax(0) - 1
     return sure.at
