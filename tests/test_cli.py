@@ -1,0 +1,150 @@
+"""`qcal-nb` as a program: what it writes, on one process and on two, its exit codes, and the page that it opens."""
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from qcal_nb import CalibrationRecord, load_tiny_llama
+from qcal_nb.cli import main, parser
+from qcal_nb.models import calibration_texts
+
+PROGRAM = Path(sys.executable).with_name("qcal-nb")
+TORCHRUN = Path(sys.executable).with_name("torchrun")
+
+
+def run(*words, program=(PROGRAM,), cwd=None, **kwargs):
+    return subprocess.run([*map(str, program), *map(str, words)], capture_output=True, text=True, timeout=240, cwd=cwd, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    "A folder with a model of one's own, another architecture than the embedded one's, and texts."
+    folder = tmp_path_factory.mktemp("own")
+    tokenizer = load_tiny_llama()[1]
+    torch.manual_seed(0)
+    config = Qwen2Config(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, max_position_embeddings=256)
+    Qwen2ForCausalLM(config).bfloat16().save_pretrained(folder/"model")
+    tokenizer.save_pretrained(folder/"model")
+    (folder/"texts.jsonl").write_text("".join(json.dumps(dict(text=t[:300])) + "\n" for t in calibration_texts()[:6]))
+    (folder/"texts.txt").write_text("\n\n".join(t[:300].replace("\n\n", "\n") for t in calibration_texts()[:5]))
+    return folder
+
+
+def test_from_a_fresh_folder_to_a_recipe_and_a_checkpoint(own, tmp_path):
+    words = ["calibrate", own/"model", "--data", own/"texts.jsonl", "--scheme", "W4A16", "--max-length", 64, "--out", "run", "--checkpoint"]
+    done = run(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in (tmp_path/"run").iterdir()) == ["checkpoint", "recipe.yaml", "record.safetensors"]
+    assert "6 batches, 384 tokens" in done.stdout and "qcal-nb lab run/record.safetensors" in done.stdout and "recording" in done.stderr
+    record = CalibrationRecord.load(tmp_path/"run"/"record.safetensors")
+    assert record.tokens == 384 and record.model.startswith("Qwen2")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path/"run"/"checkpoint")
+    assert type(again).__name__ == "Qwen2ForCausalLM" and "quantization_config" in (tmp_path/"run"/"checkpoint"/"config.json").read_text()
+    page = run("report", "run/record.safetensors", "-o", "page.html", "--title", "Mine", cwd=tmp_path)
+    assert page.stdout.strip() == "page.html" and "<h1>Mine" in re.sub(r"\s+", " ", (tmp_path/"page.html").read_text())
+
+
+def test_a_recipe_that_was_written_is_a_recipe_that_is_read(own, tmp_path):
+    words = ["calibrate", str(own/"model"), "--data", str(own/"texts.txt"), "--max-length", "32", "--quiet"]
+    recipe = ["--scheme", "INT8_STATIC", "--observer", "input=mse", "--ignore", "lm_head", "--ignore", "re:.*gate_proj"]
+    assert main([*words, *recipe, "--out", str(tmp_path/"a")]) == 0
+    assert main([*words, "--recipe", str(tmp_path/"a"/"recipe.yaml"), "--out", str(tmp_path/"b")]) == 0
+    a, b = (CalibrationRecord.load(tmp_path/n/"record.safetensors") for n in "ab")
+    assert (tmp_path/"a"/"recipe.yaml").read_text() == (tmp_path/"b"/"recipe.yaml").read_text()
+    assert a.conclusions.keys() == b.conclusions.keys() and any(key[2] == "mse" for key in a.conclusions)
+    assert all(torch.equal(a.conclusions[k].scale, b.conclusions[k].scale) for k in a.conclusions)
+    assert not any("gate_proj" in name for name, _ in a.tensors)
+
+
+def test_two_processes_write_what_one_does(own, tmp_path):
+    words = ["calibrate", own/"model", "--data", own/"texts.jsonl", "--max-length", 48, "--checkpoint"]
+    words += ["--scheme", "INT8_STATIC", "--observer", "input=static_minmax"]
+    two = run(*words, "--out", "two", program=(TORCHRUN, "--nproc-per-node", 2, "--no-python", PROGRAM), cwd=tmp_path)
+    assert two.returncode == 0, two.stderr
+    assert two.stdout.count("recipe.yaml   for llm-compressor") == 1  # one of them speaks
+    assert run(*words, "--out", "one", cwd=tmp_path).returncode == 0
+    a, b = (load_file(tmp_path/n/"checkpoint"/"model.safetensors") for n in ("one", "two"))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) and any(k.endswith("input_scale") for k in a)
+    first = "model.layers.0.self_attn.q_proj"
+    one, both = (CalibrationRecord.load(tmp_path/n/"record.safetensors") for n in ("one", "two"))
+    assert torch.equal(both.conclusions[first, "input", "static_minmax"].scale, b[f"{first}.input_scale"])  # the record holds the recipe's scales
+    assert one.batches == both.batches == 6 and all(one[k].histogram == both[k].histogram for k in one.tensors)
+
+
+WRONG = {
+    "no such model": (["calibrate", "no/such/folder", "--data", "t.txt", "--out", "o"], "MODEL 'no/such/folder' is no folder here"),
+    "no data": (["calibrate", "some/model", "--out", "o"], "--data is needed"),
+    "no such file": (["calibrate", "tiny", "--data", "none.txt", "--out", "o"], "--data none.txt: No such file or directory"),
+    "empty file": (["calibrate", "tiny", "--data", "empty.txt", "--out", "o"], "--data empty.txt: holds no text"),
+    "not JSON": (["calibrate", "tiny", "--data", "bad.jsonl", "--out", "o"], "bad.jsonl, line 1: not JSON"),
+    "scheme": (["calibrate", "tiny", "--scheme", "INT5", "--out", "o"], "scheme='INT5' is not a preset"),
+    "observer": (["calibrate", "tiny", "--observer", "input=best", "--out", "o"], "best"),
+    "both": (["calibrate", "tiny", "--recipe", "r.yaml", "--scheme", "FP8", "--out", "o"], "--scheme and --recipe"),
+    "out": (["calibrate", "tiny", "--out", "full"], "--out full: exists and is not an empty folder"),
+    "record": (["report", "t.txt"], "t.txt"),
+    "notebook": (["lab", "tiny", "--notebook", "a.py"], "--notebook a.py: must end with .ipynb"),
+}
+
+
+@pytest.mark.parametrize("words, said", WRONG.values(), ids=WRONG)
+def test_what_is_wrong_is_one_line_and_leaves_nothing(words, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("t.txt").write_text("One.\n\nTwo.")
+    Path("empty.txt").write_text(" \n\n")
+    Path("bad.jsonl").write_text("{text: 1}\n")
+    Path("full").mkdir()
+    Path("full/file").touch()
+    before = sorted(tmp_path.rglob("*"))
+    assert main(words) == 1
+    out, err = capsys.readouterr()
+    assert said in err and err.startswith("qcal-nb: ") and err.count("\n") == 1 and out == ""
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("words", [[], ["frob"], ["calibrate", "tiny"], ["calibrate", "tiny", "--out", "o", "--limit", "0"],
+                                   ["calibrate", "tiny", "--out", "o", "--observer", "mse"]])
+def test_a_wrong_command_line_is_2(words, capsys):
+    with pytest.raises(SystemExit) as end: parser().parse_args(words)
+    assert end.value.code == 2 and "usage: qcal-nb" in capsys.readouterr().err
+
+
+def test_an_interrupt_is_130_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    def interrupted(*_, **__): raise KeyboardInterrupt
+    monkeypatch.setattr("qcal_nb.records.record", interrupted)
+    assert main(["calibrate", "tiny", "--limit", "1", "--out", "run", "--quiet"]) == 130
+    assert "interrupted" in capsys.readouterr().err and not Path("run").exists()
+
+
+def test_lab_opens_its_notebook(tmp_path):
+    process = subprocess.Popen([PROGRAM, "lab", "tiny", "--no-browser", "--port", "18911"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    try:
+        address = next(found for line in process.stderr if (found := re.search(r"http://127\.0\.0\.1:18911/\S*", line)))[0]
+        assert "workbench.ipynb" in address
+        for _ in range(40):
+            try:
+                with urllib.request.urlopen(address) as page: assert page.status == 200
+                break
+            except OSError: time.sleep(0.5)
+        else: pytest.fail("no page")
+        assert "Workbench(model, texts" in (tmp_path/"workbench.ipynb").read_text()
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def test_the_program_is_installed_and_teaches():
+    assert shutil.which(str(PROGRAM))
+    shown = run("--help").stdout + run("calibrate", "--help").stdout
+    for word in ("lab", "calibrate", "report", "torchrun", "recipe.yaml", "qcal-nb calibrate tiny --scheme FP8 --out run"): assert word in shown
+    assert run("--version").stdout.startswith("qcal-nb ")
