@@ -22,7 +22,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, StepPatch
 from matplotlib.transforms import Bbox, TransformedBbox
 
-from .analysis import LOUD, BY_HAND, at_limit, check_record
+from .analysis import LOUD, BY_HAND, at_limit, best_of, check_record
 from .calibration_record import CalibrationRecord
 from .conclusions import Asked, Conclusion
 from .figures import (BASE_COLORS, CLIPPED, OTHER, SMOOTH, as_png, counts_between, dark, dots, drawable, headline, light, log_values, new_axes,
@@ -75,17 +75,17 @@ def _count_axis(ax: Axes, most: float, room: float, log: bool = True) -> float:
     return base
 
 # %% ../nbs/11c_plot_tensor.ipynb #965a5c77
-def _in_words(c: Conclusion, stats: TensorStats) -> tuple[str, float]:
-    "What an observer concluded, in a line, and its SQNR in dB (nan if that is not known)."
-    if c.reason: return f"{c.observer}: no scale, {c.reason}", np.nan
+def _in_words(c: Conclusion, stats: TensorStats) -> tuple[str, float, float]:
+    "What an observer concluded, in a line, and its SQNR in dB (nan if that is not known) with its bound."
+    if c.reason: return f"{c.observer}: no scale, {c.reason}", np.nan, np.nan
     scale = c.scale.double().reshape(-1)
     if scale.numel() > 1:
-        return f"{c.observer}: {scale.numel():,} scales, {scale.min():.3g} … {scale.max():.3g} (shown is the largest)", np.nan
+        return f"{c.observer}: {scale.numel():,} scales, {scale.min():.3g} … {scale.max():.3g} (shown is the largest)", np.nan, np.nan
     cost = quality_of(stats, c.args, c.scale, c.zero_point)
     clips = f"clips {100 * cost.clipped:.2g} %" if cost.clipped else "clips nothing"
     limit = ", at the limit of its search" if at_limit(c, stats) else ""
     noise = "no error" if not np.isfinite(cost.sqnr_db) else f"SQNR {cost.sqnr_db:.1f} dB"
-    return f"{c.observer}: scale {scale.item():.4g}, zero point {int(c.zero_point.item())}, {clips}{limit}, {noise}", cost.sqnr_db
+    return f"{c.observer}: scale {scale.item():.4g}, zero point {int(c.zero_point.item())}, {clips}{limit}, {noise}", cost.sqnr_db, cost.bound_db
 
 
 def stored_values(c: Conclusion) -> np.ndarray:
@@ -201,9 +201,9 @@ def plot_histogram(
     bad = f" ({stats.nan + stats.inf:,} NaN or infinite)" if stats.numel else ""
     if not stats.count: return say_nothing(ax, f"{_title(module, base_name)}: nothing finite was seen{bad}")
     words = [_in_words(c, stats) for c in found]
-    known = [i for i, (_, sqnr) in enumerate(words) if np.isfinite(sqnr)]
-    best = max(known, key=lambda i: words[i][1]) if known and len(found) > 1 else None
-    texts = [text + (" (best)" if i == best else "") for i, (text, _) in enumerate(words)]
+    texts, db, bounds = (list(column) for column in zip(*words)) if words else ([], [], [])
+    best = best_of(db, bounds, [c.observer for c in found]) if len(found) > 1 else None
+    if best is not None: texts[best] += " (best)"
     reach = max([stats.absmax, *(abs(end) for c in found if not c.reason for end in _ends(c))]) or 1.0
     frame = draw_frame(ax, stats, base_name, reach, len(found), log_counts)
     clipped = shade_clipped(ax, frame, found)
