@@ -523,13 +523,14 @@ def remove_hooks(module: Module) -> None:
             flags.pop(key, None)
 
 
-def refuse_unset(unset: list[str]) -> None:
-    "ValueError that names the first ten of the scales that are not computed."
+def refuse_unset(unset: list[str], seen: bool = False) -> None:
+    "ValueError that names the first ten of the scales that are not computed. `seen`: their observers know enough, nobody has written it."
     shown = ", ".join(unset[:10]) + (f" and {len(unset) - 10} more" if len(unset) > 10 else "")
     scales_are = "scales are" if len(unset) > 1 else "scale is"
     remedy = "Feed data that reaches them, add"
     if all(name.endswith(".weight") for name in unset):
         remedy = "Their weights hold non-finite values: mend them, use nonfinite='record', add"
+    if seen: remedy = "Their observers have seen data; on_end(State(model)) writes what follows, and ends. Or add"
     raise ValueError(f"{len(unset)} {scales_are} not computed: {shown}. {remedy} the modules "
                      "to `ignore`, or end with on_uncalibrated='skip' to leave them unquantized")
 
@@ -545,7 +546,9 @@ def end_calibration(self: QuantizationMixin, model: Module, on_uncalibrated: str
     ledger = _need(model, self, "calibrating", "end", _first_step(model))
     chosen = schemes_by_module(model, ledger.config)
     unset = uncomputed(chosen)
-    if unset and check_on_uncalibrated(on_uncalibrated or self.on_uncalibrated) == "raise": refuse_unset(unset)
+    if unset and check_on_uncalibrated(on_uncalibrated or self.on_uncalibrated) == "raise":
+        activations = [(chosen[t.rpartition(".")[0]][0], t.rpartition(".")[2]) for t in unset if not t.endswith(".weight")]
+        refuse_unset(unset, seen=all((o := observer_of(*place)) is not None and o.has_statistics for place in activations))
     tokens = expert_tokens_of(model)
     self._coverage = [row for name, (m, _) in chosen.items() for row in cover(name, m, tokens.get(name.rpartition(".")[0]))]
     with step(model, replace(ledger, phase="calibrated")):

@@ -194,6 +194,17 @@ def test_end_refuses_unset_scales_by_name_and_skip_leaves_those_modules_alone():
     assert modifier.coverage == []
 
 
+def test_end_calibration_without_what_writes_the_scales_says_what_does():
+    model, modifier = make_model(next(iter(CONFIGS))), QuantizationModifier(**STATIC)
+    run_until(model, modifier, "fed", make_batches())
+    before = fingerprint(model)
+    said = r"not computed: .*Their observers have seen data; on_end\(State\(model\)\) writes"
+    with pytest.raises(ValueError, match=said): modifier.end_calibration(model)
+    assert fingerprint(model) == before and phase_of(model) == "calibrating"
+    modifier.on_end(State(model))
+    assert phase_of(model) == "calibrated"
+
+
 def test_end_can_be_repeated_after_more_data():
     "A refused end consumes nothing: the moving average goes on where it was."
     def run(interrupted):
