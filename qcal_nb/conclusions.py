@@ -169,6 +169,8 @@ def merge_conclusions(a: Conclusion, b: Conclusion, stats: TensorStats) -> Concl
     if a.from_stats: return replace(conclude_from(stats, a.base_name, asked, a.args), observer=a.observer)
     if not merges(a):
         why = "it depends on the order of the batches, and the parts of a merged record have none"
+        if not a.statistics.keys() <= find_observer(a.args.observer).sync_ops.keys():
+            why = "its class has no rule (`sync_ops`) that combines the statistics of two parts"
         if a.base_name == "weight": why = "it weighs the weight's columns with the data, and a record holds no weights to do that again"
         return Conclusion(a.observer, a.base_name, a.args, a.kwargs, counts=_both(a.counts, b.counts), reason=why)
     observer = new_observer(asked, a.base_name, a.args)
