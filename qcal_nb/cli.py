@@ -117,14 +117,12 @@ def modifier_of(options: argparse.Namespace) -> Any:
 def observers_of(modifier: Any) -> list[Any]:
     "The observers that a recipe names for weights, inputs and outputs, each once: names, or pairs of a name and its arguments."
     from qcal_nb.calibration import observer_name
-    found: list[Any] = []
-    for scheme in modifier.resolved_config.config_groups.values():
-        for base_name, args in (("weight", scheme.weights), ("input", scheme.input_activations), ("output", scheme.output_activations)):
-            if args is None or args.dynamic is True: continue
-            name = observer_name(args, base_name)
-            one = (name, args.observer_kwargs) if args.observer_kwargs else name
-            if one not in found: found.append(one)
-    return found
+    pairs = [(base_name, args) for s in modifier.resolved_config.config_groups.values()
+             for base_name, args in (("weight", s.weights), ("input", s.input_activations), ("output", s.output_activations))
+             if args is not None and args.dynamic is not True]
+    names = [(observer_name(args, base_name), args.observer_kwargs) for base_name, args in pairs]
+    asked = [(name, kwargs) if kwargs else name for name, kwargs in names]
+    return [one for i, one in enumerate(asked) if one not in asked[:i]]
 
 
 @contextmanager
