@@ -280,7 +280,7 @@ def _channel_ranges(flat: Tensor, clean: bool) -> tuple[Tensor, Tensor]:
 
 
 def _sums(flat: Tensor, counts: Tensor, clean: bool) -> tuple[Fraction, Fraction]:
-    if flat.dtype == torch.bfloat16: return sums(flat, counts)
+    if flat.dtype == torch.bfloat16 or (clean and flat.is_contiguous()): return sums(flat, counts)
     pieces = (piece if clean else torch.where(_finite(piece), piece, 0) for piece in _row_pieces(flat))
     pairs = [sums(piece.contiguous(), counts) for piece in pieces]
     return sum(p[0] for p in pairs), sum(p[1] for p in pairs)
