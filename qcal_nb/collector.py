@@ -11,7 +11,7 @@ __all__ = ['Memory', 'Mask', 'STATES', 'AROUND', 'Attached', 'Running', 'check_m
 import copy
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from math import prod
 from numbers import Integral
@@ -209,13 +209,11 @@ def _made(made: dict[tuple, Attached | str], asked: Asked, base_name: str, args:
 # %% ../nbs/08e_collector.ipynb #250f6e54
 @contextmanager
 def _attached(self: "Collector") -> Iterator["Collector"]:
-    handles: list[Any] = []
-    try:
-        for name, module in self.modules.items(): handles.extend(_hooks(self, name, module))
+    with ExitStack() as end:  # all of it is done, whatever interrupts a part
+        end.callback(self.begin)
+        for name, module in self.modules.items():
+            for handle in _hooks(self, name, module): end.callback(handle.remove)
         yield self
-    finally:
-        self.begin()
-        for handle in handles: handle.remove()
 
 
 def _hooks(self: "Collector", name: str, module: Module) -> Iterator[Any]:
