@@ -94,7 +94,7 @@ test-fast: export lint drift ## under a minute: export, drift, and the tests tha
 readme: $(STAMP) ## README.md from nbs/index.ipynb
 	@$(BIN)/python tools/docs.py readme
 
-docs: $(STAMP) ## HTML pages of all notebooks in _docs/
+docs: $(STAMP) ## a site of all notebooks in _docs/, with search and an index of names; works from the folder, offline
 	@$(RUN) python tools/docs.py docs
 
 screenshots: $(STAMP) ## pictures of the workbench in Chromium, in build/shots/
