@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 spec = importlib.util.spec_from_file_location("qcal_tools_docs", ROOT / "tools" / "docs.py")
 builder = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(builder)
-from website.code import Picture, add_solution, alt, merged, terminal_text, text_html  # noqa: I001  tools/docs.py made this importable
+from website.code import Picture, add_solution, alt, merged, only_imports, terminal_text, text_html  # noqa: I001  tools/docs.py made this importable
 from website.names import Name, Names, argument_names, defined
 from website.notebooks import Cell, Notebook, drop_copies, grouped, notebooks, read_cell
 from website.prose import Prose, sections
@@ -176,7 +176,7 @@ def test_solutions_are_folded(site):
     assert len(solutions) > 20
     for b, c in solutions: assert re.sub(r"<[^>]+>", "", (site / b.url).read_text("utf-8")).count(html.escape(c.text, quote=False)) <= 1, c.id
     for book, cell in solutions: assert f"cell-{cell.id}" in look(site / book.url).folded, (book.path, cell.id)
-    shown = [(b, c) for b in books for c in b.cells if c.kind == "code" and not c.solution]
+    shown = [(b, c) for b in books for c in b.cells if c.kind == "code" and not c.solution and not only_imports(c)]
     assert not [c.id for b, c in shown if f"cell-{c.id}" in look(site / b.url).folded]
 
 
@@ -261,8 +261,14 @@ def test_words_and_code_of_a_solution_share_a_fold():
     add_solution(body, "<div>1</div>")
     add_solution(body, "<div>2</div>")
     assert body == ["<p>Why?</p>", "<details><summary>Solution</summary>\nBecause.<div>1</div><div>2</div></details>\n"]
-    add_solution(alone := ["<p>Why?</p>"], "<div>1</div>")
+    add_solution(alone := ["<details><summary>Hint</summary>Think.</details>"], "<div>1</div>")
     assert alone[1].startswith("<details><summary>Solution</summary>") and alone[1].count("<div>") == 1
+
+
+def test_long_imports_of_a_module_are_folded():
+    lines = "import a\nimport b\nfrom c import (\n    d,\n    e,\n)"
+    assert only_imports(code(lines, "a1", "export"))
+    assert not any(map(only_imports, (code(lines), code("import a", "a1", "export"), code(lines + "\nx = 1", "a1", "export"))))
 
 
 def test_signatures_and_summaries():

@@ -1,4 +1,5 @@
-"Code cells and their outputs as HTML. A picture becomes a file, a progress bar goes, a solution is folded."
+"Code cells and their outputs as HTML. A picture becomes a file, a progress bar goes, solutions and long imports are folded."
+import ast
 import base64
 import re
 import struct
@@ -64,9 +65,16 @@ def merged(outputs: list[dict]) -> list[dict]:
         else: found.append(output)
     return found
 
+def only_imports(cell: Cell) -> bool:
+    "Is a cell the long list of what a module imports, which no reader of the chapter waits for?"
+    if not cell.exported or cell.outputs or cell.text.count("\n") < 5: return False
+    return all(isinstance(node, ast.Import | ast.ImportFrom) for node in ast.parse(cell.text).body)
+
 def add_solution(body: list[str], code: str) -> None:
     "Fold the code of a solution: together with its words, where the cell above has them folded already."
-    above = body.pop().rstrip() if body and body[-1].rstrip().endswith("</details>") else "<details><summary>Solution</summary>\n</details>"
+    summary = "<summary>Solution</summary>"
+    there = body and summary in body[-1] and body[-1].rstrip().endswith("</details>")
+    above = body.pop().rstrip() if there else f"<details>{summary}\n</details>"
     body.append(f"{above.removesuffix('</details>')}{code}</details>\n")
 
 @dataclass
@@ -80,7 +88,8 @@ class CodeCells:
         source = self.source_html(cell) if cell.text and "echo:false" not in cell.tags else ""
         outputs = [self.output_html(o, f"{cell.id}-{i}", alt(cell.text, section)) for i, o in enumerate(merged(cell.outputs))]
         shown = "\n".join(f'<div class="output">{o}</div>' for o in outputs if o)
-        return f'<div class="cell{" exported" if cell.exported else ""}" id="cell-{cell.id}">\n{source}{shown}\n</div>\n'
+        body = f'<div class="cell{" exported" if cell.exported else ""}" id="cell-{cell.id}">\n{source}{shown}\n</div>\n'
+        return f'<details class="imports"><summary>Imports of the module</summary>\n{body}</details>\n' if only_imports(cell) else body
 
     def source_html(self, cell: Cell) -> str:
         "Highlighted code; the name in each public definition carries its anchor."

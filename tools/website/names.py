@@ -71,22 +71,33 @@ def defined(cell: Cell) -> list[Name]:
         elif isinstance(node, ast.Assign | ast.AnnAssign): found += assigned(node, lines)
     return found
 
-def public(path: Path) -> list[str]:
-    "`__all__` of a module, read and not run."
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    lists = [ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__"]
-    return [name for names in lists for name in names]
+class Sources:
+    "Modules of a package as syntax trees, each read once and never run."
+    def __init__(self, package: Path): self.package, self.trees = package, {}
 
-def imported(path: Path, package: Path) -> dict[str, str]:
-    "Names that a module imports from within its package → the module that they come from (`observers.base`; the top is the empty string)."
-    inside, found = path.relative_to(package).parent.parts, {}
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if not isinstance(node, ast.ImportFrom): continue
-        if node.level: base = ".".join([*inside[:len(inside)-node.level+1], *filter(None, [node.module])])
-        elif node.module.split(".")[0] == package.name: base = node.module.removeprefix(package.name).strip(".")
-        else: continue
-        found |= {a.asname or a.name: base for a in node.names}
-    return found
+    def path(self, module: str) -> Path:
+        base = self.package.joinpath(*filter(None, module.split(".")))
+        return base/"__init__.py" if base.is_dir() else base.with_suffix(".py")
+
+    def tree(self, module: str) -> ast.Module:
+        if module not in self.trees: self.trees[module] = ast.parse(self.path(module).read_text(encoding="utf-8"))
+        return self.trees[module]
+
+    def public(self, module: str) -> list[str]:
+        "A module's `__all__`."
+        lists = [ast.literal_eval(n.value) for n in self.tree(module).body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__"]
+        return [name for names in lists for name in names]
+
+    def imported(self, module: str) -> dict[str, str]:
+        "Names that a module imports from within its package → the module that they come from (`observers.base`; the top is the empty string)."
+        inside, found = self.path(module).relative_to(self.package).parent.parts, {}
+        for node in ast.walk(self.tree(module)):
+            if not isinstance(node, ast.ImportFrom): continue
+            if node.level: base = ".".join([*inside[:len(inside)-node.level+1], *filter(None, [node.module])])
+            elif node.module.split(".")[0] == self.package.name: base = node.module.removeprefix(self.package.name).strip(".")
+            else: continue
+            found |= {a.asname or a.name: base for a in node.names}
+        return found
 
 @dataclass
 class Module:
@@ -118,39 +129,35 @@ def argument_names(name: Name) -> set[str]:
 class Names:
     "All public names of a package, from its folder and its chapters: `modules` in the order of the chapters, the top level first."
     def __init__(self, package: Path, books: list[Notebook]):
-        self.package = package
-        chapters = [Module(b.module, own_names(b, public(self.path(b.module))), [], b) for b in books if b.module]
+        self.sources = Sources(package)
+        chapters = [Module(b.module, own_names(b, self.sources.public(b.module)), [], b) for b in books if b.module]
         tops = [p.parent.relative_to(package).as_posix().replace("/", ".").strip(".") for p in sorted(package.rglob("__init__.py"))]
-        inits = [Module(top, [], []) for top in tops if public(self.path(top))]
+        inits = [Module(top, [], []) for top in tops if self.sources.public(top)]
         self.own = {(m.name, n.name): n for m in chapters for n in m.own}
         self.modules = [*inits, *chapters]
         for module in self.modules: self.complete(module)
         self.meanings = self.unambiguous()
 
-    def path(self, module: str) -> Path:
-        base = self.package.joinpath(*filter(None, module.split(".")))
-        return base/"__init__.py" if base.is_dir() else base.with_suffix(".py")
-
     def home(self, module: str, name: str) -> Name | None:
         "Where `name` of `module` is defined, however many modules hand it on; None if no chapter defines it."
         while (module, name) not in self.own:
-            source = imported(self.path(module), self.package).get(name)
+            source = self.sources.imported(module).get(name)
             if source is None or source == module: return None
             module = source
         return self.own[module, name]
 
     def complete(self, module: Module) -> None:
         "Fill in what a module hands on; what is written by hand in an `__init__.py` is shown as it stands there."
-        for name in public(self.path(module.name)):
+        for name in self.sources.public(module.name):
             home = self.home(module.name, name)
             if home is None: module.own.append(self.by_hand(module, name))
             elif home not in module.own: module.others.append(home)
 
     def by_hand(self, module: Module, name: str) -> Name:
-        for node in ast.parse(self.path(module.name).read_text(encoding="utf-8")).body:
+        for node in self.sources.tree(module.name).body:
             if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
                 return Name(name, "constant", f" = {ast.unparse(node.value)}", "", module=module.dotted)
-        raise ValueError(f"{module.dotted}.__all__ names {name!r}, which no chapter defines")
+        raise ValueError(f"{module.dotted}.__all__ names {name!r}, which no chapter defines; `make export` may be due")
 
     def unambiguous(self) -> dict[str, Name]:
         "Names, and methods as `Class.method`, that mean one thing: defined once, and no function's parameter is called so."
