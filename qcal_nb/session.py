@@ -26,7 +26,7 @@ from .attention import states_of
 from .calibration import args_in, claim, exclusive, feeding, guarded, scheme_args
 from .calibration_record import About, CalibrationRecord
 from .collector import Collector, Conclusions
-from .conclusions import Asked, label_of
+from .conclusions import Asked, asked_by, label_of
 from qcal_nb.lifecycle import (
     Match, ModuleChange, QuantizationModifier, State, changes, lacking_data, ledger_of, match_report, phase_of, reset_quantization, restore,
     schemes_by_module, snapshot,
@@ -36,7 +36,7 @@ from .pipelines import batches, calibration_context, expected_batches, feed, pos
 from .provenance import data_code, model_code
 from .recipes import from_config, override
 from .records import new_collector, new_record, running_of
-from .replay import asked_by, best_observers, comparison, memory_of, observers_to_compare, remind, schemes_of_record, what_is_known
+from .replay import best_observers, comparison, memory_of, observers_to_compare, remind, schemes_of_record, what_is_known
 from .scheme_comparison import compare_schemes, named_schemes, unfit_schemes
 from .schemes import in_plain_words
 from .session_code import production_of, script_of
