@@ -89,6 +89,8 @@ def _made_of(options: Mapping[str, Any]) -> QuantizationModifier:
     "The modifier that options stand for; a ValueError in plain words if there is none."
     recipe, rest = options["recipe"], {k: v for k, v in options.items() if k != "recipe"}
     if recipe is not None: return recipe.model_copy()
+    if isinstance(rest["scheme"], QuantizationModifier):
+        raise ValueError(f"scheme is a {type(rest['scheme']).__name__}, which says targets and ignore itself; pass it as recipe= instead")
     try:
         with in_plain_words(): return QuantizationModifier(**rest)
     except NotImplementedError as error: raise ValueError(str(error)) from None  # compressed-tensors', for some formats

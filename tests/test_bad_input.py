@@ -48,6 +48,7 @@ CASES = {
     "every offender is listed": (on_model(scheme="W4A16", targets=["re:.*(q|k)_proj$"]), ValueError, "the scheme does not fit 4 tensors"),
     "static groups of activations": (on_model(config_groups={"g": dict(targets=["Linear"], input_activations=GROUPED_INPUT)}), ValueError, "group scales of an activation must be dynamic"),
     "part of a fused group": (on_model(scheme="NVFP4A16", ignore=["re:.*k_proj", "lm_head"]), ValueError, "q_proj/k_proj/v_proj share one global scale, but k_proj would not be quantized"),
+    "a modifier as a session's scheme": (lambda m: Session(m, scheme=QuantizationModifier(**FP8)), ValueError, "scheme is a QuantizationModifier, which says targets and ignore itself; pass it as recipe="),
     "not a model": (lambda m: QuantizationModifier(**FP8).initialize_quantization("gpt2"), TypeError, "model must be a torch.nn.Module, got str"),
     "activations by channel": (on_model(config_groups={"g": dict(targets=["Linear"], output_activations=dict(num_bits=8, strategy="channel"))}), ValueError, "output_activations cannot have strategy 'channel'"),
     "the input of an embedding": (on_model(scheme="FP8", targets=["Embedding"]), ValueError, "model.embed_tokens: the input of an Embedding is token ids"),
