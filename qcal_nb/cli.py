@@ -94,12 +94,6 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 # %% ../nbs/16b_cli.ipynb #774067fd
-def _free(out: str) -> Path:
-    folder = Path(out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())): raise ValueError(f"--out {out}: exists and is not an empty folder")
-    return folder
-
-
 def modifier_of(options: argparse.Namespace) -> Any:
     "The `QuantizationModifier` that was asked for."
     from qcal_nb.lifecycle import QuantizationModifier
@@ -127,9 +121,9 @@ def ranks() -> Iterator[tuple[int, int]]:
 def calibrate_command(options: argparse.Namespace) -> None:
     "`qcal-nb calibrate`: record, recipe and, if asked for, the checkpoint."
     from qcal_nb.pipelines import calibrate
-    from qcal_nb.recipes import save_quantized, to_yaml
+    from qcal_nb.recipes import free_folder, save_quantized, to_yaml
     from qcal_nb.records import all_ranks, record
-    folder, texts, modifier = _free(options.out), texts_for(options.model, options.data, options.limit), modifier_of(options)
+    folder, texts, modifier = free_folder(options.out, "--out"), texts_for(options.model, options.data, options.limit), modifier_of(options)
     with ranks() as (rank, size):
         if len(texts) < size: raise ValueError(f"{len(texts)} texts cannot be shared by {size} processes; each needs one")
         model, tokenizer = load_model(options.model)

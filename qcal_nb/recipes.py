@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['args_to_dict', 'scheme_to_dict', 'to_yaml', 'from_yaml', 'storage_format', 'from_config', 'recipe_of', 'override',
-           'stored_modules', 'to_config', 'packed_tensors', 'expert_names', 'save_quantized']
+           'stored_modules', 'to_config', 'packed_tensors', 'expert_names', 'free_folder', 'save_quantized']
 
 # %% ../nbs/07_recipes.ipynb #fcca5d17
 import json
@@ -561,10 +561,11 @@ def _write(model: PreTrainedModel, folder: Path, tokenizer: Any) -> None:
     if tokenizer is not None: tokenizer.save_pretrained(folder)
 
 # %% ../nbs/07_recipes.ipynb #e99ae193
-def _free_folder(path: str | os.PathLike) -> Path:
-    folder = Path(path).resolve()
+def free_folder(path: str | os.PathLike, argument: str = "path") -> Path:
+    "A path where a folder can be written: nothing is there, or an empty folder. Else a ValueError that names `argument`."
+    folder = Path(path)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"path={os.fspath(path)!r} exists and is not an empty folder; choose another, or remove it first")
+        raise ValueError(f"{argument}={os.fspath(path)!r} exists and is not an empty folder; choose another, or remove it first")
     return folder
 
 
@@ -575,7 +576,7 @@ def save_quantized(model: Module, path: str | os.PathLike, tokenizer: Any = None
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"a {type(model).__name__} has no checkpoint format, only models of transformers do; "
                          "keep model.state_dict() and to_config(model) yourself")
-    folder = _free_folder(path)
+    folder = free_folder(path).resolve()
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
     with exclusive(model, "save_quantized()"):
         try:

@@ -90,7 +90,7 @@ WRONG = {
     "scheme": (["calibrate", "tiny", "--scheme", "INT5", "--out", "o"], "scheme='INT5' is not a preset"),
     "observer": (["calibrate", "tiny", "--observer", "input=best", "--out", "o"], "best"),
     "both": (["calibrate", "tiny", "--recipe", "r.yaml", "--scheme", "FP8", "--out", "o"], "--scheme and --recipe"),
-    "out": (["calibrate", "tiny", "--out", "full"], "--out full: exists and is not an empty folder"),
+    "out": (["calibrate", "tiny", "--out", "full"], "--out='full' exists and is not an empty folder"),
     "record": (["report", "t.txt"], "t.txt"),
     "notebook": (["lab", "tiny", "--notebook", "a.py"], "--notebook a.py: must end with .ipynb"),
 }
