@@ -98,10 +98,9 @@ def modifier_of(options: argparse.Namespace) -> Any:
     "The `QuantizationModifier` that was asked for."
     from qcal_nb.lifecycle import QuantizationModifier
     from qcal_nb.recipes import from_yaml
-    from qcal_nb.schemes import in_plain_words
     if options.recipe is None:
         ignore = ["lm_head"] if options.ignore is None else options.ignore
-        with in_plain_words(): return QuantizationModifier(scheme=options.scheme or "FP8", targets=["Linear"], ignore=ignore, **{f"{base}_observer": name for base, name in options.observer})
+        return QuantizationModifier(scheme=options.scheme or "FP8", targets=["Linear"], ignore=ignore, **{f"{base}_observer": name for base, name in options.observer})
     for name in ("scheme", "ignore", "observer"):
         if getattr(options, name): raise ValueError(f"--{name} and --recipe: the recipe says it already; give one of them")
     return from_yaml(Path(options.recipe))

@@ -24,7 +24,7 @@ from .ledger import LEDGER, LifecycleError, ledger_of, phase_of, put_back, refus
 from .lifecycle import QuantizationModifier, embeddings_of
 from .models import evaluating
 from .pipelines import batches, warn_if_too_long
-from .schemes import describe, in_plain_words
+from .schemes import describe
 
 # %% ../nbs/10a_divergence.ipynb #d4592175
 def check_causal(model: Module) -> Module:
@@ -166,7 +166,7 @@ def modifier_of(scheme: Any) -> QuantizationModifier:
     if isinstance(scheme, QuantizationModifier): return scheme
     if not isinstance(scheme, (str, dict)) and not hasattr(scheme, "input_activations"):
         raise TypeError(f"a scheme must be a preset's name, a QuantizationScheme or a QuantizationModifier, got {type(scheme).__name__}")
-    with in_plain_words(): return QuantizationModifier(scheme=scheme, ignore=["lm_head"])
+    return QuantizationModifier(scheme=scheme, ignore=["lm_head"])
 
 
 def name_of(scheme: Any) -> str:

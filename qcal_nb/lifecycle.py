@@ -54,7 +54,7 @@ from qcal_nb.observers.base import (
     warn_once,
 )
 from .ranks import observe_weights, sync_statistics, together
-from .schemes import is_preset, needs_data, preset, preset_names
+from .schemes import in_plain_words, is_preset, needs_data, preset, preset_names
 from qcal_nb.ledger import (
     Ledger, LifecycleError, ledger_of, phase_of, refuse_quantized, reset_quantization, start_anew, step,
     take_over_offload, unfuse_experts,
@@ -210,15 +210,27 @@ def _choose_observers(scheme: QuantizationScheme, chosen: dict[str, str | None])
             if args.observer is not None: args.observer_kwargs = known_kwargs(args.observer_kwargs, chosen[base_name])
             args.observer = chosen[base_name]
             if args.dynamic is True:
-                warn_once(f"observer {chosen[base_name]!r} has no effect: the {base_name} scales of this scheme are found anew for every token", 7)
+                warn_once(f"observer {chosen[base_name]!r} has no effect: the {base_name} scales of this scheme are found anew for every token", 8)
         elif args.observer is None: args.observer = None if args.dynamic is True else default
         if args.dynamic is not True: _check_observer(args, base_name)
 
-# %% ../nbs/05_lifecycle.ipynb #13e96845
-class _Fields(BaseModel):
-    "The fields of a quantization recipe."
+# %% ../nbs/05_lifecycle.ipynb #5fd766c2
+class _Checked(BaseModel):
+    "Fields that are checked when it is made, with faults in plain words."
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+    def __init__(self, **fields: Any) -> None:
+        "What pydantic refuses is a ValueError in plain words."
+        with in_plain_words(): super().__init__(**fields)
+
+    def model_copy(self, *, update: dict[str, Any] | None = None, deep: bool = False) -> "_Checked":
+        "One of its own with some fields changed; checked like a new one."
+        return type(self)(**{n: getattr(self, n) for n in self.model_fields_set} | (update or {}))
+
+# %% ../nbs/05_lifecycle.ipynb #13e96845
+class _Fields(_Checked):
+    "The fields of a quantization recipe."
 
     config_groups: dict[str, Any] | None = None
     targets: str | list[str] = ["Linear"]
@@ -246,10 +258,6 @@ class _Fields(BaseModel):
         if unknown := sorted(set(value or {}) - {"weights", "input", "output"}):
             raise ValueError(f"observer has unknown keys {unknown}; valid are 'weights', 'input', 'output'")
         return value
-
-    def model_copy(self, *, update: dict[str, Any] | None = None, deep: bool = False) -> "_Fields":
-        "A recipe of its own with some fields changed; checked like a new one."
-        return type(self)(**{n: getattr(self, n) for n in self.model_fields_set} | (update or {}))
 
     def has_config(self) -> bool:
         "Whether anything was said about what to quantize."

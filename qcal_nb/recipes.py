@@ -31,7 +31,6 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from compressed_tensors.quantization.utils import is_module_quantized
 from compressed_tensors.utils.match import is_match, match_name, match_targets
-from pydantic import ValidationError
 from torch import Tensor
 from torch.nn import Module
 from transformers import PreTrainedModel
@@ -45,7 +44,7 @@ from qcal_nb.lifecycle import (
     QUANTIZABLE, Ledger, LifecycleError, QuantizationMixin, QuantizationModifier, ledger_of, phase_of, schemes_by_module,
     uncomputed,
 )
-from .schemes import describe_args, faults_of
+from .schemes import describe_args
 from .snapshots import QPARAMS, edits, snapshot, undo
 
 # %% ../nbs/07_recipes.ipynb #2d39c779
@@ -169,7 +168,6 @@ def _modifier(fields: Mapping[str, Any], source: str) -> QuantizationModifier:
     "A modifier of fields that were read; whatever is wrong with them is a ValueError that names the source."
     if unsaid := [k for k in fields if not isinstance(k, str)]: raise ValueError(f"{source}: {unsaid[0]!r} is not a field's name")
     try: return QuantizationModifier(**fields)
-    except ValidationError as error: fault = "; ".join(faults_of(error))
     except (TypeError, ValueError, AttributeError, NotImplementedError) as error: fault = str(error)
     raise ValueError(f"{source}: {fault}")
 

@@ -42,7 +42,7 @@ from .observers.base import check_policy, each_warning_once, find_observer, warn
 from .pipelines import batches, calibration_context, count_tokens, expected_batches, feed
 from .ranks import rank_and_size, together
 from .record_files import write_whole
-from .schemes import in_plain_words, preset
+from .schemes import preset
 from .snapshots import restore, snapshot
 from .tensor_stats import TensorStats, measure, same_stats
 
@@ -55,7 +55,7 @@ BASE_NAMES = ("input", "weight", "output", "lm_head_output", "q", "k", "v")
 def recipe_to_record(scheme: Any = None, ignore: Iterable[str] = ("lm_head",)) -> QuantizationMixin:
     "What a recording is about: a modifier itself, or that of a preset's name; of None every Linear."
     if isinstance(scheme, QuantizationMixin): return scheme
-    with in_plain_words(): return QuantizationMixin(scheme=preset("INT8_STATIC") if scheme is None else scheme, ignore=list(ignore))
+    return QuantizationMixin(scheme=preset("INT8_STATIC") if scheme is None else scheme, ignore=list(ignore))
 
 
 def modules_to_record(model: Module, scheme: Any = None, ignore: Iterable[str] = ("lm_head",), check: bool = True) -> dict[str, Module]:

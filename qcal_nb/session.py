@@ -38,7 +38,6 @@ from .recipes import from_config, override
 from .records import new_collector, new_record, running_of
 from .replay import best_observers, comparison, memory_of, observers_to_compare, remind, schemes_of_record, what_is_known
 from .scheme_comparison import compare_schemes, named_schemes, unfit_schemes
-from .schemes import in_plain_words
 from .session_code import production_of, script_of
 from qcal_nb.session_parts import (
     PHASES_IN_WORDS, SCALE_COLUMNS, Past, Progress, Replay, SessionError, ended_in_time, module_statuses, options_code, read_recipe, scale_row, scales_table,
@@ -86,13 +85,12 @@ def _why_not_end(session: "Session", phase: str) -> str | None:
 
 # %% ../nbs/12e_session.ipynb #abcb231b
 def _made_of(options: Mapping[str, Any]) -> QuantizationModifier:
-    "The modifier that options stand for; a ValueError in plain words if there is none."
+    "The modifier that options stand for; a ValueError if there is none."
     recipe, rest = options["recipe"], {k: v for k, v in options.items() if k != "recipe"}
     if recipe is not None: return recipe.model_copy()
     if isinstance(rest["scheme"], QuantizationModifier):
         raise ValueError(f"scheme is a {type(rest['scheme']).__name__}, which says targets and ignore itself; pass it as recipe= instead")
-    try:
-        with in_plain_words(): return QuantizationModifier(**rest)
+    try: return QuantizationModifier(**rest)
     except NotImplementedError as error: raise ValueError(str(error)) from None  # compressed-tensors', for some formats
 
 # %% ../nbs/12e_session.ipynb #7db8ffff
