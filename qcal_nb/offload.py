@@ -6,15 +6,19 @@
 __all__ = ['hold_while_running', 'has_accelerate_hooks', 'convert_offload']
 
 # %% ../nbs/04f_offload.ipynb #05096fdd
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
+from compressed_tensors.distributed import is_source_process
 from compressed_tensors.offload import disable_offloading, from_accelerate
+from compressed_tensors.offload.cache import DiskCache
+from torch import Tensor
 from torch.nn import Module
+
+from .observers.base import warn_once
 
 # %% ../nbs/04f_offload.ipynb #d5351513
 def hold_while_running(module: Module) -> None:
@@ -32,33 +36,56 @@ def has_accelerate_hooks(model: Module) -> bool:
     "Whether accelerate moves parts of the model between devices, or to disk."
     return any("_hf_hook" in m.__dict__ for m in model.modules())
 
-
-def _files_of_accelerate(model: Module) -> set[Path]:
-    "The files in which accelerate keeps weights that it wrote to disk itself."
-    folders = set()
+# %% ../nbs/04f_offload.ipynb #8cd29ded
+def _offloaded(model: Module) -> Iterator[tuple[Module, Any, Mapping[str, Any], str]]:
+    "Every module with weights that accelerate keeps elsewhere: its hook, where they are, and what stands before their names there."
     for module in model.modules():
-        weights = getattr(module.__dict__.get("_hf_hook"), "weights_map", None)
-        while hasattr(weights, "dataset"): weights = weights.dataset
-        folders.add(getattr(weights, "save_folder", None))
-    return {file for folder in folders - {None} for file in Path(folder).glob("*.dat")}
+        hook, prefix = module.__dict__.get("_hf_hook"), ""
+        weights = getattr(hook, "weights_map", None)
+        while hasattr(weights, "prefix"): prefix, weights = prefix + weights.prefix, weights.dataset
+        if weights is not None: yield module, hook, weights, prefix
 
 
 @contextmanager
-def _kept(files: Iterable[Path]) -> Iterator[None]:
-    "Files that are deleted inside the block are there again after it: a second name for the same file, no copy."
-    names = [(file, file.with_name(file.name + ".kept")) for file in files]
-    for file, second in names: os.link(file, second)
+def _each_its_own(model: Module) -> Iterator[None]:
+    "Inside the block a dictionary of all weights by full name is, for each hook, one of its module's by their own names."
+    before = [(hook, hook.weights_map) for _, hook, _, _ in _offloaded(model)]
+    for module, hook, weights, prefix in list(_offloaded(model)):
+        names = [name for name in (*module._parameters, *module._buffers) if prefix + name in weights]
+        if isinstance(weights, dict) and prefix: hook.weights_map = {name: weights[prefix + name] for name in names}
     try: yield
     finally:
-        for file, second in names: os.replace(second, file)
+        for hook, weights in before: hook.weights_map = weights
+
+# %% ../nbs/04f_offload.ipynb #b4883f88
+def _unreadable(model: Module) -> Iterator[tuple[Any, str, Tensor]]:
+    "Weights on disk in a form that compressed-tensors cannot read: their collection, their name there, and what stands for them on the module."
+    for module, _, weights, prefix in _offloaded(model) if is_source_process() else ():
+        index, at_hand = getattr(weights, "index", {}), getattr(weights, "state_dict", {})
+        for name, meta in (*module._parameters.items(), *module._buffers.items()):
+            full = prefix + name
+            if full in index and full not in at_hand and "safetensors_file" not in index[full] and meta not in DiskCache.index: yield weights, full, meta
+
+
+@contextmanager
+def _copied(found: list[tuple[Any, str, Tensor]]) -> Iterator[None]:
+    "Such weights also in the form that compressed-tensors reads, beside them; the copies are removed if the block fails."
+    try:
+        for weights, name, meta in found: DiskCache("cpu", offload_dir=weights.save_folder).offload(weights[name], offloaded=meta)
+        yield
+    except BaseException:
+        for entry in [DiskCache.index.pop(meta) for *_, meta in found if meta in DiskCache.index]: Path(entry["safetensors_file"]).unlink()
+        raise
 
 
 def convert_offload(model: Module) -> None:
     """Hand a model that accelerate offloads over to compressed-tensors' own offloading, which knows how to update parameters.
     What accelerate has on disk stays there, so that the model can be handed back."""
     if not has_accelerate_hooks(model): return
+    unreadable = list(_unreadable(model))
+    if unreadable: warn_once(f"accelerate wrote {len(unreadable)} weights to disk in a form that compressed-tensors cannot read; they are copied, which takes the same space again")
     try:
-        with _kept(_files_of_accelerate(model)): from_accelerate(model)
+        with _copied(unreadable), _each_its_own(model): from_accelerate(model)
     except Exception as error:
         raise ValueError(f"this model is offloaded by accelerate in a way that cannot be converted: {error}; "
                          "load it without device_map, or offload it with compressed_tensors.offload") from error

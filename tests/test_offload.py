@@ -1,11 +1,13 @@
 """Models whose parameters lie on the CPU or on disk: the same scales, the same quantized outputs, and nothing left of it afterwards."""
 import os
+import warnings
 
 import accelerate
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationScheme
 from helpers import make_batches, make_model, offload, outputs, qparams
+from loguru import logger
 
 from qcal_nb.calibration import update_qparams
 from qcal_nb.lifecycle import QuantizationModifier, State, phase_of, reset_quantization
@@ -96,27 +98,41 @@ def test_both_sides_or_only_what_was_brought_back():
     assert torch.equal(layer._parameters.offloaded_values["weight_scale"], layer.weight_observer.get_qparams()["scale"])
 
 
+@pytest.mark.parametrize("kind", ["cpu", "disk"])
 @pytest.mark.parametrize("name", ["llama_gqa", "llama_tied"])
-def test_a_model_that_accelerate_keeps_on_disk(name, tmp_path):
+def test_a_model_that_accelerate_offloads(name, kind, tmp_path):
     data, plain = make_batches(), make_model(name)
     calibrate(plain, data, QuantizationModifier(scheme="FP8"), progress=False)
     model = make_model(name)
-    accelerate.disk_offload(model, tmp_path, execution_device="cpu")
+    if kind == "cpu": accelerate.cpu_offload(model, execution_device="cpu")
+    else: accelerate.disk_offload(model, tmp_path, execution_device="cpu")
     exact, lying = outputs(model, data[0]), files(tmp_path)
-    hooks = {n: m._hf_hook for n, m in model.named_modules() if hasattr(m, "_hf_hook")}
-    calibrate(model, data, QuantizationModifier(scheme="FP8"), progress=False)
+    hooks = {n: (m._hf_hook, vars(m._hf_hook).copy()) for n, m in model.named_modules() if hasattr(m, "_hf_hook")}
+    logged = []
+    sink = logger.add(logged.append, level="WARNING")  # where compressed-tensors warns, once for each weight
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        calibrate(model, data, QuantizationModifier(scheme="FP8"), progress=False)
+    logger.remove(sink)
+    assert logged == [] and ["accelerate wrote 21 weights to disk" in str(w.message) for w in said] == [True] * (kind == "disk")
     assert not any(hasattr(m, "_hf_hook") for m in model.modules())
     assert all(torch.equal(v, qparams(model)[k]) for k, v in qparams(plain).items())
     assert torch.equal(outputs(model, data[0]), outputs(plain, data[0]))
     reset_quantization(model)
-    assert {n: m._hf_hook for n, m in model.named_modules() if hasattr(m, "_hf_hook")} == hooks and files(tmp_path) == lying
+    assert {n: (m._hf_hook, vars(m._hf_hook)) for n, m in model.named_modules() if hasattr(m, "_hf_hook")} == hooks and files(tmp_path) == lying
     assert torch.equal(outputs(model, data[0]), exact)
 
 
-def test_what_cannot_be_converted_is_said_before_anything_changes():
+@pytest.mark.parametrize("kind", ["cpu", "disk"])
+def test_what_cannot_be_converted_is_said_and_leaves_nothing_changed(kind, tmp_path, monkeypatch):
+    def half_way(model):
+        accelerate.hooks.remove_hook_from_module(model.model.layers[0].mlp.up_proj)
+        raise RuntimeError("no such place")
+    monkeypatch.setattr("qcal_nb.offload.from_accelerate", half_way)
     model = make_model("llama_gqa")
-    accelerate.cpu_offload(model, "cpu")
-    exact = outputs(model, make_batches()[0])
-    with pytest.raises(ValueError, match="offloaded by accelerate in a way that cannot be converted"):
+    if kind == "cpu": accelerate.cpu_offload(model, execution_device="cpu")
+    else: accelerate.disk_offload(model, tmp_path, execution_device="cpu")
+    exact, lying = outputs(model, make_batches()[0]), files(tmp_path)
+    with pytest.raises(ValueError, match="offloaded by accelerate in a way that cannot be converted: no such place"):
         QuantizationModifier(scheme="FP8").initialize_quantization(model)
-    assert phase_of(model) == "original" and torch.equal(outputs(model, make_batches()[0]), exact)
+    assert phase_of(model) == "original" and torch.equal(outputs(model, make_batches()[0]), exact) and files(tmp_path) == lying
