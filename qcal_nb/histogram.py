@@ -61,7 +61,7 @@ def only_finite(counts: Tensor) -> bool:
     "Whether neither NaN nor infinity is among what was counted."
     return not counts.view(2, -1)[:, _INF:].any()
 
-
+# %% ../nbs/02_histogram.ipynb #4ec55481
 def _quickly(value: Tensor) -> Tensor:
     "Counts of a contiguous float32 or bfloat16 tensor on the CPU, by all threads; NaN by its pattern."
     words, shift = (np.uint32, 16) if value.dtype == torch.float32 else (np.uint16, 0)

@@ -187,9 +187,7 @@ def running_of(batch: Mapping[str, Any], index: int, mask: Any = None, two_seque
     return Running(index, ids if known else None, keep, count_tokens(batch) if keep is None else int(keep.sum()))
 
 # %% ../nbs/08f_records.ipynb #ed18ad2b
-@contextmanager
-def _bar(total: int | None, progress: bool) -> Iterator[tqdm]:
-    with tqdm(desc="recording", total=total, unit=" batches", disable=not progress) as bar: yield bar
+def _bar(total: int | None, progress: bool) -> tqdm: return tqdm(desc="recording", total=total, unit=" batches", disable=not progress)
 
 
 @contextmanager
@@ -207,8 +205,9 @@ def one_pass(model: Module, stream: Iterator[tuple[int, Any]], collector: Collec
              mask: Any = None, total: int | None = None, progress: bool = False) -> CalibrationRecord:
     "Run numbered batches (inside `exclusive`) and return the record that has seen them too; interrupted, those that were finished."
     done = result, collector.observers.memory  # changes at once: whenever an interrupt comes, both are of the same batches
-    with collector.attached(), calibration_context(model), guarded(model), _tokens_from_zero(model), _bar(total, progress) as bar:
-        try:
+    bar = _bar(total, progress)
+    try:
+        with collector.attached(), calibration_context(model), guarded(model), _tokens_from_zero(model), bar:
             for index, batch in stream:
                 if mask is None: warn_of_padding(batch)
                 running, began = running_of(batch, index, mask, reads_two_sequences(model)), time.perf_counter()
@@ -219,8 +218,8 @@ def one_pass(model: Module, stream: Iterator[tuple[int, Any]], collector: Collec
                 done = replace(seen, expert_tokens=routed), collector.observers.memory
                 bar.update()
                 bar.set_postfix_str(f"{seen.tokens / seen.seconds:,.0f} tokens/s")
-        except KeyboardInterrupt:
-            bar.write(f"interrupted: the record holds the {done[0].batches} batches that were finished")
+    except KeyboardInterrupt:
+        bar.write(f"interrupted: the record holds the {done[0].batches} batches that were finished")
     result, collector.observers.memory = done
     return result
 

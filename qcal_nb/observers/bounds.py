@@ -158,7 +158,7 @@ def error_by_kernel(observed: Tensor, low: Tensor, high: Tensor, args: Quantizat
 
     def total(block: np.ndarray) -> float:
         same, errors = np.ones((1, block.shape[1]), np.float32), np.zeros((1, block.shape[1]))
-        column_errors(block, None, same * scale, same * zero_point, None, form, np.float32(norm), power_coefficients(norm), None, errors)
+        column_errors(block, None, same * scale, same * zero_point, None, form, np.float32(norm), power_coefficients(norm), None, None, errors)
         return float(errors.sum())
     error = sum(shared_out(total, [*in_parts(flat[:even].reshape(-1, WIDE)), flat[None, even:]]))
     slip = error * tolerance_of(form, norm)

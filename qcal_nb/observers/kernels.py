@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['MOST_NORM', 'FAINT', 'BLOCK', 'FEW_SCALES', 'MANY_SCALES', 'MOST', 'Form', 'form_of', 'nearest', 'power_coefficients',
            'power', 'power_of', 'to_bfloat16', 'power_table', 'add_errors', 'bfloat16_errors', 'add_terms',
-           'column_errors', 'tolerance_of', 'keep_best', 'numbers', 'as_columns', 'Sure', 'Problem', 'of_scales',
-           'shrunk', 'look_at_block', 'look', 'settle', 'ended', 'best_candidates', 'row_search', 'fits_kernel']
+           'all_beyond', 'column_errors', 'tolerance_of', 'keep_best', 'numbers', 'as_columns', 'Sure', 'Problem',
+           'of_scales', 'shrunk', 'row_of', 'importance_of_blocks', 'look_at_block', 'step_of', 'look', 'settle',
+           'ended', 'best_candidates', 'row_search', 'fits_kernel']
 
 # %% ../../nbs/03bc_observers_kernels.ipynb #adf4ccdf
 import functools
@@ -133,22 +134,34 @@ def add_terms(error, weight, norm, coefficients, table, total):
 
 # %% ../../nbs/03bc_observers_kernels.ipynb #b70381c9
 @njit(nogil=True, cache=True)
-def column_errors(x, weights, scales, zero_points, half, form, norm, coefficients, table, errors):
+def all_beyond(errors, limits):
+    "Whether each error has reached its limit."
+    for c in range(len(errors)):
+        if errors[c] < limits[c]: return False
+    return True
+
+
+@njit(nogil=True, cache=True)
+def column_errors(x, weights, scales, zero_points, half, form, norm, coefficients, table, hopeless, errors):
     """Add Σ|QDQ(x) − x|^norm of each column of `x` (values, columns) to `errors` (candidates, columns), float64, for the candidates'
-    `scales` and `zero_points` (candidates, columns). `half`: None, or the values are bfloat16."""
-    total, error = np.empty(x.shape[1], np.float32), np.empty(x.shape[1], np.float32)
+    `scales` and `zero_points` (candidates, columns). `half`: None, or the values are bfloat16. `hopeless`: None, or how many times the least
+    error of its column makes an error one that need not be known; a candidate is left off where all columns have come so far."""
+    total, error, limits = np.empty(x.shape[1], np.float32), np.empty(x.shape[1], np.float32), np.full(x.shape[1], np.inf)
+    step = 256 if hopeless is None else 32
     for candidate in range(len(scales)):
         scale, zero_point = scales[candidate], zero_points[candidate]
         inverse = np.float32(1) / scale
-        for start in range(0, len(x), 256):
+        for start in range(0, len(x), step):
+            if hopeless is not None and all_beyond(errors[candidate], limits): break
             total[:] = 0
-            for i in range(start, min(start + 256, len(x))):
+            for i in range(start, min(start + step, len(x))):
                 weight = None if weights is None else weights[i]
                 if half is None: add_errors(x[i], weight, scale, inverse, zero_point, form, norm, coefficients, total)
                 else:
                     bfloat16_errors(x[i], scale, zero_point, form, error)
                     add_terms(error, weight, norm, coefficients, table, total)
             errors[candidate] += total
+        if hopeless is not None: limits = np.minimum(limits, errors[candidate] * hopeless)
 
 # %% ../../nbs/03bc_observers_kernels.ipynb #f67679d9
 FAINT = 1e-30  # errors below are not trusted
@@ -244,28 +257,57 @@ def shrunk(end: Tensor, share: Tensor) -> Tensor:
     "`end` times `share`, float32, rounded once: what a tensor times a number is to PyTorch."
     return (end.float() * share).to(end.dtype)
 
+# %% ../../nbs/03bc_observers_kernels.ipynb #65dac1ec
+def row_of(x: Tensor) -> int:
+    "How many scales share the one row that (1, rows, …, values) repeats; 0 if it repeats none."
+    return math.prod(x.shape[2:-1]) if len(x) == 1 and x.ndim > 2 and x.stride(1) == 0 else 0
+
+
+def importance_of_blocks(problem: Problem) -> Callable[[slice], np.ndarray | None]:
+    "What errors count, laid out as the values of a block are. A weight has one row of it for all of its own: blocks that begin with a row share theirs."
+    x, known = problem.importance, {}
+    row = 0 if x is None else row_of(x)
+
+    def of(part: slice) -> np.ndarray | None:
+        if x is None: return None
+        if not row or part.start % row: return as_columns(of_scales(x, part), problem.pieces)
+        length = part.stop - part.start
+        if length not in known: known[length] = as_columns(of_scales(x, part), problem.pieces)
+        return known[length]
+    return of
+
 # %% ../../nbs/03bc_observers_kernels.ipynb #3a6d9f95
-def look_at_block(problem: Problem, part: slice, scale: np.ndarray, zero_point: np.ndarray, first: int, sure: Sure, improved: np.ndarray) -> None:
+def look_at_block(problem: Problem, part: slice, weights: np.ndarray | None, scale: np.ndarray, zero_point: np.ndarray, first: int, sure: Sure,
+                  improved: np.ndarray) -> None:
     "Show candidates, given their `scale` and `zero_point` (candidates, scales), to the scales of `part`."
-    many = problem.pieces
+    many, norm, form = problem.pieces, problem.norm, form_of(problem.args.type, problem.args.num_bits)
     scale, zero_point = (np.repeat(q, many, axis=1) if many > 1 else np.ascontiguousarray(q) for q in (scale, zero_point))
-    weights = None if problem.importance is None else as_columns(of_scales(problem.importance, part), many)
-    errors, norm, form = np.zeros(scale.shape), problem.norm, form_of(problem.args.type, problem.args.num_bits)
+    errors, tolerance = np.zeros(scale.shape), tolerance_of(form, norm)
+    hopeless = (1 + 1.01 * float(tolerance)) / (1 - 1.01 * float(tolerance)) if many == 1 else None  # its interval lies above that of the best
     column_errors(as_columns(numbers(problem.observed[:, part]), many), weights, scale, zero_point, problem.half, form, np.float32(norm),
-                  None if norm == 3 else power_coefficients(norm), power_table(norm) if problem.compared_in_half else None, errors)
-    keep_best(errors, many, tolerance_of(form, norm), first, problem.compared_in_half, *sure.of(part), improved)
+                  None if norm == 3 else power_coefficients(norm), power_table(norm) if problem.compared_in_half else None, hopeless, errors)
+    keep_best(errors, many, tolerance, first, problem.compared_in_half, *sure.of(part), improved)
+
+
+def step_of(problem: Problem) -> int:
+    "Scales in a block; whole rows of a repeated importance, if it holds one."
+    step = max(1, min(BLOCK // (problem.observed.shape[0] * problem.observed.shape[2]), MANY_SCALES // torch.get_num_threads()))
+    row = 0 if problem.importance is None else row_of(problem.importance)
+    return step - step % row if 0 < row <= step else step
 
 
 def look(problem: Problem, first: int, shrinks: Sequence[float], sure: Sure) -> list[bool]:
     "Show candidates to all scales; of each, whether it improved any for sure."
     scales, improved, share = problem.observed.shape[1], np.zeros(first + len(shrinks), bool), torch.tensor(shrinks)[:, None]
-    step = max(1, min(BLOCK // (problem.observed.shape[0] * problem.observed.shape[2]), MANY_SCALES // torch.get_num_threads()))
-    for start in range(0, scales, MANY_SCALES):
-        ranges = (shrunk(end[start:start + MANY_SCALES], share) for end in (problem.low, problem.high))
+    step, importance = step_of(problem), importance_of_blocks(problem)
+    at_once = MANY_SCALES // step * step
+    for start in range(0, scales, at_once):
+        ranges = (shrunk(end[start:start + at_once], share) for end in (problem.low, problem.high))
         scale, zero_point = (q.float().numpy() for q in calculate_qparams(*ranges, problem.args))
         cuts = range(step, scale.shape[1], step)
         def block(at: int, scale: np.ndarray, zero_point: np.ndarray) -> None:
-            look_at_block(problem, slice(at, at + scale.shape[1]), scale, zero_point, first, sure, improved)
+            part = slice(at, at + scale.shape[1])
+            look_at_block(problem, part, importance(part), scale, zero_point, first, sure, improved)
         shared_out(block, range(start, scales, step), np.split(scale, cuts, 1), np.split(zero_point, cuts, 1))
     return improved[first:].tolist()
 
