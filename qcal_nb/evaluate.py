@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PIECE', 'Tally', 'laid_out', 'tally', 'Measurer', 'measured', 'weights_compared', 'compare_observers',
-           'compare_schemes', 'sensitivity']
+           'compare_schemes', 'evaluate', 'sensitivity']
 
 # %% ../nbs/10d_evaluate.ipynb #1f66ca69
 import uuid
@@ -35,11 +35,11 @@ from .quality import Quality, effective_bits, outer_limits, sqnr_db
 from qcal_nb.records import (
     attention_open, check_base_names, check_observers, modules_to_record, one_pass, recipe_to_record, record, tensors_to_record,
 )
-from .scheme_comparison import compare_schemes
+from .scheme_comparison import compare_schemes, evaluate
 from .schemes import code_points
 from .sensitivities import sensitivity
 
-_all_ = ["compare_schemes", "sensitivity"]
+_all_ = ["compare_schemes", "evaluate", "sensitivity"]
 
 # %% ../nbs/10d_evaluate.ipynb #86a35394
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PIECE', 'NEW_TOKENS', 'SCHEME_COLUMNS', 'ORIGINAL', 'powers', 'counted', 'Damage', 'stored_bytes', 'evaluated',
-           'prompt_ids', 'continuation', 'named_schemes', 'fits', 'unfit_schemes', 'feeds_of', 'compare_schemes']
+           'evaluate', 'prompt_ids', 'continuation', 'named_schemes', 'fits', 'unfit_schemes', 'feeds_of',
+           'compare_schemes']
 
 # %% ../nbs/10b_scheme_comparison.ipynb #04f1e4fe
 import math
@@ -26,7 +27,7 @@ from qcal_nb.divergence import (
     Divergence, Switchboard, borrowed, check_causal, divergence_of, eval_batches, logits_of, modifier_of, name_of, undisturbed,
 )
 from .lifecycle import QuantizationModifier, check_schemes, schemes_by_module
-from .ledger import phase_of, ledger_of
+from .ledger import LifecycleError, ledger_of, phase_of
 from .observers.base import first_tensor
 from .pipelines import batches, calibrate, positions_of
 from .quality import sqnr_db
@@ -120,11 +121,11 @@ def stored_bytes(model: Module) -> int | None:
     return packed + _sizes(state.values())
 
 # %% ../nbs/10b_scheme_comparison.ipynb #7ddc8987
-def evaluated(model: Module, data: list[dict[str, Any]], tick: Any = lambda: None) -> tuple[Divergence, Divergence, Damage]:
+def evaluated(model: Module, data: list[dict[str, Any]], tick: Any = lambda: None, purpose: str = "compare_schemes()") -> tuple[Divergence, Divergence, Damage]:
     "The original and the quantized model on batches, and the damage to tensors. `tick` is called after each batch."
     board = Switchboard(model)
     damage, before, after = Damage(board.modules), Divergence(), Divergence()
-    with undisturbed(model, "compare_schemes()"):
+    with undisturbed(model, purpose):
         for batch in data:
             with board.only(), damage.watching(batch): original = logits_of(model, batch)
             plain = divergence_of(original, batch)
@@ -133,10 +134,28 @@ def evaluated(model: Module, data: list[dict[str, Any]], tick: Any = lambda: Non
     return before, after, damage
 
 
-def _row(name: str, before: Divergence, after: Divergence, damage: Damage, size: int | None, text: str | None) -> dict[str, Any]:
+def _figures(before: Divergence, after: Divergence, damage: Damage, size: int | None) -> dict[str, Any]:
     sqnr, worst = damage.worst()
-    return dict(scheme=name, loss=after.loss, loss_before=before.loss, perplexity=after.perplexity, perplexity_before=before.perplexity,
-                kl=after.kl, top1=after.top1, worst_sqnr_db=sqnr, worst=worst, weight_bytes=size, text=text)
+    return dict(loss=after.loss, loss_before=before.loss, perplexity=after.perplexity, perplexity_before=before.perplexity,
+                kl=after.kl, top1=after.top1, worst_sqnr_db=sqnr, worst=worst, weight_bytes=size)
+
+# %% ../nbs/10b_scheme_comparison.ipynb #959f30c9
+def evaluate(
+    model: Module,                          # A causal language model that is calibrated
+    eval_data: Any,                         # What to evaluate on, in any form; text that it was not calibrated on
+    *,
+    tokenizer: Any = None,                  # Needed for texts
+    batch_size: int = 1,                    # Texts or rows in a batch; padding does not count
+    max_length: int | None = None,          # Cut longer texts to so many tokens
+    progress: bool = True,                  # Show a bar
+) -> pd.Series:
+    """A calibrated model beside its original: the figures of a row of `compare_schemes`. Each batch runs with quantization off and on, as far as it is
+    on now; the model is left as it was. LifecycleError unless it is calibrated."""
+    if (phase := phase_of(check_causal(model))) != "calibrated":
+        raise LifecycleError(f"evaluate() needs a calibrated model, but this one is {phase}; calibrate(model, ...) it first, or let compare_schemes(model, ...) do both")
+    data = eval_batches(eval_data, tokenizer, batch_size, max_length)
+    with tqdm(desc="evaluating", total=len(data), unit=" batches", disable=not progress) as bar:
+        return pd.Series(_figures(*evaluated(model, data, bar.update, "evaluate()"), stored_bytes(model)), dtype=object)
 
 # %% ../nbs/10b_scheme_comparison.ipynb #8ff3007f
 NEW_TOKENS = 24  # of a continuation
@@ -216,7 +235,7 @@ ORIGINAL = "original"
 
 
 def _schemes_table(rows: list[dict[str, Any]], texts: bool) -> pd.DataFrame:
-    table = pd.DataFrame(rows, columns=SCHEME_COLUMNS + ["text"] * texts).astype({"weight_bytes": "Int64"})
+    table = pd.DataFrame(rows, columns=SCHEME_COLUMNS + ["text"] * texts).astype({"weight_bytes": "Int64", "worst": object, "why": object})
     return table.fillna({"worst": "", "why": ""})
 
 
@@ -225,7 +244,7 @@ def _compared(model: Module, modifier: QuantizationModifier | None, label: str, 
     try:
         with borrowed(model, "compare_schemes()"):
             if modifier is not None: calibrate(model, feeds if modifier.requires_calibration_data else None, modifier, progress=False)
-            return _row(label, *evaluated(model, data, tick), stored_bytes(model), line())
+            return dict(scheme=label, **_figures(*evaluated(model, data, tick), stored_bytes(model)), text=line())
     except Exception as error:
         if hasattr(error, "add_note"): error.add_note(f"while comparing schemes, at {label!r}")
         raise
@@ -240,6 +259,7 @@ def compare_schemes(
     tokenizer: Any = None,                  # Needed for texts
     batch_size: int = 1,                    # Texts or rows in a batch; padding does not count in the evaluation
     max_length: int | None = None,          # Cut longer texts to so many tokens
+    eval_max_length: int | None = None,     # The same for `eval_data`; None: as `max_length`
     progress: bool = True,                  # Show a bar
     prompt: str | None = None,              # Adds a column `text`: how each model goes on from here; needs the tokenizer
     tick: Callable[[], None] | None = None, # Called after each batch; a KeyboardInterrupt raised in it ends the comparison
@@ -251,7 +271,7 @@ def compare_schemes(
     modifiers, options = named_schemes(schemes), dict(tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
     unfit = unfit_schemes(model, modifiers)
     fitting = {label: modifier for label, modifier in modifiers.items() if label not in unfit}
-    evals, feeds, rows = eval_batches(eval_data, **options), feeds_of(data, fitting, **options), []
+    evals, feeds, rows = eval_batches(eval_data, **options | dict(max_length=max_length if eval_max_length is None else eval_max_length)), feeds_of(data, fitting, **options), []
     def line() -> str | None: return None if prompt is None else continuation(model, tokenizer, prompt)
     with tqdm(desc="comparing", total=len(evals) * (1 + len(fitting)), unit=" batches", disable=not progress) as bar:
         def done() -> None:

@@ -224,6 +224,7 @@ def sensitivity(
     tokenizer: Any = None,                  # Needed for texts
     batch_size: int = 1,                    # Texts or rows in a batch; padding does not count in the evaluation
     max_length: int | None = None,          # Cut longer texts to so many tokens
+    eval_max_length: int | None = None,     # The same for `eval_data`; None: as `max_length`
     path: str | os.PathLike | None = None,  # Where to keep finished rows, to go on after an interruption
     progress: bool = True,                  # Show a bar
 ) -> pd.DataFrame:
@@ -233,7 +234,7 @@ def sensitivity(
     modifier, options = modifier_of(scheme), dict(tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
     label = name_of(modifier)
     fits(model, modifier, label)
-    evals, feeds = eval_batches(eval_data, **options), feeds_of(data, {label: modifier}, **options)
+    evals, feeds = eval_batches(eval_data, **options | dict(max_length=max_length if eval_max_length is None else eval_max_length)), feeds_of(data, {label: modifier}, **options)
     found = Findings(None if path is None else Journal(path, fingerprint(model, modifier, feeds, evals)))
     if found.common and not found.missing: return found.table()
     try:

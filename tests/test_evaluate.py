@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy, log_softmax
 from qcal_nb import divergence, scheme_comparison
 from qcal_nb.analysis import OBSERVER_COLUMNS
 from qcal_nb.divergence import Switchboard, borrowed, divergence_of, eval_batches, logits_of, name_of
-from qcal_nb.evaluate import compare_observers, compare_schemes, sensitivity
+from qcal_nb.evaluate import compare_observers, compare_schemes, evaluate, sensitivity
 from qcal_nb.ledger import LifecycleError, phase_of, reset_quantization, unfuse_experts
 from qcal_nb.lifecycle import QuantizationModifier
 from qcal_nb.models import calibration_texts, evaluating, heldout_texts, load_tiny_llama, perplexity
@@ -526,6 +526,48 @@ def test_a_calibrated_model_is_not_touched(llama, data):
         with pytest.raises(LifecycleError, match="needs the unquantized model, but this one is calibrated"): call(llama, data, data)
     assert differences(before, fingerprint(llama)) == []
     with pytest.raises(LifecycleError), borrowed(llama, "a test"): pass
+
+
+FIGURES = [c for c in SCHEME_COLUMNS if c not in ("scheme", "why")]
+
+
+def test_a_calibrated_model_gives_its_row_and_stays_as_it_is(llama, data, evals):
+    for scheme in (W4A4, "FP8"):
+        row = compare_schemes(llama, data, {"one": scheme}, eval_data=evals, **QUIET).iloc[1]
+        calibrate(llama, data, QuantizationModifier(scheme=scheme, ignore=["lm_head"]), **QUIET)
+        llama.train()
+        before = fingerprint(llama)
+        found = evaluate(llama, evals, **QUIET)
+        assert list(found.index) == FIGURES and all(found[c] == row[c] for c in FIGURES) and found.kl > 0
+        assert differences(before, fingerprint(llama)) == [] and llama.training
+        llama.eval()
+        reset_quantization(llama)
+
+
+def test_of_a_calibrated_model_what_is_off_stays_off_and_an_error_leaves_it_as_it_is(llama, data, evals):
+    calibrate(llama, data, QuantizationModifier(scheme=W4A4, ignore=["lm_head"]), **QUIET)
+    whole, off = evaluate(llama, evals, **QUIET), llama.model.layers[0].mlp.down_proj
+    off.quantization_enabled = False
+    before, part = fingerprint(llama), evaluate(llama, evals, **QUIET)
+    assert part.loss_before == whole.loss_before and 0 < part.kl != whole.kl
+    counting = Counting(llama, stop_at=4, error=RuntimeError)
+    with pytest.raises(RuntimeError, match="stopped by a test"): evaluate(llama, evals, **QUIET)
+    counting.handle.remove()
+    assert differences(before, fingerprint(llama)) == [] and off.quantization_enabled is False
+
+
+def test_only_a_calibrated_model_is_evaluated(llama, data, evals):
+    modifier = QuantizationModifier(scheme="FP8", ignore=["lm_head"])
+    for phase, step in dict(original=lambda _: None, initialized=modifier.initialize_quantization, calibrating=modifier.start_calibration).items():
+        step(llama)
+        with pytest.raises(LifecycleError, match=f"needs a calibrated model, but this one is {phase}"): evaluate(llama, evals, **QUIET)
+
+
+def test_evaluation_texts_may_be_cut_at_another_length(llama, data, evals):
+    def cut(batches, length): return [{k: v[:, :length] for k, v in batch.items()} for batch in batches]
+    for call in (compare_schemes, sensitivity):
+        said = call(llama, data, "FP8", eval_data=evals, max_length=5, eval_max_length=7, **QUIET)
+        pd.testing.assert_frame_equal(said, call(llama, cut(data, 5), "FP8", eval_data=cut(evals, 7), **QUIET))
 
 
 def test_an_error_names_the_scheme(llama, data):
