@@ -265,7 +265,8 @@ def compare_schemes(
     tick: Callable[[], None] | None = None, # Called after each batch; a KeyboardInterrupt raised in it ends the comparison
 ) -> pd.DataFrame:
     """A row per scheme, the unquantized model first: loss and KL in nats per token, shares, dB and bytes; of a scheme that does not fit the model `why`
-    instead. Works on the one model and leaves it as it was, also after errors; an interrupt gives the rows so far."""
+    instead. `worst_sqnr_db` sets all error of a tensor against all its signal, so it does not see what is lost in small channels beside outlier channels.
+    Works on the one model and leaves it as it was, also after errors; an interrupt gives the rows so far."""
     if prompt is not None: prompt_ids(check_causal(model), tokenizer, prompt)  # or a ValueError
     with borrowed(check_causal(model), "compare_schemes()"): pass  # or a LifecycleError
     modifiers, options = named_schemes(schemes), dict(tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
