@@ -99,7 +99,8 @@ def in_plain_words() -> Iterator[None]:
 
 # %% ../nbs/01_schemes.ipynb #59820cc6
 def code_points(args: QuantizationArgs) -> torch.Tensor:
-    "Every value that the format of `args` can hold before scaling (OCP FP8 and MX specifications): ascending, distinct, float32."
+    """Every value that the format of `args` can hold before scaling (OCP FP8 and MX specifications): ascending, distinct, float32.
+    Values, not codes: 0.0 and -0.0, two codes of a floating-point format, are one value and stand here once, as 0.0."""
     low, high = (int(v) for v in calculate_range(args, "cpu"))
     if args.type == "int": return torch.arange(low, high + 1, dtype=torch.float32)
     if args.num_bits == 4:
@@ -107,4 +108,4 @@ def code_points(args: QuantizationArgs) -> torch.Tensor:
         return torch.cat([-half[1:].flip(0), half])
     bits = torch.arange(256, dtype=torch.int32).to(torch.uint8)
     values = bits.view(torch.float8_e4m3fn).float()
-    return values[values.isfinite()].unique()
+    return values[values.isfinite()].unique() + 0.0  # unique() may keep -0.0 of the two zeros; adding 0.0 makes it 0.0
