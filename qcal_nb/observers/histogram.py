@@ -196,8 +196,8 @@ class EntropyObserver(HistogramObserver):
 # %% ../../nbs/03e_observers_histogram.ipynb #ceeb8113
 @Observer.register("histogram_mse")
 class HistogramMSEObserver(HistogramObserver):
-    """The range with the least Σ|QDQ(x) - x|^norm over everything seen, by the shrink search of `memoryless_mse`.
-    Only `expand` > 1 lets it be wider than what was observed."""
+    """The range with the least Σ|QDQ(x) - x|^norm over everything seen (`norm` is 2.4 as in the reference, 2.0 is the squared error), by the shrink
+    search of `memoryless_mse`. Only `expand` > 1 lets it be wider than what was observed."""
 
     defaults: ClassVar[dict[str, Any]] = SEARCH
     checks: ClassVar[tuple[Any, ...]] = (check_search,)
