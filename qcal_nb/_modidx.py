@@ -123,6 +123,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'qcal_nb.calibration.reset_quantization_status': ( 'calibration.html#reset_quantization_status',
                                                                                         'qcal_nb/calibration.py'),
                                      'qcal_nb.calibration.scheme_args': ('calibration.html#scheme_args', 'qcal_nb/calibration.py'),
+                                     'qcal_nb.calibration.unobserved': ('calibration.html#unobserved', 'qcal_nb/calibration.py'),
                                      'qcal_nb.calibration.update_qparams': ('calibration.html#update_qparams', 'qcal_nb/calibration.py'),
                                      'qcal_nb.calibration.update_weight_zp_scale': ( 'calibration.html#update_weight_zp_scale',
                                                                                      'qcal_nb/calibration.py'),

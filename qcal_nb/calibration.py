@@ -9,7 +9,7 @@ __all__ = ['args_in', 'scheme_args', 'observer_name', 'known_kwargs', 'owned_by'
            'reset_quantization_status', 'freeze_module_quantization', 'get_modules', 'call_observer',
            'calibrate_activations', 'update_weight_zp_scale', 'ObservedKVCache', 'initialize_quantized_kv_cache',
            'calibrate_kv_cache_input_hook', 'calibrate_kv_cache_output_hook', 'observers_in', 'claim', 'feeding',
-           'ModelBusyError', 'refuse_if_held', 'exclusive', 'guarded']
+           'unobserved', 'ModelBusyError', 'refuse_if_held', 'exclusive', 'guarded']
 
 # %% ../nbs/04_calibration.ipynb #45a76f31
 import inspect
@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from qcal_nb.observers.base import (
-    BASE_NAMES, Observer, QParamsDict, about_to_change, check_base_name, current_feed, find_observer, first_tensor, observer_key, warn_once,
+    BASE_NAMES, NOBODY, Observer, QParamsDict, about_to_change, check_base_name, current_feed, find_observer, first_tensor, observer_key, warn_once,
 )
 
 # %% ../nbs/04_calibration.ipynb #96cd46c3
@@ -285,6 +285,12 @@ def feeding(owner: str) -> Iterator[None]:
     token = current_feed.set(owner)
     try: yield
     finally: current_feed.reset(token)
+
+
+@contextmanager
+def unobserved() -> Iterator[None]:
+    "Forward passes inside the block, in this thread, are heard by no observer: to look at a model while it is calibrated."
+    with feeding(NOBODY): yield
 
 # %% ../nbs/04_calibration.ipynb #d656b175
 _holders: "weakref.WeakKeyDictionary[Module, str]" = weakref.WeakKeyDictionary()

@@ -6,8 +6,8 @@ import torch
 from helpers import differences, fingerprint, make_batches, make_model, qparams
 from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
-from qcal_nb.calibration import ModelBusyError, exclusive
-from qcal_nb.lifecycle import QuantizationModifier, phase_of, reset_quantization
+from qcal_nb.calibration import ModelBusyError, exclusive, observers_in, unobserved
+from qcal_nb.lifecycle import QuantizationModifier, State, phase_of, reset_quantization
 from qcal_nb.pipelines import batches, calibrate, calibration_context
 from qcal_nb.records import record
 
@@ -70,6 +70,23 @@ def test_record_is_not_heard_by_observers_of_a_bare_start():
     assert observer.counts.observations == 0
     with torch.no_grad(): model(**make_batches()[0])
     assert observer.counts.observations == 1
+
+
+def test_what_runs_unobserved_is_heard_by_nobody_and_changes_no_scale():
+    cache = dict(num_bits=8, type="float", symmetric=True, strategy="tensor")
+    model, plain, data = make_model("llama_gqa"), make_model("llama_gqa"), make_batches(3)
+    for found, fed in ((model, data), (plain, data[:1])):
+        modifier = QuantizationModifier(**FP8, kv_cache_scheme=cache)
+        modifier.initialize_quantization(found)
+        modifier.start_calibration(found)
+        for i, batch in enumerate(fed):
+            if i:
+                with unobserved(), torch.no_grad(): model(**batch)
+            else:
+                with torch.no_grad(): found(**batch)
+        assert {o.counts.observations for o in observers_in(found) if o.base_name != "weight"} == {1}
+        modifier.on_end(State(found))
+    assert all(torch.equal(scale, qparams(plain)[name]) for name, scale in qparams(model).items())
 
 
 def test_a_held_model_can_be_neither_reset_nor_initialized_from_elsewhere():
