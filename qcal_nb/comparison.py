@@ -364,7 +364,10 @@ class _Comparison(_Deciding):
     def _made(self, ready: bool) -> None:
         if self._unlisten is not None: self.refresh("table" if ready else "further")
 
-    def static_png(self) -> bytes: return self.picture.png if len(self.rows) else static_picture(self.session)
+    def static_png(self) -> bytes:
+        "The heatmap; one that is under way is waited for, a minute at most: what is saved with a notebook is drawn only once."
+        if self.visible: self.wait(60)
+        return self.picture.png if len(self.rows) else static_picture(self.session)
 
     def close(self) -> None:
         "Give up what is being made, and take the panel off the page."

@@ -295,6 +295,13 @@ def test_panels_behind_tabs_rest_until_they_are_seen(wb):
     with pytest.raises(ValueError, match="panel='Histo' must be one of 'Ranges', 'Histogram', 'Compare', 'Code'"): wb.turn_to("Histo")
 
 
+def test_what_is_saved_with_a_notebook_is_the_panel_that_was_turned_to(wb):
+    press(wb, "initialize", "start", "feed_all", "end")
+    wb.turn_to("Compare")
+    shown = wb.static_png()  # at once, as a cell does that ends with the workbench
+    assert len(wb.comparison.rows) == 14 and shown == wb.comparison.picture.png != wb.explorer.static_png()
+
+
 def test_best_observers_by_buttons_need_no_second_feed(wb):
     wb.scheme = FOUR_BITS
     press(wb, "initialize", "start", "feed_all", "end")
