@@ -1,4 +1,5 @@
 """The session: long work in a thread, who may run the model meanwhile, and what is left when something is interrupted."""
+import linecache
 import threading
 import time
 
@@ -8,9 +9,12 @@ from helpers import differences, fingerprint, make_batches, make_model, qparams
 
 from qcal_nb.lifecycle import QuantizationModifier, reset_quantization
 from qcal_nb.calibration import ModelBusyError
+from qcal_nb.observers.base import Observer, Registry
+from qcal_nb.observers.minmax import MinMaxObserver
 from qcal_nb.pipelines import calibrate
 from qcal_nb.records import record
 from qcal_nb.session import Session, SessionError, in_background, pause, resume, stop
+from qcal_nb.session_code import observer_code
 
 
 class Slow(torch.nn.Module):
@@ -168,3 +172,27 @@ def test_a_listener_hears_every_step():
     end()
     session.reset()
     assert heard == ["initialize", "start", "batch", "batch", "feed", "end", "back"]
+
+
+def test_the_script_imports_the_module_of_an_observer_of_ones_own_and_it_is_none_for_llm_compressor():
+    Observer.register("test_session_own")(type("Own", (MinMaxObserver,), {"__module__": __name__}))
+    try:
+        session = Session(make_model("llama_gqa"), make_batches(1), recipe=QuantizationModifier(scheme="FP8", input_observer="test_session_own"))
+        assert f"import {__name__}  # registers the observer {__name__}:Own\n" in session.script()
+        assert "llm-compressor has no observer test_session_own" in session.production()
+        assert observer_code(QuantizationModifier(scheme="INT8_STATIC")) == []
+    finally: Registry._classes.pop("testsessionown", None)
+
+
+def test_an_observer_of_a_notebook_is_defined_in_the_script():
+    own = "@Observer.register('test_cell')\nclass Cell(MinMaxObserver):\n    def hears(self): return True"
+    text, space = f"x = 1\n\n{own}\n\ny = 2\n", dict(__name__="__main__", Observer=Observer, MinMaxObserver=MinMaxObserver)
+    linecache.cache["<cell>"] = len(text), None, text.splitlines(keepends=True), "<cell>"
+    try:
+        exec(compile(text, "<cell>", "exec"), space)
+        recipe = QuantizationModifier(scheme="FP8", input_observer="test_cell")
+        lines = observer_code(recipe, recipe)
+        assert len(lines) == 1 and lines[0].endswith(f"uses\n{own}")
+        del linecache.cache["<cell>"]
+        assert observer_code(recipe) == ["# the observer __main__:Cell has to be defined or imported here, its source is not known"]
+    finally: Registry._classes.pop("testcell", None)
