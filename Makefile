@@ -97,9 +97,10 @@ readme: $(STAMP) ## README.md from nbs/index.ipynb
 docs: $(STAMP) ## a site of all notebooks in _docs/, with search and an index of names; works from the folder, offline
 	@$(RUN) python tools/docs.py docs
 
-screenshots: $(STAMP) ## pictures of the workbench in Chromium, in build/shots/
+screenshots: $(STAMP) ## pictures of the workbench in Chromium, in build/shots/; that of the README in nbs/images/
 	@mkdir -p build/shots
 	@QCAL_SHOTS="$(CURDIR)/build/shots" $(RUN) python -m pytest -q tests/test_browser_panels.py
+	@cp build/shots/readme.png nbs/images/workbench.png
 
 latency: $(STAMP) ## how fast the workbench answers in Chromium, on the embedded model and on 1,000 tensors
 	@$(RUN) python -m pytest -q tests/test_latency.py

@@ -172,3 +172,18 @@ def test_screenshots(open_nb, request, theme):
     tab(page, "Code")
     shot(page, request, f"{theme}-5-code")
     assert not page.console_errors
+
+
+def test_picture_of_the_readme(open_nb, request):
+    "Eight bits, the input that loses most: `make screenshots` puts it into nbs/images."
+    page = open_nb("app.ipynb", viewport=(1250, 1700))
+    page.evaluate(KERNEL, "import json, torch")
+    until(page, "wb.session.phase", "original")
+    assert ask(page, "setattr(wb, 'scheme', 'INT8_STATIC')") is None
+    calibrated(page)
+    assert ask(page, f"setattr(wb, 'selected', {DOWN!r})") is None
+    tab(page, "Histogram")
+    assert wait_for_picture(page, "count")["count"]
+    page.wait_for_timeout(1000)
+    shot(page, request, "readme")
+    assert not page.console_errors

@@ -2,6 +2,8 @@
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -93,3 +95,13 @@ def test_the_command_line_knows_every_command(page, capsys):
 
 def test_an_unknown_flag_is_seen(capsys):
     assert not understood("qcal-nb calibrate tiny --out run --sugar") and not understood("qcal-nb brew tiny")
+
+
+@pytest.mark.slow
+def test_the_first_example_runs_as_it_stands_and_prints_what_is_shown(tmp_path):
+    "By itself, in a process of its own, elsewhere."
+    code, shown = re.search(r"(?s)```python\n(.*?)\n```\n\n```text\n(.*?)\n```", text_of("README.md")).groups()
+    assert len([line for line in code.splitlines() if line and "import" not in line]) <= 10
+    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.rstrip() == shown
