@@ -38,9 +38,13 @@ def check_causal(model: Module) -> Module:
     return model
 
 
-def eval_batches(data: Any, tokenizer: Any = None, batch_size: int = 1, max_length: int | None = None) -> list[dict[str, Any]]:
-    "The batches to evaluate on. ValueError if they hold no token to predict: nothing with a token before it, both of them counted."
-    found = list(batches(data, tokenizer, batch_size, max_length))
+def eval_batches(data: Any, tokenizer: Any = None, batch_size: int = 1, max_length: int | None = None,
+                 eval_max_length: int | None = None) -> list[dict[str, Any]]:
+    """The batches to evaluate on, texts cut to `eval_max_length` tokens (None: as `max_length` says). ValueError if they hold no token to predict:
+    nothing with a token before it, both of them counted."""
+    if not (eval_max_length is None or isinstance(eval_max_length, int) and eval_max_length > 0):
+        raise ValueError(f"eval_max_length={eval_max_length!r} must be None or an int of at least 1")
+    found = list(batches(data, tokenizer, batch_size, eval_max_length or max_length))
     for i, batch in enumerate(found):
         ids = batch.get("input_ids")
         if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():

@@ -272,7 +272,7 @@ def compare_schemes(
     modifiers, options = named_schemes(schemes), dict(tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
     unfit = unfit_schemes(model, modifiers)
     fitting = {label: modifier for label, modifier in modifiers.items() if label not in unfit}
-    evals, feeds, rows = eval_batches(eval_data, **options | dict(max_length=max_length if eval_max_length is None else eval_max_length)), feeds_of(data, fitting, **options), []
+    evals, feeds, rows = eval_batches(eval_data, **options, eval_max_length=eval_max_length), feeds_of(data, fitting, **options), []
     def line() -> str | None: return None if prompt is None else continuation(model, tokenizer, prompt)
     with tqdm(desc="comparing", total=len(evals) * (1 + len(fitting)), unit=" batches", disable=not progress) as bar:
         def done() -> None:

@@ -234,7 +234,7 @@ def sensitivity(
     modifier, options = modifier_of(scheme), dict(tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
     label = name_of(modifier)
     fits(model, modifier, label)
-    evals, feeds = eval_batches(eval_data, **options | dict(max_length=max_length if eval_max_length is None else eval_max_length)), feeds_of(data, {label: modifier}, **options)
+    evals, feeds = eval_batches(eval_data, **options, eval_max_length=eval_max_length), feeds_of(data, {label: modifier}, **options)
     found = Findings(None if path is None else Journal(path, fingerprint(model, modifier, feeds, evals)))
     if found.common and not found.missing: return found.table()
     try:

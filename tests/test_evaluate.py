@@ -568,6 +568,8 @@ def test_evaluation_texts_may_be_cut_at_another_length(llama, data, evals):
     for call in (compare_schemes, sensitivity):
         said = call(llama, data, "FP8", eval_data=evals, max_length=5, eval_max_length=7, **QUIET)
         pd.testing.assert_frame_equal(said, call(llama, cut(data, 5), "FP8", eval_data=cut(evals, 7), **QUIET))
+        with pytest.raises(ValueError, match="eval_max_length=0 must be None or an int of at least 1"):
+            call(llama, data, "FP8", eval_data=evals, eval_max_length=0, **QUIET)
 
 
 def test_an_error_names_the_scheme(llama, data):
