@@ -9,18 +9,24 @@ __all__ = ['parser', 'modifier_of', 'ranks', 'calibrate_command', 'summary', 're
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import nbformat
-
 from . import __version__
-from .cli_inputs import load_model, texts_for, workbench_notebook
 
 # %% ../nbs/16b_cli.ipynb #6da09f18
+_FIRST = """\
+first steps, on the model that comes with qcal-nb:
+  qcal-nb lab tiny                                look at it and calibrate it with the mouse
+  qcal-nb calibrate tiny --scheme FP8 --out run   the same without a notebook
+  qcal-nb report run/record.safetensors           what was found, as a page
+`qcal-nb calibrate --help` says how with a model of your own.
+"""
 _CALIBRATE = """\
 Runs the texts through the model once and writes to --out:
   record.safetensors   what was seen of every tensor, and the scales that follow; open it with `qcal-nb lab` or `qcal-nb report`
@@ -49,15 +55,15 @@ def _observer(word: str) -> tuple[str, str]:
 
 def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a model's folder or hub name; 'tiny' is the embedded one")
-    parser.add_argument("--data", metavar="FILE", help="texts: .txt with paragraphs, .jsonl or .json with \"text\" (default: the embedded model's own)")
-    parser.add_argument("--scheme", default=None, metavar="NAME", help="a preset: FP8, INT8_STATIC, W4A16, NVFP4, ... (default: FP8)")
+    parser.add_argument("--data", metavar="FILE", help="texts: .txt with paragraphs, .jsonl or .json with \"text\" (may be left out with 'tiny', which brings its own)")
+    parser.add_argument("--scheme", default=None, metavar="NAME", help="a preset: FP8, INT8_STATIC, W4A16, NVFP4, ... (default: FP8); a name that is unknown gets the list")
 
 # %% ../nbs/16b_cli.ipynb #37c3179a
 def _lab_options(commands: Any) -> None:
     lab = commands.add_parser("lab", help="open the workbench in JupyterLab", description="Write a notebook with the workbench and open it in JupyterLab. "
-                              "A notebook that exists is opened as it is. MODEL may also be a record.safetensors: then everything can be looked at, nothing run.")
+                              "A notebook that exists is opened as it is; without --notebook, only one that was written for the same. MODEL may also be a record.safetensors: then everything can be looked at, nothing run.")
     _common(lab)
-    lab.add_argument("--notebook", metavar="FILE", default="workbench.ipynb", help="where to write it (default: workbench.ipynb)")
+    lab.add_argument("--notebook", metavar="FILE", help="where to write it (default: workbench.ipynb, or workbench-2.ipynb, ...)")
     lab.add_argument("--port", type=_positive, help="the port of the server")
     lab.add_argument("--no-browser", action="store_true", help="print the address instead of opening a browser")
 
@@ -68,7 +74,7 @@ def _calibrate_options(commands: Any) -> None:
     _common(run)
     run.add_argument("--recipe", metavar="FILE", help="an llm-compressor recipe instead of --scheme")
     run.add_argument("--ignore", action="append", metavar="NAME", help="modules to leave alone, by name or re:pattern; repeat it (default: lm_head)")
-    run.add_argument("--observer", action="append", type=_observer, metavar="BASE=NAME", default=[], help="an observer for weight, input or output; repeat it")
+    run.add_argument("--observer", action="append", type=_observer, metavar="BASE=NAME", default=[], help="an observer for weight, input or output; repeat it; a name that is unknown gets the list")
     run.add_argument("--out", required=True, metavar="DIR", help="where to write; a new or empty folder")
     run.add_argument("--checkpoint", action="store_true", help="also write the quantized model")
     run.add_argument("--limit", type=_positive, metavar="N", help="only the first N texts")
@@ -86,7 +92,8 @@ def _report_options(commands: Any) -> None:
 
 def parser() -> argparse.ArgumentParser:
     "All commands and what they take."
-    top = argparse.ArgumentParser(prog="qcal-nb", description="Calibrate and inspect quantization of language models.")
+    top = argparse.ArgumentParser(prog="qcal-nb", description="Calibrate and inspect quantization of language models.",
+                                  epilog=_FIRST, formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("--version", action="version", version=f"qcal-nb {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="lab | calibrate | report")
     for add in (_lab_options, _calibrate_options, _report_options): add(commands)
@@ -119,10 +126,14 @@ def ranks() -> Iterator[tuple[int, int]]:
 # %% ../nbs/16b_cli.ipynb #02a9397e
 def calibrate_command(options: argparse.Namespace) -> None:
     "`qcal-nb calibrate`: record, recipe and, if asked for, the checkpoint."
+    from transformers.utils import logging as transformers_logging
+
+    from qcal_nb.cli_inputs import load_model, texts_for
     from qcal_nb.pipelines import calibrate
     from qcal_nb.recipes import free_folder, save_quantized, to_yaml
     from qcal_nb.records import all_ranks, record
     folder, texts, modifier = free_folder(options.out, "--out"), texts_for(options.model, options.data, options.limit), modifier_of(options)
+    if options.quiet: transformers_logging.disable_progress_bar()
     with ranks() as (rank, size):
         if len(texts) < size: raise ValueError(f"{len(texts)} texts cannot be shared by {size} processes; each needs one")
         model, tokenizer = load_model(options.model)
@@ -147,6 +158,20 @@ def summary(found: Any, folder: Path, checkpoint: bool) -> str:
     return "\n".join([*lines, f"{folder/'checkpoint'}   for vLLM and transformers"] if checkpoint else lines)
 
 # %% ../nbs/16b_cli.ipynb #98a41656
+def _seen_from(folder: Path, name: str | None) -> str | None:
+    "A path as a notebook in `folder` has to write it; `tiny` and a hub's name stay as they are."
+    from qcal_nb.cli_inputs import TINY
+    return os.path.relpath(name, folder) if name not in (None, TINY) and Path(name).exists() else name
+
+
+def _notebook_path(asked: str | None, wanted: dict[str, Any]) -> Path:
+    "Where the notebook is or will be: as asked, or the first workbench-*.ipynb that is free or was written for the same."
+    import nbformat
+    if asked is not None: return Path(asked)
+    names = (Path(f"workbench{f'-{i}' if i > 1 else ''}.ipynb") for i in count(1))
+    return next(p for p in names if not p.exists() or nbformat.read(p, 4).metadata.get("qcal_nb") == wanted)
+
+# %% ../nbs/16b_cli.ipynb #accd8550
 def report_command(options: argparse.Namespace) -> None:
     "`qcal-nb report`: the page, and where it is."
     from qcal_nb.records import CalibrationRecord
@@ -157,13 +182,23 @@ def report_command(options: argparse.Namespace) -> None:
 
 def lab_command(options: argparse.Namespace) -> None:
     "`qcal-nb lab`: write the notebook unless it exists, and become JupyterLab."
-    path = Path(options.notebook)
-    if path.suffix != ".ipynb": raise ValueError(f"--notebook {path}: must end with .ipynb")
+    import nbformat
+
+    from qcal_nb.cli_inputs import check_model, texts_for, workbench_notebook
+    if options.notebook is not None and Path(options.notebook).suffix != ".ipynb": raise ValueError(f"--notebook {options.notebook}: must end with .ipynb")
+    check_model(options.model)
     if options.data is not None: texts_for(options.model, options.data, 1)  # what is wrong with it is said here
+    folder = Path(options.notebook or ".").parent
+    written = workbench_notebook(_seen_from(folder, options.model), _seen_from(folder, options.data), options.scheme or "FP8")
+    path = _notebook_path(options.notebook, written.metadata["qcal_nb"])
     if path.exists(): print(f"{path} exists and is opened as it is", file=sys.stderr)
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
-        nbformat.write(workbench_notebook(options.model, options.data, options.scheme or "FP8"), path)
+        nbformat.write(written, path)
+    _become_jupyterlab(path, options)
+
+
+def _become_jupyterlab(path: Path, options: argparse.Namespace) -> None:
     command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={path.parent.resolve()}", f"--LabApp.default_url=/lab/tree/{quote(path.name)}"]
     if options.no_browser: command.append("--no-browser")
     if options.port: command += [f"--port={options.port}", "--ServerApp.port_retries=0"]
@@ -171,11 +206,20 @@ def lab_command(options: argparse.Namespace) -> None:
     sys.stdout.flush()
     os.execv(sys.executable, command)
 
+# %% ../nbs/16b_cli.ipynb #1752a32b
+def _say(message: Warning | str, *_: Any, **__: Any) -> None:
+    "A warning as one line that a progress bar does not cut in two, in the words of a command line."
+    from tqdm.auto import tqdm
+    tqdm.write(f"qcal-nb: {message}".replace("max_length=", "--max-length "), file=sys.stderr)
+
 
 def main(words: Sequence[str] | None = None) -> int:
     "Run a command; the exit code."
     options = parser().parse_args(words)
-    try: {"lab": lab_command, "calibrate": calibrate_command, "report": report_command}[options.command](options)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _say
+            {"lab": lab_command, "calibrate": calibrate_command, "report": report_command}[options.command](options)
     except KeyboardInterrupt:
         print("qcal-nb: interrupted", file=sys.stderr)
         return 130

@@ -83,6 +83,9 @@ def test_two_processes_write_what_one_does(own, tmp_path):
 
 WRONG = {
     "no such model": (["calibrate", "no/such/folder", "--data", "t.txt", "--out", "o"], "MODEL 'no/such/folder' is no folder here"),
+    "no such path": (["calibrate", "./mine", "--data", "t.txt", "--out", "o"], "MODEL './mine': there is no such file or folder"),
+    "lab without a model": (["lab", "./mine", "--no-browser"], "MODEL './mine': there is no such file or folder"),
+    "lab without a record": (["lab", "run/record.safetensors", "--no-browser"], "MODEL 'run/record.safetensors': there is no such file or folder"),
     "no data": (["calibrate", "some/model", "--out", "o"], "--data is needed"),
     "no such file": (["calibrate", "tiny", "--data", "none.txt", "--out", "o"], "--data none.txt: No such file or directory"),
     "empty file": (["calibrate", "tiny", "--data", "empty.txt", "--out", "o"], "--data empty.txt: holds no text"),
@@ -141,6 +144,48 @@ def test_lab_opens_its_notebook(tmp_path):
     finally:
         process.terminate()
         process.wait(30)
+
+
+def lab_notebook(monkeypatch, *words):
+    "What `qcal-nb lab` would open, without opening it: the notebook's path."
+    started = []
+    monkeypatch.setattr("os.execv", lambda program, command: started.append(command))
+    assert main(["lab", *words, "--no-browser"]) == 0
+    command, = started
+    given = dict(word.split("=", 1) for word in command if "=" in word)
+    return Path(given["--ServerApp.root_dir"])/given["--LabApp.default_url"].removeprefix("/lab/tree/")
+
+
+def test_lab_does_not_open_the_notebook_of_another_model(own, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first, again, other = (lab_notebook(monkeypatch, name).name for name in ("tiny", "tiny", str(own/"model")))
+    assert (first, again, other) == ("workbench.ipynb", "workbench.ipynb", "workbench-2.ipynb")
+    assert lab_notebook(monkeypatch, "tiny", "--scheme", "W4A16").name == "workbench-3.ipynb"
+    assert lab_notebook(monkeypatch, "tiny", "--notebook", "workbench-2.ipynb").name == "workbench-2.ipynb"  # asked for by name: as it is
+
+
+def test_a_notebook_in_another_folder_finds_model_and_texts(own, tmp_path, monkeypatch):
+    monkeypatch.chdir(own)
+    notebook = lab_notebook(monkeypatch, "./model", "--data", "texts.jsonl", "--notebook", str(tmp_path/"deep"/"look.ipynb"))
+    cells = [c for c in json.loads(notebook.read_text())["cells"] if c["cell_type"] == "code"]
+    monkeypatch.chdir(notebook.parent)
+    space = {}
+    exec("".join(cells[0]["source"]), space)
+    assert type(space["model"]).__name__ == "Qwen2ForCausalLM" and len(space["texts"]) == 6
+
+
+def test_a_warning_is_one_line_in_the_words_of_the_command_line(own, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("long.txt").write_text("word " * 400)
+    assert main(["calibrate", str(own/"model"), "--data", "long.txt", "--out", "run", "--quiet"]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert said and all(line.startswith("qcal-nb: a batch of ") and line.endswith("use --max-length 256") for line in said), said
+
+
+def test_help_waits_for_no_model_library():
+    heavy = "{'torch', 'transformers', 'nbformat'}"
+    found = run("-c", f"import sys, qcal_nb.cli; qcal_nb.cli.parser(); print({heavy} & set(sys.modules))", program=(sys.executable,))
+    assert found.stdout.strip() == "set()", found.stdout + found.stderr
 
 
 def test_the_program_is_installed_and_teaches():

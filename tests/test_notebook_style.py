@@ -90,7 +90,13 @@ def private_paths(nb):
     texts = ("".join(t) for _, o in data_of(nb) for t in [o.get("text", ""), *(v for k, v in o.get("data", {}).items() if k.startswith("text/"))])
     return [f"output shows a path of one machine: {text[max(0, m.start()-20):m.end()+30]!r}" for text in texts for m in PRIVATE_PATH.finditer(text)]
 
-RULES = [size, prose, hiding, title, cell_lines, function_lines, shown, output_kinds, private_paths]
+def folded(nb):
+    "JupyterLab folds a solution, and what it prints: both would answer the exercise above them."
+    solutions = [c for c in nb["cells"] if "solution" in c["metadata"].get("tags", [])]
+    shows = [(c["id"], part) for c in solutions for part in ("source", "outputs") if not c["metadata"].get("jupyter", {}).get(f"{part}_hidden")]
+    return [f"the solution {cell} shows its {part}" for cell, part in shows]
+
+RULES = [size, prose, hiding, title, cell_lines, function_lines, shown, output_kinds, private_paths, folded]
 
 # --- our notebooks ---
 
@@ -136,6 +142,7 @@ BAD = [
     (output_kinds, book(widgets={}), "widget state"),
     (output_kinds, book(py("1/0", dict(output_type="error", ename="ZeroDivisionError", evalue="", traceback=[]))), "ZeroDivisionError"),
     (private_paths, book(py("p", out(text_plain=["'/home/me/x'"]))), "/home/me"),
+    (folded, book(dict(py("42"), metadata=dict(tags=["solution"], jupyter=dict(source_hidden=True)))), "the solution c shows its outputs"),
     (private_paths, book(py("p", dict(output_type="stream", name="stdout", text=["in /tmp/abc"]))), "/tmp/abc"),
 ]
 
