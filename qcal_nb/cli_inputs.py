@@ -87,9 +87,9 @@ def workbench_notebook(model: str, data: str | None = None, scheme: str = "FP8")
     "A notebook that opens the workbench: on a model and texts, or on a record that was saved."
     title = new_markdown_cell(f"# Workbench: {Path(model).name}\n\nRun the cells (*Run*, *Run All Cells*). Hover over a control to learn what it does.")
     if model.endswith(".safetensors"):
-        cells = [new_code_cell(f"from qcal_nb import Workbench\n\nWorkbench.from_record({model!r})")]
+        cells = [new_code_cell(f"from qcal_nb import Workbench\n\nwb = Workbench.from_record({model!r})\nwb")]
     else:
-        cells = [new_code_cell(_loading(model, data)), new_code_cell(f"from qcal_nb import Workbench\n\nbench = Workbench(model, texts, tokenizer, {scheme!r})\nbench"),
-                 new_markdown_cell("What is on the screen is also here: `bench.session.record`, `bench.session.scales()`, `bench.session.recipe()`.")]
+        cells = [new_code_cell(_loading(model, data)), new_code_cell(f"from qcal_nb import Workbench\n\nwb = Workbench(model, texts, tokenizer, {scheme!r})\nwb"),
+                 new_markdown_cell("What is on the screen is also here: `wb.session.record`, `wb.session.scales()`, `wb.session.recipe()`.")]
     kernel = dict(display_name="Python 3", language="python", name="python3")
     return new_notebook(cells=[title, *cells], metadata=dict(kernelspec=kernel, qcal_nb=dict(model=model, data=data, scheme=scheme)))
