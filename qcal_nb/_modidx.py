@@ -1277,6 +1277,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'qcal_nb.plot_choices._slowest': ('plot_choices.html#_slowest', 'qcal_nb/plot_choices.py'),
                                       'qcal_nb.plot_choices._worst': ('plot_choices.html#_worst', 'qcal_nb/plot_choices.py'),
                                       'qcal_nb.plot_choices._write_cells': ('plot_choices.html#_write_cells', 'qcal_nb/plot_choices.py'),
+                                      'qcal_nb.plot_choices.observer_to_draw': ( 'plot_choices.html#observer_to_draw',
+                                                                                 'qcal_nb/plot_choices.py'),
                                       'qcal_nb.plot_choices.plot_convergence': ( 'plot_choices.html#plot_convergence',
                                                                                  'qcal_nb/plot_choices.py'),
                                       'qcal_nb.plot_choices.plot_observers': ( 'plot_choices.html#plot_observers',

@@ -23,6 +23,7 @@ from matplotlib.axes import Axes
 from .analysis import check_record, enough_in_words, extremes, outlier_channels
 from .calibration_record import CalibrationRecord
 from .findings import Finding, Tables, findings_from, tables_of
+from .plot_choices import observer_to_draw
 from .plots import (clips_of, plot_channels, plot_convergence, plot_density, plot_histogram, plot_observers, plot_ranges, plot_scales,
                            plot_timeline, to_png)
 from .record_files import write_whole
@@ -178,7 +179,7 @@ def _what_scales(record: CalibrationRecord, base_name: str, observer: str) -> st
 def _model_pictures(record: CalibrationRecord, tables: Tables) -> Iterator[tuple[str, Axes]]:
     for base_name in dict.fromkeys(b for (_, b), s in record.tensors.items() if s.numel):
         table, costs = (t[t.base_name == base_name] for t in (tables.ranges, tables.observers))
-        clip = next((n for (_, b, n), c in record.conclusions.items() if b == base_name and c.low is not None), None)
+        clip = observer_to_draw(record, base_name)
         said = f" The black marks are the range that {clip} chose." if clip else ""
         yield (f"How far every {base_name} reaches. {_how_far(table)}{said}",
                plot_ranges(tables.ranges, base_name, clips=clips_of(record, clip) if clip else None))

@@ -11,6 +11,7 @@ import torch
 
 from qcal_nb.analysis import compare_observers, coverage, ranges
 from qcal_nb.calibration_record import About
+from qcal_nb.lifecycle import QuantizationModifier
 from qcal_nb.models import calibration_texts, load_tiny_llama
 from qcal_nb.plots import data_of
 from qcal_nb.records import CalibrationRecord, record
@@ -125,6 +126,13 @@ def test_scales_at_eps_are_reported(tmp_path):
     seen = record(model, None, scheme="FP8_DYNAMIC", observers=["memoryless_minmax"], base_names=["weight"], progress=False)
     text = read(to_html(seen, tmp_path / "eps.html")).text
     assert re.search(r"at eps \(all values were zero\): 1\.\s*model\.layers\.0\.self_attn\.k_proj \(weight\): 1 of 32, memoryless_minmax", text)
+
+
+def test_ranges_and_scales_are_those_of_the_recipe(tmp_path):
+    recipe = QuantizationModifier(scheme="INT8_STATIC", input_observer="mse", ignore=["lm_head"])
+    text = read(to_html(record(make_model("llama_gqa"), make_batches(2), scheme=recipe, progress=False), tmp_path / "mse.html")).text
+    assert re.findall(r"The black marks are the range that (\w+) chose", text) == ["mse", "memoryless_minmax"]  # of inputs, of weights
+    assert "scales that mse chose for inputs" in text
 
 
 def test_html_in_names_and_tokens_is_text(tmp_path):
