@@ -9,6 +9,7 @@ __all__ = ['observer_code', 'call_code', 'imports_first', 'script_of', 'producti
 import ast
 import inspect
 import os
+import sys
 from typing import Any
 
 from .conclusions import asked_in, name_and_kwargs
@@ -18,9 +19,6 @@ from .recipes import to_yaml
 from .session_parts import options_code
 
 # %% ../nbs/12d_session_code.ipynb #b5c7a19f
-def _is_foreign(cls: type) -> bool: return issubclass(cls, Observer) and not cls.__module__.startswith("qcal_nb.")
-
-
 def _source_of(cls: type) -> str | None:
     "A class as it was written, decorators included; None if that is not known. A notebook's class has no file, but its methods know their cell."
     method = next((one for one in vars(cls).values() if inspect.isfunction(one)), None)
@@ -31,6 +29,13 @@ def _source_of(cls: type) -> str | None:
     if not nodes: return None
     first = min(node.lineno for node in (nodes[0], *nodes[0].decorator_list))
     return "".join(lines[first - 1:nodes[0].end_lineno]).rstrip()
+
+
+def _is_foreign(cls: type) -> bool:
+    "Whether the package does not have this observer. It may have it and not be where the class is from: where its chapter was run in this kernel."
+    if not issubclass(cls, Observer) or cls.__module__.startswith("qcal_nb."): return False
+    ours = [vars(m)[cls.__name__] for name, m in sys.modules.items() if name.startswith("qcal_nb.observers.") and cls.__name__ in vars(m)]
+    return not ours or _source_of(cls) != _source_of(ours[0])
 
 
 def observer_code(*recipes: QuantizationMixin) -> list[str]:
