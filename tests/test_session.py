@@ -1,4 +1,5 @@
 """The session: long work in a thread, who may run the model meanwhile, and what is left when something is interrupted."""
+import inspect
 import linecache
 import threading
 import time
@@ -9,6 +10,7 @@ from helpers import differences, fingerprint, make_batches, make_model, qparams
 
 from qcal_nb.lifecycle import QuantizationModifier, reset_quantization
 from qcal_nb.calibration import ModelBusyError
+from qcal_nb.observers import histogram
 from qcal_nb.observers.base import Observer, Registry
 from qcal_nb.observers.minmax import MinMaxObserver
 from qcal_nb.pipelines import calibrate
@@ -196,3 +198,18 @@ def test_an_observer_of_a_notebook_is_defined_in_the_script():
         del linecache.cache["<cell>"]
         assert observer_code(recipe) == ["# the observer __main__:Cell has to be defined or imported here, its source is not known"]
     finally: Registry._classes.pop("testcell", None)
+
+
+@pytest.mark.parametrize(("more", "expected"), [("", 0), ("    extra = 1\n", 1)])
+def test_the_package_s_own_observer_run_again_from_its_chapter_is_not_the_user_s(more, expected):
+    "As nbdev-test does: several chapters in one kernel. A class of the same name that is another one has to be defined."
+    name, registered = f"<chapter {expected}>", Registry._classes["percentile"]
+    text = inspect.getsource(histogram.PercentileObserver) + more
+    linecache.cache[name] = len(text), None, text.splitlines(keepends=True), name
+    try:
+        exec(compile(text, name, "exec"), vars(histogram) | {"__name__": "__main__"})
+        assert Registry._classes["percentile"].__module__ == "__main__"
+        assert len(observer_code(QuantizationModifier(scheme="FP8", input_observer="percentile"))) == expected
+    finally:
+        Registry._classes["percentile"] = registered
+        del linecache.cache[name]
