@@ -187,7 +187,8 @@ def observer_to_draw(record: CalibrationRecord, base_name: str) -> str | None:
     "The observer that is drawn where none is named: the recipe's if it was attached, else the first that was; None if none has a scale."
     attached = list(dict.fromkeys(n for (_, b, n), c in record.conclusions.items() if b == base_name and c.scale is not None))
     config = record.about.config
-    of_recipe = asked_in(QuantizationConfig.model_validate(config)).get(base_name, []) if config else []
+    asked = asked_in(QuantizationConfig.model_validate(config)) if config else {"": []}
+    of_recipe = asked.get(base_name, asked[""])
     return next((name for name in map(label_of, of_recipe) if name in attached), attached[0] if attached else None)
 
 # %% ../nbs/11d_plot_choices.ipynb #b5a306aa

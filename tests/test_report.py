@@ -13,6 +13,7 @@ from qcal_nb.analysis import compare_observers, coverage, ranges
 from qcal_nb.calibration_record import About
 from qcal_nb.lifecycle import QuantizationModifier
 from qcal_nb.models import calibration_texts, load_tiny_llama
+from qcal_nb.plot_choices import observer_to_draw
 from qcal_nb.plots import data_of
 from qcal_nb.records import CalibrationRecord, record
 from qcal_nb.report import CLOSE_UPS, cell, to_html
@@ -133,6 +134,12 @@ def test_ranges_and_scales_are_those_of_the_recipe(tmp_path):
     text = read(to_html(record(make_model("llama_gqa"), make_batches(2), scheme=recipe, progress=False), tmp_path / "mse.html")).text
     assert re.findall(r"The black marks are the range that (\w+) chose", text) == ["mse", "memoryless_minmax"]  # of inputs, of weights
     assert "scales that mse chose for inputs" in text
+
+
+def test_keys_are_drawn_as_the_cache_will_hold_them():
+    recipe = QuantizationModifier(targets=[], kv_cache_scheme=dict(num_bits=8, type="float", strategy="tensor", symmetric=True, observer="mse"))
+    seen = record(make_model("llama_gqa"), make_batches(2), scheme=recipe, base_names=["k"], progress=False)
+    assert seen.observers == ["static_minmax", "mse"] and observer_to_draw(seen, "k") == "mse"
 
 
 def test_html_in_names_and_tokens_is_text(tmp_path):

@@ -283,7 +283,7 @@ def look_at_block(problem: Problem, part: slice, weights: np.ndarray | None, sca
     many, norm, form = problem.pieces, problem.norm, form_of(problem.args.type, problem.args.num_bits)
     scale, zero_point = (np.repeat(q, many, axis=1) if many > 1 else np.ascontiguousarray(q) for q in (scale, zero_point))
     errors, tolerance = np.zeros(scale.shape), tolerance_of(form, norm)
-    hopeless = (1 + 1.01 * float(tolerance)) / (1 - 1.01 * float(tolerance)) if many == 1 else None  # its interval lies above that of the best
+    hopeless = (1 + 1.01 * float(tolerance)) / (1 - 1.01 * float(tolerance)) if many == 1 else None  # its interval lies above that of the best; 1.01: the ends of both are rounded
     column_errors(as_columns(numbers(problem.observed[:, part]), many), weights, scale, zero_point, problem.half, form, np.float32(norm),
                   None if norm == 3 else power_coefficients(norm), power_table(norm) if problem.compared_in_half else None, hopeless, errors)
     keep_best(errors, many, tolerance, first, problem.compared_in_half, *sure.of(part), improved)
