@@ -46,6 +46,18 @@ def pytest_runtest_makereport(item, call):
 def pytest_make_collect_report(collector):
     return skip_fails((yield))
 
+# --- observers ---
+
+@pytest.fixture(autouse=True)
+def observers_of_a_test_end_with_it():
+    "Observers that a test registers are unknown to the next one, whatever the order; names and classes go together."
+    from qcal_nb.observers.base import Registry
+    before = dict(Registry._classes), dict(Registry._names)
+    yield
+    for table, kept in zip((Registry._classes, Registry._names), before, strict=True):
+        table.clear()
+        table.update(kept)
+
 # --- JupyterLab ---
 
 SETTINGS = {                                                              # no news, no autosave, every cell stays in the page

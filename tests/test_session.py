@@ -178,38 +178,30 @@ def test_a_listener_hears_every_step():
 
 def test_the_script_imports_the_module_of_an_observer_of_ones_own_and_it_is_none_for_llm_compressor():
     Observer.register("test_session_own")(type("Own", (MinMaxObserver,), {"__module__": __name__}))
-    try:
-        session = Session(make_model("llama_gqa"), make_batches(1), recipe=QuantizationModifier(scheme="FP8", input_observer="test_session_own"))
-        assert f"import {__name__}  # registers the observer {__name__}:Own\n" in session.script()
-        assert "llm-compressor has no observer test_session_own" in session.production()
-        assert observer_code(QuantizationModifier(scheme="INT8_STATIC")) == []
-    finally: Registry._classes.pop("testsessionown", None)
+    session = Session(make_model("llama_gqa"), make_batches(1), recipe=QuantizationModifier(scheme="FP8", input_observer="test_session_own"))
+    assert f"import {__name__}  # registers the observer {__name__}:Own\n" in session.script()
+    assert "llm-compressor has no observer test_session_own" in session.production()
+    assert observer_code(QuantizationModifier(scheme="INT8_STATIC")) == []
 
 
 def test_an_observer_of_a_notebook_is_defined_in_the_script():
     own = "@Observer.register('test_cell')\nclass Cell(MinMaxObserver):\n    def hears(self): return True"
     text, space = f"x = 1\n\n{own}\n\ny = 2\n", dict(__name__="__main__", Observer=Observer, MinMaxObserver=MinMaxObserver)
     linecache.cache["<cell>"] = len(text), None, text.splitlines(keepends=True), "<cell>"
-    try:
-        exec(compile(text, "<cell>", "exec"), space)
-        recipe = QuantizationModifier(scheme="FP8", input_observer="test_cell")
-        lines = observer_code(recipe, recipe)
-        assert len(lines) == 1 and lines[0].endswith(f"uses\n{own}")
-        del linecache.cache["<cell>"]
-        assert observer_code(recipe) == ["# the observer __main__:Cell has to be defined or imported here, its source is not known"]
-    finally: Registry._classes.pop("testcell", None)
+    exec(compile(text, "<cell>", "exec"), space)
+    recipe = QuantizationModifier(scheme="FP8", input_observer="test_cell")
+    lines = observer_code(recipe, recipe)
+    assert len(lines) == 1 and lines[0].endswith(f"uses\n{own}")
+    del linecache.cache["<cell>"]
+    assert observer_code(recipe) == ["# the observer __main__:Cell has to be defined or imported here, its source is not known"]
 
 
 @pytest.mark.parametrize(("more", "expected"), [("", 0), ("    extra = 1\n", 1)])
-def test_the_package_s_own_observer_run_again_from_its_chapter_is_not_the_user_s(more, expected):
+def test_the_package_s_own_observer_run_again_from_its_chapter_is_not_the_user_s(more, expected, monkeypatch):
     "As nbdev-test does: several chapters in one kernel. A class of the same name that is another one has to be defined."
-    name, registered = f"<chapter {expected}>", Registry._classes["percentile"]
+    name = f"<chapter {expected}>"
     text = inspect.getsource(histogram.PercentileObserver) + more
-    linecache.cache[name] = len(text), None, text.splitlines(keepends=True), name
-    try:
-        exec(compile(text, name, "exec"), vars(histogram) | {"__name__": "__main__"})
-        assert Registry._classes["percentile"].__module__ == "__main__"
-        assert len(observer_code(QuantizationModifier(scheme="FP8", input_observer="percentile"))) == expected
-    finally:
-        Registry._classes["percentile"] = registered
-        del linecache.cache[name]
+    monkeypatch.setitem(linecache.cache, name, (len(text), None, text.splitlines(keepends=True), name))
+    exec(compile(text, name, "exec"), vars(histogram) | {"__name__": "__main__"})
+    assert Registry._classes["percentile"].__module__ == "__main__"
+    assert len(observer_code(QuantizationModifier(scheme="FP8", input_observer="percentile"))) == expected
