@@ -76,11 +76,16 @@ def texts_for(model: str, path: str | None, limit: int | None = None) -> list[st
     raise ValueError("--data is needed: a file with texts like those the model will meet (.txt with paragraphs, .jsonl with \"text\")")
 
 # %% ../nbs/16a_cli_inputs.ipynb #80c5fcd3
+_STAND_IN = """# They come with qcal_nb. What the model will meet are other texts, and ranges follow the texts: put a list of your own here
+texts = calibration_texts() if tokenizer else []"""
+
+
 def _loading(model: str, data: str | None) -> str:
-    if model == TINY: lines = ["from qcal_nb.models import calibration_texts, load_tiny_llama", "model, tokenizer = load_tiny_llama()"]
-    else: lines = ["from qcal_nb.cli_inputs import load_model", f"model, tokenizer = load_model({model!r})"]
-    if data is not None: return "\n".join([*lines, "from qcal_nb.cli_inputs import read_texts", f"texts = read_texts({data!r})"])
-    return "\n".join([*lines, "texts = calibration_texts()" if model == TINY else "texts = []  # texts like those the model will meet"])
+    ours = ["calibration_texts"] * (data is None) + ["load_tiny_llama"] * (model == TINY)
+    theirs = ["load_model"] * (model != TINY) + ["read_texts"] * (data is not None)
+    imports = [f"from qcal_nb.{module} import {', '.join(names)}" for module, names in (("cli_inputs", theirs), ("models", ours)) if names]
+    texts = f"texts = read_texts({data!r})" if data is not None else "texts = calibration_texts()" if model == TINY else _STAND_IN
+    return "\n".join([*imports, f"model, tokenizer = {'load_tiny_llama()' if model == TINY else f'load_model({model!r})'}", texts])
 
 
 def workbench_notebook(model: str, data: str | None = None, scheme: str = "FP8") -> nbformat.NotebookNode:
