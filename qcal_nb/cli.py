@@ -55,7 +55,7 @@ def _observer(word: str) -> tuple[str, str]:
 
 def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a model's folder or hub name; 'tiny' is the embedded one")
-    parser.add_argument("--data", metavar="FILE", help="texts: .txt with paragraphs, .jsonl or .json with \"text\" (may be left out with 'tiny', which brings its own)")
+    parser.add_argument("--data", metavar="FILE", help="texts: .txt with paragraphs (or lines), .jsonl or .json with \"text\" (may be left out with 'tiny', which brings its own)")
     parser.add_argument("--scheme", default=None, metavar="NAME", help="a preset: FP8, INT8_STATIC, W4A16, NVFP4, ... (default: FP8); a name that is unknown gets the list")
 
 # %% ../nbs/16b_cli.ipynb #37c3179a
@@ -78,7 +78,7 @@ def _calibrate_options(commands: Any) -> None:
     run.add_argument("--out", required=True, metavar="DIR", help="where to write; a new or empty folder")
     run.add_argument("--checkpoint", action="store_true", help="also write the quantized model")
     run.add_argument("--limit", type=_positive, metavar="N", help="only the first N texts")
-    run.add_argument("--max-length", type=_positive, metavar="N", help="cut texts to N tokens")
+    run.add_argument("--max-length", type=_positive, metavar="N", help="cut texts to N tokens (default: as many as the model has positions for, 2048 at most)")
     run.add_argument("--batch-size", type=_positive, metavar="N", default=1, help="texts in a batch (default: 1)")
     run.add_argument("--quiet", action="store_true", help="no progress, no summary")
 
@@ -129,6 +129,7 @@ def calibrate_command(options: argparse.Namespace) -> None:
     from transformers.utils import logging as transformers_logging
 
     from qcal_nb.cli_inputs import load_model, texts_for
+    from qcal_nb.models import usual_length
     from qcal_nb.pipelines import calibrate
     from qcal_nb.recipes import free_folder, save_quantized, to_yaml
     from qcal_nb.records import all_ranks, record
@@ -138,7 +139,8 @@ def calibrate_command(options: argparse.Namespace) -> None:
         if len(texts) < size: raise ValueError(f"{len(texts)} texts cannot be shared by {size} processes; each needs one")
         model, tokenizer = load_model(options.model)
         if tokenizer is None: raise ValueError(f"MODEL {options.model!r} has no tokenizer, which texts need")
-        reading = dict(tokenizer=tokenizer, batch_size=options.batch_size, max_length=options.max_length, progress=rank == 0 and not options.quiet)
+        reading = dict(tokenizer=tokenizer, batch_size=options.batch_size, max_length=options.max_length or usual_length(model),
+                       progress=rank == 0 and not options.quiet)
         found = all_ranks(record(model, texts[rank::size], scheme=modifier, **reading))
         if options.checkpoint: calibrate(model, texts[rank::size], modifier, **reading)
         if rank: return

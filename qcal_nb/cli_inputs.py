@@ -57,13 +57,19 @@ def _items(path: Path, content: str) -> Iterator[tuple[Any, str]]:
         yield from ((item, where) for item in found) if path.suffix == ".json" and isinstance(found, list) else [(found, where)]
 
 
+def _paragraphs(content: str) -> list[str]:
+    "What empty lines separate; lines, where no line is empty."
+    content = content.replace("\r\n", "\n").strip("\n")
+    return content.split("\n\n" if "\n\n" in content else "\n")
+
+
 def read_texts(path: str | os.PathLike, limit: int | None = None) -> list[str]:
-    "The texts in a file (.jsonl, .json, or paragraphs of plain text), at most `limit` of them. ValueError that names file and line."
+    "The texts in a file (.jsonl, .json, or paragraphs or lines of plain text), at most `limit` of them. ValueError that names file and line."
     path = Path(path)
     try: content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as why: raise ValueError(f"--data {path}: {why.strerror if isinstance(why, OSError) else 'not UTF-8 text'}") from None
     if path.suffix in (".json", ".jsonl"): texts = [_text_in(item, where) for item, where in _items(path, content)]
-    else: texts = content.replace("\r\n", "\n").split("\n\n")
+    else: texts = _paragraphs(content)
     texts = [text for text in texts if text.strip()][:limit]
     if not texts: raise ValueError(f"--data {path}: holds no text")
     return texts
@@ -81,7 +87,7 @@ texts = calibration_texts() if tokenizer else []"""
 
 
 def _loading(model: str, data: str | None) -> str:
-    ours = ["calibration_texts"] * (data is None) + ["load_tiny_llama"] * (model == TINY)
+    ours = ["calibration_texts"] * (data is None) + ["load_tiny_llama" if model == TINY else "usual_length"]
     theirs = ["load_model"] * (model != TINY) + ["read_texts"] * (data is not None)
     imports = [f"from qcal_nb.{module} import {', '.join(names)}" for module, names in (("cli_inputs", theirs), ("models", ours)) if names]
     texts = f"texts = read_texts({data!r})" if data is not None else "texts = calibration_texts()" if model == TINY else _STAND_IN
@@ -94,7 +100,8 @@ def workbench_notebook(model: str, data: str | None = None, scheme: str = "FP8")
     if model.endswith(".safetensors"):
         cells = [new_code_cell(f"from qcal_nb import Workbench\n\nwb = Workbench.from_record({model!r})\nwb")]
     else:
-        cells = [new_code_cell(_loading(model, data)), new_code_cell(f"from qcal_nb import Workbench\n\nwb = Workbench(model, texts, tokenizer, {scheme!r})\nwb"),
+        options = repr(scheme) if model == TINY else f"{scheme!r}, max_length=usual_length(model)"
+        cells = [new_code_cell(_loading(model, data)), new_code_cell(f"from qcal_nb import Workbench\n\nwb = Workbench(model, texts, tokenizer, {options})\nwb"),
                  new_markdown_cell("What is on the screen is also here: `wb.session.record`, `wb.session.scales()`, `wb.session.recipe()`.")]
     kernel = dict(display_name="Python 3", language="python", name="python3")
     return new_notebook(cells=[title, *cells], metadata=dict(kernelspec=kernel, qcal_nb=dict(model=model, data=data, scheme=scheme)))

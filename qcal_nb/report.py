@@ -87,7 +87,7 @@ body { margin: 0 auto; max-width: 72rem; padding: 1.5rem; font: 15px/1.5 system-
 h1 { font-size: 1.7rem; margin: 0 0 .5rem; overflow-wrap: anywhere; } h2 { font-size: 1.2rem; margin: 2rem 0 .2rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; } dt { color: var(--dim); } dd { margin: 0; overflow-wrap: anywhere; }
 nav a { color: inherit; margin-right: 1rem; } p { margin: .2rem 0 .6rem; color: var(--dim); max-width: 60rem; }
-.notes { border-left: 4px solid var(--warn); background: var(--warnground); padding: .6rem 1rem; }
+.notes { border-left: 4px solid var(--warn); background: var(--warnground); padding: .6rem 1rem .6rem 2rem; }
 .notes li { margin: .3rem 0; } .notes strong { color: var(--warn); } .fine { border-left: 4px solid var(--line); padding: .4rem 1rem; }
 .list { max-height: 10rem; overflow: auto; margin: 0; padding-left: 1.2rem; font-size: 13px; }
 figure { margin: 1rem 0 1.6rem; } figcaption { color: var(--dim); } img { max-width: 100%; height: auto; background: #fff; border-radius: 4px; }

@@ -28,8 +28,9 @@ from qcal_nb.divergence import (
 )
 from .lifecycle import QuantizationModifier, check_schemes, schemes_by_module
 from .ledger import LifecycleError, ledger_of, phase_of
+from .models import positions_of
 from .observers.base import first_tensor
-from .pipelines import batches, calibrate, positions_of
+from .pipelines import batches, calibrate
 from .quality import sqnr_db
 from .recipes import packed_tensors, stored_modules
 

@@ -31,8 +31,9 @@ from qcal_nb.lifecycle import (
     Match, ModuleChange, QuantizationModifier, State, changes, lacking_data, ledger_of, match_report, phase_of, reset_quantization, restore,
     schemes_by_module, snapshot,
 )
+from .models import positions_of
 from .observers.base import all_or_nothing
-from .pipelines import batches, calibration_context, expected_batches, feed, positions_of
+from .pipelines import batches, calibration_context, expected_batches, feed
 from .provenance import data_code, model_code
 from .recipes import from_config, override
 from .records import new_collector, new_record, running_of

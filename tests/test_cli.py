@@ -177,9 +177,17 @@ def test_a_notebook_in_another_folder_finds_model_and_texts(own, tmp_path, monke
 def test_a_warning_is_one_line_in_the_words_of_the_command_line(own, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("long.txt").write_text("word " * 400)
-    assert main(["calibrate", str(own/"model"), "--data", "long.txt", "--out", "run", "--quiet"]) == 0
+    assert main(["calibrate", str(own/"model"), "--data", "long.txt", "--max-length", "300", "--out", "run", "--quiet"]) == 0
     said = [line for line in capsys.readouterr().err.splitlines() if line]
     assert said and all(line.startswith("qcal-nb: a batch of ") and line.endswith("use --max-length 256") for line in said), said
+
+
+def test_texts_are_cut_to_what_the_model_was_made_for(own, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("long.txt").write_text("word " * 400 + "\nshort\n")
+    assert main(["calibrate", str(own/"model"), "--data", "long.txt", "--out", "run", "--quiet"]) == 0
+    found = CalibrationRecord.load("run/record.safetensors")
+    assert found.batches == 2 and 256 < found.tokens < 270 and not capsys.readouterr().err
 
 
 def test_help_waits_for_no_model_library():
