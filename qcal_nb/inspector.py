@@ -212,21 +212,12 @@ def _automatic(panel: "HistogramInspector") -> str:
     return panel._picked[2]
 
 # %% ../nbs/14e_inspector.ipynb #5a8774d7
-def _hear(panel: "HistogramInspector", what: str) -> None:
-    "After a change of the session. While batches run so seldom that drawing takes at most a twenty-fifth of the time."
-    if what == "batch" and (not panel.seen or time.monotonic() - panel._redrawn < max(0.25, 25 * panel._cost)): return
-    panel.redraw(what)
-    panel._redrawn = time.monotonic()
-
-
 def _refresh_inspector(panel: "HistogramInspector", what: str = "") -> None:
     "Bring a panel up to date; a fault is explained in it. Worker and page take turns."
     with panel._turn:
-        began = time.perf_counter()
         panel._todo.clear()
         try: _refresh(panel, what)
         except Exception as error: panel.problem.value = error_html(error)
-        panel._cost = time.perf_counter() - began
 
 
 def _refresh(panel: "HistogramInspector", what: str) -> None:
@@ -381,7 +372,7 @@ class HistogramInspector(Panel):
     def __init__(self, session: Session, state: WorkbenchState | None = None) -> None:
         super().__init__(session, state)
         self.answers, self.live, self.rows = Answers(), LiveHistogram(), []
-        self._turn, self._cost, self._todo, self._picked, self._scales, self._owns = threading.RLock(), 0.0, [], (None, "", ""), (None,), (None, 0, {})
+        self._turn, self._todo, self._picked, self._scales, self._owns = threading.RLock(), [], (None, "", ""), (None,), (None, 0, {})
         self._filling = self._hurried = False
         _make_inspector_controls(self)
         _make_pages(self)
@@ -408,7 +399,6 @@ class HistogramInspector(Panel):
 
     def refresh(self, what: str = "") -> None: _refresh_inspector(self, what)
     def static_png(self) -> bytes: return _static_inspector(self)
-    def _heard(self, what: str) -> None: _hear(self, what)
 
     def close(self) -> None:
         "Stop listening and take the panel off the page."

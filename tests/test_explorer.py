@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qcal_nb import explorer as module
+from qcal_nb import panels
 from qcal_nb.analysis import choose, compare_observers, ranges
 from qcal_nb.explorer import Drawing, point_out
 from qcal_nb.figures import data_of
@@ -242,13 +243,12 @@ def test_the_last_batch_is_always_drawn_and_others_now_and_then(monkeypatch):
         if args[1] == "batch": spent.append((began, time.monotonic()))
 
     monkeypatch.setattr(module, "_refresh_ranges", timed)
-    monkeypatch.setattr(type(panel), "_heard", lambda self, what: self.refresh(what))  # also without the quarter of a second
     session._listeners[:] = [panel._heard]
     session.feed_all()
     inputs = [[s.min, s.max] for (_, base), s in session.record.tensors.items() if base == "input"]
     assert data_of(panel.picture.png)["range"] == inputs and panel.state.selected == ""
     assert 1 <= len(spent) < 12
-    assert all(after[0] - before[1] >= module.QUIET * (before[1] - before[0]) * 0.9 for before, after in zip(spent, spent[1:]))
+    assert all(after[0] - before[1] >= (before[1] - before[0]) / panels.SHARE * 0.9 for before, after in zip(spent, spent[1:]))
     session._listeners[:] = []
     session.reset()
 

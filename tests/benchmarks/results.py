@@ -65,11 +65,12 @@ def timing(row: str, times: dict[str, list[float]], target: Target | None = None
 
 
 def overhead(row: str, times: dict[str, list[float]], target: Target | None = None, agreement: Agreement | None = None, note: str = "") -> Result:
-    "A line about the percentage that a pass takes longer than a `bare` one; its ratio is that of whole passes."
+    "A line about the percentage that a pass takes longer than a `bare` one; its ratio, with a reference, is that of whole passes."
     def more(name: str) -> Spread: return Spread.of(100 * (t / b - 1) for t, b in zip(times[name], times["bare"]))
     extra = [t - b for t, b in zip(times["ours"], times["bare"])]
-    result = Result(row, "%", more("ours"), more("reference"), ratios(times["reference"], times["ours"]), agreement=agreement,
-                    limit=ratios(extra, times["limit"]).median, rounds=len(extra), note=note)
+    theirs, limit = times.get("reference"), times.get("limit")
+    result = Result(row, "%", more("ours"), more("reference") if theirs else None, ratios(theirs, times["ours"]) if theirs else None,
+                    agreement=agreement, limit=ratios(extra, limit).median if limit else None, rounds=len(extra), note=note)
     return judged(result, target)
 
 

@@ -28,6 +28,8 @@ from qcal_nb.lifecycle import QuantizationModifier
 from qcal_nb.models import load_tiny_llama
 from qcal_nb.pipelines import calibrate, feed
 from qcal_nb.records import new_collector, new_record, one_pass, recipe_to_record, record
+from qcal_nb.session import Session
+from qcal_nb.workbench import Workbench
 
 from . import sides
 from .measuring import FEW, Agreement, Found, Spread, Work, agreement, alternate, memory, one_read, threads
@@ -258,6 +260,26 @@ def _(size: Size) -> list[Result]:
                  "limit": one_read(tensors + outputs * output)}
         results.append(overhead(name, alternate(works, size.rounds, SMALL), target, note=note))
     return results
+
+
+# --- the workbench ---
+
+
+def at_data(model: Module, data: list, tab: str = "") -> Any:
+    "A session that will observe, in calibration; with a tab the workbench's own, which draws while batches run."
+    made = Workbench(model, data, scheme="INT8_STATIC") if tab else Session(model, data, scheme="INT8_STATIC")
+    if tab: made.turn_to(tab)
+    made.initialize()
+    made.start()
+    return made
+
+
+@row("live plots", "What feeding all batches of a session takes longer while a panel of the workbench follows it, without a browser.")
+def _(size: Size) -> list[Result]:
+    model, data = llama(size), [batch_of(size.batch, seed) for seed in range(4 * size.layers)]
+    feeding = {tab: Work(lambda made: made.feed_all(), lambda tab=tab: at_data(deepcopy(model), data, tab)) for tab in ("", "Ranges", "Histogram")}
+    times = alternate(feeding, size.rounds, SMALL)
+    return [overhead(f"live plots, {tab}", dict(bare=times[""], ours=times[tab]), at_most(5, "%")) for tab in ("Ranges", "Histogram")]
 
 
 # --- import ---
