@@ -14,7 +14,6 @@ __all__ = ['args_in', 'scheme_args', 'observer_name', 'known_kwargs', 'owned_by'
 # %% ../nbs/04_calibration.ipynb #45a76f31
 import inspect
 import threading
-import warnings
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -152,9 +151,8 @@ def update_qparams(module: Module | Iterable[Module], base_name: str | Iterable[
         if observer is None: continue
         if observer.has_statistics: write_qparams(m, observer, only_update_onload)
         else:
-            warnings.warn(f"{observer.module_name or type(m).__name__}, {name}: no statistics, its scale stays as it is. No "
-                          "batch reached this tensor (an expert that no token was routed to, a branch that did not run)",
-                          stacklevel=2)
+            warn_once(f"{observer.module_name or type(m).__name__}, {name}: no statistics, its scale stays as it is. No "
+                          "batch reached this tensor (an expert that no token was routed to, a branch that did not run)")
 
 
 def write_qparams(module: Module, observer: Observer, only_update_onload: bool = False,
@@ -218,7 +216,7 @@ def update_weight_zp_scale(module: Module) -> None:
     "Look at the weight as it is now and write its scale; warns when the module is not being calibrated."
     if observer_of(module, "weight") is None: return
     if getattr(module, "quantization_status", None) != QuantizationStatus.CALIBRATION:
-        warnings.warn(f"updating the weight scale of a {type(module).__name__} that is not in calibration", stacklevel=2)
+        warn_once(f"updating the weight scale of a {type(module).__name__} that is not in calibration")
     call_observer(module, "weight")
 
 # %% ../nbs/04_calibration.ipynb #1a183dfc

@@ -10,7 +10,7 @@ import argparse
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -30,7 +30,7 @@ first steps, on the model that comes with qcal-nb:
 _CALIBRATE = """\
 Runs the texts through the model once and writes to --out:
   record.safetensors   what was seen of every tensor, and the scales that follow; open it with `qcal-nb lab` or `qcal-nb report`
-  recipe.yaml          the recipe for llm-compressor's oneshot, which gives the same scales
+  recipe.yaml          the recipe for llm-compressor's oneshot, which gives the same scales on the same batches
   checkpoint/          with --checkpoint: the quantized model for vLLM and transformers (a second pass over the texts)
 
 example, on the embedded model:
@@ -148,15 +148,17 @@ def calibrate_command(options: argparse.Namespace) -> None:
         if options.checkpoint: save_quantized(model, folder/"checkpoint", tokenizer)
         found.save(folder/"record.safetensors")
         (folder/"recipe.yaml").write_text(to_yaml(modifier), encoding="utf-8")
-        if not options.quiet: print(summary(found, folder, options.checkpoint))
+        if not options.quiet: print(summary(found, folder, modifier, options.checkpoint))
 
 
-def summary(found: Any, folder: Path, checkpoint: bool) -> str:
+def summary(found: Any, folder: Path, modifier: Any, checkpoint: bool) -> str:
     "What was written, the first findings, and what to do next."
     from qcal_nb.findings import findings
+    from qcal_nb.recipes import observers_of, production_note
+    same = "for llm-compressor: the same scales on the same batches; the panel Code of qcal-nb lab shows how to feed them"
     lines = [f"{len(found)} tensors, {found.batches:,} batches, {found.tokens:,} tokens", *(f"- {f}" for f in findings(found)[:3]), "",
              f"{folder/'record.safetensors'}   look at it: qcal-nb lab {folder/'record.safetensors'}, or qcal-nb report {folder/'record.safetensors'}",
-             f"{folder/'recipe.yaml'}   for llm-compressor: oneshot(model=..., recipe=\"{folder/'recipe.yaml'}\", dataset=...)"]
+             f"{folder/'recipe.yaml'}   {production_note(observers_of(modifier)) or same}"]
     return "\n".join([*lines, f"{folder/'checkpoint'}   for vLLM and transformers"] if checkpoint else lines)
 
 # %% ../nbs/16b_cli.ipynb #98a41656
@@ -209,10 +211,15 @@ def _become_jupyterlab(path: Path, options: argparse.Namespace) -> None:
     os.execv(sys.executable, command)
 
 # %% ../nbs/16b_cli.ipynb #1752a32b
-def _say(message: Warning | str, *_: Any, **__: Any) -> None:
-    "A warning as one line that a progress bar does not cut in two, in the words of a command line."
-    from tqdm.auto import tqdm
-    tqdm.write(f"qcal-nb: {message}".replace("max_length=", "--max-length "), file=sys.stderr)
+def _teller() -> Callable[..., None]:
+    "What shows warnings: each once, as one line that a progress bar does not cut in two, in the words of a command line."
+    said = set()
+    def say(message: Warning | str, *_: Any, **__: Any) -> None:
+        from tqdm.auto import tqdm
+        if str(message) in said: return
+        said.add(str(message))
+        tqdm.write(f"qcal-nb: {message}".replace("max_length=", "--max-length "), file=sys.stderr)
+    return say
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -220,7 +227,7 @@ def main(words: Sequence[str] | None = None) -> int:
     options = parser().parse_args(words)
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _say
+            warnings.showwarning = _teller()
             {"lab": lab_command, "calibrate": calibrate_command, "report": report_command}[options.command](options)
     except KeyboardInterrupt:
         print("qcal-nb: interrupted", file=sys.stderr)

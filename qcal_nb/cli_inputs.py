@@ -102,6 +102,6 @@ def workbench_notebook(model: str, data: str | None = None, scheme: str = "FP8")
     else:
         options = repr(scheme) if model == TINY else f"{scheme!r}, max_length=usual_length(model)"
         cells = [new_code_cell(_loading(model, data)), new_code_cell(f"from qcal_nb import Workbench\n\nwb = Workbench(model, texts, tokenizer, {options})\nwb"),
-                 new_markdown_cell("What is on the screen is also here: `wb.session.record`, `wb.session.scales()`, `wb.session.recipe()`.")]
+                 new_markdown_cell("What is on the screen is also here: `wb.record`, `wb.scales()`, `wb.recipe()`.")]
     kernel = dict(display_name="Python 3", language="python", name="python3")
     return new_notebook(cells=[title, *cells], metadata=dict(kernelspec=kernel, qcal_nb=dict(model=model, data=data, scheme=scheme)))

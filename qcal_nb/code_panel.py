@@ -13,9 +13,9 @@ import anywidget
 import ipywidgets as w
 from traitlets import Unicode
 
-from .markup import block, error_html
+from .markup import block, error_html, warning_html
 from .panels import Panel, static_picture
-from .recipes import to_yaml
+from .recipes import observers_of, production_note, to_yaml
 from .report import to_html
 from .session import Saved, Session
 from .state import WorkbenchState
@@ -92,7 +92,8 @@ class CodePanel(Panel):
 
     def save(self, kind: str, path: str) -> None:
         "Write a file; what went wrong is said in the panel."
-        try: self.said.value = block(f"Written: {escape(str(_write(self.session, kind, path)))}")
+        note = production_note(observers_of(self.session.recipe())) if kind == "recipe" else ""
+        try: self.said.value = block(f"Written: {escape(str(_write(self.session, kind, path)))}") + (warning_html(note) if note else "")
         except (OSError, ValueError) as error: self.said.value = error_html(error)
 
     def refresh(self, what: str = "") -> None:

@@ -9,7 +9,6 @@ __all__ = ['Views', 'Layout', 'own_parameters', 'expert_layout', 'fused_experts'
 
 # %% ../nbs/04c_experts.ipynb #d845f631
 import inspect
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
@@ -26,7 +25,7 @@ from torch import Tensor
 from torch.nn import Linear, Module, ModuleList, Parameter
 
 from .calibration import refuse_if_held
-from .observers.base import NOBODY, current_feed
+from .observers.base import NOBODY, current_feed, warn_once
 from .snapshots import empty_cache, stored_parameters
 
 # %% ../nbs/04c_experts.ipynb #96e269f7
@@ -355,7 +354,7 @@ def take_experts_apart(model: Module) -> Module:
     for reason in dict.fromkeys(refused.values()):
         names = [name or type(model).__name__ for name, why in refused.items() if why == reason]
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        warnings.warn(f"the experts {names[0]}{more} stay fused and cannot be quantized: {reason}", stacklevel=2)
+        warn_once(f"the experts {names[0]}{more} stay fused and cannot be quantized: {reason}")
     _put(model, new)
     return model
 

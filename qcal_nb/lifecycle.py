@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['QUANTIZABLE', 'schemes_by_module', 'reaches_experts', 'is_cache_scheme', 'check_schemes', 'config_needs_data',
-           'QuantizationMixin', 'resolve_config', 'initialize_quantization', 'embeddings_of', 'untie_embeddings',
-           'observed_names', 'start_calibration', 'uncomputed', 'remove_hooks', 'refuse_unset', 'check_on_uncalibrated',
-           'end_calibration', 'EventType', 'Event', 'State', 'QuantizationModifier', 'lacking_data',
-           'compute_remaining', 'Match', 'match_report', 'Coverage', 'Ledger', 'LifecycleError', 'ModuleChange',
-           'Snapshot', 'changes', 'ledger_of', 'phase_of', 'reset_quantization', 'unfuse_experts']
+           'QuantizationMixin', 'resolve_config', 'warn_unmatched', 'initialize_quantization', 'embeddings_of',
+           'untie_embeddings', 'observed_names', 'start_calibration', 'uncomputed', 'remove_hooks', 'refuse_unset',
+           'check_on_uncalibrated', 'end_calibration', 'EventType', 'Event', 'State', 'QuantizationModifier',
+           'lacking_data', 'compute_remaining', 'Match', 'match_report', 'Coverage', 'Ledger', 'LifecycleError',
+           'ModuleChange', 'Snapshot', 'changes', 'ledger_of', 'phase_of', 'reset_quantization', 'unfuse_experts']
 
 # %% ../nbs/05_lifecycle.ipynb #07ad4435
 import re
@@ -210,7 +210,7 @@ def _choose_observers(scheme: QuantizationScheme, chosen: dict[str, str | None])
             if args.observer is not None: args.observer_kwargs = known_kwargs(args.observer_kwargs, chosen[base_name])
             args.observer = chosen[base_name]
             if args.dynamic is True:
-                warn_once(f"observer {chosen[base_name]!r} has no effect: the {base_name} scales of this scheme are found anew for every token", 8)
+                warn_once(f"observer {chosen[base_name]!r} has no effect: the {base_name} scales of this scheme are found anew for every token")
         elif args.observer is None: args.observer = None if args.dynamic is True else default
         if args.dynamic is not True: _check_observer(args, base_name)
 
@@ -347,11 +347,18 @@ def resolve_config(fields: _Fields) -> QuantizationConfig:
 def _warn_target(model: Module, target: str, chosen: dict[str, tuple[Module, QuantizationScheme]]) -> None:
     if target in chosen: return
     hits = [m for n, m in model.named_modules() if is_match(n, m, target) and not isinstance(m, InternalModule)]
-    if not hits: warnings.warn(f"target {target!r} matches no module of this {type(model).__name__}", stacklevel=6)
+    if not hits: warn_once(f"target {target!r} matches no module of this {type(model).__name__}")
     elif not any(isinstance(m, QUANTIZABLE) or any(m is c for c, _ in chosen.values()) for m in hits):
         kinds = sorted({type(m).__name__ for m in hits})
-        warnings.warn(f"target {target!r} matches only {', '.join(kinds)}, which cannot be quantized "
-                      "(Linear and Embedding can)", stacklevel=6)
+        warn_once(f"target {target!r} matches only {', '.join(kinds)}, which cannot be quantized "
+                      "(Linear and Embedding can)")
+
+
+def warn_unmatched(model: Module, config: QuantizationConfig, chosen: dict[str, tuple[Module, QuantizationScheme]]) -> None:
+    "Warn about targets that match nothing that can be quantized, and names to ignore that match nothing; `lm_head` may be missing."
+    for target in [t for scheme in config.config_groups.values() for t in scheme.targets]: _warn_target(model, target, chosen)
+    for name in set(config.ignore or []) - {"lm_head"}:
+        if not any(is_match(n, m, name) for n, m in model.named_modules()): warn_once(f"ignore {name!r} matches no module")
 
 
 def _out_of_reach(module: Module) -> bool:
@@ -365,23 +372,17 @@ _FAST = (torch.nn.MultiheadAttention, torch.nn.TransformerEncoderLayer)  # they 
 
 def _warn_about(model: Module, config: QuantizationConfig, chosen: dict[str, tuple[Module, QuantizationScheme]]) -> None:
     "Say what a person would otherwise find out too late: what is not quantized, and which names match nothing."
-    for target in [t for scheme in config.config_groups.values() for t in scheme.targets]: _warn_target(model, target, chosen)
+    warn_unmatched(model, config, chosen)
     ignore = config.ignore or []
     kinds = Counter(type(m).__name__ for n, m in model.named_modules() if _out_of_reach(m) and not is_match(n, m, ignore))
     if kinds:
         named = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-        warnings.warn(f"{named} hold weights that cannot be quantized (Linear and Embedding can) and stay as they are",
-                      stacklevel=4)
+        warn_once(f"{named} hold weights that cannot be quantized (Linear and Embedding can) and stay as they are")
     fused = [n for n, m in model.named_modules() if isinstance(m, _FAST) and any(c.startswith(f"{n}.") for c in chosen)]
     if fused:
-        warnings.warn(f"{', '.join(fused)}: torch computes these without calling their Linear modules; their scheme has no effect",
-                      stacklevel=4)
-    for name in set(ignore) - {"lm_head"}:
-        if not any(is_match(n, m, name) for n, m in model.named_modules()):
-            warnings.warn(f"ignore {name!r} matches no module", stacklevel=4)
+        warn_once(f"{', '.join(fused)}: torch computes these without calling their Linear modules; their scheme has no effect")
     if not any(s.weights or s.input_activations or s.output_activations for _, s in chosen.values()):
-        warnings.warn(f"this recipe quantizes nothing of the {type(model).__name__}; see match_report(model, modifier)",
-                      stacklevel=4)
+        warn_once(f"this recipe quantizes nothing of the {type(model).__name__}; see match_report(model, modifier)")
 
 
 def _need_attention(model: Module, config: QuantizationConfig, chosen: dict[str, tuple[Module, QuantizationScheme]]) -> None:

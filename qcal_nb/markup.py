@@ -274,7 +274,8 @@ def progress_text(progress: Progress) -> str:
     "How far a feed is, how fast, and how long it will take."
     total = "" if progress.total is None else f" of {progress.total:,}"
     left = "" if not progress.seconds_left else f" · {duration(progress.seconds_left)} left"
-    return f"{progress.done:,}{total} batches · {progress.tokens:,} tokens · {progress.tokens_per_second:,.0f} tokens/s{left}"
+    tokens = f" · {progress.tokens:,} tokens · {progress.tokens_per_second:,.0f} tokens/s" if progress.tokens else ""  # a comparison counts none
+    return f"{progress.done:,}{total} batches{tokens}{left}"
 
 
 def warning_html(text: str) -> str:

@@ -208,7 +208,7 @@ def warn_if_too_long(model: Module, batch: Mapping[str, Tensor]) -> None:
     limit = positions_of(model)
     length = max((v.shape[1] for k, v in batch.items() if k == "input_ids" and v.ndim >= 2), default=0)
     if limit and 0 < limit < length:
-        warn_once(f"a batch of {length} tokens is longer than the model's {limit} positions; use max_length={limit}", stacklevel=4)
+        warn_once(f"a batch of {length} tokens is longer than the model's {limit} positions; use max_length={limit}")
 
 # %% ../nbs/06_pipelines.ipynb #43c3b371
 def feed(model: Module, batch: Mapping[str, Tensor], index: int | None = None) -> int:

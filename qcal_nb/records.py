@@ -37,7 +37,7 @@ from .collector import STATES, Collector, Running, check_mask, conclusions_of, k
 from .conclusions import DEFAULT_ARGS, Asked, args_to_ask, asked_in, label_of, name_and_kwargs
 from .experts import tokens_per_expert, unfused_experts
 from .ledger import experts_apart, ledger_of, phase_of
-from .lifecycle import QUANTIZABLE, QuantizationMixin, check_schemes, embeddings_of, reaches_experts, schemes_by_module
+from .lifecycle import QUANTIZABLE, QuantizationMixin, check_schemes, embeddings_of, reaches_experts, schemes_by_module, warn_unmatched
 from .observers.base import check_policy, each_warning_once, find_observer, warn_once
 from .pipelines import batches, calibration_context, count_tokens, expected_batches, feed
 from .ranks import rank_and_size, together
@@ -279,6 +279,7 @@ def record(
         if not collector.tensors:
             raise ValueError(f"there is nothing to record: {type(model).__name__} has no Linear or Embedding that the scheme matches "
                              f"and that has any of {', '.join(map(repr, names))}")
+        if scheme is not None: warn_unmatched(model, recipe.resolved_config, schemes_by_module(model, recipe.resolved_config))
         start = new_record(model, collector, recipe if scheme is not None else None, mask)
         result = one_pass(model, stream, collector, start, mask, expected_batches(data, batch_size), progress)
         if result.batches and not result.tokens: warn_once("mask leaves out every token: nothing was seen but weights")

@@ -12,10 +12,10 @@ import os
 import sys
 from typing import Any
 
-from .conclusions import asked_in, name_and_kwargs
+from .conclusions import name_and_kwargs
 from .lifecycle import QuantizationMixin
 from .observers.base import Observer, find_observer
-from .recipes import to_yaml
+from .recipes import observers_of, production_note, to_yaml
 from .session_parts import options_code
 
 # %% ../nbs/12d_session_code.ipynb #b5c7a19f
@@ -40,7 +40,7 @@ def _is_foreign(cls: type) -> bool:
 
 def observer_code(*recipes: QuantizationMixin) -> list[str]:
     "What makes the observers known that recipes name and the package does not have: their source, an import, or a word on where they are."
-    named = [find_observer(name_and_kwargs(one)[0]) for r in recipes for some in asked_in(r.resolved_config).values() for one in some]
+    named = [find_observer(name_and_kwargs(one)[0]) for r in recipes for one in observers_of(r)]
     lines = []
     for cls in dict.fromkeys(base for one in named for base in reversed(one.__mro__) if _is_foreign(base)):
         where = f"{cls.__module__}:{cls.__qualname__}"
@@ -76,15 +76,9 @@ def script_of(session: Any) -> str:
     return "\n".join([*imports, "", *rest, "", *notes, call, *steps, "session.scales()"]) + "\n"
 
 # %% ../nbs/12d_session_code.ipynb #a8ddd2ee
-_OURS = ("percentile", "entropy", "histogram_mse")
-
-
 def production_of(session: Any) -> str:
     recipe = to_yaml(session.modifier)
-    asked = dict.fromkeys(name_and_kwargs(one)[0] for some in asked_in(session.modifier.resolved_config).values() for one in some)
-    named = [name for name in asked if name in _OURS or _is_foreign(find_observer(name))]
-    warn = [f"# llm-compressor has no observer {', '.join(named)}: calibrate here, and leave with the checkpoint,",
-            "#   qcal_nb.recipes.save_quantized(model, 'folder', tokenizer), which vLLM and transformers load"] if named else []
+    warn = [f"# This stops: {note}"] if (note := production_note(observers_of(session.modifier))) else []
     options = "".join(f", {k}={v!r}" for k, v in session.made.rest.items() if v != dict(batch_size=1, max_length=None)[k])
     needed = ["from pathlib import Path", "from llmcompressor import oneshot", "from torch.utils.data import DataLoader", "from qcal_nb.pipelines import batches"]
     imports, rest = imports_first([*needed, *session.origin])

@@ -110,7 +110,8 @@ def _make_scheme_fields(panel: "LifecycleStepper") -> None:
         field.observe(lambda change, name=name: panel._filling or panel.set(name, change.new), names=["value"])
     panel.parts = {part: PartFields(part, panel.edit) for part in PARTS}
     panel.why = w.HTML()
-    inside = w.VBox([panel.why, w.HBox(list(panel.parts.values())).add_class("qcal-row")])
+    panel.part_fields = w.HBox(list(panel.parts.values())).add_class("qcal-row")
+    inside = w.VBox([panel.why, panel.part_fields])
     panel.editor = w.Accordion([inside], titles=["Edit the scheme field by field"], selected_index=None).add_class("qcal-editor")
 
 # %% ../nbs/14c_stepper.ipynb #9e45e174
@@ -232,6 +233,7 @@ def _refresh_scheme(panel: "LifecycleStepper") -> None:
             field = getattr(panel, name)
             field.disabled, field.tooltip = bool(why_not), GLOSSARY[name] + (f" Not now: {why_not}." if why_not else "")
         for part, fields in panel.parts.items(): fields.show((parts or {}).get(part), why_not or many)
+        panel.part_fields.layout.display = "none" if many else None  # they could show one group only
     finally: panel._filling = False
     panel.why.value = block(f'<span class="faint">Cannot be edited now: {escape(why_not or many)}</span>') if why_not or many else ""
     unfit = "" if why_not else _unfit(s)
@@ -270,7 +272,8 @@ def _refresh_stepper(panel: "LifecycleStepper", what: str) -> None:
     warned = [*s.warnings, *([f"{elsewhere[:1].upper()}{elsewhere[1:]}"] if elsewhere else [])]
     panel.error.value = "".join(warning_html(text) for text in warned) + error_html(s.error, _remedy(s))
     same = '<span class="faint">The same in Python:</span> '
-    panel.code.value = block(same + "".join(f"<code>wb.{escape(line)}</code> " for line in s.code[-6:])) if s.code else ""
+    last = ("… " if len(s.code) > 6 else "") + "".join(f"<code>wb.{escape(line)}</code> " for line in s.code[-6:])
+    panel.code.value = block(same + last) if s.code else ""
     _refresh_scheme(panel)
     _show_changes(panel)
     report = s.match_report()

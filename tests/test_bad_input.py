@@ -9,10 +9,10 @@ from helpers import differences, fingerprint, make_batches, make_model
 import qcal_nb
 from qcal_nb.analysis import choose, ranges
 from qcal_nb.calibration import call_observer, observe
-from qcal_nb.lifecycle import QuantizationModifier, match_report, phase_of, reset_quantization
+from qcal_nb.lifecycle import QuantizationMixin, QuantizationModifier, match_report, phase_of, reset_quantization
 from qcal_nb.observers.base import Observer, flatten_for_calibration
 from qcal_nb.pipelines import calibrate
-from qcal_nb.records import CalibrationRecord
+from qcal_nb.records import CalibrationRecord, record
 from qcal_nb.session import Session, SessionError
 
 FP8 = dict(scheme="FP8", ignore=["lm_head"])
@@ -114,6 +114,13 @@ def test_a_model_quantized_by_another_tool():
     for action in (on_model(**FP8), reset_quantization):
         with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn\.q_proj was quantized elsewhere"): action(model)
     assert differences(before, fingerprint(model)) == []
+
+
+def test_warnings_point_at_the_line_that_called():
+    typo, other = QuantizationModifier(scheme="FP8", targets=["Liner"]), QuantizationMixin(scheme="FP8", targets=["lm_head", "Liner"])
+    for call in (with_data(make_batches()), typo.initialize_quantization, lambda m: record(m, make_batches(), scheme=other, progress=False)):
+        with pytest.warns(UserWarning) as caught: call(make_model("gpt2"))
+        assert {w.filename for w in caught} == {__file__}, [(w.filename, str(w.message)) for w in caught]
 
 
 def test_a_batch_longer_than_the_models_positions_warns():

@@ -182,6 +182,23 @@ def test_a_warning_is_one_line_in_the_words_of_the_command_line(own, tmp_path, m
     assert said and all(line.startswith("qcal-nb: a batch of ") and line.endswith("use --max-length 256") for line in said), said
 
 
+def test_a_name_that_matches_nothing_is_said_once(own, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["calibrate", str(own/"model"), "--data", str(own/"texts.jsonl"), "--ignore", "lm_haed", "--limit", "2", "--out"]
+    for out, more in (("run", ()), ("other", ("--checkpoint",))):
+        assert main([*words, out, "--quiet", *more]) == 0
+        assert capsys.readouterr().err.splitlines() == ["qcal-nb: ignore 'lm_haed' matches no module"]
+
+
+def test_a_recipe_that_llm_compressor_cannot_follow_says_so(own, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["calibrate", str(own/"model"), "--data", str(own/"texts.jsonl"), "--limit", "2", "--observer"]
+    assert main([*words, "input=entropy", "--out", "ours"]) == main([*words, "input=mse", "--out", "theirs"]) == 0
+    note, said = "llm-compressor has no observer entropy: ", capsys.readouterr().out
+    assert said.count(note) == 1 and said.count("the same scales on the same batches") == 1
+    assert Path("ours/recipe.yaml").read_text().startswith(f"# {note}") and not Path("theirs/recipe.yaml").read_text().startswith("#")
+
+
 def test_texts_are_cut_to_what_the_model_was_made_for(own, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("long.txt").write_text("word " * 400 + "\nshort\n")

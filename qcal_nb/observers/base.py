@@ -10,6 +10,7 @@ __all__ = ['T', 'ACTIVATIONS', 'BASE_NAMES', 'POLICIES', 'current_batch', 'curre
            'first_tensor', 'each_warning_once', 'warn_once', 'Once', 'sharing', 'shared', 'fuse', 'fused_layers']
 
 # %% ../../nbs/03a_observers_base.ipynb #b5c0be45
+import sys
 import warnings
 import weakref
 from abc import ABC, abstractmethod
@@ -477,12 +478,22 @@ def each_warning_once() -> Iterator[None]:
     finally: _said.reset(token)
 
 
-def warn_once(message: str, stacklevel: int = 3) -> None:
-    "A warning; inside `each_warning_once` not a second time."
+_INNER = {"qcal_nb", "torch", "compressed_tensors", "transformers", "pydantic", "contextlib", "functools", "concurrent", "threading", "ipywidgets", "traitlets"}
+
+
+def _level_outside() -> int:
+    "The `stacklevel`, for the function that asks, of the first line that is the user's: beyond this package and what calls it back."
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _INNER: frame, level = frame.f_back, level + 1
+    return level
+
+
+def warn_once(message: str) -> None:
+    "A warning that points at the user's line; inside `each_warning_once` not a second time."
     said = _said.get()
     if said is not None and message in said: return
     if said is not None: said.add(message)
-    warnings.warn(message, stacklevel=stacklevel)
+    warnings.warn(message, stacklevel=_level_outside())
 
 # %% ../../nbs/03a_observers_base.ipynb #21883716
 class Once:

@@ -7,9 +7,10 @@ from harness import ours, reference, unequal
 from helpers import make_batches, make_model, qparams
 
 from qcal_nb.models import calibration_texts, load_tiny_llama
-from qcal_nb.observers.base import Observer
+from qcal_nb.observers.base import Observer, observer_key
 from qcal_nb.observers.minmax import MinMaxObserver, min_max
 from qcal_nb.pipelines import batches
+from qcal_nb.recipes import PRODUCTION
 from qcal_nb.schemes import preset
 
 pytestmark = pytest.mark.parity
@@ -77,6 +78,11 @@ def test_tied_embeddings_when_the_head_is_quantized(tokenizer):
     assert mine.lm_head.weight is mine.model.embed_tokens.weight
     assert unequal(reference(theirs, data, tokenizer, **recipe), ours(mine, data, **recipe)) == []
     assert "lm_head.input_scale" in qparams(mine) and mine.lm_head.weight is not mine.model.embed_tokens.weight
+
+
+def test_the_list_of_observers_that_production_has():
+    from llmcompressor.observers import Observer as ReferenceObserver
+    assert {observer_key(name) for name in PRODUCTION} == {observer_key(name) for name in ReferenceObserver.registered_names()}
 
 
 def test_a_wrong_observer_is_noticed(tokenizer):
