@@ -224,8 +224,9 @@ def one_pass(model: Module, stream: Iterator[tuple[int, Any]], collector: Collec
     return result
 
 # %% ../nbs/08f_records.ipynb #0a34b0db
-def check_options(model: Module, tokenizer: Any, mask: Any, keep_text: bool) -> None:
+def check_options(model: Module, tokenizer: Any, mask: Any, keep_text: bool, nonfinite: str) -> None:
     "TypeError or ValueError for options of `record` that make no sense, or none for this model."
+    check_policy(nonfinite)
     ledger_of(model)  # a TypeError unless it is a model
     if tokenizer is not None and not (callable(tokenizer) and hasattr(tokenizer, "decode")):
         raise TypeError(f"tokenizer must be the model's tokenizer (a callable with `decode`) or None, got {type(tokenizer).__name__}")
@@ -267,9 +268,8 @@ def record(
     tokens of the largest values (`keep_text=False`: not in the record). `batch_indices`: global ones, to merge parts with `a | b`. Bad arguments and busy models are refused before anything is run."""
     with together("check what to record"):  # a rank that finds a fault does not leave the others waiting
         names, asked, mask = check_base_names(base_names), observers_to_record(observers, scheme), check_mask(mask)
-        check_policy(nonfinite)
-        check_options(model, tokenizer, mask, keep_text)
         recipe = recipe_to_record(scheme)
+        check_options(model, tokenizer, mask, keep_text, nonfinite)
     stream = iter(()) if data is None and names == ("weight",) else batches(data, tokenizer, batch_size, max_length)
     options = dict(observers=asked, tokenizer=tokenizer if keep_text else None, nonfinite=nonfinite, owner=f"record {uuid.uuid4().hex}")
     with (exclusive(model, "record()"), each_warning_once(), experts_apart(model, reaches_experts(model, recipe.resolved_config)),
@@ -280,8 +280,8 @@ def record(
             raise ValueError(f"there is nothing to record: {type(model).__name__} has no Linear or Embedding that the scheme matches "
                              f"and that has any of {', '.join(map(repr, names))}")
         if scheme is not None: warn_unmatched(model, recipe.resolved_config, schemes_by_module(model, recipe.resolved_config))
-        start = new_record(model, collector, recipe if scheme is not None else None, mask)
-        result = one_pass(model, stream, collector, start, mask, expected_batches(data, batch_size), progress)
+        begun = new_record(model, collector, recipe if scheme is not None else None, mask)
+        result = one_pass(model, stream, collector, begun, mask, expected_batches(data, batch_size), progress)
         if result.batches and not result.tokens: warn_once("mask leaves out every token: nothing was seen but weights")
         return replace(result, conclusions=conclusions_of(collector, model, result.tensors))
 
