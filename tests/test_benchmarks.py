@@ -17,7 +17,7 @@ from qcal_nb.observers.base import Observer, Registry
 from qcal_nb.observers.minmax import StaticMinMaxObserver
 
 pytestmark = [pytest.mark.parity, pytest.mark.slow]
-WITHOUT_SCALES = {"record", "import", "temporaries", "reset", "growth"}
+WITHOUT_SCALES = {"record", "live plots", "import", "temporaries", "reset", "growth"}
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda r: r.name)
