@@ -29,7 +29,7 @@ from .calibration_record import CalibrationRecord
 from .comparison_tables import Question, TABLE_ORDERS, TENSOR_COLUMNS, Tables, UNKNOWN, best_by_tensor, config_of, counted_words, in_order, observers_html, own_of, scheme_args_by_module, tensors_html, unknown_html, verdict_html
 from .scheme_panel import SchemeComparison
 from .figures import NAMED, new_axes, say_nothing
-from .conclusions import label_of
+from .conclusions import label_of, name_and_kwargs
 from .markup import block, empty_html, error_html, warning_html
 from .panels import Panel, Picture, bar_at, static_picture
 from .plots import plot_observers, to_png
@@ -81,7 +81,7 @@ def used_html(used: Mapping[str, Mapping[str, str]]) -> str:
     nothing = "Nothing was changed: no tensor has an observer that is known to be better than the recipe's."
     if not counts: return block(f'<div class="warning" role="status">{nothing}</div>')
     parts = [f"{base_name} tensors: {counted_words(of_base)}" for base_name, of_base in counts.items()]
-    note = production_note(one for of_base in counts.values() for one in of_base)
+    note = production_note(name_and_kwargs(one)[0] for of_base in counts.values() for one in of_base)
     return block(f'<div role="status">Written into the recipe, for {"; ".join(parts)}. The model is original again: '
                  "<b>Initialize</b>, <b>Start</b>, <b>End</b> replays what is known.</div>") + (warning_html(note) if note else "")
 

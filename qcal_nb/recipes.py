@@ -39,7 +39,6 @@ from transformers.utils import logging as transformers_logging
 
 from .calibration import exclusive
 from .attention import attention_modules
-from .conclusions import Asked, asked_in, name_and_kwargs
 from .experts import fused_experts, unfused_experts
 from qcal_nb.lifecycle import (
     QUANTIZABLE, Ledger, LifecycleError, QuantizationMixin, QuantizationModifier, ledger_of, phase_of, schemes_by_module,
@@ -102,16 +101,18 @@ def _said(modifier: QuantizationMixin) -> dict[str, Any]:
 PRODUCTION = ("memoryless_minmax", "static_minmax", "minmax", "memoryless_mse", "mse", "imatrix_mse", "nvfp4_expanded_mse", "fouroversix", "nvfp4_expanded_imatrix")
 
 
-def production_note(asked: Iterable[Asked]) -> str:
+def production_note(names: Iterable[str]) -> str:
     "What to know where some of these observers are none of llm-compressor's; empty if all are."
-    known, names = {observer_key(name) for name in PRODUCTION}, dict.fromkeys(name_and_kwargs(one)[0] for one in asked)
-    lacking = [name for name in names if observer_key(name) not in known]
+    known = {observer_key(name) for name in PRODUCTION}
+    lacking = [name for name in dict.fromkeys(names) if observer_key(name) not in known]
     return f"llm-compressor has no observer {', '.join(lacking)}: calibrate with qcal_nb; the checkpoint of save_quantized runs in vLLM and transformers" if lacking else ""
 
 
-def observers_of(modifier: QuantizationMixin) -> list[Asked]:
-    "The observers that a recipe calibrates with."
-    return [one for some in asked_in(modifier.resolved_config).values() for one in some]
+def observers_of(modifier: QuantizationMixin) -> list[str]:
+    "The names of observers that a recipe asks for and calibrates with."
+    config = modifier.resolved_config
+    parts = [getattr(s, part) for s in config.config_groups.values() for part in ("weights", "input_activations", "output_activations")]
+    return list(dict.fromkeys(a.observer for a in [*parts, config.kv_cache_scheme] if a is not None and a.dynamic is not True and a.observer))
 
 
 class _Dumper(yaml.SafeDumper):

@@ -12,7 +12,6 @@ import os
 import sys
 from typing import Any
 
-from .conclusions import name_and_kwargs
 from .lifecycle import QuantizationMixin
 from .observers.base import Observer, find_observer
 from .recipes import observers_of, production_note, to_yaml
@@ -40,7 +39,7 @@ def _is_foreign(cls: type) -> bool:
 
 def observer_code(*recipes: QuantizationMixin) -> list[str]:
     "What makes the observers known that recipes name and the package does not have: their source, an import, or a word on where they are."
-    named = [find_observer(name_and_kwargs(one)[0]) for r in recipes for one in observers_of(r)]
+    named = [find_observer(name) for r in recipes for name in observers_of(r)]
     lines = []
     for cls in dict.fromkeys(base for one in named for base in reversed(one.__mro__) if _is_foreign(base)):
         where = f"{cls.__module__}:{cls.__qualname__}"
