@@ -154,7 +154,7 @@ def _make_inspector_controls(panel: "HistogramInspector") -> None:
     panel.base_name = w.Dropdown(options=["input", "weight"], description="Tensor", **wide(170))
     panel.selected = w.Dropdown(options=[AUTOMATIC], description="Module", **wide(420))
     panel.format = w.SelectionSlider(options=[("as in the scheme", ""), *((f, f) for f in FORMATS)], description="Format", **wide(400))
-    panel.symmetric = w.Checkbox(description="Symmetric", **box)
+    panel.symmetric = w.Checkbox(description="Symmetric", indent=False, layout=w.Layout(width="auto", margin="2px 16px 2px 24px"))  # off the slider's words
     panel.clip = w.FloatSlider(1.0, min=0.005, max=1, step=0.005, readout_format=".1%", description="Clip range (by hand)", **wide(420))
     panel.log_counts = w.Checkbox(description="Logarithmic counts", **box)
     panel.grid = w.Checkbox(description="Numbers that can be stored", **box)

@@ -46,7 +46,6 @@ STYLE = """<style>
 .qcal dd { margin-left: 14px }
 .qcal-panel :focus-visible { outline: 2px solid var(--jp-brand-color1, #1976d2) !important; outline-offset: 2px }
 .qcal-row { flex-flow: row wrap }
-.qcal-inspector-format .widget-readout { min-width: 112px }
 .qcal-editor .jupyter-widget-Collapse-header, .qcal-editor .lm-Collapse-header { color: var(--jp-ui-font-color1, inherit) !important }
 .qcal-tabs .lm-TabBar-tab, .qcal-tabs .p-TabBar-tab { flex: 0 0 auto !important; min-width: max-content !important }
 .qcal .warning { border-left: 4px solid #E69F00; padding: 4px 10px }
