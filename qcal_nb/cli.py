@@ -10,7 +10,7 @@ import argparse
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -130,12 +130,13 @@ def calibrate_command(options: argparse.Namespace) -> None:
 
     from qcal_nb.cli_inputs import load_model, texts_for
     from qcal_nb.models import usual_length
+    from qcal_nb.observers.base import each_warning_once
     from qcal_nb.pipelines import calibrate
     from qcal_nb.recipes import free_folder, save_quantized, to_yaml
     from qcal_nb.records import all_ranks, record
     folder, texts, modifier = free_folder(options.out, "--out"), texts_for(options.model, options.data, options.limit), modifier_of(options)
     if options.quiet: transformers_logging.disable_progress_bar()
-    with ranks() as (rank, size):
+    with each_warning_once(), ranks() as (rank, size):  # the two passes warn of the same
         if len(texts) < size: raise ValueError(f"{len(texts)} texts cannot be shared by {size} processes; each needs one")
         model, tokenizer = load_model(options.model)
         if tokenizer is None: raise ValueError(f"MODEL {options.model!r} has no tokenizer, which texts need")
@@ -211,15 +212,10 @@ def _become_jupyterlab(path: Path, options: argparse.Namespace) -> None:
     os.execv(sys.executable, command)
 
 # %% ../nbs/16b_cli.ipynb #1752a32b
-def _teller() -> Callable[..., None]:
-    "What shows warnings: each once, as one line that a progress bar does not cut in two, in the words of a command line."
-    said = set()
-    def say(message: Warning | str, *_: Any, **__: Any) -> None:
-        from tqdm.auto import tqdm
-        if str(message) in said: return
-        said.add(str(message))
-        tqdm.write(f"qcal-nb: {message}".replace("max_length=", "--max-length "), file=sys.stderr)
-    return say
+def _say(message: Warning | str, *_: Any, **__: Any) -> None:
+    "A warning as one line that a progress bar does not cut in two, in the words of a command line."
+    from tqdm.auto import tqdm
+    tqdm.write(f"qcal-nb: {message}".replace("max_length=", "--max-length "), file=sys.stderr)
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -227,7 +223,7 @@ def main(words: Sequence[str] | None = None) -> int:
     options = parser().parse_args(words)
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _teller()
+            warnings.showwarning = _say
             {"lab": lab_command, "calibrate": calibrate_command, "report": report_command}[options.command](options)
     except KeyboardInterrupt:
         print("qcal-nb: interrupted", file=sys.stderr)

@@ -473,7 +473,7 @@ _said: ContextVar[set[str] | None] = ContextVar("qcal_nb_said", default=None)
 @contextmanager
 def each_warning_once() -> Iterator[None]:
     "Inside the block `warn_once` says the same thing only once."
-    token = _said.set(_said.get() or set())
+    token = _said.set(set() if _said.get() is None else _said.get())  # an outer block's, also while it is empty
     try: yield
     finally: _said.reset(token)
 

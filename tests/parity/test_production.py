@@ -35,5 +35,6 @@ def test_the_script_for_llm_compressor_gives_the_sessions_scales(name, tmp_path,
 def test_an_observer_that_the_reference_lacks_is_named_and_the_reference_refuses_it(observer, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = session_of(dict(scheme="INT8_STATIC", input_observer=observer)).production()
-    assert text.startswith(f"# This stops: llm-compressor has no observer {observer}: ")
+    assert text.startswith(f"# This stops: llm-compressor has no observer {observer}: calibrate with qcal_nb; "
+                           "the checkpoint of save_quantized runs in vLLM and transformers\n")
     with pytest.raises(Exception, match=observer.replace("_", "-")): exec(compile(text, "production", "exec"), {})
