@@ -152,7 +152,7 @@ def update_qparams(module: Module | Iterable[Module], base_name: str | Iterable[
         if observer.has_statistics: write_qparams(m, observer, only_update_onload)
         else:
             warn_once(f"{observer.module_name or type(m).__name__}, {name}: no statistics, its scale stays as it is. No "
-                          "batch reached this tensor (an expert that no token was routed to, a branch that did not run)")
+                      "batch reached this tensor (an expert that no token was routed to, a branch that did not run)")
 
 
 def write_qparams(module: Module, observer: Observer, only_update_onload: bool = False,

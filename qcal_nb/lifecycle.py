@@ -351,7 +351,7 @@ def _warn_target(model: Module, target: str, chosen: dict[str, tuple[Module, Qua
     elif not any(isinstance(m, QUANTIZABLE) or any(m is c for c, _ in chosen.values()) for m in hits):
         kinds = sorted({type(m).__name__ for m in hits})
         warn_once(f"target {target!r} matches only {', '.join(kinds)}, which cannot be quantized "
-                      "(Linear and Embedding can)")
+                  "(Linear and Embedding can)")
 
 
 def warn_unmatched(model: Module, config: QuantizationConfig, chosen: dict[str, tuple[Module, QuantizationScheme]]) -> None:

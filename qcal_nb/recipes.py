@@ -513,13 +513,13 @@ def _warn_about_experts(model: PreTrainedModel) -> None:
     if not experts and not fused_experts(model): return
     if not experts:
         warn_once("transformers does not load a mixture of experts of which everything but the experts is quantized: "
-                      "this checkpoint is for programs that do")
+                  "this checkpoint is for programs that do")
     elif not expert_names(model.config.model_type):
         warn_once(f"transformers stores the experts of a {model.config.model_type} as stacks and will not load them one by one: "
-                      "this checkpoint is for programs that do")
+                  "this checkpoint is for programs that do")
     elif any(_more_than_weights(m.quantization_scheme) for m in experts):
         warn_once("transformers fuses experts when it loads them, and has no place for scales of what enters them or for global scales: "
-                      "its logits will differ from this model's (vLLM's do not)")
+                  "its logits will differ from this model's (vLLM's do not)")
 
 
 def _refuse_uneven_experts(model: PreTrainedModel) -> None:
@@ -567,7 +567,7 @@ def _write(model: PreTrainedModel, folder: Path, tokenizer: Any) -> None:
     if dtype is not None:
         form = _one_format(list(config.config_groups.values())).value
         warn_once(f"compressed-tensors unpacks {form} to {dtype}, but this model is {model.dtype}: "
-                      f"the checkpoint loads as {dtype}, and its logits differ by that rounding")
+                  f"the checkpoint loads as {dtype}, and its logits differ by that rounding")
     _warn_about_experts(model)
     before = snapshot(model)
     try:
