@@ -9,7 +9,7 @@ __all__ = ['bits_of', 'float_of', 'shared_out', 'in_parts']
 import functools
 import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
@@ -34,11 +34,19 @@ def _threads(process: int, many: int) -> ThreadPoolExecutor: return ThreadPoolEx
 
 
 def shared_out(function: Callable[..., Any], *parts: Iterable[Any]) -> list[Any]:
-    "`map`, by as many threads as torch may use. The functions must let go of Python's lock and start no threads themselves."
-    many = torch.get_num_threads()
-    return list(map(function, *parts) if many == 1 else _threads(os.getpid(), many).map(function, *parts))
+    "`map`, by as many threads as torch may use, this one among them. The functions must let go of Python's lock and start no threads themselves."
+    jobs = list(zip(*parts))
+    results, left, many = [None] * len(jobs), iter(enumerate(jobs)), min(torch.get_num_threads(), len(jobs))
+    def work() -> None:
+        for i, job in left: results[i] = function(*job)
+    others = [_threads(os.getpid(), torch.get_num_threads()).submit(work) for _ in range(many - 1)]
+    try: work()
+    finally: wait(others)  # nothing goes on behind the back of whoever gets an error
+    for other in others: other.result()
+    return results
 
 
 def in_parts(x: np.ndarray) -> list[np.ndarray]:
     "An array cut along its first dimension, a part for each thread; views."
     return np.array_split(x, torch.get_num_threads())
+

@@ -13,7 +13,7 @@ CELLS = [(a, c) for a in ARCHITECTURES for c in SEARCHING if applies(a, c)]
 def test_scales_are_those_of_the_reference(architecture, configuration, monkeypatch):
     ways = []
     def noted(way): return lambda *args: ways.append(way.__name__) or way(*args)
-    for way in (bounds.counted_error, bounds._bounded): monkeypatch.setattr(bounds, way.__name__, noted(way))
+    for way in (bounds.counted_range, bounds.bounded_range): monkeypatch.setattr(bounds, way.__name__, noted(way))
     monkeypatch.setattr(bounds, "MANY", 1)
     cell = measure(architecture, configuration)
     assert cell.differ == [] and cell.scales > 0
