@@ -26,7 +26,7 @@ from .calibration_record import ConclusionKey, Key
 from qcal_nb.conclusions import (
     DEFAULT_ARGS, NEVER_SEEN, Asked, Conclusion, conclude_from, conclude_together, concluded, counts_of, follows_from_stats, label_of, new_observer,
 )
-from .observers.base import NonFiniteError, Observer, Once, current_feed, first_tensor, fused_layers
+from .observers.base import NonFiniteError, Observer, Once, current_feed, first_tensor, fused_layers, sharing
 from .histogram import Histogram
 from .tensor_stats import N_EXTREMES, Extreme, Level, TensorStats, measure
 
@@ -328,7 +328,7 @@ def look_at_weights(self: Collector) -> dict[Key, TensorStats]:
         if stats.first_nonfinite is not None and self.nonfinite == "raise":
             raise NonFiniteError(f"{name}, weight: {stats.first_nonfinite}. Mend the model, or record with nonfinite='skip' or 'record'")
         if stats.first_nonfinite is not None and self.nonfinite == "skip": found[name, "weight"] = _without_values(stats)
-        self.observers.see(self.once, name, "weight", weight, weight)
+        with sharing(): self.observers.see(self.once, name, "weight", weight, weight)
     self.observers.keep()
     self.once.clear()
     return found
