@@ -73,6 +73,25 @@ def test_the_bounds_hold(kind, seed, size, form, norm, p):
         assert least <= exact <= most
 
 
+@settings(max_examples=60, deadline=None)
+@given(kind=st.sampled_from(sorted(KINDS)), seed=st.integers(0, 9999), size=SIZES, threads=st.integers(1, 3), piece=st.sampled_from([1, 700, 1 << 23]))
+def test_every_value_is_in_its_bin(kind, seed, size, threads, piece):
+    x, before = tensor(kind, seed, size, 200, torch.float32), torch.get_num_threads()
+    if not 1e-6 < (x.max() - x.min()).item(): return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bounds, "_MOST", piece)  # values that one word counts before it is unpacked
+        torch.set_num_threads(threads)
+        try: binned = Binned.of(x, x.min().item(), x.max().item())
+        finally: torch.set_num_threads(before)
+    steps = torch.trunc(x.double().flatten() / binned.unit) * binned.unit  # what lies below a unit is cut off
+    place = torch.bucketize(steps, torch.from_numpy(binned.edges).double(), right=True) - 1
+    counts = torch.bincount(place, minlength=len(binned.counts))
+    means = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, place, steps) / counts
+    assert counts.tolist() == binned.counts.tolist() and len(counts) <= bounds.BINS + 1
+    assert torch.equal(means[counts > 0].float(), torch.from_numpy(binned.means)[counts > 0])
+    assert ((steps - x.flatten()).abs() < binned.unit).all()
+
+
 @pytest.mark.parametrize("form", ["int8", "int4", "fp8"])
 def test_bounds_decide_almost_everything(form):
     x = torch.randn(512, 1, 512, generator=torch.Generator().manual_seed(0))
@@ -80,6 +99,25 @@ def test_bounds_decide_almost_everything(form):
     ends = error_bounds(Binned.of(x, low.item(), high.item()), low * torch.tensor(shrinks), high * torch.tensor(shrinks), args, 2.4)
     bounded_search(shrinks, ends, 5, math.inf, [lambda p: asked.append(p) or (search_error(x, low * p, high * p, args, 2.4).item(),) * 2])
     assert len(asked) <= 6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(40, 1, 64), (1, 9, 600), (1, 9, 100)], ids=["one scale", "long rows", "short rows"])
+def test_searches_of_one_tensor_share_errors_and_nothing_else(dtype, shape):
+    x, args = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype), QuantizationArgs(strategy="channel", **ARGS["int4"])
+    searches = [dict(), dict(grid=50.0), dict(maxshrink=0.6), dict(norm=2.0), dict(expand=1.3), dict(patience=1), dict(grid=33.0, maxshrink=0.9)]
+    alone = [best_range(x, args, **search) for search in searches]
+    with sharing():
+        for order in (searches, searches[::-1]):
+            for search, (low, high) in zip(order, alone if order is searches else alone[::-1]):
+                mine = best_range(x, args, **search)
+                assert torch.equal(mine[0], low) and torch.equal(mine[1], high), search
+    assert len({tuple(high.flatten().tolist()) for _, high in alone}) > 2
+
+
+def test_other_devices_go_to_the_definition():
+    low = high = torch.zeros(1)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16): assert bounds.way_for(torch.empty(1, 1, 4, dtype=dtype, device="meta"), low, high, 2.4) is None
 
 
 def test_values_out_of_reach_go_to_the_definition():
