@@ -74,7 +74,8 @@ def test_the_bounds_hold(kind, seed, size, form, norm, p):
 
 
 @settings(max_examples=60, deadline=None)
-@given(kind=st.sampled_from(sorted(KINDS)), seed=st.integers(0, 9999), size=SIZES, threads=st.integers(1, 3), piece=st.sampled_from([1, 700, 1 << 23]))
+@given(kind=st.sampled_from(sorted(KINDS)), seed=st.integers(0, 9999), size=SIZES, threads=st.integers(1, 3),
+       piece=st.sampled_from([1, 700, 1 << 23]))
 def test_every_value_is_in_its_bin(kind, seed, size, threads, piece):
     x, before = tensor(kind, seed, size, 200, torch.float32), torch.get_num_threads()
     if not 1e-6 < (x.max() - x.min()).item(): return
@@ -117,7 +118,8 @@ def test_searches_of_one_tensor_share_errors_and_nothing_else(dtype, shape):
 
 def test_other_devices_go_to_the_definition():
     low = high = torch.zeros(1)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16): assert bounds.way_for(torch.empty(1, 1, 4, dtype=dtype, device="meta"), low, high, 2.4) is None
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert bounds.way_for(torch.empty(1, 1, 4, dtype=dtype, device="meta"), low, high, 2.4) is None
 
 
 def test_values_out_of_reach_go_to_the_definition():

@@ -10,6 +10,7 @@ __all__ = ['T', 'ACTIVATIONS', 'BASE_NAMES', 'POLICIES', 'current_batch', 'curre
            'first_tensor', 'each_warning_once', 'warn_once', 'Once', 'sharing', 'shared', 'fuse', 'fused_layers']
 
 # %% ../../nbs/03a_observers_base.ipynb #b5c0be45
+import math
 import sys
 import warnings
 import weakref
@@ -252,8 +253,7 @@ class Counts:
         "After one more call. Calls outside of a feed (no batch index) count as a batch each."
         batch = current_batch.get()
         new = batch is None or batch != self.last_batch
-        return replace(self, observations=self.observations + 1, elements=self.elements + elements,
-                       batches=self.batches + new, last_batch=batch)
+        return Counts(self.observations + 1, self.elements + elements, self.batches + new, self.skipped, self.nonfinite, self.first_nonfinite, batch)
 
     def found(self, bad: NonFinite, skipped: bool) -> "Counts":
         "After non-finite values were kept out."
@@ -355,6 +355,11 @@ def _pass_over(self: "Observer", observed: Tensor, batch: int | None) -> bool:
     return known and same_tensor(observed) == self._seen
 
 
+def _finite(x: Tensor) -> bool:
+    "Whether every element is. A single number, which most statistics are, is asked for without three more operations of torch."
+    return math.isfinite(x.item()) if x.numel() == 1 else bool(torch.isfinite(x).all())
+
+
 @torch.no_grad()
 def _look_at(self: "Observer", observed: Tensor) -> "Observer":
     "One observation: pass over what is empty or unchanged, start anew after consumption, update, keep non-finite values out."
@@ -366,7 +371,7 @@ def _look_at(self: "Observer", observed: Tensor) -> "Observer":
     if self.consumed: self.delete_statistics()
     start, flat = _remember(self), flatten_for_calibration(observed.detach(), self.base_name, self.args)
     self.update_statistics_from_observed(flat)
-    if not all(torch.isfinite(s).all() for s in self.get_statistics().values() if s.is_floating_point()):
+    if not all(_finite(s) for s in self.get_statistics().values() if s.is_floating_point()):
         self.__dict__.update(before)
         _keep_out(self, observed, flat, start)
     if self.base_name == "weight": self._seen = same_tensor(observed)
@@ -497,21 +502,21 @@ def warn_once(message: str) -> None:
 
 # %% ../../nbs/03a_observers_base.ipynb #21883716
 class Once:
-    "Answers questions about tensors, each once for the last `size` tensors that passed; these are held so long."
+    "Answers questions about tensors, each once for the last `size` tensors that passed. Answers are held so long, the tensors are not."
 
     def __init__(self, size: int = 4) -> None:
-        self.size, self._held = size, OrderedDict()
+        self.size, self._answers = size, OrderedDict()
 
     def __call__(self, value: Tensor, question: Hashable, answer: Callable[[], T]) -> T:
         key = same_tensor(value)
-        held = self._held[key] = self._held.pop(key, None) or (value, {})  # to the end: the most recent
-        while len(self._held) > self.size: self._held.popitem(last=False)
-        if question not in held[1]: held[1][question] = answer()
-        return held[1][question]
+        answers = self._answers[key] = self._answers.pop(key, {})  # to the end: the most recent
+        while len(self._answers) > self.size: self._answers.popitem(last=False)
+        if question not in answers: answers[question] = answer()
+        return answers[question]
 
     def clear(self) -> None:
-        "Let go of all tensors."
-        self._held.clear()
+        "Forget all answers."
+        self._answers.clear()
 
 _once: ContextVar[Once | None] = ContextVar("qcal_nb_once", default=None)
 

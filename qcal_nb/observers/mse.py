@@ -36,10 +36,9 @@ class MSEObserver(MinMaxObserver):
     checks: ClassVar[tuple[Any, ...]] = (*MinMaxObserver.checks, check_search)
 
     def range_of(self, observed: Tensor) -> tuple[Tensor, Tensor]:
-        "The best range of one batch, two tensors of shape `qparam_shape`."
+        "The best range of one batch, two tensors of shape `qparam_shape`, which may be shared."
         search = {name: self.kwargs[name] for name in SEARCH}
-        found = shared(observed, ("best_range", repr(self.args), *search.values()), lambda: best_range(observed, self.args, **search))
-        return tuple(end.clone() for end in found)
+        return shared(observed, ("best_range", repr(self.args), *search.values()), lambda: best_range(observed, self.args, **search))
 
 # %% ../../nbs/03c_observers_mse.ipynb #684de07d
 @Observer.register("nvfp4_expanded_mse")
