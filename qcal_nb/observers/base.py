@@ -360,7 +360,6 @@ def _finite(x: Tensor) -> bool:
     return math.isfinite(x.item()) if x.numel() == 1 else bool(torch.isfinite(x).all())
 
 
-@torch.no_grad()
 def _look_at(self: "Observer", observed: Tensor) -> "Observer":
     "One observation: pass over what is empty or unchanged, start anew after consumption, update, keep non-finite values out."
     batch = current_batch.get()
@@ -374,9 +373,9 @@ def _look_at(self: "Observer", observed: Tensor) -> "Observer":
     if not all(_finite(s) for s in self.get_statistics().values() if s.is_floating_point()):
         self.__dict__.update(before)
         _keep_out(self, observed, flat, start)
-    if self.base_name == "weight": self._seen = same_tensor(observed)
-    self._read = False  # what was read before is not what is there now
-    self.counts = self.counts.seen(observed.numel())
+    seen = same_tensor(observed) if self.base_name == "weight" else None
+    # what was read before is not what is there now. Not one by one: after a matrix product an assignment to a Module takes as long as a small operation
+    self.__dict__.update(_seen=seen, _read=False, counts=self.counts.seen(observed.numel()))
     return self
 
 # %% ../../nbs/03a_observers_base.ipynb #a3d57778
@@ -449,7 +448,8 @@ class Observer(Fusable, Registry, ABC):
 
     def forward(self, observed: Tensor) -> "Observer":
         "Look at one tensor. An empty one, or a weight that did not change since, is passed over."
-        return _look_at(self, observed)
+        if not torch.is_grad_enabled(): return _look_at(self, observed)
+        with torch.no_grad(): return _look_at(self, observed)
 
     @abstractmethod
     def update_statistics_from_observed(self, observed: Tensor) -> None:
