@@ -1,4 +1,5 @@
 """The fast ways to a range against the definition: the same for whatever tensor, and the bounds hold."""
+import contextlib
 import math
 
 import pytest
@@ -7,7 +8,7 @@ from compressed_tensors.quantization import QuantizationArgs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qcal_nb.observers import Observer, bounds, imatrix
+from qcal_nb.observers import Observer, bounds, kernels
 from qcal_nb.observers.base import sharing
 from qcal_nb.observers.bounds import Binned, best_range, bounded_search, error_bounds, error_by_kernel
 from qcal_nb.observers.imatrix import importance_range, weighted_error
@@ -35,9 +36,15 @@ SEARCHES = st.fixed_dictionaries({}, optional=dict(
     norm=st.sampled_from([2.0, 2.4, 3.0]), expand=st.sampled_from([1.0, 1.8])))
 
 
-@pytest.fixture(autouse=True)
-def _however_small(monkeypatch):
-    for module, limit in ((bounds, "MANY"), (bounds, "ENOUGH"), (imatrix, "ENOUGH")): monkeypatch.setattr(module, limit, 1)
+@contextlib.contextmanager
+def taken_for(size):
+    "Tensors with one scale go where large ones go, to bounds and counts, or where small ones go, to the kernel."
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (bounds, kernels): patch.setattr(module, "MANY", {"large": 1, "small": 1 << 30}[size])
+        yield
+
+
+SIZES_TAKEN_FOR = pytest.mark.parametrize("taken", ["large", "small"])
 
 
 def tensor(kind, seed, size, rows, dtype):
@@ -45,13 +52,14 @@ def tensor(kind, seed, size, rows, dtype):
     return (KINDS[kind](x) * size).to(dtype).reshape(-1, 1, 64)
 
 
+@SIZES_TAKEN_FOR
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @settings(max_examples=250, deadline=None)
 @given(kind=st.sampled_from(sorted(KINDS)), seed=st.integers(0, 9999), size=SIZES, rows=st.sampled_from([1, 8, 100]),
        form=st.sampled_from(sorted(ARGS)), search=SEARCHES)
-def test_the_range_is_that_of_the_definition(dtype, kind, seed, size, rows, form, search):
+def test_the_range_is_that_of_the_definition(taken, dtype, kind, seed, size, rows, form, search):
     x, args = tensor(kind, seed, min(size, 1.0) if dtype == torch.float16 else size, rows, dtype), QuantizationArgs(strategy="tensor", **ARGS[form])
-    mine, plain = best_range(x, args, **search), mse_range(x, args, **search)
+    with taken_for(taken): mine, plain = best_range(x, args, **search), mse_range(x, args, **search)
     if torch.equal(mine[0], plain[0]) and torch.equal(mine[1], plain[1]): return
     norm = search.get("norm", 2.4)  # nothing but a tie that the order of summation decides may differ
     a, b = (search_error(x.double() if dtype == torch.float32 else x, *ends, args, norm).item() for ends in (mine, plain))
@@ -103,12 +111,13 @@ def test_bounds_decide_almost_everything(form):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@SIZES_TAKEN_FOR
 @pytest.mark.parametrize("shape", [(40, 1, 64), (1, 9, 600), (1, 9, 100)], ids=["one scale", "long rows", "short rows"])
-def test_searches_of_one_tensor_share_errors_and_nothing_else(dtype, shape):
+def test_searches_of_one_tensor_share_errors_and_nothing_else(dtype, shape, taken):
     x, args = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype), QuantizationArgs(strategy="channel", **ARGS["int4"])
     searches = [dict(), dict(grid=50.0), dict(maxshrink=0.6), dict(norm=2.0), dict(expand=1.3), dict(patience=1), dict(grid=33.0, maxshrink=0.9)]
-    alone = [best_range(x, args, **search) for search in searches]
-    with sharing():
+    with taken_for(taken): alone = [best_range(x, args, **search) for search in searches]
+    with sharing(), taken_for(taken):
         for order in (searches, searches[::-1]):
             for search, (low, high) in zip(order, alone if order is searches else alone[::-1]):
                 mine = best_range(x, args, **search)

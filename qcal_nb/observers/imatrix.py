@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.nn import Module
 
 from .base import NonFiniteError, Observer, about_to_change, current_batch, find_nonfinite, first_tensor, flatten_for_calibration, warn_once
-from .bounds import ENOUGH
 from .kernels import fits_kernel, row_search
 from .minmax import min_max
 from .search import check_search, quantize_with_range, shrink_search
@@ -37,7 +36,7 @@ def importance_range(observed: Tensor, args: QuantizationArgs, importance: Tenso
     at least p = 1 and one step further are tried."""
     low, high = (extreme * expand for extreme in min_max(observed))
     shrinks, patience = [1 - i / grid for i in range(max(1, int(maxshrink * grid)) + 1)], patience or math.inf
-    if observed.numel() < ENOUGH or not fits_kernel(observed, low, high, args, norm):
+    if not fits_kernel(observed, low, high, args, norm):
         return shrink_search(low, high, shrinks, patience, lambda lo, hi: weighted_error(observed, lo, hi, args, norm, importance))
 
     def error_of(scales: Tensor, low: Tensor, high: Tensor) -> Tensor:

@@ -72,7 +72,8 @@ def hooks(size: Size, name: str, observer: str, dtype: torch.dtype, target: Any)
     times = alternate(works, size.rounds, SMALL)
     within = {side: sides.in_hooks(watched(model, side, args), batch) for side in sides.MODIFIERS}
     with threads(1): agree = sides.hooks_agree(model, batch, args)
-    return [overhead(name, times, target, agree, f"by a clock around each hook: reference {within['reference']:+.1f} %, ours {within['ours']:+.1f} %")]
+    note = f"by a clock around each hook: reference {within['reference']:+.1f} %, ours {within['ours']:+.1f} %"
+    return [overhead(name, times, target, agree, note)]
 
 
 @row("static_minmax hooks", "What a forward pass takes longer with `static_minmax` on the inputs of all Linears, int8 per tensor.")

@@ -2,7 +2,7 @@
 import pytest
 from harness import ARCHITECTURES, applies, measure
 
-from qcal_nb.observers import bounds
+from qcal_nb.observers import bounds, kernels
 
 pytestmark = [pytest.mark.parity, pytest.mark.slow]
 SEARCHING = ("FP8 mse", "A mse, averaging_constant 0.3, grid 50", "W8 tensor asym mse, A static_minmax asym", "KV cache mse")
@@ -14,7 +14,7 @@ def test_scales_are_those_of_the_reference(architecture, configuration, monkeypa
     ways = []
     def noted(way): return lambda *args: ways.append(way.__name__) or way(*args)
     for way in (bounds.counted_range, bounds.bounded_range): monkeypatch.setattr(bounds, way.__name__, noted(way))
-    monkeypatch.setattr(bounds, "MANY", 1)
+    for module in (bounds, kernels): monkeypatch.setattr(module, "MANY", 1)
     cell = measure(architecture, configuration)
     assert cell.differ == [] and cell.scales > 0
     assert ways  # one of the fast ways was taken
