@@ -993,6 +993,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'qcal_nb/observers/bounds.py'),
                                           'qcal_nb.observers.bounds._bounds': ( 'observers_bounds.html#_bounds',
                                                                                 'qcal_nb/observers/bounds.py'),
+                                          'qcal_nb.observers.bounds._found': ( 'observers_bounds.html#_found',
+                                                                               'qcal_nb/observers/bounds.py'),
                                           'qcal_nb.observers.bounds.add_counted': ( 'observers_bounds.html#add_counted',
                                                                                     'qcal_nb/observers/bounds.py'),
                                           'qcal_nb.observers.bounds.best_range': ( 'observers_bounds.html#best_range',

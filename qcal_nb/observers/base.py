@@ -523,8 +523,8 @@ _once: ContextVar[Once | None] = ContextVar("qcal_nb_once", default=None)
 
 @contextmanager
 def sharing() -> Iterator[None]:
-    "Inside the block, observers of one tensor share what is the same for all of them (`shared`)."
-    token = _once.set(Once())
+    "Inside the block, observers of one tensor share what is the same for all of them (`shared`); a block inside another shares with it."
+    token = _once.set(_once.get() or Once())
     try: yield
     finally: _once.reset(token)
 

@@ -28,7 +28,7 @@ from qcal_nb.observers.kernels import (
     AT_ONCE, BLOCK, MANY, MOST, bfloat16_errors, column_errors, fits_kernel, form_of, nearest, power, power_coefficients, power_table,
     remembered, row_search, shrunk, to_bfloat16, tolerance_of,
 )
-from .base import shared
+from .base import shared, sharing
 from .minmax import range_seen
 from .search import quantize_with_range, search_error, shrink_search
 
@@ -322,6 +322,10 @@ def best_range(observed: Tensor, args: QuantizationArgs, maxshrink: float = 0.20
                norm: float = 2.4, expand: float = 1.0) -> tuple[Tensor, Tensor]:
     "What `mse_range` finds (two tensors of shape `qparam_shape`), the fastest way there is for this tensor."
     shrinks = [1 - i / grid for i in range(int(maxshrink * grid))]
+    with sharing(): return _found(observed, args, shrinks, patience, norm, expand)  # the bins ask for the extremes again
+
+
+def _found(observed: Tensor, args: QuantizationArgs, shrinks: list[float], patience: float, norm: float, expand: float) -> tuple[Tensor, Tensor]:
     low, high = (extreme * expand for extreme in range_seen(observed))
     known = shared(observed, ("errors", repr(args), norm, expand), dict)
     if fits_kernel(observed, low, high, args, norm):
