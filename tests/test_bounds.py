@@ -73,7 +73,7 @@ def test_the_bounds_hold(kind, seed, size, form, norm, p):
     x, args = tensor(kind, seed, size, 200, torch.float32), QuantizationArgs(strategy="tensor", **ARGS[form])
     low, high = min_max(x)
     if not 1e-6 < (high - low).item(): return  # goes to the definition
-    [(least, most)] = error_bounds(Binned.of(x, low.item(), high.item()), low * p, high * p, args, norm)
+    [(least, most)] = error_bounds(Binned(x, low.item(), high.item()), low * p, high * p, args, norm)
     exact = search_error(x, low * p, high * p, args, norm).item()
     assert least <= exact <= most
     if max(-low.item(), high.item()) < 1e5 and exact > 1e-30:
@@ -90,7 +90,7 @@ def test_every_value_is_in_its_bin(kind, seed, size, threads, piece):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bounds, "_MOST", piece)  # values that one word counts before it is unpacked
         torch.set_num_threads(threads)
-        try: binned = Binned.of(x, x.min().item(), x.max().item())
+        try: binned = Binned(x, x.min().item(), x.max().item())
         finally: torch.set_num_threads(before)
     steps = torch.trunc(x.double().flatten() / binned.unit) * binned.unit  # what lies below a unit is cut off
     place = torch.bucketize(steps, torch.from_numpy(binned.edges).double(), right=True) - 1
@@ -105,7 +105,7 @@ def test_every_value_is_in_its_bin(kind, seed, size, threads, piece):
 def test_bounds_decide_almost_everything(form):
     x = torch.randn(512, 1, 512, generator=torch.Generator().manual_seed(0))
     args, asked, shrinks, (low, high) = QuantizationArgs(strategy="tensor", **ARGS[form]), [], [1 - i / 100 for i in range(20)], min_max(x)
-    ends = error_bounds(Binned.of(x, low.item(), high.item()), low * torch.tensor(shrinks), high * torch.tensor(shrinks), args, 2.4)
+    ends = error_bounds(Binned(x, low.item(), high.item()), low * torch.tensor(shrinks), high * torch.tensor(shrinks), args, 2.4)
     bounded_search(shrinks, ends, 5, math.inf, [lambda p: asked.append(p) or (search_error(x, low * p, high * p, args, 2.4).item(),) * 2])
     assert len(asked) <= 6
 
