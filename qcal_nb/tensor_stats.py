@@ -84,7 +84,8 @@ def keep_largest(block, columns, first, sizes, places):
             size, at = abs(block[row, column]), len(sizes)
             while at > 0 and size > sizes[at - 1]: at -= 1
             if at == len(sizes): continue
-            sizes[at + 1:], places[at + 1:] = sizes[at:-1].copy(), places[at:-1].copy()
+            for later in range(len(sizes) - 1, at, -1):  # not by slices, whose assignment takes numba seconds to compile
+                sizes[later], places[later, 0], places[later, 1] = sizes[later - 1], places[later - 1, 0], places[later - 1, 1]
             sizes[at], places[at, 0], places[at, 1] = size, first + row, column
 
 

@@ -195,7 +195,7 @@ def errors_in_bins(edges, means, counts, width, scales, zero_points, form, norm,
         quantize_edges(edges, scales[candidate], zero_points[candidate], form, codes)
         found[candidate, 0] = smooth_error(codes, means, counts, norm, coefficients)
         kinks = places[:changes(codes, places)]
-        found[candidate, 1:] = kinked_error(codes, edges, counts, kinks, width, norm, coefficients)
+        found[candidate, 1], found[candidate, 2] = kinked_error(codes, edges, counts, kinks, width, norm, coefficients)
 
 
 def _bounds(binned: Binned, norm: float, smooth: np.ndarray, least: np.ndarray, most: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -228,7 +228,7 @@ def error_by_kernel(observed: Tensor, low: Tensor, high: Tensor, args: Quantizat
 
     def total(block: np.ndarray) -> float:
         same, errors = np.ones((1, block.shape[1]), np.float32), np.zeros((1, block.shape[1]))
-        column_errors(block, None, same * scale, same * zero_point, None, form, np.float32(norm), power_coefficients(norm), None, None, errors)
+        column_errors(block, None, same * scale, same * zero_point, None, form, np.float32(norm), power_coefficients(norm), None, np.inf, errors)
         return float(errors.sum())
     error = sum(shared_out(total, [*in_parts(flat[:even].reshape(-1, WIDE)), flat[None, even:]]))
     slip = error * tolerance_of(form, norm)

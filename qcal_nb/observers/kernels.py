@@ -144,24 +144,26 @@ def all_beyond(errors, limits):
 @njit(nogil=True, cache=True)
 def column_errors(x, weights, scales, zero_points, half, form, norm, coefficients, table, hopeless, errors):
     """Add Σ|QDQ(x) − x|^norm of each column of `x` (values, columns) to `errors` (candidates, columns), float64, for the candidates'
-    `scales` and `zero_points` (candidates, columns). `half`: None, or the values are bfloat16. `hopeless`: None, or how many times the least
-    error of its column makes an error one that need not be known; a candidate is left off where all columns have come so far."""
+    `scales` and `zero_points` (candidates, columns). `half`: None, or the values are bfloat16. `hopeless`: how many times the least
+    error of its column makes an error one that need not be known (infinity: none); a candidate is left off where all columns have come so far."""
     total, error, limits = np.empty(x.shape[1], np.float32), np.empty(x.shape[1], np.float32), np.full(x.shape[1], np.inf)
-    step = 256 if hopeless is None else 32
+    step = 32 if hopeless < np.inf else 256
     for candidate in range(len(scales)):
         scale, zero_point = scales[candidate], zero_points[candidate]
         inverse = np.float32(1) / scale
         for start in range(0, len(x), step):
-            if hopeless is not None and all_beyond(errors[candidate], limits): break
+            if hopeless < np.inf and all_beyond(errors[candidate], limits): break
             total[:] = 0
             for i in range(start, min(start + step, len(x))):
-                weight = None if weights is None else weights[i]
-                if half is None: add_errors(x[i], weight, scale, inverse, zero_point, form, norm, coefficients, total)
+                if half is None:
+                    if weights is None: add_errors(x[i], None, scale, inverse, zero_point, form, norm, coefficients, total)
+                    else: add_errors(x[i], weights[i], scale, inverse, zero_point, form, norm, coefficients, total)
                 else:
                     bfloat16_errors(x[i], scale, zero_point, form, error)
-                    add_terms(error, weight, norm, coefficients, table, total)
-            errors[candidate] += total
-        if hopeless is not None: limits = np.minimum(limits, errors[candidate] * hopeless)
+                    if weights is None: add_terms(error, None, norm, coefficients, table, total)
+                    else: add_terms(error, weights[i], norm, coefficients, table, total)
+            for c in range(len(total)): errors[candidate, c] += total[c]
+        if hopeless < np.inf: limits = np.minimum(limits, errors[candidate] * hopeless)
 
 # %% ../../nbs/03bc_observers_kernels.ipynb #f67679d9
 FAINT = 1e-30  # errors below are not trusted
@@ -200,12 +202,11 @@ def as_number(x, half):
 
 @njit(nogil=True, cache=True)
 def laid_out(flat, starts, stops, length, half):
-    "The runs of `flat` from `starts` to `stops` as columns (length, runs), filled up with zeros, which have no error. Nothing of nothing."
-    if flat is None: return None
+    "The runs of `flat` from `starts` to `stops` as columns (length, runs), filled up with zeros, which have no error."
     columns = np.zeros((length, len(starts)), np.float32)
     for left in range(0, len(starts), 8):  # eight columns at a time: neighbours in memory are written together
-        some, ends = starts[left:left + 8], stops[left:left + 8]
-        shortest = (ends - some).min()
+        some, ends, shortest = starts[left:left + 8], stops[left:left + 8], length
+        for c in range(len(some)): shortest = min(shortest, ends[c] - some[c])
         for i in range(shortest):
             row = columns[i, left:left + 8]
             for c in range(len(row)): row[c] = as_number(flat[some[c] + i], half)
@@ -310,26 +311,28 @@ def errors_of_runs(flat, runs, importance, own, length, half, scales, zero_point
     """Add the errors of the `runs` (starts, stops) of `flat` to `errors` (candidates, runs), a block at a time. `own`: where what they count is found
     in `importance`, flat or None; the other arguments are those of `column_errors`."""
     width, laid = max(1, BLOCK // length), 0
-    weights = laid_out(importance, own[0][:width], own[1][:width], length, None)
     for left in range(0, len(runs[0]), width):
         block = slice(left, min(left + width, len(runs[0])))
-        if own[0][left] != own[0][laid]: weights, laid = laid_out(importance, own[0][block], own[1][block], length, None), left
         columns, found = laid_out(flat, runs[0][block], runs[1][block], length, half), errors[:, block].copy()
-        column_errors(columns, weights, scales[:, block].copy(), zero_points[:, block].copy(), half, form, norm, coefficients, table, hopeless, found)
-        errors[:, block] = found
+        scale, zero_point = scales[:, block].copy(), zero_points[:, block].copy()
+        if importance is None: column_errors(columns, None, scale, zero_point, half, form, norm, coefficients, table, hopeless, found)
+        else:
+            if left == 0 or own[0][left] != own[0][laid]: weights, laid = laid_out(importance, own[0][block], own[1][block], length, None), left
+            column_errors(columns, weights, scale, zero_point, half, form, norm, coefficients, table, hopeless, found)
+        for candidate in range(len(found)):  # not `errors[:, block] = found`, which takes numba four seconds to compile
+            for c in range(found.shape[1]): errors[candidate, left + c] = found[candidate, c]
 
 
 def errors_of(problem: Problem, part: slice, shrinks: Sequence[float]) -> np.ndarray:
     "Errors (candidates, scales) of the scales of `part` with their ranges times `shrinks`."
     flat, many, pieces, norm, tolerance = rows_of(problem.observed, part), problem.many, problem.pieces, problem.norm, float(problem.tolerance)
-    hopeless = (1 + 1.01 * tolerance) / (1 - 1.01 * tolerance) if pieces == 1 else None  # its interval lies above that of the best; 1.01: the ends of both are rounded
+    hopeless = (1 + 1.01 * tolerance) / (1 - 1.01 * tolerance) if pieces == 1 else np.inf  # its interval lies above that of the best; 1.01: the ends of both are rounded
     how = problem.form, np.float32(norm), None if norm == 3 else power_coefficients(norm), power_table(norm) if problem.compared_in_half else None, hopeless
     flat_importance, rows = (None, 1) if problem.importance is None else (problem.importance.reshape(-1), len(problem.importance))
 
     def some(numbers: np.ndarray, scales: np.ndarray, zero_points: np.ndarray) -> np.ndarray:
         runs, own = runs_of(numbers - part.start, many, pieces), runs_of(numbers % rows, many, pieces)
-        found, qparams = np.zeros((len(shrinks), len(numbers) * pieces)), (scales, zero_points)
-        if pieces > 1: qparams = (np.repeat(q, pieces, axis=1) for q in qparams)
+        found, qparams = np.zeros((len(shrinks), len(numbers) * pieces)), (np.repeat(q, pieces, axis=1) for q in (scales, zero_points))
         errors_of_runs(flat, runs, flat_importance, own, -(-many // pieces), problem.half, *qparams, *how, found)
         return found if pieces == 1 else found.reshape(len(shrinks), len(numbers), pieces).sum(-1)
     parts = (np.array_split(x, torch.get_num_threads(), axis=-1) for x in (np.arange(part.start, part.stop), *qparams_of(problem, part, shrinks)))
