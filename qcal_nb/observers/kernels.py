@@ -249,7 +249,7 @@ T = TypeVar("T")
 
 
 class Problem(NamedTuple):
-    "A search: the values, the widest range, the format, the norm, and what each value's error counts (float32, shaped as the values) or None."
+    "A search: the values, the widest range, the format, the norm, and what each value's error counts, or None."
 
     observed: Tensor            # (num_observations, scales, values)
     low: Tensor                 # (scales,), as high
@@ -335,7 +335,8 @@ def errors_of(problem: Problem, part: slice, shrinks: Sequence[float]) -> np.nda
         found, qparams = np.zeros((len(shrinks), len(numbers) * pieces)), (np.repeat(q, pieces, axis=1) for q in (scales, zero_points))
         errors_of_runs(flat, runs, flat_importance, own, -(-many // pieces), problem.half, *qparams, *how, found)
         return found if pieces == 1 else found.reshape(len(shrinks), len(numbers), pieces).sum(-1)
-    parts = (np.array_split(x, torch.get_num_threads(), axis=-1) for x in (np.arange(part.start, part.stop), *qparams_of(problem, part, shrinks)))
+    numbers, many_parts = np.arange(part.start, part.stop), min(torch.get_num_threads(), part.stop - part.start)
+    parts = (np.array_split(x, many_parts, axis=-1) for x in (numbers, *qparams_of(problem, part, shrinks)))
     return np.concatenate(shared_out(some, *parts), axis=1)
 
 
@@ -366,7 +367,7 @@ def settle(problem: Problem, scales: Tensor, shrinks: Sequence[float]) -> Tensor
     "For some scales (their numbers) the definition: which candidates are better than all before, bool (candidates, scales). All candidates are asked about in one call."
     many, share = len(shrinks), torch.tensor(shrinks)[:, None]
     better = torch.empty(many, len(scales), dtype=torch.bool)
-    step = max(1, BLOCK // (problem.observed.shape[0] * problem.observed.shape[2] * many))
+    step = max(1, BLOCK // (problem.many * many))
     for start in range(0, len(scales), step):
         some = scales[start:start + step]
         low, high = (shrunk(end[some], share).flatten() for end in (problem.low, problem.high))
