@@ -60,7 +60,7 @@ def add_counted(values, counts, scales, zero_points, form, table, totals):
 # %% ../../nbs/03bd_observers_bounds.ipynb #6338258c
 def counted_errors(observed: Tensor, args: QuantizationArgs, norm: float) -> Callable[[Tensor, Tensor], list[float]]:
     "`search_error` of a bfloat16 or float16 tensor with one scale, as a function of ranges (candidates,); every different value is quantized once."
-    values, counts = counted(observed)
+    values, counts = shared(observed, "counted", lambda: counted(observed))
     def one_by_one(low: Tensor, high: Tensor) -> list[float]:
         quantized = (quantize_with_range(values.reshape(1, 1, -1), *ends, args) for ends in zip(low.split(1), high.split(1)))
         totals = [(q.to(values.dtype) - values).abs_().pow_(norm).double().mul_(torch.from_numpy(counts)).sum() for q in quantized]
