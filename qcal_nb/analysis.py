@@ -24,7 +24,17 @@ from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
 from .calibration_record import CalibrationRecord, Key
-from .conclusions import DEFAULT_ARGS, Asked, Conclusion, conclude_from, concluded, counts_of, label_of, new_observer, statistics_from
+from qcal_nb.conclusions import (
+    DEFAULT_ARGS,
+    Asked,
+    Conclusion,
+    conclude_from,
+    concluded,
+    counts_of,
+    label_of,
+    new_observer,
+    statistics_from,
+)
 from .coverage import suspicious_scales
 from .lifecycle import QuantizationMixin
 from .observers.base import NonFinite, check_args
@@ -67,7 +77,20 @@ def model_table(rows: list[dict[str, Any]], columns: list[str], record: Calibrat
 
 # %% ../nbs/09_analysis.ipynb #b58a79be
 PERCENTILES = (0.01, 0.1, 1, 5, 50, 95, 99, 99.9, 99.99)
-RANGE_COLUMNS = [*WHERE, "min", "max", "absmax", "mean", "std", *(f"p{p:g}" for p in PERCENTILES), "outlier_ratio", "numel", "nan", "inf", "first_nonfinite"]
+RANGE_COLUMNS = [
+    *WHERE,
+    "min",
+    "max",
+    "absmax",
+    "mean",
+    "std",
+    *(f"p{p:g}" for p in PERCENTILES),
+    "outlier_ratio",
+    "numel",
+    "nan",
+    "inf",
+    "first_nonfinite",
+]
 
 
 def outlier_ratio(stats: TensorStats) -> float:
@@ -78,9 +101,19 @@ def outlier_ratio(stats: TensorStats) -> float:
 
 def _range_row(stats: TensorStats) -> dict[str, Any]:
     quantiles = stats.histogram.quantile(np.array(PERCENTILES) / 100)
-    return dict(min=stats.min if stats.count else math.nan, max=stats.max if stats.count else math.nan, absmax=stats.absmax, mean=stats.mean,
-                std=stats.std, outlier_ratio=outlier_ratio(stats), numel=stats.count, nan=stats.nan, inf=stats.inf,
-                first_nonfinite=place_in_words(stats.first_nonfinite), **{f"p{p:g}": q for p, q in zip(PERCENTILES, quantiles)})
+    return dict(
+        min=stats.min if stats.count else math.nan,
+        max=stats.max if stats.count else math.nan,
+        absmax=stats.absmax,
+        mean=stats.mean,
+        std=stats.std,
+        outlier_ratio=outlier_ratio(stats),
+        numel=stats.count,
+        nan=stats.nan,
+        inf=stats.inf,
+        first_nonfinite=place_in_words(stats.first_nonfinite),
+        **{f"p{p:g}": q for p, q in zip(PERCENTILES, quantiles)},
+    )
 
 
 def place_in_words(place: NonFinite | None) -> str:
@@ -90,13 +123,18 @@ def place_in_words(place: NonFinite | None) -> str:
 
 
 def ranges(record: CalibrationRecord) -> pd.DataFrame:
-    """A row per tensor, in model order: extremes, percentiles, mean and standard deviation in the tensor's own units; how far the largest
-    reaches beyond the 99.9th percentile of |x|; counts of elements and of non-finite ones, and where the first of those was."""
+    """A row per tensor, in model order: extremes, percentiles, mean and standard deviation in the tensor's own
+    units; how far the largest reaches beyond the 99.9th percentile of |x|; counts of elements and of non-finite
+    ones, and where the first of those was."""
     done: dict[int, dict[str, Any]] = {}
     for stats in check_record(record).tensors.values():
-        if id(stats) not in done: done[id(stats)] = _range_row(stats)
-    table = model_table([where_in(record, key) | done[id(stats)] for key, stats in record.tensors.items()], RANGE_COLUMNS, record)
-    return table.astype({name: float for name in RANGE_COLUMNS[4:-4]} | dict.fromkeys(("numel", "nan", "inf"), int))  # even without rows
+        if id(stats) not in done:
+            done[id(stats)] = _range_row(stats)
+    table = model_table(
+        [where_in(record, key) | done[id(stats)] for key, stats in record.tensors.items()], RANGE_COLUMNS, record
+    )
+    # even without rows
+    return table.astype({name: float for name in RANGE_COLUMNS[4:-4]} | dict.fromkeys(("numel", "nan", "inf"), int))
 
 # %% ../nbs/09_analysis.ipynb #69ae41f9
 ORDERS = ("depth", "absmax", "outlier_ratio", "std", "min", "max", "module", "sqnr_db")
@@ -104,27 +142,61 @@ ORDERS = ("depth", "absmax", "outlier_ratio", "std", "min", "max", "module", "sq
 
 def compile_pattern(pattern: str) -> re.Pattern:
     "A pattern to search module names with; a ValueError that says what is wrong if it is not a regular expression."
-    try: return re.compile(pattern)
-    except re.error as error: raise ValueError(f"pattern={pattern!r} is not a regular expression: {error}") from None
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"pattern={pattern!r} is not a regular expression: {error}") from None
 
 
 def choose(
-    table: pd.DataFrame, pattern: str = "", base_name: str | None = None, layer: int | None = None, order: str = "depth",
+    table: pd.DataFrame,
+    pattern: str = "",
+    base_name: str | None = None,
+    layer: int | None = None,
+    order: str = "depth",
 ) -> pd.DataFrame:
-    "The rows whose module matches a pattern, of one base name and layer (None: any), in model order or the largest first (of SQNR the smallest)."
-    if order not in ORDERS: raise ValueError(f"order={order!r} is unknown; it must be one of {', '.join(map(repr, ORDERS))}")
+    """The rows whose module matches a pattern, of one base name and layer (None: any), in model order or the
+    largest first (of SQNR the smallest)."""
+    if order not in ORDERS:
+        raise ValueError(f"order={order!r} is unknown; it must be one of {', '.join(map(repr, ORDERS))}")
     search = compile_pattern(pattern).search
     keep = table.module.map(lambda name: bool(search(name))).astype(bool)
-    if base_name is not None: keep &= table.base_name == base_name
-    if layer is not None: keep &= (table.layer == layer).fillna(False).astype(bool)
+    if base_name is not None:
+        keep &= table.base_name == base_name
+    if layer is not None:
+        keep &= (table.layer == layer).fillna(False).astype(bool)
     rows = table[keep]
-    if order not in rows and order != "depth": raise ValueError(f"order={order!r}: the table has no such column; it has {', '.join(rows.columns)}")
-    return rows if order == "depth" else rows.sort_values(order, ascending=order in ("module", "min", "sqnr_db"), kind="stable")
+    if order not in rows and order != "depth":
+        raise ValueError(f"order={order!r}: the table has no such column; it has {', '.join(rows.columns)}")
+    return (
+        rows
+        if order == "depth"
+        else rows.sort_values(order, ascending=order in ("module", "min", "sqnr_db"), kind="stable")
+    )
 
 # %% ../nbs/09_analysis.ipynb #22f6bbfd
 DERIVED = ("static_minmax", "percentile", "entropy", "histogram_mse")
-OBSERVER_COLUMNS = [*WHERE, "observer", "min", "max", "scale", "scale_min", "scale_max", "zero_point", "zero_point_min", "zero_point_max",
-                    "clipped", "mse", "sqnr_db", "bound_db", "levels_used", "effective_bits", "at_limit", "best", "reason"]
+OBSERVER_COLUMNS = [
+    *WHERE,
+    "observer",
+    "min",
+    "max",
+    "scale",
+    "scale_min",
+    "scale_max",
+    "zero_point",
+    "zero_point_min",
+    "zero_point_max",
+    "clipped",
+    "mse",
+    "sqnr_db",
+    "bound_db",
+    "levels_used",
+    "effective_bits",
+    "at_limit",
+    "best",
+    "reason",
+]
 
 
 def unnamed(args: QuantizationArgs) -> QuantizationArgs:
@@ -143,8 +215,11 @@ def args_of(record: CalibrationRecord, key: Key) -> QuantizationArgs:
     return unnamed(next(found, DEFAULT_ARGS))
 
 
-def conclusion_of(record: CalibrationRecord, key: Key, asked: Asked, args: QuantizationArgs | None = None) -> Conclusion:
-    "The attached observer's if it was given these arguments (None: whatever it was given); else what follows from the statistics."
+def conclusion_of(
+    record: CalibrationRecord, key: Key, asked: Asked, args: QuantizationArgs | None = None
+) -> Conclusion:
+    """The attached observer's if it was given these arguments (None: whatever it was given); else what follows from
+    the statistics."""
     found = record.conclusions.get((*key, label_of(asked)))
     if found is not None and (args is None or same_args(found.args, args)): return found
     return conclude_from(record.tensors[key], key[1], asked, args or args_of(record, key))
@@ -158,7 +233,8 @@ def spread_of(values: Tensor | None, name: str) -> dict[str, float]:
 
 
 def scale_columns(c: Conclusion, static: bool = True) -> dict[str, float]:
-    "The range and the scales of a conclusion. Unless `static`, scales are found while running and there are none to show."
+    """The range and the scales of a conclusion. Unless `static`, scales are found while running and there are none
+    to show."""
     unit = c.scale if c.global_scale is None or c.scale is None else c.scale.double() / c.global_scale.double()
     row = spread_of(unit if static else None, "scale") | spread_of(c.zero_point if static else None, "zero_point")
     if c.low is None: return row | dict(min=math.nan, max=math.nan)
@@ -166,26 +242,39 @@ def scale_columns(c: Conclusion, static: bool = True) -> dict[str, float]:
 
 # %% ../nbs/09_analysis.ipynb #90510197
 def at_limit(c: Conclusion, stats: TensorStats) -> bool:
-    """Whether a search for the best range ended at the smallest range that it tries, so that a larger `maxshrink` might do better. False where that
-    cannot be told: many scales, or a range averaged over batches."""
+    """Whether a search for the best range ended at the smallest range that it tries, so that a larger `maxshrink`
+    might do better. False where that cannot be told: many scales, or a range averaged over batches."""
     known = {"maxshrink", "grid", "expand"} <= c.kwargs.keys() and c.low is not None and c.low.numel() == 1
     if not known or not (c.from_stats or c.base_name == "weight"): return False
-    steps, grid = int(c.kwargs["maxshrink"] * c.kwargs["grid"]), c.kwargs["grid"]
+    steps = int(c.kwargs["maxshrink"] * c.kwargs["grid"])
+    grid = c.kwargs["grid"]
     share = max(abs(c.low.item()), abs(c.high.item())) / (stats.absmax * c.kwargs["expand"] or 1.0)
     return steps > 1 and share < 1 - (steps - 1.5) / grid
 
 
 def conclusion_row(conclusion: Conclusion, stats: TensorStats) -> dict[str, Any]:
     "What an observer concluded about a tensor, and what it costs where the tensor's histogram can tell."
-    c, cost, reason, row = conclusion, {}, conclusion.reason, scale_columns(conclusion)
+    c = conclusion
+    cost = {}
+    reason = conclusion.reason
+    row = scale_columns(conclusion)
     if not reason and c.scale.numel() > 1:
-        reason = f"{c.scale.numel():,} scales: the histogram of the whole tensor cannot tell what they cost; evaluate.compare_observers can"
-    elif not reason: cost = asdict(quality_of(stats, c.args, c.scale, c.zero_point))
-    return row | (cost or dict.fromkeys(Quality.__dataclass_fields__, math.nan)) | dict(observer=c.observer, at_limit=at_limit(c, stats), reason=reason)
+        reason = (
+            f"{c.scale.numel():,} scales: the histogram of the whole tensor cannot tell what they cost; "
+            "evaluate.compare_observers can"
+        )
+    elif not reason:
+        cost = asdict(quality_of(stats, c.args, c.scale, c.zero_point))
+    return (
+        row
+        | (cost or dict.fromkeys(Quality.__dataclass_fields__, math.nan))
+        | dict(observer=c.observer, at_limit=at_limit(c, stats), reason=reason)
+    )
 
 # %% ../nbs/09_analysis.ipynb #5a555be8
 class Answers:
-    "What observers conclude about tensors and what it costs, each found once; of more than `most` the oldest are forgotten."
+    """What observers conclude about tensors and what it costs, each found once; of more than `most` the oldest are
+    forgotten."""
 
     def __init__(self, most: int = 8192) -> None: self.most, self._kept = most, {}
 
@@ -194,12 +283,17 @@ class Answers:
         key = (what, *map(id, parts), *words)
         if key not in self._kept:
             self._kept[key] = make(), parts
-            if len(self._kept) > self.most: del self._kept[next(iter(self._kept))]
+            if len(self._kept) > self.most:
+                del self._kept[next(iter(self._kept))]
         return self._kept[key][0]
 
-    def conclusion(self, record: CalibrationRecord, key: Key, asked: Asked, args: QuantizationArgs | None = None) -> Conclusion:
+    def conclusion(
+        self, record: CalibrationRecord, key: Key, asked: Asked, args: QuantizationArgs | None = None
+    ) -> Conclusion:
         "As `conclusion_of`."
-        return self._find("conclusion", *self._about(record, key, asked, args), lambda: conclusion_of(record, key, asked, args))
+        return self._find(
+            "conclusion", *self._about(record, key, asked, args), lambda: conclusion_of(record, key, asked, args)
+        )
 
     def row(self, conclusion: Conclusion, stats: TensorStats) -> dict[str, Any]:
         "As `conclusion_row`."
@@ -223,8 +317,8 @@ def usual_observers(record: CalibrationRecord, base_name: str) -> list[str]:
 
 # %% ../nbs/09_analysis.ipynb #1c31b487
 def best_of(db: Sequence[float], bounds: Sequence[float], names: Sequence[str], own: str = "") -> int | None:
-    """Which of some observers of one tensor is the best: that of the largest SQNR (dB), unless `own` is among those that their `bounds` cannot tell from
-    it; without an `own` the first of these. None if no SQNR is known."""
+    """Which of some observers of one tensor is the best: that of the largest SQNR (dB), unless `own` is among those
+    that their `bounds` cannot tell from it; without an `own` the first of these. None if no SQNR is known."""
     known = [i for i, value in enumerate(db) if not math.isnan(value)]
     if not known: return None
     slack = [bound if math.isfinite(bound) else 0.0 for bound in bounds]
@@ -234,10 +328,14 @@ def best_of(db: Sequence[float], bounds: Sequence[float], names: Sequence[str], 
 
 
 def mark_best(table: pd.DataFrame, own: Mapping[Key, str] | None = None) -> pd.DataFrame:
-    "The same comparison with `best` decided by `best_of`, tensor by tensor. `own`: (module, base name) -> the observer that needs no change."
+    """The same comparison with `best` decided by `best_of`, tensor by tensor. `own`: (module, base name) -> the
+    observer that needs no change."""
     places: dict[Key, list[int]] = {}
-    for i, key in enumerate(zip(table.module, table.base_name)): places.setdefault(key, []).append(i)
-    db, bounds, names = table.sqnr_db.astype(float).to_numpy(), table.bound_db.astype(float).to_numpy(), table.observer.to_numpy()
+    for i, key in enumerate(zip(table.module, table.base_name)):
+        places.setdefault(key, []).append(i)
+    db = table.sqnr_db.astype(float).to_numpy()
+    bounds = table.bound_db.astype(float).to_numpy()
+    names = table.observer.to_numpy()
     found = [(at, best_of(db[at], bounds[at], names[at], (own or {}).get(key, ""))) for key, at in places.items()]
     best = np.zeros(len(table), bool)
     best[[at[i] for at, i in found if i is not None]] = True
@@ -246,10 +344,15 @@ def mark_best(table: pd.DataFrame, own: Mapping[Key, str] | None = None) -> pd.D
     return marked
 
 # %% ../nbs/09_analysis.ipynb #7823790a
-def observers_table(rows: list[dict[str, Any]], record: CalibrationRecord, args: Mapping[str, QuantizationArgs]) -> pd.DataFrame:
-    "A comparison of observers from its rows: `mark_best` of them, and `attrs['args']` says the arguments by base name in words."
+def observers_table(
+    rows: list[dict[str, Any]], record: CalibrationRecord, args: Mapping[str, QuantizationArgs]
+) -> pd.DataFrame:
+    """A comparison of observers from its rows: `mark_best` of them, and `attrs['args']` says the arguments by base
+    name in words."""
     table = mark_best(model_table(rows, OBSERVER_COLUMNS, record))
-    table.attrs["args"] = "; ".join(f"{base}: {describe_args(a).partition(', observer')[0]}" for base, a in args.items())
+    table.attrs["args"] = "; ".join(
+        f"{base}: {describe_args(a).partition(', observer')[0]}" for base, a in args.items()
+    )
     return table
 
 # %% ../nbs/09_analysis.ipynb #572c8308
@@ -258,14 +361,19 @@ def compare_observers(
     observers: Iterable[Asked] | None = None,   # None: those that follow from a record, and those that were attached
     args: QuantizationArgs | None = None,       # None: those of the recorded scheme, or int8 symmetric per tensor
 ) -> pd.DataFrame:
-    """A row per tensor and observer: range, scale and zero point (the middle one of many, with smallest and largest), what it costs, and
-    which is best (`mark_best`). Figures from a histogram are exact to `bound_db`. `attrs['args']`: the arguments in words."""
+    """A row per tensor and observer: range, scale and zero point (the middle one of many, with smallest and
+    largest), what it costs, and which is best (`mark_best`). Figures from a histogram are exact to `bound_db`.
+    `attrs['args']`: the arguments in words."""
     asked = check_observers(observers) if observers is not None else None
-    if args is not None: check_args(args)
-    answers, by_base = Answers(), {base: asked or usual_observers(record, base) for base in {b for _, b in check_record(record).tensors}}
+    if args is not None:
+        check_args(args)
+    answers = Answers()
+    by_base = {base: asked or usual_observers(record, base) for base in {b for _, b in check_record(record).tensors}}
     rows = [where_in(record, key) | answers.row(answers.conclusion(record, key, one, args), stats)
             for key, stats in record.tensors.items() for one in by_base[key[1]]]
-    return observers_table(rows, record, {base: args or args_of(record, (module, base)) for module, base in record.tensors})
+    return observers_table(
+        rows, record, {base: args or args_of(record, (module, base)) for module, base in record.tensors}
+    )
 
 # %% ../nbs/09_analysis.ipynb #ff9895ff
 BY_HAND = "by hand"
@@ -284,44 +392,85 @@ def check_clip(clip: float) -> float:
     return clip
 
 
-def conclusion_by_hand(stats: TensorStats, base_name: str, args: QuantizationArgs | None = None, clip: float = 1.0) -> Conclusion:
-    """The scale for `clip` times the tensor's range (symmetric: times its largest |value|), always one for the whole tensor; with 1 that of
-    `static_minmax`. With a `reason` instead of a scale where there is none."""
+def conclusion_by_hand(
+    stats: TensorStats, base_name: str, args: QuantizationArgs | None = None, clip: float = 1.0
+) -> Conclusion:
+    """The scale for `clip` times the tensor's range (symmetric: times its largest |value|), always one for the
+    whole tensor; with 1 that of `static_minmax`. With a `reason` instead of a scale where there is none."""
     args = one_scale(DEFAULT_ARGS if args is None else check_args(args))
     share = check_clip(clip)
     try:
         observer = new_observer("static_minmax", base_name, args)
-        for name, end in statistics_from(stats, observer).items(): setattr(observer, name, (end.double() * share).to(end.dtype))
+        for name, end in statistics_from(stats, observer).items():
+            setattr(observer, name, (end.double() * share).to(end.dtype))
         return replace(concluded(observer, "static_minmax", {}, counts_of(stats)), observer=BY_HAND)
     except (ValueError, RuntimeError) as why:
         return Conclusion(BY_HAND, base_name, args, counts=counts_of(stats), reason=str(why))
 
 # %% ../nbs/09_analysis.ipynb #687b3a6e
-COVERAGE_COLUMNS = [*WHERE, "observer", "observations", "elements", "batches", "skipped", "nonfinite", "first_nonfinite", "computed", "never_seen",
-                    "scales", "zero", "eps", "saturated", "expert_tokens"]
+COVERAGE_COLUMNS = [
+    *WHERE,
+    "observer",
+    "observations",
+    "elements",
+    "batches",
+    "skipped",
+    "nonfinite",
+    "first_nonfinite",
+    "computed",
+    "never_seen",
+    "scales",
+    "zero",
+    "eps",
+    "saturated",
+    "expert_tokens",
+]
 
 
 def _covered(c: Conclusion) -> dict[str, Any]:
     counts = (0, 0, 0, 0) if c.scale is None else (c.scale.numel(), *suspicious_scales(c.scale, c.args))
     n = c.counts
-    return dict(observer=c.observer, observations=n.observations, elements=n.elements, batches=n.batches, skipped=n.skipped, nonfinite=n.nonfinite,
-                first_nonfinite=place_in_words(n.first_nonfinite), computed=c.scale is not None, never_seen=n.observations == 0,
-                **dict(zip(("scales", "zero", "eps", "saturated"), counts)))
+    return dict(
+        observer=c.observer,
+        observations=n.observations,
+        elements=n.elements,
+        batches=n.batches,
+        skipped=n.skipped,
+        nonfinite=n.nonfinite,
+        first_nonfinite=place_in_words(n.first_nonfinite),
+        computed=c.scale is not None,
+        never_seen=n.observations == 0,
+        **dict(zip(("scales", "zero", "eps", "saturated"), counts)),
+    )
 
 
 def coverage(source: CalibrationRecord | QuantizationMixin) -> pd.DataFrame:
-    """A row per observer of a record, or of the model that a modifier calibrated: what it saw; how many of its scales are zero, at eps (all values
-    were zero) or saturated; and for an expert how many tokens were routed to it."""
+    """A row per observer of a record, or of the model that a modifier calibrated: what it saw; how many of its
+    scales are zero, at eps (all values were zero) or saturated; and for an expert how many tokens were routed to
+    it."""
     if isinstance(source, QuantizationMixin):
-        rows = [asdict(c) | dict(never_seen=c.never_seen, first_nonfinite=place_in_words(c.first_nonfinite), layer=layer_of(c.module), type="")
-                for c in source.coverage]
+        rows = [
+            asdict(c)
+            | dict(
+                never_seen=c.never_seen,
+                first_nonfinite=place_in_words(c.first_nonfinite),
+                layer=layer_of(c.module),
+                type="",
+            )
+            for c in source.coverage
+        ]
         return pd.DataFrame(rows, columns=COVERAGE_COLUMNS).astype({"layer": "Int64", "expert_tokens": "Int64"})
     tokens = check_record(source).expert_tokens
-    rows = [where_in(source, key[:2]) | _covered(c) | dict(expert_tokens=tokens.get(key[0].rpartition(".")[0])) for key, c in source.conclusions.items()]
+    rows = [
+        where_in(source, key[:2]) | _covered(c) | dict(expert_tokens=tokens.get(key[0].rpartition(".")[0]))
+        for key, c in source.conclusions.items()
+    ]
     return model_table(rows, COVERAGE_COLUMNS, source).astype({"expert_tokens": "Int64"})
 
 # %% ../nbs/09_analysis.ipynb #1894cae1
-def _history_of(stats: TensorStats, base_name: str, asked: Asked, args: QuantizationArgs, levels: Iterable[int]) -> list[dict[str, Any]]:
+def _history_of(
+    stats: TensorStats, base_name: str, asked: Asked, args: QuantizationArgs, levels: Iterable[int]
+) -> list[dict[str, Any]]:
     rows = []
     for k in levels:
         so_far = stats.snapshot(k)
@@ -329,21 +478,31 @@ def _history_of(stats: TensorStats, base_name: str, asked: Asked, args: Quantiza
         found = conclude_from(part, base_name, asked, args)
         cost = math.nan if found.reason else quality_of(stats, args, found.scale, found.zero_point).sqnr_db
         empty = not so_far.histogram.count
-        rows.append(dict(level=k, min=math.nan if empty else so_far.min, max=math.nan if empty else so_far.max, sqnr_db=cost))
+        rows.append(
+            dict(level=k, min=math.nan if empty else so_far.min, max=math.nan if empty else so_far.max, sqnr_db=cost)
+        )
     return rows
 
 
-def history(record: CalibrationRecord, observer: Asked = "static_minmax", args: QuantizationArgs | None = None) -> pd.DataFrame:
-    """A row per activation and level: the range of the first `batches` batches (by index), and the SQNR on all data of the scale that the observer
-    would have concluded from them. int8 symmetric per tensor unless `args` say otherwise."""
+def history(
+    record: CalibrationRecord, observer: Asked = "static_minmax", args: QuantizationArgs | None = None
+) -> pd.DataFrame:
+    """A row per activation and level: the range of the first `batches` batches (by index), and the SQNR on all data
+    of the scale that the observer would have concluded from them. int8 symmetric per tensor unless `args` say
+    otherwise."""
     levels = sorted(check_record(record).level_tokens)
     tokens = np.cumsum([record.level_tokens[k] for k in levels]).tolist()
     done: dict[int, list[dict[str, Any]]] = {}
     for key, stats in record.tensors.items():
-        if key[1] != "weight" and id(stats) not in done: done[id(stats)] = _history_of(stats, key[1], observer, args or DEFAULT_ARGS, levels)
+        if key[1] != "weight" and id(stats) not in done:
+            done[id(stats)] = _history_of(stats, key[1], observer, args or DEFAULT_ARGS, levels)
     batches = [sum(max(0, min(end, 2**k) - first) for first, end in record.spans) for k in levels]
-    rows = [where_in(record, key) | row | dict(tokens=n, batches=b) for key, stats in record.tensors.items() if key[1] != "weight"
-            for row, n, b in zip(done[id(stats)], tokens, batches)]
+    rows = [
+        where_in(record, key) | row | dict(tokens=n, batches=b)
+        for key, stats in record.tensors.items()
+        if key[1] != "weight"
+        for row, n, b in zip(done[id(stats)], tokens, batches)
+    ]
     return model_table(rows, [*WHERE, "level", "batches", "tokens", "min", "max", "sqnr_db"], record)
 
 # %% ../nbs/09_analysis.ipynb #0a6655bc
@@ -354,20 +513,35 @@ def _settled(moved: np.ndarray, tokens: np.ndarray) -> float:
 
 
 def _settled_row(rows: pd.DataFrame, share: float) -> dict[str, Any]:
-    width, tokens = (rows["max"] - rows["min"]).to_numpy(), rows.tokens.to_numpy()
+    width = (rows["max"] - rows["min"]).to_numpy()
+    tokens = rows.tokens.to_numpy()
     noise = 10 ** (-rows.sqnr_db.to_numpy() / 20)  # its size, as the range is one: 5 % of it are 0.4 dB
-    if not np.isfinite(width[-1]): return dict(tokens=tokens[-1], range_settled=math.nan, sqnr_settled=math.nan, enough=False)
-    moved = [~(abs(v - v[-1]) <= share * abs(v[-1])) for v in (width, noise)]  # what was not seen yet (nan) is off as well
+    if not np.isfinite(width[-1]):
+        return dict(tokens=tokens[-1], range_settled=math.nan, sqnr_settled=math.nan, enough=False)
+    # what was not seen yet (nan) is off as well
+    moved = [~(abs(v - v[-1]) <= share * abs(v[-1])) for v in (width, noise)]
     settled = [_settled(moved[0], tokens), _settled(moved[1][:-1], tokens)]
-    return dict(tokens=tokens[-1], range_settled=settled[0], sqnr_settled=settled[1], enough=bool(max(settled) < tokens[-1]))
+    return dict(
+        tokens=tokens[-1], range_settled=settled[0], sqnr_settled=settled[1], enough=bool(max(settled) < tokens[-1])
+    )
 
 
-def convergence(record: CalibrationRecord, share: float = 0.05, observer: Asked = "static_minmax", args: QuantizationArgs | None = None) -> pd.DataFrame:
-    """A row per activation: after how many tokens its range, and the size of the quantization noise of the scale from it, last were off their final
-    values by more than `share` (0.05: 5 %, for noise 0.4 dB). `enough`: both had settled before the last half of the data."""
-    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1: raise ValueError(f"share={share!r} must be a number between 0 and 1")
+def convergence(
+    record: CalibrationRecord,
+    share: float = 0.05,
+    observer: Asked = "static_minmax",
+    args: QuantizationArgs | None = None,
+) -> pd.DataFrame:
+    """A row per activation: after how many tokens its range, and the size of the quantization noise of the scale
+    from it, last were off their final values by more than `share` (0.05: 5 %, for noise 0.4 dB). `enough`: both
+    had settled before the last half of the data."""
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1:
+        raise ValueError(f"share={share!r} must be a number between 0 and 1")
     story = history(record, observer, args)
-    rows = [dict(zip(WHERE, where)) | _settled_row(part, share) for where, part in story.groupby(WHERE, sort=False, dropna=False)]
+    rows = [
+        dict(zip(WHERE, where)) | _settled_row(part, share)
+        for where, part in story.groupby(WHERE, sort=False, dropna=False)
+    ]
     table = model_table(rows, [*WHERE, "tokens", "range_settled", "sqnr_settled", "enough"], record)
     table = table.astype(dict(tokens=float, range_settled=float, sqnr_settled=float, enough=bool))
     table.attrs["share"] = share
@@ -388,9 +562,22 @@ def enough_in_words(table: pd.DataFrame) -> str:
 
 # %% ../nbs/09_analysis.ipynb #f59461ba
 def extremes(record: CalibrationRecord) -> pd.DataFrame:
-    "A row per tensor and rank: its largest values by size, and where they stood; with token and context if a tokenizer was given when recording."
-    rows = [where_in(record, key) | dict(rank=i, value=e.value, batch=e.batch, position=e.position, channel=e.channel, token=e.token, context=e.context)
-            for key, stats in check_record(record).tensors.items() for i, e in enumerate(stats.top, 1)]
+    """A row per tensor and rank: its largest values by size, and where they stood; with token and context if a
+    tokenizer was given when recording."""
+    rows = [
+        where_in(record, key)
+        | dict(
+            rank=i,
+            value=e.value,
+            batch=e.batch,
+            position=e.position,
+            channel=e.channel,
+            token=e.token,
+            context=e.context,
+        )
+        for key, stats in check_record(record).tensors.items()
+        for i, e in enumerate(stats.top, 1)
+    ]
     return model_table(rows, [*WHERE, "rank", "value", "batch", "position", "channel", "token", "context"], record)
 
 
@@ -398,18 +585,36 @@ LOUD = 4.0  # times the median channel: an outlier channel
 
 
 def outlier_channels(record: CalibrationRecord, top: int = 8) -> pd.DataFrame:
-    "A row per tensor for each of its `top` largest channels: the largest |value| in it, and how many times that of the median channel it is."
-    if isinstance(top, bool) or not isinstance(top, int) or top < 1: raise ValueError(f"top={top!r} must be an int of at least 1, the number of channels")
+    """A row per tensor for each of its `top` largest channels: the largest |value| in it, and how many times that
+    of the median channel it is."""
+    if isinstance(top, bool) or not isinstance(top, int) or top < 1:
+        raise ValueError(f"top={top!r} must be an int of at least 1, the number of channels")
     rows = []
     for key, stats in check_record(record).tensors.items():
         middle = float(np.median(stats.channels)) if len(stats.channels) else math.nan
         for channel in np.argsort(-stats.channels, kind="stable")[:top].tolist():
             absmax = float(stats.channels[channel])
-            rows.append(where_in(record, key) | dict(channel=channel, absmax=absmax, ratio=absmax / middle if middle else math.inf))
-    return model_table(rows, [*WHERE, "channel", "absmax", "ratio"], record).astype(dict(absmax=float, ratio=float))  # even without rows
+            rows.append(
+                where_in(record, key)
+                | dict(channel=channel, absmax=absmax, ratio=absmax / middle if middle else math.inf)
+            )
+    # even without rows
+    return model_table(rows, [*WHERE, "channel", "absmax", "ratio"], record).astype(dict(absmax=float, ratio=float))
 
 # %% ../nbs/09_analysis.ipynb #7166f327
-DIFF_COLUMNS = [*WHERE, "min_a", "min_b", "max_a", "max_b", "range_ratio", "std_ratio", "observer", "scale_ratio", "moved", "only_in"]
+DIFF_COLUMNS = [
+    *WHERE,
+    "min_a",
+    "min_b",
+    "max_a",
+    "max_b",
+    "range_ratio",
+    "std_ratio",
+    "observer",
+    "scale_ratio",
+    "moved",
+    "only_in",
+]
 
 
 def _ratio(a: float, b: float) -> float: return b / a if a and math.isfinite(a) and math.isfinite(b) else math.nan
@@ -426,27 +631,41 @@ def _scale_ratio(a: Conclusion, b: Conclusion) -> float:
 
 
 def _diff_rows(a: CalibrationRecord, b: CalibrationRecord, key: Key) -> list[dict[str, Any]]:
-    one, two = a.tensors[key], b.tensors[key]
+    one = a.tensors[key]
+    two = b.tensors[key]
     ends = dict(min_a=one.min, min_b=two.min, max_a=one.max, max_b=two.max) if one.count and two.count else {}
     ratios = dict(range_ratio=_ratio(one.absmax, two.absmax), std_ratio=_ratio(one.std, two.std))
     names = [n for n in a.observers if (*key, n) in a.conclusions and (*key, n) in b.conclusions] or [""]
     scales = {n: _scale_ratio(a.conclusions[(*key, n)], b.conclusions[(*key, n)]) if n else math.nan for n in names}
-    return [ends | ratios | dict(observer=n, scale_ratio=r, moved=_moved(*ratios.values(), r), only_in="") for n, r in scales.items()]
+    return [
+        ends | ratios | dict(observer=n, scale_ratio=r, moved=_moved(*ratios.values(), r), only_in="")
+        for n, r in scales.items()
+    ]
 
 # %% ../nbs/09_analysis.ipynb #6968a61d
 def _alone(record: CalibrationRecord, key: Key, name: str) -> dict[str, Any]:
     "The row of a tensor that only one of two records has."
     s = record.tensors[key]
-    return where_in(record, key) | ({f"min_{name}": s.min, f"max_{name}": s.max} if s.count else {}) | dict(observer="", only_in=name)
+    return (
+        where_in(record, key)
+        | ({f"min_{name}": s.min, f"max_{name}": s.max} if s.count else {})
+        | dict(observer="", only_in=name)
+    )
 
 
 def diff(a: CalibrationRecord, b: CalibrationRecord) -> pd.DataFrame:
-    """A row per tensor and observer, the most moved first: range (absmax), standard deviation and scale of b over those of a; `moved` is the largest
-    of them in powers of two. Last what only one of them has, as `only_in` says."""
+    """A row per tensor and observer, the most moved first: range (absmax), standard deviation and scale of b over
+    those of a; `moved` is the largest of them in powers of two. Last what only one of them has, as `only_in`
+    says."""
     keys = [key for key in check_record(a).tensors if key in check_record(b).tensors]
     both = model_table([where_in(a, key) | row for key in keys for row in _diff_rows(a, b, key)], DIFF_COLUMNS, a)
     both = both.sort_values("moved", ascending=False, kind="stable")
-    alone = [_alone(r, key, name) for name, r, other in (("a", a, b), ("b", b, a)) for key in r.tensors if key not in other.tensors]
+    alone = [
+        _alone(r, key, name)
+        for name, r, other in (("a", a, b), ("b", b, a))
+        for key in r.tensors
+        if key not in other.tensors
+    ]
     rows = both.to_dict("records") + alone
     table = pd.DataFrame(rows, columns=DIFF_COLUMNS).astype({"layer": "Int64"})
     table.attrs |= dict(batches_a=a.batches, batches_b=b.batches, tokens_a=a.tokens, tokens_b=b.tokens)

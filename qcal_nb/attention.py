@@ -15,10 +15,19 @@ from copy import deepcopy
 from types import SimpleNamespace
 from typing import Any
 
-from compressed_tensors.modeling import IMPL_ATTR, KV_CACHE_ATTR, QuantizedAttentionImpl, QuantizedKVCache, initialize_hooked_kv_cache
+from compressed_tensors.modeling import (
+    IMPL_ATTR,
+    KV_CACHE_ATTR,
+    QuantizedAttentionImpl,
+    QuantizedKVCache,
+    initialize_hooked_kv_cache,
+)
 from compressed_tensors.quantization import QuantizationScheme, QuantizationStatus
 from compressed_tensors.quantization.lifecycle.forward import forward_quantize
-from compressed_tensors.quantization.lifecycle.initialize import initialize_module_for_quantization, is_cached_attention_module
+from compressed_tensors.quantization.lifecycle.initialize import (
+    initialize_module_for_quantization,
+    is_cached_attention_module,
+)
 from torch import Tensor
 from torch.nn import Module
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -49,14 +58,16 @@ class HookedKVCache(QuantizedKVCache):
 
 
 def head_config(config: Any) -> Any:
-    "The config itself, or, where it does not tell the number of key and value heads, what is needed of it with that filled in."
+    """The config itself, or, where it does not tell the number of key and value heads, what is needed of it with
+    that filled in."""
     if hasattr(config, "num_key_value_heads"): return config
     heads = config.num_attention_heads
     return SimpleNamespace(num_attention_heads=heads, num_key_value_heads=heads, head_dim=config.hidden_size // heads)
 
 
 def hook_kv_cache(model: Module, module: Module) -> None:
-    "Put a cache that can be looked into on an attention module, in place of `past_key_values`. A second call does nothing."
+    """Put a cache that can be looked into on an attention module, in place of `past_key_values`. A second call does
+    nothing."""
     if hasattr(module, KV_CACHE_ATTR): return
     initialize_hooked_kv_cache(model, module)
     module._modules[KV_CACHE_ATTR] = HookedKVCache(head_config(module.kv_cache.config), module)
@@ -71,7 +82,8 @@ def eager_beneath(implementation: str | None) -> str:
 
 
 def attention_function(module: Module) -> Callable:
-    "What computes attention for a module when nothing is hooked. `eager` is a function of the file that defines its class."
+    """What computes attention for a module when nothing is hooked. `eager` is a function of the file that defines
+    its class."""
     name = module.config._attn_implementation.removeprefix(HOOKED)
     file = sys.modules[type(module).__module__]
     if name == "eager": return file.eager_attention_forward
@@ -90,31 +102,38 @@ def _hooked(module: Module, query: Tensor, *args: Any, **kwargs: Any) -> Any:
 
 # %% ../nbs/04e_attention.ipynb #50ca71ef
 class HookedAttention(QuantizedAttentionImpl):
-    "Shows the query to whoever hooks it, quantizes it where there are scales, and computes what the model would have computed."
+    """Shows the query to whoever hooks it, quantizes it where there are scales, and computes what the model would
+    have computed."""
 
     def forward(self, module: Module, query: Tensor, *args: Any, **kwargs: Any) -> Any:
         scheme = scheme_args(module, "q")
-        if scheme is not None and getattr(module, "quantization_enabled", True): query = forward_quantize(module, query, "q", scheme)
+        if scheme is not None and getattr(module, "quantization_enabled", True):
+            query = forward_quantize(module, query, "q", scheme)
         return attention_function(module)(module, query, *args, **kwargs)
 
 
 def hook_attention(model: Module, module: Module) -> None:
     "Let an attention module compute by way of a `HookedAttention`, and hook its cache. A second call does nothing."
-    config, original = module.config, module.config._attn_implementation
+    config = module.config
+    original = module.config._attn_implementation
     if not original.startswith(HOOKED):
         for name in (original, "eager"):
             ALL_ATTENTION_FUNCTIONS.register(HOOKED + name, _hooked)
             ALL_MASK_ATTENTION_FUNCTIONS.register(HOOKED + name, ALL_MASK_ATTENTION_FUNCTIONS[name])
         config.__dict__["_attn_implementation_internal"] = HOOKED + original
-    if not hasattr(module, IMPL_ATTR): module.register_module(IMPL_ATTR, HookedAttention(config))
+    if not hasattr(module, IMPL_ATTR):
+        module.register_module(IMPL_ATTR, HookedAttention(config))
     hook_kv_cache(model, module)
 
 # %% ../nbs/04e_attention.ipynb #e7d29830
-def attach_attention_scheme(model: Module, module: Module, scheme: QuantizationScheme, queries: bool, status: QuantizationStatus) -> None:
+def attach_attention_scheme(
+    model: Module, module: Module, scheme: QuantizationScheme, queries: bool, status: QuantizationStatus
+) -> None:
     "Hook an attention module and give it the parameters of a scheme: `k_*` and `v_*`, with `queries` also `q_*`."
     module.quantization_scheme = scheme
     (hook_attention if queries else hook_kv_cache)(model, module)
-    initialize_module_for_quantization(module, force_zero_point=queries)  # as compressed-tensors does for each of the two
+    # as compressed-tensors does for each of the two
+    initialize_module_for_quantization(module, force_zero_point=queries)
     module.quantization_status = status
 
 
@@ -129,13 +148,27 @@ def attention_faults(model: Module, name: str, module: Module, scheme: Quantizat
     if not hasattr(getattr(model, "config", None), "get_text_config"):
         faults.append(f"{name}: the model has no transformers config that tells the number of heads")
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        faults.append(f"{name}: an encoder-decoder has a cache of two parts, which compressed-tensors' stand-in cannot replace")
+        faults.append(
+            f"{name}: an encoder-decoder has a cache of two parts, which compressed-tensors' stand-in cannot replace"
+        )
     if queries and not hasattr(module, "config"):
-        faults.append(f"{name}: {type(module).__name__} has no config that says how attention is computed; use kv_cache_scheme")
-    elif queries and module.config._attn_implementation.startswith(HOOKED) and not any(IMPL_ATTR in m._modules for m in model.modules()):
-        faults.append(f"{name}: another model that shares this config object has its attention hooked; give each model a config of its own")
+        faults.append(
+            f"{name}: {type(module).__name__} has no config that says how attention is computed; use kv_cache_scheme"
+        )
+    elif (
+        queries
+        and module.config._attn_implementation.startswith(HOOKED)
+        and not any(IMPL_ATTR in m._modules for m in model.modules())
+    ):
+        faults.append(
+            f"{name}: another model that shares this config object has its attention hooked; give each model a "
+            "config of its own"
+        )
     if queries and not has_eager_function(module):
-        faults.append(f"{name}: {type(module).__name__} computes attention in its own forward, its queries cannot be seen; use kv_cache_scheme")
+        faults.append(
+            f"{name}: {type(module).__name__} computes attention in its own forward, its queries cannot be seen; "
+            "use kv_cache_scheme"
+        )
     return faults
 
 # %% ../nbs/04e_attention.ipynb #16171cce
@@ -161,5 +194,7 @@ def states_of(module: Module) -> list[str]:
 
 def watch_attention(module: Module) -> None:
     "Register the hooks for the attention observers that the module has."
-    if observer_of(module, "q") is not None: module._modules[IMPL_ATTR].register_forward_pre_hook(observe_query, with_kwargs=True)
-    if observer_of(module, "k") is not None: module._modules[KV_CACHE_ATTR].register_forward_pre_hook(observe_key_value, with_kwargs=True)
+    if observer_of(module, "q") is not None:
+        module._modules[IMPL_ATTR].register_forward_pre_hook(observe_query, with_kwargs=True)
+    if observer_of(module, "k") is not None:
+        module._modules[KV_CACHE_ATTR].register_forward_pre_hook(observe_key_value, with_kwargs=True)

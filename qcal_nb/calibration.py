@@ -29,7 +29,17 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from qcal_nb.observers.base import (
-    BASE_NAMES, NOBODY, Observer, QParamsDict, about_to_change, check_base_name, current_feed, find_observer, first_tensor, observer_key, warn_once,
+    BASE_NAMES,
+    NOBODY,
+    Observer,
+    QParamsDict,
+    about_to_change,
+    check_base_name,
+    current_feed,
+    find_observer,
+    first_tensor,
+    observer_key,
+    warn_once,
 )
 
 # %% ../nbs/04_calibration.ipynb #96cd46c3
@@ -48,7 +58,8 @@ def scheme_args(module: Module, base_name: str) -> QuantizationArgs | None:
 
 
 def observer_name(args: QuantizationArgs, base_name: str) -> str:
-    "The observer that `args` name, or the default; on a weight always a memoryless one, with a warning if that is a change."
+    """The observer that `args` name, or the default; on a weight always a memoryless one, with a warning if that is
+    a change."""
     if base_name != "weight": return args.observer or "minmax"
     asked = args.observer or "memoryless_minmax"
     name = _MEMORYLESS.get(observer_key(asked), asked)
@@ -58,7 +69,8 @@ def observer_name(args: QuantizationArgs, base_name: str) -> str:
 
 # %% ../nbs/04_calibration.ipynb #7a82345e
 def known_kwargs(kwargs: dict[str, Any] | None, observer: str) -> dict[str, Any]:
-    "Those of an observer's keyword arguments that the observer by that name knows: what is left when it replaces another."
+    """Those of an observer's keyword arguments that the observer by that name knows: what is left when it replaces
+    another."""
     return {k: v for k, v in (kwargs or {}).items() if k in find_observer(observer).defaults}
 
 
@@ -69,8 +81,10 @@ _owner: ContextVar[str | None] = ContextVar("qcal_nb_owner", default=None)
 def owned_by(owner: str | None) -> Iterator[None]:
     "Observers made inside the block hear only the forward passes that `owner` runs."
     token = _owner.set(owner)
-    try: yield
-    finally: _owner.reset(token)
+    try:
+        yield
+    finally:
+        _owner.reset(token)
 
 
 def initialize_observer(module: Module, base_name: str) -> None:
@@ -94,26 +108,33 @@ def observer_of(module: Module, base_name: str) -> Observer | None:
 # %% ../nbs/04_calibration.ipynb #7015ca5a
 def each(module: Module | Iterable[Module]) -> Iterator[Module]:
     "One module, or each of several. A module that is itself iterable (Sequential, ModuleDict) counts as one."
-    if isinstance(module, Module): yield module
-    elif isinstance(module, Iterable) and not isinstance(module, (str, bytes)): yield from module
-    else: raise TypeError(f"module must be a torch Module or an iterable of them, got {type(module).__name__}")
+    if isinstance(module, Module):
+        yield module
+    elif isinstance(module, Iterable) and not isinstance(module, (str, bytes)):
+        yield from module
+    else:
+        raise TypeError(f"module must be a torch Module or an iterable of them, got {type(module).__name__}")
 
 
 def observe(module: Module | Iterable[Module], base_name: str) -> None:
-    "Let the observer look at the module's own tensor of that name: its weight. Modules without such an observer are passed over."
+    """Let the observer look at the module's own tensor of that name: its weight. Modules without such an observer
+    are passed over."""
     check_base_name(base_name)
     for m in each(module):
-        if (observer := observer_of(m, base_name)) is not None: observer(getattr(m, base_name))
+        if (observer := observer_of(m, base_name)) is not None:
+            observer(getattr(m, base_name))
 
 # %% ../nbs/04_calibration.ipynb #e01568f0
 def calibrate_input_hook(module: Module, args: Any, kwargs: dict[str, Any] | None = None) -> None:
     "Forward-pre hook: show the module's first input to its input observer."
     value = first_tensor(args, kwargs)
-    if value is not None and module.input_observer.hears(): module.input_observer(value)
+    if value is not None and module.input_observer.hears():
+        module.input_observer(value)
 
 
 def is_computed(module: Module, base_name: str) -> bool:
-    "Whether the module's scale (or, where that is found while running, its global scale) was computed. Before that it is NaN."
+    """Whether the module's scale (or, where that is found while running, its global scale) was computed. Before
+    that it is NaN."""
     for name in (f"{base_name}_scale", f"{base_name}_global_scale"):
         scale = getattr(module, name, None)
         if scale is not None and scale.isnan().any(): return False
@@ -121,60 +142,75 @@ def is_computed(module: Module, base_name: str) -> bool:
 
 
 def calibrate_output_hook(module: Module, _args: Any, output: Tensor) -> Tensor:
-    "Forward hook: show the output to its observer. Quantizes it only once its scale exists and quantization is enabled."
-    if module.output_observer.hears(): module.output_observer(output)
+    """Forward hook: show the output to its observer. Quantizes it only once its scale exists and quantization is
+    enabled."""
+    if module.output_observer.hears():
+        module.output_observer(output)
     if not (getattr(module, "quantization_enabled", False) is True and is_computed(module, "output")): return output
     return forward_quantize(module, output, "output", module.quantization_scheme.output_activations)
 
 # %% ../nbs/04_calibration.ipynb #97408068
 def calibrate_query_hook(module: Module, query_states: Tensor) -> None:
     "Show the query states (batch, heads, seq, head_dim) to the `q` observer."
-    if module.q_observer.hears(): module.q_observer(query_states)
+    if module.q_observer.hears():
+        module.q_observer(query_states)
 
 
 def calibrate_key_hook(module: Module, key_states: Tensor) -> None:
     "Show the key states to the `k` observer."
-    if module.k_observer.hears(): module.k_observer(key_states)
+    if module.k_observer.hears():
+        module.k_observer(key_states)
 
 
 def calibrate_value_hook(module: Module, value_states: Tensor) -> None:
     "Show the value states to the `v` observer."
-    if module.v_observer.hears(): module.v_observer(value_states)
+    if module.v_observer.hears():
+        module.v_observer(value_states)
 
 # %% ../nbs/04_calibration.ipynb #65568c99
-def update_qparams(module: Module | Iterable[Module], base_name: str | Iterable[str], only_update_onload: bool = False) -> None:
+def update_qparams(
+    module: Module | Iterable[Module], base_name: str | Iterable[str], only_update_onload: bool = False
+) -> None:
     """Write what the observers concluded to the modules' parameters and mark the statistics consumed.
     Without statistics warn and leave the parameters."""
     names = [base_name] if isinstance(base_name, str) else list(base_name)
     for m, name in product(each(module), names):
         observer = observer_of(m, check_base_name(name))
         if observer is None: continue
-        if observer.has_statistics: write_qparams(m, observer, only_update_onload)
+        if observer.has_statistics:
+            write_qparams(m, observer, only_update_onload)
         else:
-            warn_once(f"{observer.module_name or type(m).__name__}, {name}: no statistics, its scale stays as it is. No "
-                      "batch reached this tensor (an expert that no token was routed to, a branch that did not run)")
+            warn_once(
+                f"{observer.module_name or type(m).__name__}, {name}: no statistics, its scale stays as it is. No "
+                "batch reached this tensor (an expert that no token was routed to, a branch that did not run)"
+            )
 
 
 def write_qparams(module: Module, observer: Observer, only_update_onload: bool = False,
                   qparams: QParamsDict | None = None) -> None:
-    "Write one observer's qparams (computed now unless given). Dynamic and locally dynamic tensors have only a global scale."
+    """Write one observer's qparams (computed now unless given). Dynamic and locally dynamic tensors have only a
+    global scale."""
     for name, value in (qparams or observer.get_qparams()).items():
         skip = value is None or (observer.args.dynamic and name != "global_scale")
         full_name = f"{observer.base_name}_{name}"
         if skip or not hasattr(module, full_name): continue
-        if only_update_onload: getattr(module, full_name).data = value
-        else: update_offload_parameter(module, full_name, value)
+        if only_update_onload:
+            getattr(module, full_name).data = value
+        else:
+            update_offload_parameter(module, full_name, value)
     observer.mark_consumed()
 
 # %% ../nbs/04_calibration.ipynb #f08f8a20
 def apply_calibration_status(module: Module) -> None:
     "Mark a module that has a scheme as being calibrated."
-    if getattr(module, "quantization_scheme", None): module.quantization_status = QuantizationStatus.CALIBRATION
+    if getattr(module, "quantization_scheme", None):
+        module.quantization_status = QuantizationStatus.CALIBRATION
 
 
 def reset_quantization_status(model: Module) -> None:
     "Remove `quantization_status` from every module of a model."
-    for module in model.modules(): module.__dict__.pop("quantization_status", None)
+    for module in model.modules():
+        module.__dict__.pop("quantization_status", None)
 
 
 def freeze_module_quantization(module: Module) -> None:
@@ -185,7 +221,8 @@ def freeze_module_quantization(module: Module) -> None:
         if (observer := observer_of(module, base_name)) is not None:
             observer.detach(module)
             delattr(module, f"{base_name}_observer")
-    if getattr(module._modules.get("kv_cache"), "only_while_calibrating", False): del module._modules["kv_cache"]
+    if getattr(module._modules.get("kv_cache"), "only_while_calibrating", False):
+        del module._modules["kv_cache"]
     module.quantization_status = QuantizationStatus.FROZEN
 
 
@@ -198,18 +235,23 @@ def call_observer(module: Module, base_name: str, value: Tensor | None = None) -
     """Observe and update at once, without consuming: the statistics go on growing.
     Anything but a weight needs `value`, else ValueError."""
     if value is None and check_base_name(base_name) != "weight":
-        raise ValueError(f"value=None: base name {base_name!r} needs the tensor to observe; only a weight is found on the module")
+        raise ValueError(
+            f"value=None: base name {base_name!r} needs the tensor to observe; only a weight is found on the module"
+        )
     if (observer := observer_of(module, base_name)) is None: return
     about_to_change(observer)
     observer._seen = None  # look even at a weight that seems unchanged: writing through `.data` leaves no trace
     observer(module.weight if value is None else value)
-    if observer.has_statistics: write_qparams(module, observer)
+    if observer.has_statistics:
+        write_qparams(module, observer)
     observer.consumed = observer._read = False
 
 
 def calibrate_activations(module: Module, value: Tensor, base_name: str) -> None:
-    "Show an activation to its observer and update its scale at once; an empty one (an expert without tokens) changes nothing."
-    if value.numel(): call_observer(module, base_name, value)
+    """Show an activation to its observer and update its scale at once; an empty one (an expert without tokens)
+    changes nothing."""
+    if value.numel():
+        call_observer(module, base_name, value)
 
 
 def update_weight_zp_scale(module: Module) -> None:
@@ -221,7 +263,8 @@ def update_weight_zp_scale(module: Module) -> None:
 
 # %% ../nbs/04_calibration.ipynb #1a183dfc
 class ObservedKVCache(InternalModule):
-    "Stands in for `past_key_values` of an attention module: shows keys and values to its observers and passes them on unchanged."
+    """Stands in for `past_key_values` of an attention module: shows keys and values to its observers and passes
+    them on unchanged."""
 
     only_while_calibrating = True  # what `freeze_module_quantization` looks for
 
@@ -232,13 +275,15 @@ class ObservedKVCache(InternalModule):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         "Observe (batch, heads, seq, head_dim) keys and values."
         for name, value in (("k", key_states), ("v", value_states)):
-            if (observer := observer_of(self.attention(), name)) is not None and observer.hears(): observer(value)
+            if (observer := observer_of(self.attention(), name)) is not None and observer.hears():
+                observer(value)
         return key_states, value_states
 
 
 def initialize_quantized_kv_cache(module: Module) -> None:
-    """Give an attention module observers for `k` and `v` and a cache that shows them both, as its scheme's `output_activations`
-    (else `input_activations`) ask. Nothing happens without a scheme, where it is fully dynamic, or a second time."""
+    """Give an attention module observers for `k` and `v` and a cache that shows them both, as its scheme's
+    `output_activations` (else `input_activations`) ask. Nothing happens without a scheme, where it is fully
+    dynamic, or a second time."""
     args = scheme_args(module, "output") or scheme_args(module, "k")
     if args is None or args.dynamic is True or isinstance(module._modules.get("kv_cache"), ObservedKVCache): return
     for name in ("k", "v"):
@@ -252,7 +297,8 @@ def calibrate_kv_cache_input_hook(module: Module, args: Any, kwargs: dict[str, A
     "Forward-pre hook (with_kwargs) of an attention module: replace `past_key_values` by the cache that observes."
     known = inspect.signature(module.forward).parameters
     kwargs["past_key_value" if "past_key_value" in known else "past_key_values"] = module.kv_cache
-    if "use_cache" in kwargs: kwargs["use_cache"] = False
+    if "use_cache" in kwargs:
+        kwargs["use_cache"] = False
     return args, kwargs
 
 
@@ -263,8 +309,10 @@ def calibrate_kv_cache_output_hook(module: Module, _args: Any, _output: Any) -> 
         if observer is None or not observer.has_statistics: continue
         for part, value in observer.get_qparams().items():
             if value is None: continue
-            if hasattr(module, f"{name}_{part}"): update_offload_parameter(module, f"{name}_{part}", value)
-            else: module.register_parameter(f"{name}_{part}", Parameter(value, requires_grad=False))
+            if hasattr(module, f"{name}_{part}"):
+                update_offload_parameter(module, f"{name}_{part}", value)
+            else:
+                module.register_parameter(f"{name}_{part}", Parameter(value, requires_grad=False))
 
 # %% ../nbs/04_calibration.ipynb #50603c1c
 def observers_in(model: Module) -> list[Observer]:
@@ -274,21 +322,26 @@ def observers_in(model: Module) -> list[Observer]:
 
 def claim(model: Module, owner: str | None) -> None:
     "Make all observers of a model hear only the forward passes that `owner` runs (None: those that nobody claims)."
-    for observer in observers_in(model): observer.owner = owner
+    for observer in observers_in(model):
+        observer.owner = owner
 
 
 @contextmanager
 def feeding(owner: str) -> Iterator[None]:
     "Forward passes inside the block, in this thread, are `owner`'s."
     token = current_feed.set(owner)
-    try: yield
-    finally: current_feed.reset(token)
+    try:
+        yield
+    finally:
+        current_feed.reset(token)
 
 
 @contextmanager
 def unobserved() -> Iterator[None]:
-    "Forward passes inside the block, in this thread, are heard by no observer: to look at a model while it is calibrated."
-    with feeding(NOBODY): yield
+    """Forward passes inside the block, in this thread, are heard by no observer: to look at a model while it is
+    calibrated."""
+    with feeding(NOBODY):
+        yield
 
 # %% ../nbs/04_calibration.ipynb #d656b175
 _holders: "weakref.WeakKeyDictionary[Module, str]" = weakref.WeakKeyDictionary()
@@ -307,7 +360,9 @@ def refuse_if_held(model: Module, owner: str) -> None:
 
 
 def _busy(model: Module, owner: str) -> ModelBusyError:
-    return ModelBusyError(f"{owner} cannot use this model now: {_holders[model]} is at work on it; wait for it or stop it first")
+    return ModelBusyError(
+        f"{owner} cannot use this model now: {_holders[model]} is at work on it; wait for it or stop it first"
+    )
 
 
 @contextmanager
@@ -318,7 +373,8 @@ def exclusive(model: Module, owner: str) -> Iterator[None]:
         if model in _holders: raise _busy(model, owner)
         _holders[model] = owner
     token = _held.set((*_held.get(), id(model)))
-    try: yield
+    try:
+        yield
     finally:
         _held.reset(token)
         del _holders[model]
@@ -326,12 +382,19 @@ def exclusive(model: Module, owner: str) -> Iterator[None]:
 # %% ../nbs/04_calibration.ipynb #f17c18d2
 @contextmanager
 def guarded(model: Module, also: Iterable[Module] = ()) -> Iterator[None]:
-    "Inside the block, a forward pass by anybody else of a held model, of an observed module or one of `also` raises ModelBusyError."
+    """Inside the block, a forward pass by anybody else of a held model, of an observed module or one of `also`
+    raises ModelBusyError."""
     def refuse(module: Module, args: Any) -> None:
         if id(model) not in _held.get():
-            raise ModelBusyError(f"{_holders.get(model, 'somebody')} is feeding this model; run it again when that is done")
-    watched = dict.fromkeys([*also, *(m for m in model.modules() if m is model or any(observer_of(m, name) for name in BASE_NAMES))])
+            raise ModelBusyError(
+                f"{_holders.get(model, 'somebody')} is feeding this model; run it again when that is done"
+            )
+    watched = dict.fromkeys(
+        [*also, *(m for m in model.modules() if m is model or any(observer_of(m, name) for name in BASE_NAMES))]
+    )
     handles = [m.register_forward_pre_hook(refuse, prepend=True) for m in watched]
-    try: yield
+    try:
+        yield
     finally:
-        for handle in handles: handle.remove()
+        for handle in handles:
+            handle.remove()

@@ -37,8 +37,10 @@ def spans_of(indices: Iterable[int]) -> Spans:
     "Batch indices as spans."
     spans: list[list[int]] = []
     for i in sorted(indices):
-        if spans and spans[-1][1] == i: spans[-1][1] = i + 1
-        else: spans.append([i, i + 1])
+        if spans and spans[-1][1] == i:
+            spans[-1][1] = i + 1
+        else:
+            spans.append([i, i + 1])
     return tuple((first, end) for first, end in spans)
 
 
@@ -47,10 +49,15 @@ def joined_spans(a: Spans, b: Spans) -> Spans:
     joined: list[tuple[int, int]] = []
     for first, end in sorted((*a, *b)):
         if joined and first < joined[-1][1]:
-            raise ValueError(f"batch {first} is in both records, so it would count twice; give the batches of each part global indices "
-                             "of their own: record(..., batch_indices=range(first, end))")
-        if joined and joined[-1][1] == first: joined[-1] = joined[-1][0], end
-        else: joined.append((first, end))
+            raise ValueError(
+                f"batch {first} is in both records, so it would count twice; give the batches of each part global "
+                "indices "
+                "of their own: record(..., batch_indices=range(first, end))"
+            )
+        if joined and joined[-1][1] == first:
+            joined[-1] = joined[-1][0], end
+        else:
+            joined.append((first, end))
     return tuple(joined)
 
 # %% ../nbs/08d_calibration_record.ipynb #a81a4482
@@ -64,7 +71,7 @@ class About:
 
     model: str = ""                                         # class of the model, e.g. LlamaForCausalLM
     name: str = ""                                          # where it came from, as its config tells
-    config: Mapping[str, Any] | None = None                 # the QuantizationConfig, as JSON; None: every Linear, nothing said
+    config: Mapping[str, Any] | None = None  # the QuantizationConfig, as JSON; None: every Linear, nothing said
     versions: Mapping[str, str] = field(default_factory=dict)
     mask: str = ""                                          # what was left out, in words; empty: nothing
     phase: str = "original"                                 # whether the model was quantized: as `ledger.phase_of`
@@ -107,7 +114,8 @@ class _Reading:
         return f"CalibrationRecord({self.model or 'no model'}: {seen}{without}{text})"
 
 # %% ../nbs/08d_calibration_record.ipynb #ce1b6247
-def _added(a: Mapping[Any, int], b: Mapping[Any, int]) -> dict[Any, int]: return {k: a.get(k, 0) + b.get(k, 0) for k in (a | b)}
+def _added(a: Mapping[Any, int], b: Mapping[Any, int]) -> dict[Any, int]:
+    return {k: a.get(k, 0) + b.get(k, 0) for k in (a | b)}
 
 
 def joined_tensors(a: Mapping[Key, TensorStats], b: Mapping[Key, TensorStats]) -> dict[Key, TensorStats]:
@@ -116,17 +124,23 @@ def joined_tensors(a: Mapping[Key, TensorStats], b: Mapping[Key, TensorStats]) -
     result = dict(a)
     for key, new in b.items():
         old = a.get(key)
-        if old is None or old is new and key[1] == "weight": result[key] = new
+        if old is None or old is new and key[1] == "weight":
+            result[key] = new
         elif key[1] != "weight":
-            if (id(old), id(new)) not in done: done[id(old), id(new)] = old | new
+            if (id(old), id(new)) not in done:
+                done[id(old), id(new)] = old | new
             result[key] = done[id(old), id(new)]
-        elif not same_stats(old, new): raise ValueError(f"{key[0]}: its weight is another one in the other record; records of two models cannot be merged")
+        elif not same_stats(old, new):
+            raise ValueError(
+                f"{key[0]}: its weight is another one in the other record; records of two models cannot be merged"
+            )
     return result
 
 # %% ../nbs/08d_calibration_record.ipynb #2265fd5a
 @dataclass(frozen=True, eq=False, repr=False)
 class CalibrationRecord(_Reading):
-    "What a pass over data left behind. A value: it holds no model and never changes. `record[module, base_name]` are a tensor's statistics."
+    """What a pass over data left behind. A value: it holds no model and never changes. `record[module, base_name]`
+    are a tensor's statistics."""
 
     tensors: Mapping[Key, TensorStats] = field(default_factory=dict)
     types: Mapping[str, str] = field(default_factory=dict)              # module -> its class, in model order
@@ -137,11 +151,18 @@ class CalibrationRecord(_Reading):
     expert_tokens: Mapping[str, int] = field(default_factory=dict)      # expert -> tokens routed to it
     seconds: float = 0.0
 
-    def seen(self, news: Mapping[Key, TensorStats], batch: int, tokens: int = 0, seconds: float = 0.0) -> "CalibrationRecord":
+    def seen(
+        self, news: Mapping[Key, TensorStats], batch: int, tokens: int = 0, seconds: float = 0.0
+    ) -> "CalibrationRecord":
         "The record that has also seen one batch, by its global index."
         level = level_of(batch)
-        return replace(self, tensors=joined_tensors(self.tensors, news), spans=joined_spans(self.spans, ((batch, batch + 1),)),
-                       level_tokens=_added(self.level_tokens, {level: tokens}), seconds=self.seconds + seconds)
+        return replace(
+            self,
+            tensors=joined_tensors(self.tensors, news),
+            spans=joined_spans(self.spans, ((batch, batch + 1),)),
+            level_tokens=_added(self.level_tokens, {level: tokens}),
+            seconds=self.seconds + seconds,
+        )
 
     def __or__(self, other: "CalibrationRecord") -> "CalibrationRecord":
         "The record of both runs. ValueError if they are of two models or schemes, or share a batch."
@@ -150,14 +171,17 @@ class CalibrationRecord(_Reading):
 
     def save(self, path: str | os.PathLike) -> Path:
         "Write to one safetensors file, whole or not at all."
-        about = asdict(self.about) | dict(tensors=len(self), batches=self.batches, tokens=self.tokens, has_text=self.has_text)
+        about = asdict(self.about) | dict(
+            tensors=len(self), batches=self.batches, tokens=self.tokens, has_text=self.has_text
+        )
         return write_tree(path, to_tree(self), FORMAT, VERSION, about)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "CalibrationRecord":
         "Read what `save` wrote. ValueError that names file and fault; nothing in the file is executed."
         tree = read_tree(path, FORMAT, VERSION)
-        try: return from_tree(tree)
+        try:
+            return from_tree(tree)
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as fault:
             raise ValueError(f"{path} is damaged: {fault}") from None
 
@@ -172,13 +196,18 @@ def _unequal(a: Any, b: Any, path: str) -> tuple[str, Any, Any] | None:
 def _check_same_run(a: CalibrationRecord, b: CalibrationRecord) -> None:
     for name in ("model", "config", "mask", "phase"):
         found = _unequal(getattr(a.about, name), getattr(b.about, name), name)
-        if found: raise ValueError("the records are of two runs: {} is {!r} in one and {!r} in the other".format(*found))
+        if found:
+            raise ValueError("the records are of two runs: {} is {!r} in one and {!r} in the other".format(*found))
     other = {m: t for m, t in b.types.items() if a.types.get(m, t) != t}
-    if other: raise ValueError(f"the records are of two models: {', '.join(other)} are of other classes in the other record")
+    if other:
+        raise ValueError(f"the records are of two models: {', '.join(other)} are of other classes in the other record")
 
 
-def _joined_conclusion(a: CalibrationRecord, b: CalibrationRecord, key: ConclusionKey, stats: TensorStats) -> Conclusion:
-    if key in a.conclusions and key in b.conclusions: return merge_conclusions(a.conclusions[key], b.conclusions[key], stats)
+def _joined_conclusion(
+    a: CalibrationRecord, b: CalibrationRecord, key: ConclusionKey, stats: TensorStats
+) -> Conclusion:
+    if key in a.conclusions and key in b.conclusions:
+        return merge_conclusions(a.conclusions[key], b.conclusions[key], stats)
     has, lacks = (a, b) if key in a.conclusions else (b, a)
     return of_one_part(has.conclusions[key], lacks.tensors.get(key[:2], TensorStats()).calls > 0, stats)
 
@@ -187,33 +216,70 @@ def joined_records(a: CalibrationRecord, b: CalibrationRecord) -> CalibrationRec
     "The record of both runs."
     _check_same_run(a, b)
     tensors = joined_tensors(a.tensors, b.tensors)
-    conclusions = {key: _joined_conclusion(a, b, key, tensors.get(key[:2], TensorStats())) for key in {**a.conclusions, **b.conclusions}}
+    conclusions = {
+        key: _joined_conclusion(a, b, key, tensors.get(key[:2], TensorStats()))
+        for key in {**a.conclusions, **b.conclusions}
+    }
     about = replace(a.about, versions={**b.about.versions, **a.about.versions})
-    return CalibrationRecord(tensors, {**a.types, **b.types}, conclusions, about, joined_spans(a.spans, b.spans),
-                             _added(a.level_tokens, b.level_tokens), _added(a.expert_tokens, b.expert_tokens), a.seconds + b.seconds)
+    return CalibrationRecord(
+        tensors,
+        {**a.types, **b.types},
+        conclusions,
+        about,
+        joined_spans(a.spans, b.spans),
+        _added(a.level_tokens, b.level_tokens),
+        _added(a.expert_tokens, b.expert_tokens),
+        a.seconds + b.seconds,
+    )
 
 # %% ../nbs/08d_calibration_record.ipynb #93956911
 def _same_conclusion(a: Conclusion, b: Conclusion) -> bool:
     def bits(c: Conclusion) -> list:
-        tensors = [c.low, c.high, c.scale, c.zero_point, c.global_scale, *(c.statistics[k] for k in sorted(c.statistics))]
-        return [t if t is None else (t.dtype, tuple(t.shape), t.contiguous().view(torch.uint8).numpy().tobytes()) for t in tensors]
+        tensors = [
+            c.low,
+            c.high,
+            c.scale,
+            c.zero_point,
+            c.global_scale,
+            *(c.statistics[k] for k in sorted(c.statistics)),
+        ]
+        return [
+            t if t is None else (t.dtype, tuple(t.shape), t.contiguous().view(torch.uint8).numpy().tobytes())
+            for t in tensors
+        ]
     facts = [(c.observer, c.args.model_dump(), dict(c.kwargs), c.reason, sorted(c.statistics)) for c in (a, b)]
     return facts[0] == facts[1] and bits(a) == bits(b)
 
 
 def _compared(a: Mapping, b: Mapping, same: Callable[[Any, Any], bool]) -> list[str]:
-    return [f"{' '.join(key) if isinstance(key, tuple) else key}" for key in {**a, **b} if key not in a or key not in b or not same(a[key], b[key])]
+    return [
+        f"{' '.join(key) if isinstance(key, tuple) else key}"
+        for key in {**a, **b}
+        if key not in a or key not in b or not same(a[key], b[key])
+    ]
 
 
 def unequal_parts(a: CalibrationRecord, b: CalibrationRecord) -> list[str]:
     "What differs between two records, in words; empty if they are equal."
     for record in (a, b):
-        if not isinstance(record, CalibrationRecord): raise TypeError(f"a record must be a CalibrationRecord, got {type(record).__name__}")
+        if not isinstance(record, CalibrationRecord):
+            raise TypeError(f"a record must be a CalibrationRecord, got {type(record).__name__}")
     found = [f"statistics of {name}" for name in _compared(a.tensors, b.tensors, same_stats)]
     lasting = [{k: c for k, c in r.conclusions.items() if merges(c) and not c.reason} for r in (a, b)]
     found += [f"conclusion of {name}" for name in _compared(*lasting, _same_conclusion)]
-    facts = [dict(model=r.about.model, config=r.about.config, mask=r.about.mask, phase=r.about.phase, types=dict(r.types), batches=r.spans,
-                  tokens={k: n for k, n in r.level_tokens.items() if n}, experts=dict(r.expert_tokens)) for r in (a, b)]
+    facts = [
+        dict(
+            model=r.about.model,
+            config=r.about.config,
+            mask=r.about.mask,
+            phase=r.about.phase,
+            types=dict(r.types),
+            batches=r.spans,
+            tokens={k: n for k, n in r.level_tokens.items() if n},
+            experts=dict(r.expert_tokens),
+        )
+        for r in (a, b)
+    ]
     return found + [name for name in facts[0] if facts[0][name] != facts[1][name]]
 
 
@@ -222,7 +288,8 @@ def record_equal(a: CalibrationRecord, b: CalibrationRecord) -> bool:
     return not unequal_parts(a, b)
 
 # %% ../nbs/08d_calibration_record.ipynb #d79b8e97
-FORMAT, VERSION = "qcal_nb.record", 1
+FORMAT = "qcal_nb.record"
+VERSION = 1
 
 
 def _end(value: float) -> float | None: return value if math.isfinite(value) else None
@@ -233,7 +300,8 @@ def _place_to_list(place: NonFinite | None) -> list | None:
 
 
 def _place_from_list(found: list | None) -> NonFinite | None:
-    if found is not None: check_form(found, (int, int | None, [int], str), "a place of non-finite values")
+    if found is not None:
+        check_form(found, (int, int | None, [int], str), "a place of non-finite values")
     return None if found is None else NonFinite(found[0], found[1], tuple(found[2]), float(found[3]))
 
 
@@ -250,25 +318,59 @@ def _level_from_list(found: list) -> tuple[int, Level]:
 
 # %% ../nbs/08d_calibration_record.ipynb #c33ce5e6
 def _stats_to_tree(s: TensorStats) -> dict[str, Any]:
-    line = [s.timeline.stride, np.array(list(s.timeline.points), np.int64), np.array(list(s.timeline.points.values()), np.float64)]
+    line = [
+        s.timeline.stride,
+        np.array(list(s.timeline.points), np.int64),
+        np.array(list(s.timeline.points.values()), np.float64),
+    ]
     top = [[e.value, e.batch, e.position, e.channel, e.token, e.context] for e in s.top]
-    return dict(levels=[_level_to_list(k, level) for k, level in s.levels.items()], sums=[str(s.sum), str(s.sum_squares)],
-                first_nonfinite=_place_to_list(s.first_nonfinite), dtypes=sorted(s.dtypes), shapes=s.shapes, channels=s.channels,
-                top=top, timeline=line, counts=[s.calls, s.batches, s.skipped])
+    return dict(
+        levels=[_level_to_list(k, level) for k, level in s.levels.items()],
+        sums=[str(s.sum), str(s.sum_squares)],
+        first_nonfinite=_place_to_list(s.first_nonfinite),
+        dtypes=sorted(s.dtypes),
+        shapes=s.shapes,
+        channels=s.channels,
+        top=top,
+        timeline=line,
+        counts=[s.calls, s.batches, s.skipped],
+    )
 
 
 def _stats_from_tree(t: Mapping[str, Any]) -> TensorStats:
     stride, indices, points = t["timeline"]
     timeline = Timeline({i: tuple(p) for i, p in zip(indices.tolist(), points.reshape(-1, 2).tolist())}, stride)
     top = tuple(Extreme(value, batch, tuple(position), *rest) for value, batch, position, *rest in t["top"])
-    return TensorStats(dict(map(_level_from_list, t["levels"])), *map(Fraction, t["sums"]), _place_from_list(t["first_nonfinite"]),
-                       frozenset(t["dtypes"]), tuple(map(tuple, t["shapes"])), t["channels"].numpy(), top, timeline, *t["counts"])
+    return TensorStats(
+        dict(map(_level_from_list, t["levels"])),
+        *map(Fraction, t["sums"]),
+        _place_from_list(t["first_nonfinite"]),
+        frozenset(t["dtypes"]),
+        tuple(map(tuple, t["shapes"])),
+        t["channels"].numpy(),
+        top,
+        timeline,
+        *t["counts"],
+    )
 
 # %% ../nbs/08d_calibration_record.ipynb #f3933f67
 def _conclusion_to_list(c: Conclusion, args: int) -> list:
     n = c.counts
     counts = [n.observations, n.elements, n.batches, n.skipped, n.nonfinite, _place_to_list(n.first_nonfinite)]
-    return [c.observer, c.base_name, args, dict(c.kwargs), dict(c.statistics), c.low, c.high, c.scale, c.zero_point, c.global_scale, counts, c.reason]
+    return [
+        c.observer,
+        c.base_name,
+        args,
+        dict(c.kwargs),
+        dict(c.statistics),
+        c.low,
+        c.high,
+        c.scale,
+        c.zero_point,
+        c.global_scale,
+        counts,
+        c.reason,
+    ]
 
 
 def _conclusion_from_list(found: list, args: list[QuantizationArgs]) -> Conclusion:
@@ -288,27 +390,55 @@ def to_tree(record: CalibrationRecord) -> dict[str, Any]:
     found, numbers = _numbered(record.conclusions.values())
     texts = [json.dumps(c.args.model_dump(mode="json"), sort_keys=True) for c in found]
     args = list(dict.fromkeys(texts))
-    return dict(about=asdict(record.about), types=dict(record.types), spans=record.spans, seconds=record.seconds,
-                level_tokens=list(record.level_tokens.items()), expert_tokens=dict(record.expert_tokens),
-                stats=[_stats_to_tree(s) for s in stats], tensors=[[*key, stat_numbers[id(s)]] for key, s in record.tensors.items()],
-                args=args, found=[_conclusion_to_list(c, args.index(text)) for c, text in zip(found, texts)],
-                conclusions=[[*key, numbers[id(c)]] for key, c in record.conclusions.items()])
+    return dict(
+        about=asdict(record.about),
+        types=dict(record.types),
+        spans=record.spans,
+        seconds=record.seconds,
+        level_tokens=list(record.level_tokens.items()),
+        expert_tokens=dict(record.expert_tokens),
+        stats=[_stats_to_tree(s) for s in stats],
+        tensors=[[*key, stat_numbers[id(s)]] for key, s in record.tensors.items()],
+        args=args,
+        found=[_conclusion_to_list(c, args.index(text)) for c, text in zip(found, texts)],
+        conclusions=[[*key, numbers[id(c)]] for key, c in record.conclusions.items()],
+    )
 
 
-_ENDS, _TENSOR = int | float | None, Tensor | None
-_STATS = dict(levels=[(int, _ENDS, _ENDS, Tensor, Tensor, int, int, int, bool)], sums=(str, str), first_nonfinite=list | None, dtypes=[str],
-              shapes=[[int]], channels=Tensor, top=[(int | float, int, [int], int, str | None, str | None)], timeline=(int, Tensor, Tensor),
-              counts=(int, int, int))
+_ENDS = int | float | None
+_TENSOR = Tensor | None
+_STATS = dict(
+    levels=[(int, _ENDS, _ENDS, Tensor, Tensor, int, int, int, bool)],
+    sums=(str, str),
+    first_nonfinite=list | None,
+    dtypes=[str],
+    shapes=[[int]],
+    channels=Tensor,
+    top=[(int | float, int, [int], int, str | None, str | None)],
+    timeline=(int, Tensor, Tensor),
+    counts=(int, int, int),
+)
 _FOUND = (str, str, int, dict, {str: Tensor}, *[_TENSOR] * 5, (int, int, int, int, int, list | None), str)
-_FORM = dict(about=dict(model=str, name=str, config=dict | None, versions={str: str}, mask=str, phase=str), types={str: str}, spans=[(int, int)], seconds=int | float,
-             level_tokens=[(int, int)], expert_tokens={str: int}, stats=[_STATS], tensors=[(str, str, int)], args=[str], found=[_FOUND],
-             conclusions=[(str, str, str, int)])
+_FORM = dict(
+    about=dict(model=str, name=str, config=dict | None, versions={str: str}, mask=str, phase=str),
+    types={str: str},
+    spans=[(int, int)],
+    seconds=int | float,
+    level_tokens=[(int, int)],
+    expert_tokens={str: int},
+    stats=[_STATS],
+    tensors=[(str, str, int)],
+    args=[str],
+    found=[_FOUND],
+    conclusions=[(str, str, str, int)],
+)
 
 
 def from_tree(t: Mapping[str, Any]) -> CalibrationRecord:
     "The way back. ValueError and the like if it is none."
     check_form(t, _FORM, "the record")
-    stats, args = [_stats_from_tree(s) for s in t["stats"]], [QuantizationArgs.model_validate(json.loads(text)) for text in t["args"]]
+    stats = [_stats_from_tree(s) for s in t["stats"]]
+    args = [QuantizationArgs.model_validate(json.loads(text)) for text in t["args"]]
     found = [_conclusion_from_list(c, args) for c in t["found"]]
     tensors = {(module, base_name): stats[i] for module, base_name, i in t["tensors"]}
     conclusions = {(module, base_name, asked): found[i] for module, base_name, asked, i in t["conclusions"]}

@@ -55,36 +55,78 @@ def _observer(word: str) -> tuple[str, str]:
 
 def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a model's folder or hub name; 'tiny' is the embedded one")
-    parser.add_argument("--data", metavar="FILE", help="texts: .txt with paragraphs (or lines), .jsonl or .json with \"text\" (may be left out with 'tiny', which brings its own)")
-    parser.add_argument("--scheme", default=None, metavar="NAME", help="a preset: FP8, INT8_STATIC, W4A16, NVFP4, ... (default: FP8); a name that is unknown gets the list")
+    parser.add_argument(
+        "--data",
+        metavar="FILE",
+        help="texts: .txt with paragraphs (or lines), .jsonl or .json with \"text\" (may be left out with 'tiny', "
+        "which brings its own)",
+    )
+    parser.add_argument(
+        "--scheme",
+        default=None,
+        metavar="NAME",
+        help="a preset: FP8, INT8_STATIC, W4A16, NVFP4, ... (default: FP8); a name that is unknown gets the list",
+    )
 
 # %% ../nbs/16b_cli.ipynb #37c3179a
 def _lab_options(commands: Any) -> None:
-    lab = commands.add_parser("lab", help="open the workbench in JupyterLab", description="Write a notebook with the workbench and open it in JupyterLab. "
-                              "A notebook that exists is opened as it is; without --notebook, only one that was written for the same. MODEL may also be a record.safetensors: then everything can be looked at, nothing run.")
+    lab = commands.add_parser(
+        "lab",
+        help="open the workbench in JupyterLab",
+        description="Write a notebook with the workbench and open it in JupyterLab. "
+        "A notebook that exists is opened as it is; without --notebook, only one that was written for the same. "
+        "MODEL may also be a record.safetensors: then everything can be looked at, nothing run.",
+    )
     _common(lab)
-    lab.add_argument("--notebook", metavar="FILE", help="where to write it (default: workbench.ipynb, or workbench-2.ipynb, ...)")
+    lab.add_argument(
+        "--notebook", metavar="FILE", help="where to write it (default: workbench.ipynb, or workbench-2.ipynb, ...)"
+    )
     lab.add_argument("--port", type=_positive, help="the port of the server")
     lab.add_argument("--no-browser", action="store_true", help="print the address instead of opening a browser")
 
 
 def _calibrate_options(commands: Any) -> None:
-    run = commands.add_parser("calibrate", help="run texts through a model; leave with record, recipe, checkpoint", description=_CALIBRATE,
-                              formatter_class=argparse.RawDescriptionHelpFormatter)
+    run = commands.add_parser(
+        "calibrate",
+        help="run texts through a model; leave with record, recipe, checkpoint",
+        description=_CALIBRATE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     _common(run)
     run.add_argument("--recipe", metavar="FILE", help="an llm-compressor recipe instead of --scheme")
-    run.add_argument("--ignore", action="append", metavar="NAME", help="modules to leave alone, by name or re:pattern; repeat it (default: lm_head)")
-    run.add_argument("--observer", action="append", type=_observer, metavar="BASE=NAME", default=[], help="an observer for weight, input or output; repeat it; a name that is unknown gets the list")
+    run.add_argument(
+        "--ignore",
+        action="append",
+        metavar="NAME",
+        help="modules to leave alone, by name or re:pattern; repeat it (default: lm_head)",
+    )
+    run.add_argument(
+        "--observer",
+        action="append",
+        type=_observer,
+        metavar="BASE=NAME",
+        default=[],
+        help="an observer for weight, input or output; repeat it; a name that is unknown gets the list",
+    )
     run.add_argument("--out", required=True, metavar="DIR", help="where to write; a new or empty folder")
     run.add_argument("--checkpoint", action="store_true", help="also write the quantized model")
     run.add_argument("--limit", type=_positive, metavar="N", help="only the first N texts")
-    run.add_argument("--max-length", type=_positive, metavar="N", help="cut texts to N tokens (default: as many as the model has positions for, 2048 at most)")
+    run.add_argument(
+        "--max-length",
+        type=_positive,
+        metavar="N",
+        help="cut texts to N tokens (default: as many as the model has positions for, 2048 at most)",
+    )
     run.add_argument("--batch-size", type=_positive, metavar="N", default=1, help="texts in a batch (default: 1)")
     run.add_argument("--quiet", action="store_true", help="no progress, no summary")
 
 
 def _report_options(commands: Any) -> None:
-    report = commands.add_parser("report", help="a record as one HTML page", description="Write one self-contained HTML page about a saved record.")
+    report = commands.add_parser(
+        "report",
+        help="a record as one HTML page",
+        description="Write one self-contained HTML page about a saved record.",
+    )
     report.add_argument("record", metavar="RECORD", help="a record.safetensors that calibrate (or record.save) wrote")
     report.add_argument("-o", "--out", metavar="FILE", help="the page (default: beside the record, as .html)")
     report.add_argument("--title", help="its heading")
@@ -96,8 +138,10 @@ def parser() -> argparse.ArgumentParser:
                                   epilog=_FIRST, formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("--version", action="version", version=f"qcal-nb {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="lab | calibrate | report")
-    for add in (_lab_options, _calibrate_options, _report_options): add(commands)
-    for command in commands.choices.values(): command.add_argument("--traceback", action="store_true", help="show where an error came from")
+    for add in (_lab_options, _calibrate_options, _report_options):
+        add(commands)
+    for command in commands.choices.values():
+        command.add_argument("--traceback", action="store_true", help="show where an error came from")
     return top
 
 # %% ../nbs/16b_cli.ipynb #774067fd
@@ -107,9 +151,15 @@ def modifier_of(options: argparse.Namespace) -> Any:
     from qcal_nb.recipes import from_yaml
     if options.recipe is None:
         ignore = ["lm_head"] if options.ignore is None else options.ignore
-        return QuantizationModifier(scheme=options.scheme or "FP8", targets=["Linear"], ignore=ignore, **{f"{base}_observer": name for base, name in options.observer})
+        return QuantizationModifier(
+            scheme=options.scheme or "FP8",
+            targets=["Linear"],
+            ignore=ignore,
+            **{f"{base}_observer": name for base, name in options.observer},
+        )
     for name in ("scheme", "ignore", "observer"):
-        if getattr(options, name): raise ValueError(f"--{name} and --recipe: the recipe says it already; give one of them")
+        if getattr(options, name):
+            raise ValueError(f"--{name} and --recipe: the recipe says it already; give one of them")
     return from_yaml(Path(options.recipe))
 
 
@@ -117,11 +167,15 @@ def modifier_of(options: argparse.Namespace) -> Any:
 def ranks() -> Iterator[tuple[int, int]]:
     "Rank and number of processes; inside the block a process group, where `torchrun` started more than one."
     import torch.distributed as dist
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if size > 1: dist.init_process_group("gloo")
-    try: yield rank, size
+    rank = int(os.environ.get("RANK", 0))
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if size > 1:
+        dist.init_process_group("gloo")
+    try:
+        yield rank, size
     finally:
-        if dist.is_initialized() and size > 1: dist.destroy_process_group()
+        if dist.is_initialized() and size > 1:
+            dist.destroy_process_group()
 
 # %% ../nbs/16b_cli.ipynb #02a9397e
 def calibrate_command(options: argparse.Namespace) -> None:
@@ -134,32 +188,50 @@ def calibrate_command(options: argparse.Namespace) -> None:
     from qcal_nb.pipelines import calibrate
     from qcal_nb.recipes import free_folder, save_quantized, to_yaml
     from qcal_nb.records import all_ranks, record
-    folder, texts, modifier = free_folder(options.out, "--out"), texts_for(options.model, options.data, options.limit), modifier_of(options)
-    if options.quiet: transformers_logging.disable_progress_bar()
+    folder = free_folder(options.out, "--out")
+    texts = texts_for(options.model, options.data, options.limit)
+    modifier = modifier_of(options)
+    if options.quiet:
+        transformers_logging.disable_progress_bar()
     with each_warning_once(), ranks() as (rank, size):  # the two passes warn of the same
-        if len(texts) < size: raise ValueError(f"{len(texts)} texts cannot be shared by {size} processes; each needs one")
+        if len(texts) < size:
+            raise ValueError(f"{len(texts)} texts cannot be shared by {size} processes; each needs one")
         model, tokenizer = load_model(options.model)
         if tokenizer is None: raise ValueError(f"MODEL {options.model!r} has no tokenizer, which texts need")
-        reading = dict(tokenizer=tokenizer, batch_size=options.batch_size, max_length=options.max_length or usual_length(model),
-                       progress=rank == 0 and not options.quiet)
+        reading = dict(
+            tokenizer=tokenizer,
+            batch_size=options.batch_size,
+            max_length=options.max_length or usual_length(model),
+            progress=rank == 0 and not options.quiet,
+        )
         found = all_ranks(record(model, texts[rank::size], scheme=modifier, **reading))
-        if options.checkpoint: calibrate(model, texts[rank::size], modifier, **reading)
+        if options.checkpoint:
+            calibrate(model, texts[rank::size], modifier, **reading)
         if rank: return
         folder.mkdir(parents=True, exist_ok=True)
-        if options.checkpoint: save_quantized(model, folder/"checkpoint", tokenizer)
+        if options.checkpoint:
+            save_quantized(model, folder/"checkpoint", tokenizer)
         found.save(folder/"record.safetensors")
         (folder/"recipe.yaml").write_text(to_yaml(modifier), encoding="utf-8")
-        if not options.quiet: print(summary(found, folder, modifier, options.checkpoint))
+        if not options.quiet:
+            print(summary(found, folder, modifier, options.checkpoint))
 
 
 def summary(found: Any, folder: Path, modifier: Any, checkpoint: bool) -> str:
     "What was written, the first findings, and what to do next."
     from qcal_nb.findings import findings
     from qcal_nb.recipes import observers_of, production_note
-    same = "for llm-compressor: the same scales on the same batches; the panel Code of qcal-nb lab shows how to feed them"
-    lines = [f"{len(found)} tensors, {found.batches:,} batches, {found.tokens:,} tokens", *(f"- {f}" for f in findings(found)[:3]), "",
-             f"{folder/'record.safetensors'}   look at it: qcal-nb lab {folder/'record.safetensors'}, or qcal-nb report {folder/'record.safetensors'}",
-             f"{folder/'recipe.yaml'}   {production_note(observers_of(modifier)) or same}"]
+    same = (
+        "for llm-compressor: the same scales on the same batches; the panel Code of qcal-nb lab shows how to feed them"
+    )
+    lines = [
+        f"{len(found)} tensors, {found.batches:,} batches, {found.tokens:,} tokens",
+        *(f"- {f}" for f in findings(found)[:3]),
+        "",
+        f"{folder / 'record.safetensors'}   look at it: qcal-nb lab {folder / 'record.safetensors'}, or qcal-nb "
+        f"report {folder / 'record.safetensors'}",
+        f"{folder / 'recipe.yaml'}   {production_note(observers_of(modifier)) or same}",
+    ]
     return "\n".join([*lines, f"{folder/'checkpoint'}   for vLLM and transformers"] if checkpoint else lines)
 
 # %% ../nbs/16b_cli.ipynb #98a41656
@@ -170,7 +242,8 @@ def _seen_from(folder: Path, name: str | None) -> str | None:
 
 
 def _notebook_path(asked: str | None, wanted: dict[str, Any]) -> Path:
-    "Where the notebook is or will be: as asked, or the first workbench-*.ipynb that is free or was written for the same."
+    """Where the notebook is or will be: as asked, or the first workbench-*.ipynb that is free or was written for
+    the same."""
     import nbformat
     if asked is not None: return Path(asked)
     names = (Path(f"workbench{f'-{i}' if i > 1 else ''}.ipynb") for i in count(1))
@@ -190,13 +263,18 @@ def lab_command(options: argparse.Namespace) -> None:
     import nbformat
 
     from qcal_nb.cli_inputs import check_model, texts_for, workbench_notebook
-    if options.notebook is not None and Path(options.notebook).suffix != ".ipynb": raise ValueError(f"--notebook {options.notebook}: must end with .ipynb")
+    if options.notebook is not None and Path(options.notebook).suffix != ".ipynb":
+        raise ValueError(f"--notebook {options.notebook}: must end with .ipynb")
     check_model(options.model)
-    if options.data is not None: texts_for(options.model, options.data, 1)  # what is wrong with it is said here
+    if options.data is not None:
+        texts_for(options.model, options.data, 1)  # what is wrong with it is said here
     folder = Path(options.notebook or ".").parent
-    written = workbench_notebook(_seen_from(folder, options.model), _seen_from(folder, options.data), options.scheme or "FP8")
+    written = workbench_notebook(
+        _seen_from(folder, options.model), _seen_from(folder, options.data), options.scheme or "FP8"
+    )
     path = _notebook_path(options.notebook, written.metadata["qcal_nb"])
-    if path.exists(): print(f"{path} exists and is opened as it is", file=sys.stderr)
+    if path.exists():
+        print(f"{path} exists and is opened as it is", file=sys.stderr)
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(written, path)
@@ -204,10 +282,19 @@ def lab_command(options: argparse.Namespace) -> None:
 
 
 def _become_jupyterlab(path: Path, options: argparse.Namespace) -> None:
-    command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={path.parent.resolve()}", f"--LabApp.default_url=/lab/tree/{quote(path.name)}"]
-    if options.no_browser: command.append("--no-browser")
-    if options.port: command += [f"--port={options.port}", "--ServerApp.port_retries=0"]
-    if hasattr(os, "geteuid") and os.geteuid() == 0: command.append("--allow-root")
+    command = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        f"--ServerApp.root_dir={path.parent.resolve()}",
+        f"--LabApp.default_url=/lab/tree/{quote(path.name)}",
+    ]
+    if options.no_browser:
+        command.append("--no-browser")
+    if options.port:
+        command += [f"--port={options.port}", "--ServerApp.port_retries=0"]
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        command.append("--allow-root")
     sys.stdout.flush()
     os.execv(sys.executable, command)
 

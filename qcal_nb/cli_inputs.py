@@ -29,15 +29,19 @@ def check_model(name: str) -> None:
 
 
 def load_model(name: str) -> tuple[PreTrainedModel, Any]:
-    "Model and tokenizer (None if there is none) of a folder or a hub's name, in the dtype they were saved in; `tiny` is the embedded one. ValueError if there is no such model."
+    """Model and tokenizer (None if there is none) of a folder or a hub's name, in the dtype they were saved in;
+    `tiny` is the embedded one. ValueError if there is no such model."""
     if name == TINY: return load_tiny_llama()
     check_model(name)
-    try: model = AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval()
     except (OSError, ValueError) as why:
         where = "cannot be loaded" if Path(name).exists() else "is no folder here, and cannot be loaded by that name"
         raise ValueError(f"MODEL {name!r} {where}: {_first_line(why)}") from why
-    try: return model, AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError): return model, None  # said where texts need one
+    try:
+        return model, AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError):
+        return model, None  # said where texts need one
 
 
 def _first_line(error: BaseException) -> str: return (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -50,11 +54,21 @@ def _text_in(item: Any, where: str) -> str:
 
 
 def _items(path: Path, content: str) -> Iterator[tuple[Any, str]]:
-    lines = [(content, str(path))] if path.suffix == ".json" else [(line, f"{path}, line {i}") for i, line in enumerate(content.splitlines(), 1) if line.strip()]
+    lines = (
+        [(content, str(path))]
+        if path.suffix == ".json"
+        else [(line, f"{path}, line {i}") for i, line in enumerate(content.splitlines(), 1) if line.strip()]
+    )
     for line, where in lines:
-        try: found = json.loads(line)
-        except json.JSONDecodeError as fault: raise ValueError(f"{where}: not JSON: {fault}") from None
-        yield from ((item, where) for item in found) if path.suffix == ".json" and isinstance(found, list) else [(found, where)]
+        try:
+            found = json.loads(line)
+        except json.JSONDecodeError as fault:
+            raise ValueError(f"{where}: not JSON: {fault}") from None
+        yield from (
+            ((item, where) for item in found)
+            if path.suffix == ".json" and isinstance(found, list)
+            else [(found, where)]
+        )
 
 
 def _paragraphs(content: str) -> list[str]:
@@ -64,12 +78,17 @@ def _paragraphs(content: str) -> list[str]:
 
 
 def read_texts(path: str | os.PathLike, limit: int | None = None) -> list[str]:
-    "The texts in a file (.jsonl, .json, or paragraphs or lines of plain text), at most `limit` of them. ValueError that names file and line."
+    """The texts in a file (.jsonl, .json, or paragraphs or lines of plain text), at most `limit` of them.
+    ValueError that names file and line."""
     path = Path(path)
-    try: content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as why: raise ValueError(f"--data {path}: {why.strerror if isinstance(why, OSError) else 'not UTF-8 text'}") from None
-    if path.suffix in (".json", ".jsonl"): texts = [_text_in(item, where) for item, where in _items(path, content)]
-    else: texts = _paragraphs(content)
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as why:
+        raise ValueError(f"--data {path}: {why.strerror if isinstance(why, OSError) else 'not UTF-8 text'}") from None
+    if path.suffix in (".json", ".jsonl"):
+        texts = [_text_in(item, where) for item, where in _items(path, content)]
+    else:
+        texts = _paragraphs(content)
     texts = [text for text in texts if text.strip()][:limit]
     if not texts: raise ValueError(f"--data {path}: holds no text")
     return texts
@@ -79,7 +98,9 @@ def texts_for(model: str, path: str | None, limit: int | None = None) -> list[st
     "The texts of a file; without one those of the embedded model."
     if path is not None: return read_texts(path, limit)
     if model == TINY: return calibration_texts()[:limit]
-    raise ValueError("--data is needed: a file with texts like those the model will meet (.txt with paragraphs, .jsonl with \"text\")")
+    raise ValueError(
+        '--data is needed: a file with texts like those the model will meet (.txt with paragraphs, .jsonl with "text")'
+    )
 
 # %% ../nbs/16a_cli_inputs.ipynb #80c5fcd3
 _STAND_IN = """# They come with qcal_nb. What the model will meet are other texts, and ranges follow the texts: put a list of your own here
@@ -89,19 +110,39 @@ texts = calibration_texts() if tokenizer else []"""
 def _loading(model: str, data: str | None) -> str:
     ours = ["calibration_texts"] * (data is None) + ["load_tiny_llama" if model == TINY else "usual_length"]
     theirs = ["load_model"] * (model != TINY) + ["read_texts"] * (data is not None)
-    imports = [f"from qcal_nb.{module} import {', '.join(names)}" for module, names in (("cli_inputs", theirs), ("models", ours)) if names]
-    texts = f"texts = read_texts({data!r})" if data is not None else "texts = calibration_texts()" if model == TINY else _STAND_IN
-    return "\n".join([*imports, f"model, tokenizer = {'load_tiny_llama()' if model == TINY else f'load_model({model!r})'}", texts])
+    imports = [
+        f"from qcal_nb.{module} import {', '.join(names)}"
+        for module, names in (("cli_inputs", theirs), ("models", ours))
+        if names
+    ]
+    texts = (
+        f"texts = read_texts({data!r})"
+        if data is not None
+        else "texts = calibration_texts()"
+        if model == TINY
+        else _STAND_IN
+    )
+    return "\n".join(
+        [*imports, f"model, tokenizer = {'load_tiny_llama()' if model == TINY else f'load_model({model!r})'}", texts]
+    )
 
 
 def workbench_notebook(model: str, data: str | None = None, scheme: str = "FP8") -> nbformat.NotebookNode:
     "A notebook that opens the workbench: on a model and texts, or on a record that was saved."
-    title = new_markdown_cell(f"# Workbench: {Path(model).name}\n\nRun the cells (*Run*, *Run All Cells*). Hover over a control to learn what it does.")
+    title = new_markdown_cell(
+        f"# Workbench: {Path(model).name}\n\nRun the cells (*Run*, *Run All Cells*). Hover over a control to "
+        "learn what it does."
+    )
     if model.endswith(".safetensors"):
         cells = [new_code_cell(f"from qcal_nb import Workbench\n\nwb = Workbench.from_record({model!r})\nwb")]
     else:
         options = repr(scheme) if model == TINY else f"{scheme!r}, max_length=usual_length(model)"
-        cells = [new_code_cell(_loading(model, data)), new_code_cell(f"from qcal_nb import Workbench\n\nwb = Workbench(model, texts, tokenizer, {options})\nwb"),
-                 new_markdown_cell("What is on the screen is also here: `wb.record`, `wb.scales()`, `wb.recipe()`.")]
+        cells = [
+            new_code_cell(_loading(model, data)),
+            new_code_cell(f"from qcal_nb import Workbench\n\nwb = Workbench(model, texts, tokenizer, {options})\nwb"),
+            new_markdown_cell("What is on the screen is also here: `wb.record`, `wb.scales()`, `wb.recipe()`."),
+        ]
     kernel = dict(display_name="Python 3", language="python", name="python3")
-    return new_notebook(cells=[title, *cells], metadata=dict(kernelspec=kernel, qcal_nb=dict(model=model, data=data, scheme=scheme)))
+    return new_notebook(
+        cells=[title, *cells], metadata=dict(kernelspec=kernel, qcal_nb=dict(model=model, data=data, scheme=scheme))
+    )

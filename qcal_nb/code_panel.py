@@ -47,7 +47,8 @@ _CODE_CSS = """
 class CodeBox(anywidget.AnyWidget):
     "Text with a button that copies it."
 
-    _esm, _css = _CODE_JS, _CODE_CSS
+    _esm = _CODE_JS
+    _css = _CODE_CSS
     text = Unicode("").tag(sync=True)
     label = Unicode("").tag(sync=True)
 
@@ -59,7 +60,13 @@ def _files(panel: "CodePanel") -> list[w.Widget]:
              "report": ("report.html", "A page for people without a notebook")}
     rows = []
     for kind, (path, tip) in kinds.items():
-        field = w.Text(path, description=kind.capitalize(), tooltip=tip, layout=w.Layout(width="360px"), style=dict(description_width="60px"))
+        field = w.Text(
+            path,
+            description=kind.capitalize(),
+            tooltip=tip,
+            layout=w.Layout(width="360px"),
+            style=dict(description_width="60px"),
+        )
         button = w.Button(description=f"Save {kind}", tooltip=tip, layout=w.Layout(width="auto"))
         button.add_class(f"qcal-save-{kind}")
         button.on_click(lambda _, kind=kind, field=field: panel.save(kind, field.value))
@@ -81,24 +88,41 @@ class CodePanel(Panel):
 
     def __init__(self, session: Session | Saved, state: WorkbenchState | None = None) -> None:
         super().__init__(session, state)
-        self.script, self.recipe, self.production = (CodeBox(label=label) for label in ("this session", "the recipe", "llm-compressor"))
+        self.script, self.recipe, self.production = (
+            CodeBox(label=label) for label in ("this session", "the recipe", "llm-compressor")
+        )
         self.said = w.HTML()
         self.said.add_class("qcal-saved")
-        self.tabs = w.Tab([self.script, self.recipe, self.production], titles=["This session", "Recipe", "llm-compressor"])
+        self.tabs = w.Tab(
+            [self.script, self.recipe, self.production], titles=["This session", "Recipe", "llm-compressor"]
+        )
         self.tabs.add_class("qcal-tabs")
-        self.children = [self._style, w.HTML(block("Paste the first into a fresh kernel: it gives the same scales, bit for bit.")), self.tabs,
-                         *_files(self), self.said]
+        self.children = [
+            self._style,
+            w.HTML(block("Paste the first into a fresh kernel: it gives the same scales, bit for bit.")),
+            self.tabs,
+            *_files(self),
+            self.said,
+        ]
         self.refresh()
 
     def save(self, kind: str, path: str) -> None:
         "Write a file; what went wrong is said in the panel."
         note = production_note(observers_of(self.session.recipe())) if kind == "recipe" else ""
-        try: self.said.value = block(f"Written: {escape(str(_write(self.session, kind, path)))}") + (warning_html(note) if note else "")
-        except (OSError, ValueError) as error: self.said.value = error_html(error)
+        try:
+            self.said.value = block(f"Written: {escape(str(_write(self.session, kind, path)))}") + (
+                warning_html(note) if note else ""
+            )
+        except (OSError, ValueError) as error:
+            self.said.value = error_html(error)
 
     def refresh(self, what: str = "") -> None:
         if what == "batch": return
         self.script.text, self.recipe.text = self.session.script(), to_yaml(self.session.recipe())
-        self.production.text = self.session.production() if self.session.model is not None else "# needs the model: Workbench(model, data, tokenizer, record=…)"
+        self.production.text = (
+            self.session.production()
+            if self.session.model is not None
+            else "# needs the model: Workbench(model, data, tokenizer, record=…)"
+        )
 
     def static_png(self) -> bytes: return static_picture(self.session)

@@ -24,7 +24,17 @@ from torch.nn import Module
 
 from .calibration_record import ConclusionKey, Key
 from qcal_nb.conclusions import (
-    DEFAULT_ARGS, NEVER_SEEN, Asked, Conclusion, conclude_from, conclude_together, concluded, counts_of, follows_from_stats, label_of, new_observer,
+    DEFAULT_ARGS,
+    NEVER_SEEN,
+    Asked,
+    Conclusion,
+    conclude_from,
+    conclude_together,
+    concluded,
+    counts_of,
+    follows_from_stats,
+    label_of,
+    new_observer,
 )
 from .observers.base import NonFiniteError, Observer, Once, current_feed, first_tensor, fused_layers, sharing
 from .histogram import Histogram
@@ -38,7 +48,9 @@ class Attached:
     "One observer and its arguments, for any number of tensors."
 
     def __init__(self, asked: Asked, base_name: str, args: Any, nonfinite: str = "raise") -> None:
-        self.asked, self.base_name, self.args = asked, base_name, args
+        self.asked = asked
+        self.base_name = base_name
+        self.args = args
         self.observer = new_observer(asked, base_name, args)
         self.observer.nonfinite = nonfinite
         self.fresh: Memory = dict(self.observer.__dict__)
@@ -81,8 +93,14 @@ Mask = Callable[[Mapping[str, Tensor]], Tensor] | Iterable[int] | None
 def check_mask(mask: Mask) -> Mask:
     "A mask itself, token ids as a set; TypeError if it is neither token ids nor a function."
     if mask is None or callable(mask): return mask
-    ids = mask.reshape(-1).tolist() if isinstance(mask, Tensor) else list(mask) if isinstance(mask, Iterable) else [None]
-    if not all(isinstance(i, Integral) and not isinstance(i, bool) for i in ids): raise TypeError(f"mask must be token ids to leave out, or a function of the batch that returns bool (batch, seq), True = count; got {mask!r}")
+    ids = (
+        mask.reshape(-1).tolist() if isinstance(mask, Tensor) else list(mask) if isinstance(mask, Iterable) else [None]
+    )
+    if not all(isinstance(i, Integral) and not isinstance(i, bool) for i in ids):
+        raise TypeError(
+            "mask must be token ids to leave out, or a function of the batch that returns bool (batch, seq), "
+            f"True = count; got {mask!r}"
+        )
     return set(ids)
 
 
@@ -97,12 +115,15 @@ def kept_tokens(batch: Mapping[str, Tensor], mask: Mask) -> Tensor | None:
     "Which positions of a batch count, bool (batch, seq); None for all. ValueError if the mask does not fit."
     if mask is None: return None
     ids = batch.get("input_ids")
-    if not isinstance(ids, Tensor) or ids.is_floating_point(): raise ValueError(f"mask needs token ids (input_ids) in every batch; this one has {sorted(batch)}")
+    if not isinstance(ids, Tensor) or ids.is_floating_point():
+        raise ValueError(f"mask needs token ids (input_ids) in every batch; this one has {sorted(batch)}")
     if not callable(mask): return ~torch.isin(ids, torch.tensor(sorted(mask), device=ids.device))
     keep = mask(batch)
     if not isinstance(keep, Tensor) or keep.dtype != torch.bool or keep.shape != ids.shape:
         found = f"{keep.dtype} {tuple(keep.shape)}" if isinstance(keep, Tensor) else type(keep).__name__
-        raise ValueError(f"mask must return a bool tensor of the shape of input_ids, {tuple(ids.shape)}; it returned {found}")
+        raise ValueError(
+            f"mask must return a bool tensor of the shape of input_ids, {tuple(ids.shape)}; it returned {found}"
+        )
     return keep
 
 # %% ../nbs/08e_collector.ipynb #437de229
@@ -117,14 +138,18 @@ def leading_of(value: Tensor, running: Running) -> tuple[int, ...]:
 
 
 def kept_of(value: Tensor, name: str, base_name: str, running: Running) -> Tensor | None:
-    "Which positions of a tensor count, of the shape `leading_of`; None for all. ValueError that names a tensor which the mask does not fit."
+    """Which positions of a tensor count, of the shape `leading_of`; None for all. ValueError that names a tensor
+    which the mask does not fit."""
     if running.keep is None: return None
     leading = leading_of(value, running)
     if leading == tuple(running.keep.shape): return running.keep
-    if base_name in STATES and (leading[0], leading[-1]) == tuple(running.keep.shape): return running.keep[:, None].expand(leading)
+    if base_name in STATES and (leading[0], leading[-1]) == tuple(running.keep.shape):
+        return running.keep[:, None].expand(leading)
     if prod(leading) == 0: return running.keep.new_zeros(leading)
-    raise ValueError(f"mask: the {base_name} of {name} has shape {tuple(value.shape)}, whose positions are not those of the mask "
-                     f"{tuple(running.keep.shape)}; leave the module out (scheme with `ignore`), or record without a mask")
+    raise ValueError(
+        f"mask: the {base_name} of {name} has shape {tuple(value.shape)}, whose positions are not those of the mask "
+        f"{tuple(running.keep.shape)}; leave the module out (scheme with `ignore`), or record without a mask"
+    )
 
 
 def selected(value: Tensor, keep: Tensor) -> Tensor:
@@ -137,7 +162,8 @@ AROUND = 8  # tokens of context on either side
 
 
 def _sound(text: str) -> str:
-    "Text that can be written anywhere: half of a surrogate pair, as a cut character may leave it, becomes a question mark."
+    """Text that can be written anywhere: half of a surrogate pair, as a cut character may leave it, becomes a
+    question mark."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
@@ -145,10 +171,14 @@ class Teller:
     "Tells token and context of a position (row, place) in the batch that runs; each position is decoded once."
 
     def __init__(self, tokenizer: Any, running: Running) -> None:
-        self.tokenizer, self.ids, self._told = tokenizer, running.ids.tolist(), {}
+        self.tokenizer = tokenizer
+        self.ids = running.ids.tolist()
+        self._told = {}
 
     def __call__(self, extreme: Extreme) -> Extreme:
-        row, place = extreme.position[0], extreme.position[-1]  # of an attention state the head stands between
+        # of an attention state the head stands between
+        row = extreme.position[0]
+        place = extreme.position[-1]
         if (row, place) not in self._told:
             line = self.ids[row]
             around = line[max(0, place - AROUND):place + AROUND + 1]
@@ -158,22 +188,34 @@ class Teller:
 
 # %% ../nbs/08e_collector.ipynb #d04ecae7
 class Observers:
-    "What the observers that were asked for remember of every tensor. Changes of a batch in hand are kept with `keep`, or forgotten with `begin`."
+    """What the observers that were asked for remember of every tensor. Changes of a batch in hand are kept with
+    `keep`, or forgotten with `begin`."""
 
-    def __init__(self, asked: Mapping[str, Iterable[Asked]] | Iterable[Asked], args: Callable[[str, str], Any] | None, nonfinite: str) -> None:
+    def __init__(
+        self,
+        asked: Mapping[str, Iterable[Asked]] | Iterable[Asked],
+        args: Callable[[str, str], Any] | None,
+        nonfinite: str,
+    ) -> None:
         by_base = asked if isinstance(asked, Mapping) else {"": asked}
         self.labels = {base: {label_of(one) for one in some} for base, some in by_base.items()}
         self.asked = {label_of(one): one for some in by_base.values() for one in some}
-        self.args, self.nonfinite = args or (lambda name, base_name: DEFAULT_ARGS), nonfinite
+        self.args = args or (lambda name, base_name: DEFAULT_ARGS)
+        self.nonfinite = nonfinite
         self.memory: dict[ConclusionKey, Memory] = {}
         self._new: dict[ConclusionKey, Memory] = {}
         self._made: dict[tuple, Attached | str] = {}
 
     def of(self, name: str, base_name: str) -> dict[str, Attached | str]:
-        "By label: the observer of a tensor, or why there cannot be one. The same for all tensors of the same arguments."
+        """By label: the observer of a tensor, or why there cannot be one. The same for all tensors of the same
+        arguments."""
         args = self.args(name, base_name)
         wanted = self.labels.get(base_name, self.labels.get("", ()))
-        return {label: _made(self._made, asked, base_name, args, self.nonfinite) for label, asked in self.asked.items() if label in wanted}
+        return {
+            label: _made(self._made, asked, base_name, args, self.nonfinite)
+            for label, asked in self.asked.items()
+            if label in wanted
+        }
 
     def listen(self, name: str) -> bool:
         "Whether an observer of the module's weight needs to hear what the module is fed."
@@ -183,25 +225,32 @@ class Observers:
 
     def keep(self) -> None: self.memory, self._new = self.memory | self._new, {}
 
-    def show(self, once: Once, attached: Attached, key: ConclusionKey, value: Tensor, see: Callable[[Observer], Any]) -> None:
+    def show(
+        self, once: Once, attached: Attached, key: ConclusionKey, value: Tensor, see: Callable[[Observer], Any]
+    ) -> None:
         "Let one observer see something of a tensor, unless it has for another module with the same past."
         old = self._new.get(key) or self.memory.get(key) or attached.fresh
         self._new[key] = once(value, (id(attached), id(old)), lambda: (attached.look(old, key[0], see), old))[0]
 
     def see(self, once: Once, name: str, base_name: str, value: Tensor, shown: Tensor) -> None:
-        "Show `shown`, what counts of `value`, to the observers of the tensor; and what a module is fed to those of its weight that listen."
+        """Show `shown`, what counts of `value`, to the observers of the tensor; and what a module is fed to those
+        of its weight that listen."""
         for label, one in self.of(name, base_name).items():
-            if isinstance(one, Attached) and not one.derived and not one.listens: self.show(once, one, (name, base_name, label), value, lambda o: o(shown))
+            if isinstance(one, Attached) and not one.derived and not one.listens:
+                self.show(once, one, (name, base_name, label), value, lambda o: o(shown))
         if base_name != "input" or not shown.numel(): return
         for label, one in self.of(name, "weight").items():
-            if isinstance(one, Attached) and one.listens: self.show(once, one, (name, "weight", label), value, lambda o: o.hear(shown))
+            if isinstance(one, Attached) and one.listens:
+                self.show(once, one, (name, "weight", label), value, lambda o: o.hear(shown))
 
 # %% ../nbs/08e_collector.ipynb #3fee0b93
 def _made(made: dict[tuple, Attached | str], asked: Asked, base_name: str, args: Any, nonfinite: str) -> Attached | str:
     key = label_of(asked), base_name, id(args)
     if key not in made:
-        try: made[key] = Attached(asked, base_name, args, nonfinite)
-        except ValueError as why: made[key] = str(why)
+        try:
+            made[key] = Attached(asked, base_name, args, nonfinite)
+        except ValueError as why:
+            made[key] = str(why)
         if base_name != "weight" and isinstance(made[key], Attached) and made[key].observer.needs_data:
             made[key] = "it weighs the columns of a weight, by what they are fed; no other tensor has such columns"
     return made[key]
@@ -212,18 +261,25 @@ def _attached(self: "Collector") -> Iterator["Collector"]:
     with ExitStack() as end:  # all of it is done, whatever interrupts a part
         end.callback(self.begin)
         for name, module in self.modules.items():
-            for handle in _hooks(self, name, module): end.callback(handle.remove)
+            for handle in _hooks(self, name, module):
+                end.callback(handle.remove)
         yield self
 
 
 def _hooks(self: "Collector", name: str, module: Module) -> Iterator[Any]:
     "Our hooks on one module."
-    def before(_: Module, args: Any, kwargs: dict[str, Any]) -> None: self.look(name, "input", first_tensor(args, kwargs))
+    def before(_: Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self.look(name, "input", first_tensor(args, kwargs))
     def after(_: Module, args: Any, output: Any) -> None: self.look(name, "output", first_tensor(output))
-    if (name, "input") in self.tensors or self.observers.listen(name): yield module.register_forward_pre_hook(before, with_kwargs=True)
-    if (name, "output") in self.tensors: yield module.register_forward_hook(after)
+    if (name, "input") in self.tensors or self.observers.listen(name):
+        yield module.register_forward_pre_hook(before, with_kwargs=True)
+    if (name, "output") in self.tensors:
+        yield module.register_forward_hook(after)
     for state, inner, place in (("q", IMPL_ATTR, 1), ("k", KV_CACHE_ATTR, 0), ("v", KV_CACHE_ATTR, 1)):
-        if (name, state) in self.tensors: yield module._modules[inner].register_forward_pre_hook(_state_hook(self, name, state, place), with_kwargs=True)
+        if (name, state) in self.tensors:
+            yield module._modules[inner].register_forward_pre_hook(
+                _state_hook(self, name, state, place), with_kwargs=True
+            )
 
 
 def _state_hook(self: "Collector", name: str, state: str, place: int) -> Callable[..., None]:
@@ -237,27 +293,36 @@ def _state_hook(self: "Collector", name: str, state: str, place: int) -> Callabl
 def _see(self: "Collector", name: str, base_name: str, value: Tensor) -> None:
     "Measure and show to observers; whatever was done for the same tensor already is not done again."
     keep = kept_of(value, name, base_name, self.running)
-    if (name, base_name) in self.tensors: _measure(self, (name, base_name), value, keep)
+    if (name, base_name) in self.tensors:
+        _measure(self, (name, base_name), value, keep)
     shown = value if keep is None else self.once(value, "shown", lambda: selected(value, keep))
     self.observers.see(self.once, name, base_name, value, shown)
 
 
 def _measure(self: "Collector", key: Key, value: Tensor, keep: Tensor | None) -> None:
     stats = self.once(value, "stats", lambda: measure(value, self.running.index, keep, leading_of(value, self.running)))
-    place, least, old = stats.first_nonfinite, self._least.get(key, 0.0), self.news.get(key)
+    place = stats.first_nonfinite
+    least = self._least.get(key, 0.0)
+    old = self.news.get(key)
     if place is not None and self.nonfinite == "raise":
-        raise NonFiniteError(f"{key[0]}, {key[1]}: {place}. Mend the data or the model, or record with nonfinite='skip' "
-                             "(leave such batches out) or 'record' (leave such elements out)")
-    if place is not None and self.nonfinite == "skip": self.tainted.add(key)
+        raise NonFiniteError(
+            f"{key[0]}, {key[1]}: {place}. Mend the data or the model, or record with nonfinite='skip' "
+            "(leave such batches out) or 'record' (leave such elements out)"
+        )
+    if place is not None and self.nonfinite == "skip":
+        self.tainted.add(key)
     if self.teller is not None and _stands_on_tokens(value, key[1], self.running):
         stats = self.once(value, ("told", least), lambda: _told(self.teller, stats, least))
-    self.news[key] = stats if old is None else self.once(value, ("after", id(old)), lambda: (_both_calls(old, stats), old))[0]
+    self.news[key] = (
+        stats if old is None else self.once(value, ("after", id(old)), lambda: (_both_calls(old, stats), old))[0]
+    )
 
 # %% ../nbs/08e_collector.ipynb #edb2f991
 def _stands_on_tokens(value: Tensor, base_name: str, running: Running) -> bool:
     "Whether the positions of a tensor are those of the token ids."
     leading = leading_of(value, running)
-    if base_name in STATES: leading = leading[:1] + leading[-1:]
+    if base_name in STATES:
+        leading = leading[:1] + leading[-1:]
     return leading == tuple(running.ids.shape)
 
 
@@ -273,24 +338,38 @@ def _told(teller: Teller, stats: TensorStats, least: float) -> TensorStats:
 def _without_values(stats: TensorStats) -> TensorStats:
     "What `skip` leaves of a batch: that it was there, and what was wrong with it."
     bad = Level(histogram=Histogram(nan=stats.nan, pos_inf=stats.histogram.pos_inf, neg_inf=stats.histogram.neg_inf))
-    return TensorStats(dict.fromkeys(stats.levels, bad), first_nonfinite=stats.first_nonfinite, dtypes=stats.dtypes, shapes=stats.shapes,
-                       skipped=stats.calls)
+    return TensorStats(
+        dict.fromkeys(stats.levels, bad),
+        first_nonfinite=stats.first_nonfinite,
+        dtypes=stats.dtypes,
+        shapes=stats.shapes,
+        skipped=stats.calls,
+    )
 
 # %% ../nbs/08e_collector.ipynb #9140b9e5
 class Collector:
-    "Measures tensors of modules while they run, and shows them to observers. `begin` a batch, run it, `take` what was seen."
+    """Measures tensors of modules while they run, and shows them to observers. `begin` a batch, run it, `take` what
+    was seen."""
 
     def __init__(
-        self, tensors: Mapping[Key, Module],
-        observers: Mapping[str, Iterable[Asked]] | Iterable[Asked] = (),  # The same for all, or by base name ("": any other)
+        self,
+        tensors: Mapping[Key, Module],
+        observers: Mapping[str, Iterable[Asked]]
+        | Iterable[Asked] = (),  # The same for all, or by base name ("": any other)
         args: Callable[[str, str], Any] | None = None,  # From module and base name to the QuantizationArgs of observers
-        owner: str | None = None,                       # Only what this owner feeds is looked at; None: what nobody claims
-        tokenizer: Any = None, nonfinite: str = "record",
+        owner: str | None = None,  # Only what this owner feeds is looked at; None: what nobody claims
+        tokenizer: Any = None,
+        nonfinite: str = "record",
     ) -> None:
-        self.tensors, self.modules = dict(tensors), {name: module for (name, _), module in tensors.items()}
-        self.owner, self.tokenizer, self.nonfinite = owner, tokenizer, nonfinite
+        self.tensors = dict(tensors)
+        self.modules = {name: module for (name, _), module in tensors.items()}
+        self.owner = owner
+        self.tokenizer = tokenizer
+        self.nonfinite = nonfinite
         self.observers = Observers(observers, args, nonfinite)
-        self.once, self.running, self.teller = Once(), Running(), None
+        self.once = Once()
+        self.running = Running()
+        self.teller = None
         self.news: dict[Key, TensorStats] = {}
         self.tainted: set[Key] = set()      # to be skipped in this batch
         self._least: dict[Key, float] = {}  # size of the smallest extreme so far
@@ -298,7 +377,9 @@ class Collector:
     def begin(self, running: Running = Running()) -> None:
         "A new batch; nothing is left of one that failed."
         self.running, self.news, self.tainted = running, {}, set()
-        self.teller = Teller(self.tokenizer, running) if self.tokenizer is not None and running.ids is not None else None
+        self.teller = (
+            Teller(self.tokenizer, running) if self.tokenizer is not None and running.ids is not None else None
+        )
         self.observers.begin()
         self.once.clear()
 
@@ -310,7 +391,8 @@ class Collector:
     def take(self) -> dict[Key, TensorStats]:
         "What was seen of the batch. From here on observers remember it."
         for key, stats in self.news.items():
-            if len(stats.top) == N_EXTREMES and key not in self.tainted: self._least[key] = max(self._least.get(key, 0.0), abs(stats.top[-1].value))
+            if len(stats.top) == N_EXTREMES and key not in self.tainted:
+                self._least[key] = max(self._least.get(key, 0.0), abs(stats.top[-1].value))
         self.observers.keep()
         news = {key: _without_values(s) if key in self.tainted else s for key, s in self.news.items()}
         self.begin()
@@ -326,9 +408,13 @@ def look_at_weights(self: Collector) -> dict[Key, TensorStats]:
         weight = self.modules[name].weight.detach()
         stats = found[name, "weight"] = measure(weight, None)
         if stats.first_nonfinite is not None and self.nonfinite == "raise":
-            raise NonFiniteError(f"{name}, weight: {stats.first_nonfinite}. Mend the model, or record with nonfinite='skip' or 'record'")
-        if stats.first_nonfinite is not None and self.nonfinite == "skip": found[name, "weight"] = _without_values(stats)
-        with sharing(): self.observers.see(self.once, name, "weight", weight, weight)
+            raise NonFiniteError(
+                f"{name}, weight: {stats.first_nonfinite}. Mend the model, or record with nonfinite='skip' or 'record'"
+            )
+        if stats.first_nonfinite is not None and self.nonfinite == "skip":
+            found[name, "weight"] = _without_values(stats)
+        with sharing():
+            self.observers.see(self.once, name, "weight", weight, weight)
     self.observers.keep()
     self.once.clear()
     return found
@@ -336,7 +422,10 @@ def look_at_weights(self: Collector) -> dict[Key, TensorStats]:
 
 def _fused_names(model: Module) -> list[list[str]]:
     "The modules whose weights share a global scale, by name."
-    return [[f"{path}.{name}" if path else name for name, layer in layers.items() if layer is not None] for path, layers in fused_layers(model)]
+    return [
+        [f"{path}.{name}" if path else name for name, layer in layers.items() if layer is not None]
+        for path, layers in fused_layers(model)
+    ]
 
 
 def _own(self: Collector, one: Attached, key: ConclusionKey) -> Observer:
@@ -346,7 +435,9 @@ def _own(self: Collector, one: Attached, key: ConclusionKey) -> Observer:
     return observer(self.modules[key[0]].weight.detach()) if one.listens else observer
 
 # %% ../nbs/08e_collector.ipynb #66d60a9f
-def conclusions_of(self: Collector, model: Module, tensors: Mapping[Key, TensorStats]) -> dict[ConclusionKey, Conclusion]:
+def conclusions_of(
+    self: Collector, model: Module, tensors: Mapping[Key, TensorStats]
+) -> dict[ConclusionKey, Conclusion]:
     "What every observer that was asked for concludes about every tensor; with a reason where it cannot."
     done: dict[tuple[int, ...], tuple] = {}
     found = {(*key, label): _conclusion(self, done, (*key, label), one, stats)
@@ -356,18 +447,27 @@ def conclusions_of(self: Collector, model: Module, tensors: Mapping[Key, TensorS
 
 def _conclusion(self: Collector, done: dict, key: ConclusionKey, one: Attached | str, stats: TensorStats) -> Conclusion:
     name, base_name, label = key
-    reason, memory = one if isinstance(one, str) else "", self.observers.memory.get(key)
-    if not reason and one.derived: return _once(done, (one, stats), lambda: conclude_from(stats, base_name, one.asked, one.args))
-    if not reason and memory is None and not one.listens: reason = NEVER_SEEN
-    if reason: return Conclusion(label, base_name, self.observers.args(name, base_name), counts=counts_of(stats), reason=reason)
+    reason = one if isinstance(one, str) else ""
+    memory = self.observers.memory.get(key)
+    if not reason and one.derived:
+        return _once(done, (one, stats), lambda: conclude_from(stats, base_name, one.asked, one.args))
+    if not reason and memory is None and not one.listens:
+        reason = NEVER_SEEN
+    if reason:
+        return Conclusion(
+            label, base_name, self.observers.args(name, base_name), counts=counts_of(stats), reason=reason
+        )
     own = key if one.listens else memory  # modules that are fed the same tensor have weights of their own
     return _once(done, (one, own), lambda: _concluded(self, one, key))
 
 # %% ../nbs/08e_collector.ipynb #c727a431
-def _once(done: dict[tuple[int, ...], tuple], question: tuple[Any, ...], answer: Callable[[], Conclusion]) -> Conclusion:
+def _once(
+    done: dict[tuple[int, ...], tuple], question: tuple[Any, ...], answer: Callable[[], Conclusion]
+) -> Conclusion:
     "One conclusion for tensors that share what it follows from."
     ids = tuple(map(id, question))
-    if ids not in done: done[ids] = answer(), question
+    if ids not in done:
+        done[ids] = answer(), question
     return done[ids][0]
 
 
@@ -375,29 +475,45 @@ def _concluded(self: Collector, one: Attached, key: ConclusionKey) -> Conclusion
     observer = one.alone(self.observers.memory.get(key, one.fresh))
     try:
         observer = _own(self, one, key)
-        return concluded(observer, one.asked, observer.get_statistics() if observer.has_statistics else {}, observer.counts)
+        return concluded(
+            observer, one.asked, observer.get_statistics() if observer.has_statistics else {}, observer.counts
+        )
     except (ValueError, RuntimeError) as why:
         return Conclusion(key[2], observer.base_name, observer.args, counts=observer.counts, reason=str(why))
 
 
-def _together(self: Collector, model: Module, found: Mapping[ConclusionKey, Conclusion]) -> dict[ConclusionKey, Conclusion]:
+def _together(
+    self: Collector, model: Module, found: Mapping[ConclusionKey, Conclusion]
+) -> dict[ConclusionKey, Conclusion]:
     "Conclusions about weights that share a global scale, anew."
     result = {}
     for names in _fused_names(model):
         for label in self.observers.asked:
-            keys = [key for name in names if (key := (name, "weight", label)) in found and not found[key].reason and found[key].args.strategy == "tensor_group"]
+            keys = [
+                key
+                for name in names
+                if (key := (name, "weight", label)) in found
+                and not found[key].reason
+                and found[key].args.strategy == "tensor_group"
+            ]
             observers = {key: _own(self, self.observers.of(key[0], "weight")[label], key) for key in keys}
-            if observers: result |= conclude_together(observers, self.observers.asked[label])
+            if observers:
+                result |= conclude_together(observers, self.observers.asked[label])
     return result
 
 # %% ../nbs/08e_collector.ipynb #fa0cded0
 class Conclusions(Mapping[ConclusionKey, Conclusion]):
-    "What observers conclude from what they know now, each found when it is asked for. Equal to `conclusions_of` of the same moment."
+    """What observers conclude from what they know now, each found when it is asked for. Equal to `conclusions_of`
+    of the same moment."""
 
     def __init__(self, collector: Collector, model: Module, tensors: Mapping[Key, TensorStats]) -> None:
         self._collector = copy.copy(collector)
-        self._collector.observers = copy.copy(collector.observers)  # its memory is replaced, never changed: this one stays as it is now
-        self._model, self._tensors, self._done, self._found = model, tensors, {}, {}
+        # its memory is replaced, never changed: this one stays as it is now
+        self._collector.observers = copy.copy(collector.observers)
+        self._model = model
+        self._tensors = tensors
+        self._done = {}
+        self._found = {}
         self._keys = dict.fromkeys((*key, label) for key in tensors for label in collector.observers.of(*key))
         self._lock = threading.RLock()
 
@@ -410,16 +526,23 @@ class Conclusions(Mapping[ConclusionKey, Conclusion]):
     def __getitem__(self, key: ConclusionKey) -> Conclusion:
         if key not in self._keys: raise KeyError(key)
         with self._lock:
-            if key not in self._found: self._find(key)
-            if len(self._found) == len(self._keys): self._model = self._collector = self._tensors = self._done = None  # nobody holds the model any more
+            if key not in self._found:
+                self._find(key)
+            if len(self._found) == len(self._keys):
+                self._model = self._collector = self._tensors = self._done = None  # nobody holds the model any more
             return self._found[key]
 
     def _find(self, key: ConclusionKey) -> None:
         one = self._collector.observers.of(*key[:2])[key[2]]
         found = self._found[key] = _conclusion(self._collector, self._done, key, one, self._tensors[key[:2]])
         if key[1] != "weight" or found.args.strategy != "tensor_group": return
-        alike = {k: _conclusion(self._collector, self._done, k, self._collector.observers.of(*k[:2])[key[2]], self._tensors[k[:2]])
-                 for k in self if k[1:] == key[1:]}
+        alike = {
+            k: _conclusion(
+                self._collector, self._done, k, self._collector.observers.of(*k[:2])[key[2]], self._tensors[k[:2]]
+            )
+            for k in self
+            if k[1:] == key[1:]
+        }
         self._found |= alike | _together(self._collector, self._model, alike)
 
     def __reduce__(self) -> tuple[type, tuple[dict]]: return dict, (dict(self),)

@@ -26,7 +26,23 @@ from traitlets import Bool, TraitError
 
 from .analysis import choose, mark_best, unnamed
 from .calibration_record import CalibrationRecord
-from .comparison_tables import Question, TABLE_ORDERS, TENSOR_COLUMNS, Tables, UNKNOWN, best_by_tensor, config_of, counted_words, in_order, observers_html, own_of, scheme_args_by_module, tensors_html, unknown_html, verdict_html
+from qcal_nb.comparison_tables import (
+    Question,
+    TABLE_ORDERS,
+    TENSOR_COLUMNS,
+    Tables,
+    UNKNOWN,
+    best_by_tensor,
+    config_of,
+    counted_words,
+    in_order,
+    observers_html,
+    own_of,
+    scheme_args_by_module,
+    tensors_html,
+    unknown_html,
+    verdict_html,
+)
 from .scheme_panel import SchemeComparison
 from .figures import NAMED, new_axes, say_nothing
 from .conclusions import label_of, name_and_kwargs
@@ -40,7 +56,8 @@ from .state import FORMATS, WorkbenchState
 
 # %% ../nbs/14h_comparison.ipynb #aaa26a52
 def heatmap_axes(observers: int, tensors: int) -> Axes:
-    "Axes with fixed margins, in inches: room for the names of so many observers, for those of tensors below if they are few, and for a title."
+    """Axes with fixed margins, in inches: room for the names of so many observers, for those of tensors below if
+    they are few, and for a title."""
     foot = 0.8 if tensors <= NAMED else 0.5
     height = 0.95 + foot + 0.4 * max(2, observers)
     figure = Figure(figsize=(9.6, height))
@@ -49,17 +66,21 @@ def heatmap_axes(observers: int, tensors: int) -> Axes:
 
 
 def framed(png: bytes, ax: Axes, column: int | None) -> bytes:
-    "A picture of `plot_observers` with a frame around one column; the column is also noted among the numbers that travel with it."
+    """A picture of `plot_observers` with a frame around one column; the column is also noted among the numbers that
+    travel with it."""
     if column is None: return png
     with PILImage.open(io.BytesIO(png)) as image:
-        note, picture = PngInfo(), image.copy()
+        note = PngInfo()
+        picture = image.copy()
         note.add_text("qcal_nb", image.text["qcal_nb"][:-1] + f', "selected": [{column}]}}', zip=True)
     left, bottom, width, height = ax.get_position().bounds
     low, high = ax.get_xlim()
     ends = [(left + (column + side - low) / (high - low) * width) * picture.width for side in (-0.5, 0.5)]
     spare = max(0.0, 5 - (ends[1] - ends[0])) / 2
-    top, foot = (1 - bottom - height) * picture.height, (1 - bottom) * picture.height
-    for more, color, line in ((1, (255, 255, 255), 5), (0, (204, 60, 150), 3)):  # white around it, to be seen on any colour
+    top = (1 - bottom - height) * picture.height
+    foot = (1 - bottom) * picture.height
+    # white around it, to be seen on any colour
+    for more, color, line in ((1, (255, 255, 255), 5), (0, (204, 60, 150), 3)):
         box = ends[0] - spare - 1 - more, top - 3 - more, ends[1] + spare + 1 + more, foot + 3 + more
         ImageDraw.Draw(picture).rectangle(box, outline=color, width=line)
     buffer = io.BytesIO()
@@ -67,8 +88,12 @@ def framed(png: bytes, ax: Axes, column: int | None) -> bytes:
     return buffer.getvalue()
 
 # %% ../nbs/14h_comparison.ipynb #731ff046
-CAUTION = ("<i>Use best</i> writes into the recipe where another observer loses less, and takes the model back to the original; the record stays. SQNR judges each tensor alone, and outlier channels "
-           "can fool it. What the model loses, only the model can say: compare the recipe before and after under <i>Schemes side by side</i>.")
+CAUTION = (
+    "<i>Use best</i> writes into the recipe where another observer loses less, and takes the model back to the "
+    "original; the record stays. SQNR judges each tensor alone, and outlier channels "
+    "can fool it. What the model loses, only the model can say: compare the recipe before and after under "
+    "<i>Schemes side by side</i>."
+)
 
 
 def used_html(used: Mapping[str, Mapping[str, str]]) -> str:
@@ -76,18 +101,22 @@ def used_html(used: Mapping[str, Mapping[str, str]]) -> str:
     counts: dict[str, dict[str, int]] = {}
     for by_base in used.values():
         for base_name, observer in by_base.items():
-            of_base, label = counts.setdefault(base_name, {}), label_of(observer)
+            of_base = counts.setdefault(base_name, {})
+            label = label_of(observer)
             of_base[label] = of_base.get(label, 0) + 1
     nothing = "Nothing was changed: no tensor has an observer that is known to be better than the recipe's."
     if not counts: return block(f'<div class="warning" role="status">{nothing}</div>')
     parts = [f"{base_name} tensors: {counted_words(of_base)}" for base_name, of_base in counts.items()]
     note = production_note(name_and_kwargs(one)[0] for of_base in counts.values() for one in of_base)
-    return block(f'<div role="status">Written into the recipe, for {"; ".join(parts)}. The model is original again: '
-                 "<b>Initialize</b>, <b>Start</b>, <b>End</b> replays what is known.</div>") + (warning_html(note) if note else "")
+    return block(
+        f'<div role="status">Written into the recipe, for {"; ".join(parts)}. The model is original again: '
+        "<b>Initialize</b>, <b>Start</b>, <b>End</b> replays what is known.</div>"
+    ) + (warning_html(note) if note else "")
 
 # %% ../nbs/14h_comparison.ipynb #e08699af
 def question_of(session: Session, state: WorkbenchState) -> Question:
-    "What a state asks: tensors in its format, or without one in that of the session's recipe if it has one for all; with the recipe's observers."
+    """What a state asks: tensors in its format, or without one in that of the session's recipe if it has one for
+    all; with the recipe's observers."""
     args = scheme_args_by_module(session.record, config_of(session), state.base_name)
     different = {id(a): a for a in args.values()}.values()  # modules of a group share theirs
     formats = {unnamed(a).model_dump_json(): unnamed(a) for a in different}
@@ -107,25 +136,37 @@ def _refresh_comparison(panel: "ObserverComparison", what: str) -> None:
     "Bring a panel up to date after a change. Nothing is compared while batches run, or while the panel is not visible."
     if what in ("compare", "compared"): return  # about schemes
     if what == "selected": return _show_rows(panel)
-    if what == "initialize": panel.used.value = ""
-    session, state = panel.session, panel.state
-    if what in WATCHED: panel.tables.error = None
-    if _feeding(session): panel.tables.stop(); return _show_note(panel)
+    if what == "initialize":
+        panel.used.value = ""
+    session = panel.session
+    state = panel.state
+    if what in WATCHED:
+        panel.tables.error = None
+    if _feeding(session):
+        panel.tables.stop()
+        return _show_note(panel)
     if what == "further": return _show_note(panel)
     _show_controls(panel)
     panel._question = question = question_of(session, state)
-    seen, found = _seen(session.record, state.base_name), panel.tables.of(session.record, question)
-    if found is not None: panel.compared = found
-    elif question.key != panel._key or not seen: panel.compared = pd.DataFrame()
-    if found is None and seen and panel.visible and panel.tables.error is None: panel.tables.want(question)
-    if found is not None or not len(panel.compared): panel._key = question.key
+    seen = _seen(session.record, state.base_name)
+    found = panel.tables.of(session.record, question)
+    if found is not None:
+        panel.compared = found
+    elif question.key != panel._key or not seen:
+        panel.compared = pd.DataFrame()
+    if found is None and seen and panel.visible and panel.tables.error is None:
+        panel.tables.want(question)
+    if found is not None or not len(panel.compared):
+        panel._key = question.key
     _show_note(panel)
     _show_compared(panel)
 
 # %% ../nbs/14h_comparison.ipynb #6ab349b7
 def _note(panel: "ObserverComparison") -> str:
     "Why there is no table, or not the newest one."
-    session, state, tables = panel.session, panel.state, panel.tables
+    session = panel.session
+    state = panel.state
+    tables = panel.tables
     if _feeding(session):
         what = "This is what was seen before; it" if len(panel.compared) else "The comparison"
         return f"Batches are running. {what} is updated when feeding ends."
@@ -141,17 +182,23 @@ def _show_note(panel: "ObserverComparison") -> None:
     "A line above the picture, and the error if a comparison failed."
     text = _note(panel)
     panel.note.value = block(f'<span role="status">{escape(text)}</span>') if text else ""
-    if panel.tables.error is not None: panel.problem.value = error_html(panel.tables.error)
+    if panel.tables.error is not None:
+        panel.problem.value = error_html(panel.tables.error)
     reason = _why_not_use(panel)
     panel.use.disabled = bool(reason)
-    panel.use.tooltip = f"Not now: {reason}" if reason else "Write the best observer of every tensor into the recipe, and go back to the original model"
+    panel.use.tooltip = (
+        f"Not now: {reason}"
+        if reason
+        else "Write the best observer of every tensor into the recipe, and go back to the original model"
+    )
 
 
 def _why_not_use(panel: "ObserverComparison") -> str:
     "Why the best observers cannot be written into the recipe now; empty if they can."
     session = panel.session
     if session.running: return f"{session.running} is running; stop it or wait for it"
-    if not any(stats.count for stats in session.record.tensors.values()): return "nothing was recorded yet; feed a batch"
+    if not any(stats.count for stats in session.record.tensors.values()):
+        return "nothing was recorded yet; feed a batch"
     unknown = len(panel.rows) and (panel.rows.best == UNKNOWN).all()
     if unknown and panel.use_for.value == (panel.state.base_name,): return "no SQNR is known of any of these tensors"
     return session.why_not("use_best") or ""
@@ -159,23 +206,32 @@ def _why_not_use(panel: "ObserverComparison") -> str:
 # %% ../nbs/14h_comparison.ipynb #ff2e6ef2
 def _show_controls(panel: "ObserverComparison") -> None:
     "Set the controls to what the state says, without their setting the state in turn."
-    state, record = panel.state, panel.session.record
+    state = panel.state
+    record = panel.session.record
     bases = list(dict.fromkeys(["input", "weight", *(base_name for _, base_name in record.tensors), state.base_name]))
     layers = sorted({int(n) for name in record.types for n in re.findall(r"\.(\d+)\.", name)[:1]})
     panel._refreshing = True
-    if panel.base_name.options != tuple(bases): panel.base_name.options = bases
-    options = (("all", -1), *((str(layer), layer) for layer in sorted({*layers, *([state.layer] if state.layer >= 0 else [])})))
-    if panel.layer.options != options: panel.layer.options = options
-    if panel._base != state.base_name and state.base_name in USES: panel.use_for.value = USES[state.base_name][1]
+    if panel.base_name.options != tuple(bases):
+        panel.base_name.options = bases
+    options = (
+        ("all", -1),
+        *((str(layer), layer) for layer in sorted({*layers, *([state.layer] if state.layer >= 0 else [])})),
+    )
+    if panel.layer.options != options:
+        panel.layer.options = options
+    if panel._base != state.base_name and state.base_name in USES:
+        panel.use_for.value = USES[state.base_name][1]
     panel._base = state.base_name
-    for name in ("base_name", "layer", "pattern", "format", "symmetric"): getattr(panel, name).value = getattr(state, name)
+    for name in ("base_name", "layer", "pattern", "format", "symmetric"):
+        getattr(panel, name).value = getattr(state, name)
     panel.symmetric.disabled = not state.format.startswith("int")
     panel._refreshing = False
 
 
 def _words(panel: "ObserverComparison") -> str:
     "The arguments of the comparison in words."
-    if (args := panel._question.args) is not None: text = describe_args(args)
+    if (args := panel._question.args) is not None:
+        text = describe_args(args)
     else:
         said = dict(part.partition(": ")[::2] for part in panel.compared.attrs.get("args", "").split("; "))
         text = said.get(panel.state.base_name, "")
@@ -184,27 +240,42 @@ def _words(panel: "ObserverComparison") -> str:
 # %% ../nbs/14h_comparison.ipynb #78ad5790
 def _show_compared(panel: "ObserverComparison") -> None:
     "Picture, sentences and tables of the comparison in hand."
-    state, table = panel.state, panel.compared
+    state = panel.state
+    table = panel.compared
     args = scheme_args_by_module(panel.session.record, config_of(panel.session), state.base_name)
-    chosen = choose(table, state.pattern, state.base_name, None if state.layer < 0 else state.layer) if len(table) else table
-    if len(chosen): chosen = mark_best(chosen, own_of(args, state.base_name))
+    chosen = (
+        choose(table, state.pattern, state.base_name, None if state.layer < 0 else state.layer) if len(table) else table
+    )
+    if len(chosen):
+        chosen = mark_best(chosen, own_of(args, state.base_name))
     panel.rows = best_by_tensor(chosen, args, state.base_name) if len(chosen) else pd.DataFrame(columns=TENSOR_COLUMNS)
     _draw(panel, chosen)
     if len(table) and not len(chosen):
-        panel.verdict.value = block(f"No {state.base_name} tensor matches the filter; {len(table.module.unique()):,} do without it.")
-    else: panel.verdict.value = verdict_html(panel.rows, state.base_name, _words(panel)) + unknown_html(panel.rows) if len(chosen) else ""
+        panel.verdict.value = block(
+            f"No {state.base_name} tensor matches the filter; {len(table.module.unique()):,} do without it."
+        )
+    else:
+        panel.verdict.value = (
+            verdict_html(panel.rows, state.base_name, _words(panel)) + unknown_html(panel.rows) if len(chosen) else ""
+        )
     panel._refreshing = True
     options = (("none", ""), *((m, m) for m in panel.rows.module))
-    if panel.select.options != options: panel.select.options = options
+    if panel.select.options != options:
+        panel.select.options = options
     panel._refreshing = False
     _show_rows(panel)
     _show_note(panel)
 
 
-EMPTY = dict(nothing="Nothing recorded yet: feed a batch to compare observers",
-             waiting="Comparing observers…", feeding="Compared when feeding ends",
-             filtered="No tensor matches the filter", failed="The comparison failed", hidden="Compared when this is shown",
-             unknown="No SQNR is known of any of these tensors")
+EMPTY = dict(
+    nothing="Nothing recorded yet: feed a batch to compare observers",
+    waiting="Comparing observers…",
+    feeding="Compared when feeding ends",
+    filtered="No tensor matches the filter",
+    failed="The comparison failed",
+    hidden="Compared when this is shown",
+    unknown="No SQNR is known of any of these tensors",
+)
 
 
 def _why_empty(panel: "ObserverComparison") -> str:
@@ -219,46 +290,67 @@ KEPT = 24  # pictures
 
 
 def _draw(panel: "ObserverComparison", chosen: pd.DataFrame) -> None:
-    "The heatmap of the chosen rows, or in words why there is none. A picture that was drawn before is taken from a shelf."
+    """The heatmap of the chosen rows, or in words why there is none. A picture that was drawn before is taken from
+    a shelf."""
     known = len(panel.rows) and (panel.rows.why != "").sum() < len(panel.rows)
-    state, why = panel.state, "" if known else "unknown" if len(chosen) else _why_empty(panel)
+    state = panel.state
+    why = "" if known else "unknown" if len(chosen) else _why_empty(panel)
     key = why or (id(panel.compared), state.pattern, state.layer, tuple(panel.rows.best))
     if key not in panel._pictures:
-        while len(panel._pictures) >= KEPT: panel._pictures.pop(next(iter(panel._pictures)))
-        if why: ax = say_nothing(new_axes(9.6, 1.6), EMPTY[why])
-        else: ax = plot_observers(chosen, base_name=state.base_name, ax=heatmap_axes(chosen.observer.nunique(), len(panel.rows)))
+        while len(panel._pictures) >= KEPT:
+            panel._pictures.pop(next(iter(panel._pictures)))
+        if why:
+            ax = say_nothing(new_axes(9.6, 1.6), EMPTY[why])
+        else:
+            ax = plot_observers(
+                chosen, base_name=state.base_name, ax=heatmap_axes(chosen.observer.nunique(), len(panel.rows))
+            )
         panel._pictures[key] = panel.compared, ax, to_png(ax)  # the table is kept too, so that its id is its own
     _, panel._ax, panel._png = panel._pictures[key]
-    if why: panel._ax = None
+    if why:
+        panel._ax = None
 
 
 def _describe_heatmap(panel: "ObserverComparison") -> str:
     "The picture in words, for those who cannot see it."
-    rows, known = panel.rows, panel.rows[panel.rows.best != UNKNOWN]
+    rows = panel.rows
+    known = panel.rows[panel.rows.best != UNKNOWN]
     if not len(rows): return EMPTY[_why_empty(panel)]
     if not len(known): return f"Signal to noise of {len(rows)} {panel.state.base_name} tensors: unknown for all of them"
     counts = ", ".join(f"{name} is best for {n}" for name, n in known.best.value_counts().items())
     worst = known.loc[known.best_db.idxmin()]
     chosen = f"; {panel.state.selected} is selected" if panel.state.selected in set(rows.module) else ""
-    return f"Heatmap of {len(rows)} {panel.state.base_name} tensors: {counts}; hardest is {worst.module} with {worst.best_db:.1f} dB at best{chosen}"
+    return (
+        f"Heatmap of {len(rows)} {panel.state.base_name} tensors: {counts}; hardest is {worst.module} with "
+        f"{worst.best_db:.1f} dB at best{chosen}"
+    )
 
 # %% ../nbs/14h_comparison.ipynb #f7fe7b28
 def _show_rows(panel: "ObserverComparison") -> None:
     "The tensor that is selected, in picture and tables, and the table of tensors in its order."
-    selected, rows = panel.state.selected, panel.rows
+    selected = panel.state.selected
+    rows = panel.rows
     at = np.flatnonzero(rows.module.to_numpy() == selected)
     png = framed(panel._png, panel._ax, int(at[0]) if len(at) and panel._ax is not None else None)
-    if panel.picture.png != png: panel.picture.png = png
+    if panel.picture.png != png:
+        panel.picture.png = png
     panel.picture.alt = _describe_heatmap(panel)
-    panel.picture.layout.display, panel.empty.value = ("", "") if panel._ax is not None else ("none", empty_html(panel.picture.alt))
+    panel.picture.layout.display, panel.empty.value = (
+        ("", "") if panel._ax is not None else ("none", empty_html(panel.picture.alt))
+    )
     panel._refreshing = True
     panel.select.value = selected if len(at) else ""
     panel._refreshing = False
     module, scheme = (selected, rows.scheme.iloc[at[0]]) if len(at) else ("", "")
     panel.observers.value = observers_html(panel.compared, module, scheme) if len(rows) else ""
-    if len(rows) and not (rows.best != UNKNOWN).any(): panel.table.value = ""
-    else: panel.table.value = tensors_html(in_order(rows, panel.order.value))
-    panel.order.layout.display, panel.select.layout.display = None if panel.table.value else "none", None if len(rows) else "none"
+    if len(rows) and not (rows.best != UNKNOWN).any():
+        panel.table.value = ""
+    else:
+        panel.table.value = tensors_html(in_order(rows, panel.order.value))
+    panel.order.layout.display, panel.select.layout.display = (
+        None if panel.table.value else "none",
+        None if len(rows) else "none",
+    )
 
 # %% ../nbs/14h_comparison.ipynb #732a895a
 def _dropdown(name: str, description: str, options: list, width: int, tip: str) -> w.Dropdown:
@@ -269,21 +361,36 @@ def _dropdown(name: str, description: str, options: list, width: int, tip: str) 
 
 def _make_controls(panel: "ObserverComparison") -> None:
     "What to compare, in which format, and what to select."
-    panel.base_name = _dropdown("base-name", "Tensor", ["input", "weight"], 180, "Which tensor of each module is compared")
+    panel.base_name = _dropdown(
+        "base-name", "Tensor", ["input", "weight"], 180, "Which tensor of each module is compared"
+    )
     panel.layer = _dropdown("layer", "Layer", [("all", -1)], 150, "Only this layer")
-    panel.pattern = w.Text(placeholder="e.g. mlp|q_proj", description="Filter", continuous_update=False, layout=w.Layout(width="250px"),
-                           tooltip="Only modules whose name contains this regular expression")
+    panel.pattern = w.Text(
+        placeholder="e.g. mlp|q_proj",
+        description="Filter",
+        continuous_update=False,
+        layout=w.Layout(width="250px"),
+        tooltip="Only modules whose name contains this regular expression",
+    )
     panel.pattern.add_class("qcal-compare-pattern")
     formats = [("the scheme's", ""), *((name, name) for name in FORMATS)]
-    panel.format = _dropdown("format", "Format", formats, 230, "The format that scales are asked for, one scale for a tensor")
+    panel.format = _dropdown(
+        "format", "Format", formats, 230, "The format that scales are asked for, one scale for a tensor"
+    )
     panel.symmetric = w.Checkbox(value=True, description="symmetric", indent=False, layout=w.Layout(width="110px"),
                                  tooltip="Whether the zero point is in the middle of the format")
     panel.select = _dropdown("select", "Selected", [("none", "")], 420, "The tensor whose observers are listed")
-    panel.order = _dropdown("order", "Sort", [(words, name) for name, words in TABLE_ORDERS.items()], 230, "Order of the table")
+    panel.order = _dropdown(
+        "order", "Sort", [(words, name) for name, words in TABLE_ORDERS.items()], 230, "Order of the table"
+    )
 
 
 WATCHED = ["selected", "base_name", "pattern", "layer", "format", "symmetric"]  # of the state
-USES = {"input": ("inputs", ("input",)), "weight": ("weights", ("weight",)), "both": ("inputs and weights", ("input", "weight"))}
+USES = {
+    "input": ("inputs", ("input",)),
+    "weight": ("weights", ("weight",)),
+    "both": ("inputs and weights", ("input", "weight")),
+}
 
 
 def _make_use_best(panel: "ObserverComparison") -> w.VBox:
@@ -320,7 +427,8 @@ def _module_at(panel: "ObserverComparison", at: list) -> str:
 
 def _click(panel: "ObserverComparison", at: list) -> None:
     "Select the tensor whose column was clicked."
-    if module := _module_at(panel, at): panel.choose("selected", module)
+    if module := _module_at(panel, at):
+        panel.choose("selected", module)
 
 
 def _point(panel: "ObserverComparison", at: list) -> None:
@@ -337,14 +445,18 @@ class _Deciding(Panel):
         "Set a value of the state; one that it refuses is explained in the panel."
         if self._refreshing: return
         self.problem.value = ""
-        try: setattr(self.state, name, value)
-        except TraitError as error: self.problem.value = error_html(error)
+        try:
+            setattr(self.state, name, value)
+        except TraitError as error:
+            self.problem.value = error_html(error)
 
     def use_best(self) -> None:
         "Write the best observer of every tensor into the recipe, and say what that changed."
         self.problem.value = self.used.value = ""
-        try: self.used.value = used_html(self.session.use_best(base_names=list(self.use_for.value)))
-        except Exception as error: self.problem.value = error_html(error)
+        try:
+            self.used.value = used_html(self.session.use_best(base_names=list(self.use_for.value)))
+        except Exception as error:
+            self.problem.value = error_html(error)
         self.refresh("use_best")
 
 # %% ../nbs/14h_comparison.ipynb #f41c3b75
@@ -353,7 +465,8 @@ class _Comparison(_Deciding):
 
     def refresh(self, what: str = "") -> None:
         "Bring the panel up to date. While batches run it only says that it waits."
-        with self._lock: _refresh_comparison(self, what)
+        with self._lock:
+            _refresh_comparison(self, what)
 
     def show(self, seen: bool) -> None:
         "Say whether the panel can be seen; one that cannot compares nothing."
@@ -365,41 +478,71 @@ class _Comparison(_Deciding):
         self.tables.wait(seconds)
 
     def _made(self, ready: bool) -> None:
-        if self._unlisten is not None: self.refresh("table" if ready else "further")
+        if self._unlisten is not None:
+            self.refresh("table" if ready else "further")
 
     def static_png(self) -> bytes:
-        "The heatmap; one that is under way is waited for, a minute at most: what is saved with a notebook is drawn only once."
-        if self.visible: self.wait(60)
+        """The heatmap; one that is under way is waited for, a minute at most: what is saved with a notebook is
+        drawn only once."""
+        if self.visible:
+            self.wait(60)
         return self.picture.png if len(self.rows) else static_picture(self.session)
 
     def close(self) -> None:
         "Give up what is being made, and take the panel off the page."
         self.tables.stop()
-        if self._unlisten is not None: self.state.unobserve(self._watch, names=WATCHED)
+        if self._unlisten is not None:
+            self.state.unobserve(self._watch, names=WATCHED)
         self.schemes.close()
         super().close()
 
 # %% ../nbs/14h_comparison.ipynb #c140fe75
 class ObserverComparison(_Comparison):
-    """Observers × tensors as heatmap and tables, the best of each into the recipe; below, schemes side by side. While `visible` is False
-    nothing is compared. `wait()` returns when tables under way are there."""
+    """Observers × tensors as heatmap and tables, the best of each into the recipe; below, schemes side by side.
+    While `visible` is False nothing is compared. `wait()` returns when tables under way are there."""
 
     visible = Bool(True)
 
     def __init__(self, session: Session, state: WorkbenchState | None = None, visible: bool = True) -> None:
         super().__init__(session, state)
-        self._lock, self._refreshing, self._pictures, self._key, self._ax, self._base = threading.RLock(), False, {}, None, None, ""
+        self._lock = threading.RLock()
+        self._refreshing = False
+        self._pictures = {}
+        self._key = None
+        self._ax = None
+        self._base = ""
         self._question = question_of(session, self.state)
-        self.rows, self.compared = pd.DataFrame(columns=TENSOR_COLUMNS), pd.DataFrame()
-        self.tables, self.picture = Tables(self._made, weight_of(session)), Picture()
+        self.rows = pd.DataFrame(columns=TENSOR_COLUMNS)
+        self.compared = pd.DataFrame()
+        self.tables = Tables(self._made, weight_of(session))
+        self.picture = Picture()
         for name in ("verdict", "note", "problem", "observers", "table", "used", "empty"):
             setattr(self, name, w.HTML())
             getattr(self, name).add_class(f"qcal-compare-{name}")
         _make_controls(self)
-        use, self.schemes = _make_use_best(self), SchemeComparison(session, self.state)
+        use = _make_use_best(self)
+        self.schemes = SchemeComparison(session, self.state)
         self.visible = visible
-        controls = w.HBox([self.base_name, self.layer, self.pattern, self.format, self.symmetric], layout=w.Layout(flex_flow="row wrap"))
-        self.children = [self._style, _heading("Which observer for every tensor?"), controls, self.verdict, use, self.note,
-                         self.problem, self.empty, self.picture, self.select, self.observers, self.order, self.table, _heading("Schemes side by side"), self.schemes]
+        controls = w.HBox(
+            [self.base_name, self.layer, self.pattern, self.format, self.symmetric],
+            layout=w.Layout(flex_flow="row wrap"),
+        )
+        self.children = [
+            self._style,
+            _heading("Which observer for every tensor?"),
+            controls,
+            self.verdict,
+            use,
+            self.note,
+            self.problem,
+            self.empty,
+            self.picture,
+            self.select,
+            self.observers,
+            self.order,
+            self.table,
+            _heading("Schemes side by side"),
+            self.schemes,
+        ]
         _connect(self)
         self.refresh()

@@ -34,23 +34,30 @@ from .session_parts import ended_in_time
 PIECE = 14  # tensors at a time
 
 
-def _compare(part: CalibrationRecord, base_name: str, args: QuantizationArgs | None, names: list[str], weight_of: Any) -> pd.DataFrame:
+def _compare(
+    part: CalibrationRecord, base_name: str, args: QuantizationArgs | None, names: list[str], weight_of: Any
+) -> pd.DataFrame:
     "From the record; weights with many scales, of which a record cannot tell, are measured if they are at hand."
     found = args or next((args_of(part, key) for key in part.tensors), None)
-    if base_name != "weight" or weight_of is None or found is None or found.strategy == "tensor": return compare_observers(part, names, args)
+    if base_name != "weight" or weight_of is None or found is None or found.strategy == "tensor":
+        return compare_observers(part, names, args)
     return weights_compared(part, [module for module, _ in part.tensors], names, found, weight_of)
 
 
 def compare_in_pieces(
     record: CalibrationRecord,
-    base_name: str,                                     # Which tensors: "input", "weight", …
-    args: QuantizationArgs | None = None,               # None: those of the recorded scheme
-    observers: Iterable[str] = (),                      # Besides those that follow from a record and those that were attached
-    tick: Callable[[int, int], None] = lambda *_: None, # Called with tensors done and to do; what it raises ends the work
-    weight_of: Callable[[str], Any] | None = None,      # A weight by its module's name, to measure where there are many scales
+    base_name: str,  # Which tensors: "input", "weight", …
+    args: QuantizationArgs | None = None,  # None: those of the recorded scheme
+    observers: Iterable[str] = (),  # Besides those that follow from a record and those that were attached
+    tick: Callable[[int, int], None] = lambda *_: (
+        None
+    ),  # Called with tensors done and to do; what it raises ends the work
+    weight_of: Callable[[str], Any]
+    | None = None,  # A weight by its module's name, to measure where there are many scales
 ) -> pd.DataFrame:
     "What `analysis.compare_observers` says of the tensors of one base name, a few tensors at a time."
-    keys, parts = [key for key in record.tensors if key[1] == base_name], []
+    keys = [key for key in record.tensors if key[1] == base_name]
+    parts = []
     names = list(dict.fromkeys([*usual_observers(record, base_name), *observers]))
     for start in range(0, max(1, len(keys)), PIECE):
         tick(start, len(keys))
@@ -70,7 +77,8 @@ class Question:
     observers: tuple[str, ...] = ()
 
     @property
-    def key(self) -> tuple: return self.base_name, "" if self.args is None else self.args.model_dump_json(), self.observers
+    def key(self) -> tuple:
+        return self.base_name, "" if self.args is None else self.args.model_dump_json(), self.observers
 
 # %% ../nbs/14f_comparison_tables.ipynb #d13ff946
 class _Enough(Exception):
@@ -83,69 +91,105 @@ class _Worker:
     def want(self, question: Question) -> None:
         "Make a table of the record in hand. Another one that is under way is given up."
         with self._lock:
-            if self._wanted is not None and self._wanted[0] is self.record and self._wanted[1].key == question.key: return
+            if self._wanted is not None and self._wanted[0] is self.record and self._wanted[1].key == question.key:
+                return
             self._wanted = self.record, question
             if self._thread is not None: return
-            self._thread = ended_in_time(threading.Thread(target=self._work, name="comparison of observers", daemon=True), self.stop)
+            self._thread = ended_in_time(
+                threading.Thread(target=self._work, name="comparison of observers", daemon=True), self.stop
+            )
             self._thread.start()
 
     def _work(self) -> None:
         while True:
             with self._lock:
-                if (task := self._wanted) is None: self._thread = None; return
+                if (task := self._wanted) is None:
+                    self._thread = None
+                    return
             self._make(task)
             with self._lock:
-                if self._wanted is task: self._wanted = None
+                if self._wanted is task:
+                    self._wanted = None
 
     def _make(self, task: tuple) -> None:
         record, question = task
         def tick(done: int, todo: int) -> None:
             if self._wanted is not task: raise _Enough
             self.done = done, todo
-            if done: self.heard(False)
-        try: found, self.error = compare_in_pieces(record, question.base_name, question.args, question.observers, tick, self.weight_of), None
-        except _Enough: return
-        except Exception as error: found, self.error = None, error  # for the view, which shows it; in this thread nobody could catch it
-        if self.record is record and found is not None: self.kept[question.key] = found
+            if done:
+                self.heard(False)
+        try:
+            found = compare_in_pieces(
+                record, question.base_name, question.args, question.observers, tick, self.weight_of
+            )
+            self.error = None
+        except _Enough:
+            return
+        except Exception as error:
+            # for the view, which shows it; in this thread nobody could catch it
+            found = None
+            self.error = error
+        if self.record is record and found is not None:
+            self.kept[question.key] = found
         self.heard(True)
 
 # %% ../nbs/14f_comparison_tables.ipynb #708249e5
 class Tables(_Worker):
-    """Comparisons of one record, made in a thread when they are wanted, and kept. `heard(ready)` is called in that thread when a table has come
-    further (`done`: tensors done and to do), and when it is ready or has failed (`error`)."""
+    """Comparisons of one record, made in a thread when they are wanted, and kept. `heard(ready)` is called in that
+    thread when a table has come further (`done`: tensors done and to do), and when it is ready or has failed
+    (`error`)."""
 
     def __init__(self, heard: Callable[[bool], None], weight_of: Callable[[str], Any] | None = None) -> None:
         self.weight_of = weight_of
-        self.heard, self.record, self.kept, self.done, self.error = heard, None, {}, (0, 0), None
-        self._wanted, self._thread, self._lock = None, None, threading.Lock()
+        self.heard = heard
+        self.record = None
+        self.kept = {}
+        self.done = (0, 0)
+        self.error = None
+        self._wanted = None
+        self._thread = None
+        self._lock = threading.Lock()
 
     def of(self, record: CalibrationRecord, question: Question) -> pd.DataFrame | None:
         "The table if it is there; tables of another record are forgotten."
-        if record is not self.record: self.record, self.kept, self.error = record, {}, None
+        if record is not self.record:
+            self.record = record
+            self.kept = {}
+            self.error = None
         return self.kept.get(question.key)
 
     def stop(self) -> None:
         "Give up what is being made."
-        with self._lock: self._wanted = None
+        with self._lock:
+            self._wanted = None
 
     def wait(self, seconds: float = 600) -> None:
         "Return when nothing is being made."
-        if (thread := self._thread) is not None: thread.join(seconds)
+        if (thread := self._thread) is not None:
+            thread.join(seconds)
 
 # %% ../nbs/14f_comparison_tables.ipynb #1c2af5e8
-def scheme_args_by_module(record: CalibrationRecord, config: QuantizationConfig | None, base_name: str) -> dict[str, QuantizationArgs]:
+def scheme_args_by_module(
+    record: CalibrationRecord, config: QuantizationConfig | None, base_name: str
+) -> dict[str, QuantizationArgs]:
     "Module -> the arguments that a configuration has for one of its tensors; only modules that it quantizes there."
-    found = {} if config is None else {m: args_in(scheme, base_name) for m, scheme in schemes_of_record(record, config).items()}
+    found = (
+        {}
+        if config is None
+        else {m: args_in(scheme, base_name) for m, scheme in schemes_of_record(record, config).items()}
+    )
     return {module: args for module, args in found.items() if args is not None}
 
 
 def counted_as(observer: str, base_name: str) -> str:
-    "The observer that concludes the same: a weight is seen once, whole, so that all that take its smallest and largest value agree."
+    """The observer that concludes the same: a weight is seen once, whole, so that all that take its smallest and
+    largest value agree."""
     return "static_minmax" if base_name == "weight" and observer in ("memoryless_minmax", "minmax") else observer
 
 
 def own_of(args: Mapping[str, QuantizationArgs], base_name: str) -> dict[tuple[str, str], str]:
-    "(module, base name) -> the observer in a comparison that concludes what the scheme's does; none where scales are found while running."
+    """(module, base name) -> the observer in a comparison that concludes what the scheme's does; none where scales
+    are found while running."""
     named = ((module, next(asked_by(one, base_name), "")) for module, one in args.items())
     return {(module, base_name): counted_as(label_of(asked), base_name) for module, asked in named if asked}
 
@@ -157,22 +201,42 @@ def config_of(session: Session) -> QuantizationConfig | None:
 
 # %% ../nbs/14f_comparison_tables.ipynb #1f4f85d9
 TENSOR_COLUMNS = ["module", "best", "best_db", "scheme", "scheme_db", "gain_db", "why"]
-UNKNOWN, RUNNING, ZEROS = "unknown", "found while running", "nothing but zeros, which every scale keeps"
+UNKNOWN = "unknown"
+RUNNING = "found while running"
+ZEROS = "nothing but zeros, which every scale keeps"
 TABLE_ORDERS = {"depth": "model order", "gain_db": "largest gain first", "best_db": "lowest SQNR first"}
 
 
 def best_by_tensor(table: pd.DataFrame, args: Mapping[str, QuantizationArgs], base_name: str = "input") -> pd.DataFrame:
-    "A row per tensor of one base name: its best observer, the one that the scheme names, and the gain in dB; in `why` what is not known."
+    """A row per tensor of one base name: its best observer, the one that the scheme names, and the gain in dB; in
+    `why` what is not known."""
     db = {(m, name): float(value) for m, name, value in zip(table.module, table.observer, table.sqnr_db)}
     best = {m: name for m, name, chosen in zip(table.module, table.observer, table.best.astype(bool)) if chosen}
-    why = {m: f"{name}: {reason}" for m, name, reason in zip(table.module[::-1], table.observer[::-1], table.reason[::-1]) if reason}
+    why = {
+        m: f"{name}: {reason}"
+        for m, name, reason in zip(table.module[::-1], table.observer[::-1], table.reason[::-1])
+        if reason
+    }
     rows = []
     for module in table.module.drop_duplicates():
-        asked, name = args.get(module), best.get(module, UNKNOWN)
-        scheme = "" if asked is None else RUNNING if asked.dynamic is True else label_of(next(asked_by(asked, base_name)))
+        asked = args.get(module)
+        name = best.get(module, UNKNOWN)
+        scheme = (
+            "" if asked is None else RUNNING if asked.dynamic is True else label_of(next(asked_by(asked, base_name)))
+        )
         used_db = db.get((module, scheme), db.get((module, counted_as(scheme, base_name)), math.nan))
         best_db = db.get((module, name), math.nan)
-        rows.append((module, name, best_db, scheme, used_db, best_db - used_db, "" if module in best else why.get(module, ZEROS)))
+        rows.append(
+            (
+                module,
+                name,
+                best_db,
+                scheme,
+                used_db,
+                best_db - used_db,
+                "" if module in best else why.get(module, ZEROS),
+            )
+        )
     return pd.DataFrame(rows, columns=TENSOR_COLUMNS)
 
 
@@ -186,30 +250,46 @@ WORTH = 0.5  # dB: what a histogram cannot be sure of, twice, is no difference
 
 def counted_words(counts: Mapping[str, int]) -> str:
     "Names with how often they occur, in words: `percentile for 23, entropy for 1`."
-    return ", ".join(f"<b>{escape(name)}</b> for {n:,}" for name, n in sorted(counts.items(), key=lambda pair: -pair[1]))
+    return ", ".join(
+        f"<b>{escape(name)}</b> for {n:,}" for name, n in sorted(counts.items(), key=lambda pair: -pair[1])
+    )
 
 
 def verdict_html(rows: pd.DataFrame, base_name: str, words: str) -> str:
-    "The comparison in two sentences: which observers are best and how often, and what they would gain over the scheme's."
-    known, text = rows[rows.best != UNKNOWN], f"{len(rows):,} {base_name} tensors as <b>{escape(words)}</b>. "
-    if len(known): text += f"Least noise: {counted_words(known.best.value_counts().to_dict())}. "
-    if len(known) and len(known) < len(rows): text += f"Of {len(rows) - len(known):,} nothing is known. "
+    """The comparison in two sentences: which observers are best and how often, and what they would gain over the
+    scheme's."""
+    known = rows[rows.best != UNKNOWN]
+    text = f"{len(rows):,} {base_name} tensors as <b>{escape(words)}</b>. "
+    if len(known):
+        text += f"Least noise: {counted_words(known.best.value_counts().to_dict())}. "
+    if len(known) and len(known) < len(rows):
+        text += f"Of {len(rows) - len(known):,} nothing is known. "
     gains = known[np.isfinite(known.gain_db.astype(float))]
     used = [name for name in dict.fromkeys(rows.scheme) if name]
     scheme = escape(" and ".join(gains.scheme.unique()))
     if len(gains) and (most := gains.loc[gains.gain_db.idxmax()]).gain_db >= WORTH:
-        text += (f"The scheme's {scheme} loses up to <b>{most.gain_db:.1f} dB</b> against them (at {escape(most.module)}; "
-                 f"{(gains.gain_db >= WORTH).sum():,} tensors more than {WORTH} dB). 6 dB are one bit.")
-    elif len(gains) and (gains.gain_db <= 0).all(): text += f"The scheme has the best of them everywhere ({scheme}): there is nothing to change."
-    elif len(gains): text += f"The scheme's {scheme} is within {WORTH} dB of the best everywhere: no change is worth it here."
-    elif used == [RUNNING]: text += "The scheme finds these scales anew while the model runs: no observer of it can be better or worse."
-    elif used and len(known): text += f"What the scheme's {escape(', '.join(used))} would have cost was not recorded."
-    elif len(known): text += f"The scheme does not quantize these {base_name} tensors."
+        text += (
+            f"The scheme's {scheme} loses up to <b>{most.gain_db:.1f} dB</b> against them (at {escape(most.module)}; "
+            f"{(gains.gain_db >= WORTH).sum():,} tensors more than {WORTH} dB). 6 dB are one bit."
+        )
+    elif len(gains) and (gains.gain_db <= 0).all():
+        text += f"The scheme has the best of them everywhere ({scheme}): there is nothing to change."
+    elif len(gains):
+        text += f"The scheme's {scheme} is within {WORTH} dB of the best everywhere: no change is worth it here."
+    elif used == [RUNNING]:
+        text += "The scheme finds these scales anew while the model runs: no observer of it can be better or worse."
+    elif used and len(known):
+        text += f"What the scheme's {escape(', '.join(used))} would have cost was not recorded."
+    elif len(known):
+        text += f"The scheme does not quantize these {base_name} tensors."
     return block(text)
 
 # %% ../nbs/14f_comparison_tables.ipynb #fcb37beb
-REMEDIES = ("Choose a <i>Format</i> above to ask for one scale per tensor, or measure the scales of this scheme on the model:<br>"
-            "<code>evaluate.compare_observers(model, data, observers, scheme=…)</code>")
+REMEDIES = (
+    "Choose a <i>Format</i> above to ask for one scale per tensor, or measure the scales of this scheme on the "
+    "model:<br>"
+    "<code>evaluate.compare_observers(model, data, observers, scheme=…)</code>"
+)
 
 
 def unknown_html(rows: pd.DataFrame) -> str:
@@ -220,7 +300,13 @@ def unknown_html(rows: pd.DataFrame) -> str:
     return block(f'<div class="warning" role="status">{text}<br>{REMEDIES}</div>')
 
 
-_TENSOR_HEADS = dict(best="best observer", best_db="its SQNR (dB)", scheme="scheme's observer", scheme_db="its SQNR (dB) ", gain_db="gain (dB)")
+_TENSOR_HEADS = dict(
+    best="best observer",
+    best_db="its SQNR (dB)",
+    scheme="scheme's observer",
+    scheme_db="its SQNR (dB) ",
+    gain_db="gain (dB)",
+)
 
 
 def _db(value: float) -> Any: return "∞" if value == math.inf else round(value, 2)
@@ -229,8 +315,13 @@ def _db(value: float) -> Any: return "∞" if value == math.inf else round(value
 def tensors_html(rows: pd.DataFrame, limit: int = 200) -> str:
     "The rows of `best_by_tensor` as a table; beyond `limit` it says how many are left out."
     shown = rows.head(limit).drop(columns="why")
-    for name in ("best_db", "scheme_db", "gain_db"): shown[name] = [_db(v) for v in shown[name]]
-    more = f'<div class="faint">and {len(rows) - limit:,} more: filter or sort to see others</div>' if len(rows) > limit else ""
+    for name in ("best_db", "scheme_db", "gain_db"):
+        shown[name] = [_db(v) for v in shown[name]]
+    more = (
+        f'<div class="faint">and {len(rows) - limit:,} more: filter or sort to see others</div>'
+        if len(rows) > limit
+        else ""
+    )
     return block(table_html(shown.rename(columns=_TENSOR_HEADS), limit) + more) if len(rows) else ""
 
 # %% ../nbs/14f_comparison_tables.ipynb #a1896504
@@ -240,18 +331,29 @@ def _observer_cells(row: Any) -> dict[str, Any]:
     many = row.scale_max > row.scale_min
     scale = f"{row.scale:.4g}" + (f" ({row.scale_min:.3g} … {row.scale_max:.3g})" if many else "")
     bound = f" ± {row.bound_db:.2f}" if row.bound_db == row.bound_db and math.isfinite(row.sqnr_db) else ""
-    return {"observer": row.observer, "SQNR (dB)": ("∞" if row.sqnr_db == math.inf else f"{row.sqnr_db:.2f}") + bound,
-            "range": f"{row.min:.4g} … {row.max:.4g}", "scale": scale, "clipped": f"{row.clipped:.3%}", "MSE": f"{row.mse:.3g}",
-            "levels used": int(row.levels_used), "note": "best" if row.best else ""}
+    return {
+        "observer": row.observer,
+        "SQNR (dB)": ("∞" if row.sqnr_db == math.inf else f"{row.sqnr_db:.2f}") + bound,
+        "range": f"{row.min:.4g} … {row.max:.4g}",
+        "scale": scale,
+        "clipped": f"{row.clipped:.3%}",
+        "MSE": f"{row.mse:.3g}",
+        "levels used": int(row.levels_used),
+        "note": "best" if row.best else "",
+    }
 
 
 def observers_html(table: pd.DataFrame, module: str, scheme: str = "") -> str:
     "A row per observer of one tensor: range, scale, what it costs; the best and the scheme's are marked."
     part = table[table.module == module]
-    if not len(part): return block('<span class="faint">Click a column of the picture, or choose a tensor, to see every observer of it</span>')
+    if not len(part):
+        return block(
+            '<span class="faint">Click a column of the picture, or choose a tensor, to see every observer of it</span>'
+        )
     cells = [_observer_cells(row) for row in part.itertuples(index=False)]
     for row in cells:
-        if row["observer"] == scheme: row["note"] = ", ".join(filter(None, [row["note"], "the scheme's"]))
+        if row["observer"] == scheme:
+            row["note"] = ", ".join(filter(None, [row["note"], "the scheme's"]))
     order = ["observer", "note", "SQNR (dB)", "range", "scale", "clipped", "MSE", "levels used"]
     shown = pd.DataFrame(cells, columns=[c for c in order if any(c in row for row in cells)])
     return block(f"<b>{escape(module)}</b>" + table_html(shown.astype(object).where(shown.notna(), None)))

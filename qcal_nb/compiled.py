@@ -30,19 +30,27 @@ def float_of(bits):
 
 # %% ../nbs/00b_compiled.ipynb #97ee9c42
 @functools.lru_cache(1)
-def _threads(process: int, many: int) -> ThreadPoolExecutor: return ThreadPoolExecutor(many)  # of this process: a fork has none of them
+def _threads(process: int, many: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(many)  # of this process: a fork has none of them
 
 
 def shared_out(function: Callable[..., Any], *parts: Iterable[Any]) -> list[Any]:
-    "`map`, by as many threads as torch may use, this one among them. The functions must let go of Python's lock and start no threads themselves."
+    """`map`, by as many threads as torch may use, this one among them. The functions must let go of Python's lock
+    and start no threads themselves."""
     jobs = list(zip(*parts))
-    results, left, many = [None] * len(jobs), iter(enumerate(jobs)), min(torch.get_num_threads(), len(jobs))
+    results = [None] * len(jobs)
+    left = iter(enumerate(jobs))
+    many = min(torch.get_num_threads(), len(jobs))
     def work() -> None:
-        for i, job in left: results[i] = function(*job)
+        for i, job in left:
+            results[i] = function(*job)
     others = [_threads(os.getpid(), torch.get_num_threads()).submit(work) for _ in range(many - 1)]
-    try: work()
-    finally: wait(others)  # nothing goes on behind the back of whoever gets an error
-    for other in others: other.result()
+    try:
+        work()
+    finally:
+        wait(others)  # nothing goes on behind the back of whoever gets an error
+    for other in others:
+        other.result()
     return results
 
 

@@ -37,24 +37,34 @@ def args_to_ask(args: QuantizationArgs | None) -> QuantizationArgs:
 
 
 def label_of(asked: Asked) -> str:
-    "An observer in words: `mse`, `percentile(percentile=99.9)`. TypeError unless it is a name or a pair of name and arguments."
+    """An observer in words: `mse`, `percentile(percentile=99.9)`. TypeError unless it is a name or a pair of name
+    and arguments."""
     if isinstance(asked, str): return asked
-    if not (isinstance(asked, tuple) and len(asked) == 2 and isinstance(asked[0], str) and isinstance(asked[1], Mapping)):
-        raise TypeError(f"observers must hold names, or pairs of a name and its arguments such as ('percentile', {{'percentile': 99.9}}); got {asked!r}")
+    if not (
+        isinstance(asked, tuple) and len(asked) == 2 and isinstance(asked[0], str) and isinstance(asked[1], Mapping)
+    ):
+        raise TypeError(
+            "observers must hold names, or pairs of a name and its arguments such as ('percentile', "
+            f"{{'percentile': 99.9}}); got {asked!r}"
+        )
     return f"{asked[0]}({', '.join(f'{k}={v!r}' for k, v in asked[1].items())})"
 
 
 def name_and_kwargs(asked: Asked) -> tuple[str, dict[str, Any]]:
-    "What `label_of` puts together, apart: the label `percentile(percentile=99.9)` asks for the same as the pair. ValueError for other text with brackets."
+    """What `label_of` puts together, apart: the label `percentile(percentile=99.9)` asks for the same as the pair.
+    ValueError for other text with brackets."""
     label_of(asked)
     if not isinstance(asked, str): return asked[0], dict(asked[1])
     if "(" not in asked: return asked, {}
     try:
         call = ast.parse(asked, mode="eval").body
-        if call.args or len(names := {k.arg: ast.literal_eval(k.value) for k in call.keywords}) < len(call.keywords): raise ValueError
+        if call.args or len(names := {k.arg: ast.literal_eval(k.value) for k in call.keywords}) < len(call.keywords):
+            raise ValueError
         return call.func.id, names
     except (SyntaxError, AttributeError, ValueError):
-        raise ValueError(f"observer={asked!r} is neither a name nor a name with arguments, such as percentile(percentile=99.9)") from None
+        raise ValueError(
+            f"observer={asked!r} is neither a name nor a name with arguments, such as percentile(percentile=99.9)"
+        ) from None
 
 
 def new_observer(asked: Asked, base_name: str, args: QuantizationArgs) -> Observer:
@@ -77,21 +87,26 @@ def asked_by(args: QuantizationArgs | None, base_name: str = "input") -> Iterato
 
 def asked_in(config: QuantizationConfig) -> dict[str, list[Asked]]:
     "By base name (`\"\"`: any other, such as keys): the observers that a recipe calibrates with, none twice."
-    found = {base: [one for s in config.config_groups.values() for one in asked_by(getattr(s, part), base)] for base, part in _PARTS.items()}
+    found = {
+        base: [one for s in config.config_groups.values() for one in asked_by(getattr(s, part), base)]
+        for base, part in _PARTS.items()
+    }
     found[""] = [*asked_by(config.kv_cache_scheme, "k"), *found["input"]]
     return {base: list({label_of(one): one for one in some}.values()) for base, some in found.items()}
 
 # %% ../nbs/08b_conclusions.ipynb #8b79be64
 @dataclass(frozen=True, eq=False)
 class Conclusion:
-    """What an observer concluded about a tensor. `low`, `high`, `scale`, `zero_point` have the observer's granularity (`qparam_shape`) and the
-    tensor's units; they are None where there is a `reason` why nothing could be concluded."""
+    """What an observer concluded about a tensor. `low`, `high`, `scale`, `zero_point` have the observer's
+    granularity (`qparam_shape`) and the tensor's units; they are None where there is a `reason` why nothing
+    could be concluded."""
 
     observer: str                                       # as it was asked for
     base_name: str
     args: QuantizationArgs
     kwargs: Mapping[str, Any] = field(default_factory=dict)
-    statistics: Mapping[str, Tensor] = field(default_factory=dict)  # the observer's own, but for what `TensorStats` holds anyway
+    # the observer's own, but for what `TensorStats` holds anyway
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
     low: Tensor | None = None                           # the range that the scale is made for
     high: Tensor | None = None
     scale: Tensor | None = None
@@ -116,12 +131,14 @@ def concluded(observer: Observer, asked: Asked, statistics: Mapping[str, Tensor]
     low, high = observer.clip_range()  # found once: it may be a search
     own = type(observer).get_qparams is not Observer.get_qparams
     found = [low, high, *(observer.get_qparams() if own else qparams_for(observer, low, high)).values()]
-    kept = {name: value.cpu() for name, value in statistics.items()}  # a conclusion outlives the device that it was drawn on
+    # a conclusion outlives the device that it was drawn on
+    kept = {name: value.cpu() for name, value in statistics.items()}
     return Conclusion(label_of(asked), observer.base_name, observer.args, dict(observer.kwargs), kept,
                       *(None if value is None else value.cpu() for value in found), counts=counts)
 
 # %% ../nbs/08b_conclusions.ipynb #f2eafcf3
-_EXTREMES = dict(weight=("static_minmax", "memoryless_minmax", "minmax"))  # a weight is looked at once: these three are the same
+# a weight is looked at once: these three are the same
+_EXTREMES = dict(weight=("static_minmax", "memoryless_minmax", "minmax"))
 
 
 def counts_values(observer: Observer) -> bool:
@@ -132,7 +149,8 @@ def counts_values(observer: Observer) -> bool:
 def follows_from_stats(observer: Observer) -> bool:
     "Whether the observer asks for no more than extremes and a histogram of the whole tensor."
     names = _EXTREMES.get(observer.base_name, ("static_minmax",))
-    minmax = any(type(observer) is find_observer(name) for name in names)  # by name: a cell that was run again made another class
+    # by name: a cell that was run again made another class
+    minmax = any(type(observer) is find_observer(name) for name in names)
     return observer.args.strategy == "tensor" and (minmax or counts_values(observer))
 
 
@@ -144,19 +162,27 @@ def dtype_of(stats: TensorStats) -> torch.dtype:
 def statistics_from(stats: TensorStats, observer: Observer) -> dict[str, Tensor]:
     "The observer's statistics, had it seen what was measured. RuntimeError if that was nothing finite."
     if not stats.count: raise RuntimeError(NEVER_SEEN)
-    found = {name: torch.tensor([end], dtype=dtype_of(stats)) for name, end in (("min_vals", stats.min), ("max_vals", stats.max))}
+    found = {
+        name: torch.tensor([end], dtype=dtype_of(stats))
+        for name, end in (("min_vals", stats.min), ("max_vals", stats.max))
+    }
     if counts_values(observer):
         found |= dict(buckets=dense_counts(stats.histogram), inexact=torch.tensor([int(not stats.histogram.exact)]))
     return found
 
 # %% ../nbs/08b_conclusions.ipynb #57a980fc
 def conclude_from(stats: TensorStats, base_name: str, asked: Asked, args: QuantizationArgs | None = None) -> Conclusion:
-    "What the observer concludes from a tensor's statistics alone; with a `reason` instead of a scale where that is not possible."
+    """What the observer concludes from a tensor's statistics alone; with a `reason` instead of a scale where that
+    is not possible."""
     args = args or DEFAULT_ARGS
     try:
         observer = new_observer(asked, base_name, args)
-        if not follows_from_stats(observer): raise ValueError("it has to look at the tensor itself: attach it when recording, record(..., observers=[...])")
-        for name, value in statistics_from(stats, observer).items(): setattr(observer, name, value)
+        if not follows_from_stats(observer):
+            raise ValueError(
+                "it has to look at the tensor itself: attach it when recording, record(..., observers=[...])"
+            )
+        for name, value in statistics_from(stats, observer).items():
+            setattr(observer, name, value)
         return concluded(observer, asked, {}, counts_of(stats))
     except (ValueError, RuntimeError) as why:
         return Conclusion(label_of(asked), base_name, args, counts=counts_of(stats), reason=str(why))
@@ -164,7 +190,14 @@ def conclude_from(stats: TensorStats, base_name: str, asked: Asked, args: Quanti
 
 def counts_of(stats: TensorStats) -> Counts:
     "What passed, as an observer would have counted it."
-    return Counts(stats.calls, stats.numel, stats.batches or stats.calls, stats.skipped, stats.nan + stats.inf, stats.first_nonfinite)
+    return Counts(
+        stats.calls,
+        stats.numel,
+        stats.batches or stats.calls,
+        stats.skipped,
+        stats.nan + stats.inf,
+        stats.first_nonfinite,
+    )
 
 # %% ../nbs/08b_conclusions.ipynb #e0f1bd59
 _OPERATIONS = {dist.ReduceOp.MIN: torch.minimum, dist.ReduceOp.MAX: torch.maximum, dist.ReduceOp.SUM: torch.add}
@@ -181,7 +214,8 @@ def merges(conclusion: Conclusion) -> bool:
 def merge_conclusions(a: Conclusion, b: Conclusion, stats: TensorStats) -> Conclusion:
     "Of the same observer, tensor and arguments. `stats`: what both saw together."
     asked = (a.args.observer, a.kwargs)
-    if NEVER_SEEN in (a.reason, b.reason): return replace(b if a.reason == NEVER_SEEN else a, counts=_both(a.counts, b.counts))
+    if NEVER_SEEN in (a.reason, b.reason):
+        return replace(b if a.reason == NEVER_SEEN else a, counts=_both(a.counts, b.counts))
     if a.reason or b.reason: return a if a.reason else b
     if a.base_name == "weight" and merges(a): return a
     if a.from_stats: return replace(conclude_from(stats, a.base_name, asked, a.args), observer=a.observer)
@@ -189,27 +223,40 @@ def merge_conclusions(a: Conclusion, b: Conclusion, stats: TensorStats) -> Concl
         why = "it depends on the order of the batches, and the parts of a merged record have none"
         if not a.statistics.keys() <= find_observer(a.args.observer).sync_ops.keys():
             why = "its class has no rule (`sync_ops`) that combines the statistics of two parts"
-        if a.base_name == "weight": why = "it weighs the weight's columns with the data, and a record holds no weights to do that again"
+        if a.base_name == "weight":
+            why = "it weighs the weight's columns with the data, and a record holds no weights to do that again"
         return Conclusion(a.observer, a.base_name, a.args, a.kwargs, counts=_both(a.counts, b.counts), reason=why)
     observer = new_observer(asked, a.base_name, a.args)
-    for name, value in a.statistics.items(): setattr(observer, name, _OPERATIONS[observer.sync_ops[name]](value, b.statistics[name]))
-    return replace(concluded(observer, asked, observer.get_statistics(), _both(a.counts, b.counts)), observer=a.observer)
+    for name, value in a.statistics.items():
+        setattr(observer, name, _OPERATIONS[observer.sync_ops[name]](value, b.statistics[name]))
+    return replace(
+        concluded(observer, asked, observer.get_statistics(), _both(a.counts, b.counts)), observer=a.observer
+    )
 
 
 def of_one_part(c: Conclusion, others: bool, stats: TensorStats) -> Conclusion:
-    "A conclusion that one part of the data has alone. `others`: whether the other part saw the tensor, so that it speaks for a part only."
+    """A conclusion that one part of the data has alone. `others`: whether the other part saw the tensor, so that it
+    speaks for a part only."""
     if c.reason or c.base_name == "weight" or not others: return c
-    if c.from_stats: return replace(conclude_from(stats, c.base_name, (c.args.observer, c.kwargs), c.args), observer=c.observer)
+    if c.from_stats:
+        return replace(conclude_from(stats, c.base_name, (c.args.observer, c.kwargs), c.args), observer=c.observer)
     why = "it saw a part of the data only: the other record, which this one was merged with, did not have it attached"
     return Conclusion(c.observer, c.base_name, c.args, c.kwargs, counts=c.counts, reason=why)
 
 
 def _both(a: Counts, b: Counts) -> Counts:
-    return Counts(a.observations + b.observations, a.elements + b.elements, a.batches + b.batches, a.skipped + b.skipped,
-                  a.nonfinite + b.nonfinite, first_place(a.first_nonfinite, b.first_nonfinite))
+    return Counts(
+        a.observations + b.observations,
+        a.elements + b.elements,
+        a.batches + b.batches,
+        a.skipped + b.skipped,
+        a.nonfinite + b.nonfinite,
+        first_place(a.first_nonfinite, b.first_nonfinite),
+    )
 
 # %% ../nbs/08b_conclusions.ipynb #e9025aba
 def conclude_together(observers: Mapping[str, Observer], asked: Asked) -> dict[str, Conclusion]:
     "The conclusions of observers, by any key, that share a global scale if their strategy is `tensor_group`."
-    if all(o.args.strategy == "tensor_group" for o in observers.values()): fuse(list(observers.values()))
+    if all(o.args.strategy == "tensor_group" for o in observers.values()):
+        fuse(list(observers.values()))
     return {key: concluded(o, asked, o.get_statistics(), o.counts) for key, o in observers.items()}

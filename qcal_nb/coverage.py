@@ -53,7 +53,7 @@ class Coverage:
     zero: int = 0
     eps: int = 0
     saturated: int = 0
-    expert_tokens: int | None = None    # tokens routed to the expert that the module belongs to; None outside of experts
+    expert_tokens: int | None = None  # tokens routed to the expert that the module belongs to; None outside of experts
 
     @property
     def never_seen(self) -> bool:
@@ -70,7 +70,8 @@ def cover(name: str, module: Module, expert_tokens: int | None = None) -> Iterat
     "A row for each observer of a module, while the observers are still there."
     for base_name in BASE_NAMES:
         if (o := observer_of(module, base_name)) is None: continue
-        computed, scale = is_computed(module, base_name), getattr(module, f"{base_name}_scale", None)
+        computed = is_computed(module, base_name)
+        scale = getattr(module, f"{base_name}_scale", None)
         counts = (0, 0, 0, 0) if scale is None or not computed else (scale.numel(), *suspicious_scales(scale, o.args))
         c = o.counts
         yield Coverage(name, base_name, type(o).__name__, c.observations, c.elements, c.batches, c.skipped, c.nonfinite,

@@ -31,24 +31,34 @@ def check_causal(model: Module) -> Module:
     "`model` itself; TypeError unless it has an output head and generates from left to right."
     if not isinstance(model, Module): raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     config = getattr(model, "config", None)
-    if getattr(config, "is_encoder_decoder", False) or "input_ids" not in inspect.signature(model.forward).parameters or embeddings_of(model)[1] is None \
-            or not getattr(model, "can_generate", lambda: True)():
-        raise TypeError(f"model must be a causal language model (token ids in, logits of the next token out, e.g. AutoModelForCausalLM), "
-                        f"got {type(model).__name__}")
+    if (
+        getattr(config, "is_encoder_decoder", False)
+        or "input_ids" not in inspect.signature(model.forward).parameters
+        or embeddings_of(model)[1] is None
+        or not getattr(model, "can_generate", lambda: True)()
+    ):
+        raise TypeError(
+            "model must be a causal language model (token ids in, logits of the next token out, e.g. "
+            "AutoModelForCausalLM), "
+            f"got {type(model).__name__}"
+        )
     return model
 
 
 def eval_batches(data: Any, tokenizer: Any = None, batch_size: int = 1, max_length: int | None = None,
                  eval_max_length: int | None = None) -> list[dict[str, Any]]:
-    """The batches to evaluate on, texts cut to `eval_max_length` tokens (None: as `max_length` says). ValueError if they hold no token to predict:
-    nothing with a token before it, both of them counted."""
+    """The batches to evaluate on, texts cut to `eval_max_length` tokens (None: as `max_length` says). ValueError if
+    they hold no token to predict: nothing with a token before it, both of them counted."""
     if not (eval_max_length is None or isinstance(eval_max_length, int) and eval_max_length > 0):
         raise ValueError(f"eval_max_length={eval_max_length!r} must be None or an int of at least 1")
     found = list(batches(data, tokenizer, batch_size, eval_max_length or max_length))
     for i, batch in enumerate(found):
         ids = batch.get("input_ids")
         if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
-            raise ValueError(f"eval_data: batch {i} holds {sorted(batch)}; token ids (input_ids of shape (batch, seq)) are needed to predict from")
+            raise ValueError(
+                f"eval_data: batch {i} holds {sorted(batch)}; token ids (input_ids of shape (batch, seq)) are "
+                "needed to predict from"
+            )
     if not any(predicting(batch).any() for batch in found):
         raise ValueError(f"eval_data must hold at least one token to predict, got {len(found)} batches with none")
     return found
@@ -56,7 +66,8 @@ def eval_batches(data: Any, tokenizer: Any = None, batch_size: int = 1, max_leng
 # %% ../nbs/10a_divergence.ipynb #12c73e5e
 def predicting(batch: Mapping[str, Tensor]) -> Tensor:
     "bool (batch, seq - 1): the positions whose next token is known, both of them no padding."
-    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    ids = batch["input_ids"]
+    mask = batch.get("attention_mask")
     if mask is None or mask.shape != ids.shape: return torch.ones_like(ids[:, 1:], dtype=torch.bool)
     return (mask[:, :-1] != 0) & (mask[:, 1:] != 0)
 
@@ -78,7 +89,8 @@ class Divergence:
     def loss(self) -> float: return self.surprise / self.positions if self.positions else math.nan
 
     @property
-    def perplexity(self) -> float: return math.exp(self.loss) if self.loss < 700 else math.inf if self.loss == self.loss else math.nan
+    def perplexity(self) -> float:
+        return math.exp(self.loss) if self.loss < 700 else math.inf if self.loss == self.loss else math.nan
 
     @property
     def kl(self) -> float: return self.divergence / self.positions if self.positions else math.nan
@@ -120,56 +132,75 @@ class Switchboard:
     "The quantized modules of a calibrated model, by name in model order; any of them on, the rest off."
 
     def __init__(self, model: Module) -> None:
-        self.modules = {name: m for name, m in model.named_modules()
-                        if getattr(m, "quantization_scheme", None) is not None and getattr(m, "quantization_enabled", False)}
+        self.modules = {
+            name: m
+            for name, m in model.named_modules()
+            if getattr(m, "quantization_scheme", None) is not None and getattr(m, "quantization_enabled", False)
+        }
 
     def set(self, names: Iterable[str]) -> None:
         "Exactly these on."
         wanted = set(names)
-        for name, module in self.modules.items(): module.quantization_enabled = name in wanted
+        for name, module in self.modules.items():
+            module.quantization_enabled = name in wanted
 
     @contextmanager
     def only(self, names: Iterable[str] = ()) -> Iterator[None]:
         "Inside the block exactly these are on (none: the original model); afterwards all of them."
         self.set(names)
-        try: yield
-        finally: self.set(self.modules)
+        try:
+            yield
+        finally:
+            self.set(self.modules)
 
 
 def logits_of(model: Module, batch: Mapping[str, Any]) -> Tensor:
     "The logits (batch, seq, vocabulary) of one batch. Without gradients only inside `evaluating(model)`."
     warn_if_too_long(model, batch)
-    known, device = inspect.signature(model.forward).parameters, get_execution_device(model)
+    known = inspect.signature(model.forward).parameters
+    device = get_execution_device(model)
     ready = {k: v.to(device) for k, v in batch.items() if k in known and k != "labels" and isinstance(v, Tensor)}
     return model(**ready, **({"use_cache": False} if "use_cache" in known else {})).logits
 
 # %% ../nbs/10a_divergence.ipynb #9e087be3
 @contextmanager
 def borrowed(model: Module, purpose: str) -> Iterator[Module]:
-    "Whatever the block does to an original model here is undone after it. LifecycleError if something was done to it before."
-    before, phase = ledger_of(model), phase_of(model)
+    """Whatever the block does to an original model here is undone after it. LifecycleError if something was done to
+    it before."""
+    before = ledger_of(model)
+    phase = phase_of(model)
     if phase != "original":
-        raise LifecycleError(f"{purpose} needs the unquantized model, but this one is {phase}; keep its recipe, then reset_quantization(model)")
-    if before is None: refuse_quantized(model, purpose)
-    try: yield model
+        raise LifecycleError(
+            f"{purpose} needs the unquantized model, but this one is {phase}; keep its recipe, then "
+            "reset_quantization(model)"
+        )
+    if before is None:
+        refuse_quantized(model, purpose)
+    try:
+        yield model
     finally:
         prepared = start_anew(model).prepared
         put_back(model, prepared[len(before.prepared) if before else 0:])
         model.__dict__.pop(LEDGER, None)
-        if before: model.__dict__[LEDGER] = before
+        if before:
+            model.__dict__[LEDGER] = before
 
 
 @contextmanager
 def undisturbed(model: Module, purpose: str) -> Iterator[None]:
     "Inside the block the model is in eval mode, and nobody else runs or changes it: half of it may be switched off."
-    with exclusive(model, purpose), guarded(model), evaluating(model): yield
+    with exclusive(model, purpose), guarded(model), evaluating(model):
+        yield
 
 # %% ../nbs/10a_divergence.ipynb #bf621cfc
 def modifier_of(scheme: Any) -> QuantizationModifier:
     "A modifier itself, or that of a preset's name, a `QuantizationScheme` or its fields, with `lm_head` left as it is."
     if isinstance(scheme, QuantizationModifier): return scheme
     if not isinstance(scheme, (str, dict)) and not hasattr(scheme, "input_activations"):
-        raise TypeError(f"a scheme must be a preset's name, a QuantizationScheme or a QuantizationModifier, got {type(scheme).__name__}")
+        raise TypeError(
+            "a scheme must be a preset's name, a QuantizationScheme or a QuantizationModifier, got "
+            f"{type(scheme).__name__}"
+        )
     return QuantizationModifier(scheme=scheme, ignore=["lm_head"])
 
 
@@ -177,9 +208,19 @@ def name_of(scheme: Any) -> str:
     "A scheme in a word: its preset, else the formats of weights and inputs; with the observers that were asked for."
     if isinstance(scheme, str): return scheme
     modifier = modifier_of(scheme)
-    parts = [modifier.scheme] if isinstance(modifier.scheme, str) else [_formats(s) for s in modifier.resolved_config.config_groups.values()]
-    if modifier.kv_cache_scheme is not None: parts.append("KV cache")
-    chosen = dict(weight=modifier.weight_observer, input=modifier.input_observer, output=modifier.output_observer, **(modifier.observer or {}))
+    parts = (
+        [modifier.scheme]
+        if isinstance(modifier.scheme, str)
+        else [_formats(s) for s in modifier.resolved_config.config_groups.values()]
+    )
+    if modifier.kv_cache_scheme is not None:
+        parts.append("KV cache")
+    chosen = dict(
+        weight=modifier.weight_observer,
+        input=modifier.input_observer,
+        output=modifier.output_observer,
+        **(modifier.observer or {}),
+    )
     return ", ".join([" + ".join(parts), *(f"{name}: {observer}" for name, observer in chosen.items() if observer)])
 
 

@@ -33,7 +33,14 @@ from .observers.base import current_feed
 from .pipelines import batches
 from .quality import Quality, effective_bits, outer_limits, sqnr_db
 from qcal_nb.records import (
-    attention_open, check_base_names, check_observers, modules_to_record, one_pass, recipe_to_record, record, tensors_to_record,
+    attention_open,
+    check_base_names,
+    check_observers,
+    modules_to_record,
+    one_pass,
+    recipe_to_record,
+    record,
+    tensors_to_record,
 )
 from .scheme_comparison import compare_schemes, evaluate
 from .schemes import code_points
@@ -50,10 +57,17 @@ class Tally:
     signal: float = 0.0                             # Σx²
     noise: float = 0.0                              # Σ(QDQ(x) - x)²
     clipped: int = 0
-    codes: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int64))  # how often each code point was used, ascending
+    # how often each code point was used, ascending
+    codes: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int64))
 
     def __add__(self, other: "Tally") -> "Tally":
-        return Tally(self.count + other.count, self.signal + other.signal, self.noise + other.noise, self.clipped + other.clipped, self.codes + other.codes)
+        return Tally(
+            self.count + other.count,
+            self.signal + other.signal,
+            self.noise + other.noise,
+            self.clipped + other.clipped,
+            self.codes + other.codes,
+        )
 
     @property
     def quality(self) -> Quality:
@@ -76,10 +90,15 @@ def laid_out(values: Tensor, shape: tuple[int, ...], args: QuantizationArgs) -> 
 PIECE = 1 << 22  # values at a time
 
 
-def _pieces(value: Tensor, scale: Tensor, zero_point: Tensor, args: QuantizationArgs) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _pieces(
+    value: Tensor, scale: Tensor, zero_point: Tensor, args: QuantizationArgs
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     "A tensor in a few rows at a time, each with the scales that belong to them."
-    if args.strategy == "attn_head": yield value, scale, zero_point; return  # (batch, heads, seq, head_dim)
-    flat, many = value.reshape(-1, value.shape[-1]), scale.numel() > 1
+    if args.strategy == "attn_head":
+        yield value, scale, zero_point
+        return  # (batch, heads, seq, head_dim)
+    flat = value.reshape(-1, value.shape[-1])
+    many = scale.numel() > 1
     height = args.block_structure[0] if args.strategy == "block" else 1
     step = height * max(1, PIECE // (flat.shape[1] * height))
     for start in range(0, len(flat), step):
@@ -88,7 +107,8 @@ def _pieces(value: Tensor, scale: Tensor, zero_point: Tensor, args: Quantization
 
 # %% ../nbs/10d_evaluate.ipynb #536d898a
 def _tally(x: Tensor, scale: Tensor, zero_point: Tensor, c: Conclusion) -> Tally:
-    points, (low, high) = code_points(c.args).to(x.device), outer_limits(c.args)
+    points = code_points(c.args).to(x.device)
+    (low, high) = outer_limits(c.args)
     error = fake_quantize(x, scale, zero_point, c.args, global_scale=c.global_scale).double() - x.double()
     codes = quantize(x, scale, zero_point, c.args, global_scale=c.global_scale).float()
     unit = scale.double() if c.global_scale is None else scale.double() / c.global_scale.double()
@@ -96,7 +116,13 @@ def _tally(x: Tensor, scale: Tensor, zero_point: Tensor, c: Conclusion) -> Tally
     ok = x.isfinite()
     beyond = (steps < low * (1 + 1e-6)) | (steps > high * (1 + 1e-6))
     used = torch.bincount(torch.searchsorted(points, codes[ok]), minlength=len(points)).cpu()
-    return Tally(int(ok.sum()), x[ok].double().square().sum().item(), error[ok].square().sum().item(), int(beyond[ok].sum()), used)
+    return Tally(
+        int(ok.sum()),
+        x[ok].double().square().sum().item(),
+        error[ok].square().sum().item(),
+        int(beyond[ok].sum()),
+        used,
+    )
 
 
 def _local(value: Tensor, c: Conclusion) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,23 +136,31 @@ def tally(
     value: Tensor,              # A weight (rows, columns), or an activation (..., hidden)
     conclusion: Conclusion,
 ) -> Tally:
-    "What quantizing a tensor as an observer concluded does to it. Local scales that are found while running are found here."
-    c, total = conclusion, Tally()
+    """What quantizing a tensor as an observer concluded does to it. Local scales that are found while running are
+    found here."""
+    c = conclusion
+    total = Tally()
     if not value.numel(): return total
-    scale, zero_point = c.scale, c.zero_point
-    if c.args.dynamic: value, scale, zero_point = _local(value, c)
-    for x, s, z in _pieces(value, scale.to(value.device), zero_point.to(value.device), c.args): total += _tally(x, s, z, c)
+    scale = c.scale
+    zero_point = c.zero_point
+    if c.args.dynamic:
+        value, scale, zero_point = _local(value, c)
+    for x, s, z in _pieces(value, scale.to(value.device), zero_point.to(value.device), c.args):
+        total += _tally(x, s, z, c)
     return total
 
 # %% ../nbs/10d_evaluate.ipynb #0a725b32
 class Measurer(Collector):
     "Quantizes what passes with every conclusion about it. A batch counts when it is taken, whole."
 
-    def __init__(self, tensors: Mapping[Any, Module], conclusions: Mapping[ConclusionKey, Conclusion], owner: str) -> None:
+    def __init__(
+        self, tensors: Mapping[Any, Module], conclusions: Mapping[ConclusionKey, Conclusion], owner: str
+    ) -> None:
         super().__init__(tensors, owner=owner)
         self.asked: dict[tuple[str, str], list[tuple[ConclusionKey, Conclusion]]] = {}
         for key, c in conclusions.items():
-            if not c.reason: self.asked.setdefault(key[:2], []).append((key, c))
+            if not c.reason:
+                self.asked.setdefault(key[:2], []).append((key, c))
         self.tallies: dict[ConclusionKey, Tally] = {}
         self._batch: dict[ConclusionKey, Tally] = {}
 
@@ -151,33 +185,52 @@ class Measurer(Collector):
         return super().take()
 
 # %% ../nbs/10d_evaluate.ipynb #d6e7428e
-def measured(model: Module, run: CalibrationRecord, stream: list[dict[str, Any]], recipe: Any, names: tuple[str, ...], mask: Any = None,
-             progress: bool = False) -> dict[ConclusionKey, Tally]:
-    "The second pass: every tensor of a record, quantized as each observer concluded. Interrupted: of the batches that were finished."
+def measured(
+    model: Module,
+    run: CalibrationRecord,
+    stream: list[dict[str, Any]],
+    recipe: Any,
+    names: tuple[str, ...],
+    mask: Any = None,
+    progress: bool = False,
+) -> dict[ConclusionKey, Tally]:
+    """The second pass: every tensor of a record, quantized as each observer concluded. Interrupted: of the batches
+    that were finished."""
     with (exclusive(model, "compare_observers()"), experts_apart(model, reaches_experts(model, recipe.resolved_config)),
           attention_open(model, names)):
         tensors = tensors_to_record(model, modules_to_record(model, recipe), names)
         measurer = Measurer(tensors, run.conclusions, f"compare_observers {uuid.uuid4().hex}")
         for (name, base_name), module in tensors.items():
-            if base_name == "weight": measurer.count(name, base_name, module.weight.detach(), module.weight)
+            if base_name == "weight":
+                measurer.count(name, base_name, module.weight.detach(), module.weight)
         measurer.take()
-        if names != ("weight",): one_pass(model, enumerate(stream[:run.batches]), measurer, CalibrationRecord(), mask, run.batches, progress)
+        if names != ("weight",):
+            one_pass(model, enumerate(stream[:run.batches]), measurer, CalibrationRecord(), mask, run.batches, progress)
     return measurer.tallies
 
 # %% ../nbs/10d_evaluate.ipynb #dc8e0240
 def _row(record: CalibrationRecord, key: ConclusionKey, c: Conclusion, tally: Tally | None) -> dict[str, Any]:
     reason = c.reason or ("" if tally is not None and tally.count else NEVER_SEEN)
-    row = scale_columns(c, static=not c.args.dynamic)  # else there is a scale for every group of every token, found while running
+    # else there is a scale for every group of every token, found while running
+    row = scale_columns(c, static=not c.args.dynamic)
     cost = dict.fromkeys(Quality.__dataclass_fields__, np.nan) if reason else asdict(tally.quality)
-    return where_in(record, key[:2]) | row | cost | dict(observer=c.observer, at_limit=at_limit(c, record.tensors[key[:2]]), reason=reason)
+    return (
+        where_in(record, key[:2])
+        | row
+        | cost
+        | dict(observer=c.observer, at_limit=at_limit(c, record.tensors[key[:2]]), reason=reason)
+    )
 
 
 def weights_compared(record: CalibrationRecord, names: Iterable[str], asked: Iterable[Asked], args: QuantizationArgs,
                      weight_of: Callable[[str], Tensor | None]) -> pd.DataFrame:
-    "As `compare_observers`, of weights that are at hand and what a record concluded about them: measured, for any granularity."
-    keys, rows = [(name, "weight") for name in names], []
+    """As `compare_observers`, of weights that are at hand and what a record concluded about them: measured, for any
+    granularity."""
+    keys = [(name, "weight") for name in names]
+    rows = []
     for key, one in ((key, one) for key in keys for one in asked):
-        c, weight = conclusion_of(record, key, one, args), weight_of(key[0])
+        c = conclusion_of(record, key, one, args)
+        weight = weight_of(key[0])
         rows.append(_row(record, (*key, label_of(one)), c, None if c.reason or weight is None else tally(weight, c)))
     return observers_table(rows, record, {"weight": args})
 
@@ -189,24 +242,36 @@ def _measured_table(run: CalibrationRecord, tallies: Mapping[ConclusionKey, Tall
 
 # %% ../nbs/10d_evaluate.ipynb #ad60db66
 def compare_observers(
-    model: Module,                                          # Any torch model that is not quantized
-    data: Any,                                              # In any form; None for weights alone
-    observers: Iterable[Asked] = ("static_minmax",),        # Names, or pairs of a name and its arguments
+    model: Module,  # Any torch model that is not quantized
+    data: Any,  # In any form; None for weights alone
+    observers: Iterable[Asked] = ("static_minmax",),  # Names, or pairs of a name and its arguments
     *,
-    scheme: Any = None,                                     # A preset or a modifier; None: int8 symmetric per tensor, every Linear but lm_head
-    base_names: Iterable[str] = ("input", "weight"),        # What to look at; also "output", "lm_head_output", "q", "k", "v"
-    tokenizer: Any = None,                                  # Needed for texts
-    mask: Any = None,                                       # Token ids to leave out, or a function of the batch -> bool (batch, seq), True = count
-    batch_size: int = 1,                                    # Texts or rows in a batch
-    max_length: int | None = None,                          # Cut longer texts to so many tokens
-    progress: bool = True,                                  # Show bars
+    scheme: Any = None,  # A preset or a modifier; None: int8 symmetric per tensor, every Linear but lm_head
+    base_names: Iterable[str] = ("input", "weight"),  # What to look at; also "output", "lm_head_output", "q", "k", "v"
+    tokenizer: Any = None,  # Needed for texts
+    mask: Any = None,  # Token ids to leave out, or a function of the batch -> bool (batch, seq), True = count
+    batch_size: int = 1,  # Texts or rows in a batch
+    max_length: int | None = None,  # Cut longer texts to so many tokens
+    progress: bool = True,  # Show bars
 ) -> pd.DataFrame:
-    """A row per tensor and observer: range, scale and zero point (the middle one of many, with smallest and largest), what it costs, and which is best.
-    Measured on the tensors, in two passes over the data, for any granularity. The model stays as it was."""
-    names, asked, mask = check_base_names(base_names), check_observers(observers), check_mask(mask)
-    with borrowed(model, "compare_observers()"): pass  # or a LifecycleError
+    """A row per tensor and observer: range, scale and zero point (the middle one of many, with smallest and
+    largest), what it costs, and which is best. Measured on the tensors, in two passes over the data, for any
+    granularity. The model stays as it was."""
+    names = check_base_names(base_names)
+    asked = check_observers(observers)
+    mask = check_mask(mask)
+    with borrowed(model, "compare_observers()"):
+        pass  # or a LifecycleError
     recipe = recipe_to_record(scheme)
     stream = None if data is None and names == ("weight",) else list(batches(data, tokenizer, batch_size, max_length))
-    run = record(model, stream, scheme=None if scheme is None else recipe, observers=asked, mask=mask, base_names=names, progress=progress)
+    run = record(
+        model,
+        stream,
+        scheme=None if scheme is None else recipe,
+        observers=asked,
+        mask=mask,
+        base_names=names,
+        progress=progress,
+    )
     tallies = measured(model, run, stream or [], recipe, names, mask, progress)
     return _measured_table(run, tallies, list(dict.fromkeys(map(label_of, asked))))

@@ -54,7 +54,9 @@ def _orientation(module: Module, up: Tensor, down: Tensor, rows: int) -> bool:
         (out, inner), (down_out, down_inner) = (p.shape[:0:-1] if transposed else p.shape[1:] for p in (up, down))
         fits = out == rows * down_inner and inner == down_out and len(up) == len(down)
         if fits and getattr(module, "is_transposed", transposed) == transposed: return transposed
-    raise ValueError(f"stacks of shape {tuple(up.shape)} and {tuple(down.shape)} do not fit together as up and down projection")
+    raise ValueError(
+        f"stacks of shape {tuple(up.shape)} and {tuple(down.shape)} do not fit together as up and down projection"
+    )
 
 # %% ../nbs/04c_experts.ipynb #b68a72fc
 _CALLS = {1: True, 3: False}  # (hidden states) presorted; (hidden states, indices, weights)
@@ -66,7 +68,8 @@ def _stacks(own: dict[str, Parameter]) -> tuple[str, bool]:
     first = "gate_up_proj" if "gate_up_proj" in own else "up_proj"
     has_bias = f"{first}_bias" in own
     expected = {first, "down_proj"} | ({f"{first}_bias", "down_proj_bias"} if has_bias else set())
-    if own.keys() != expected: raise ValueError(f"its parameters are {', '.join(sorted(own))}, not gate_up_proj (or up_proj) and down_proj")
+    if own.keys() != expected:
+        raise ValueError(f"its parameters are {', '.join(sorted(own))}, not gate_up_proj (or up_proj) and down_proj")
     if kinds := sorted({str(p.dtype) for p in own.values() if p.dtype not in _PLAIN}):
         raise ValueError(f"its weights are {', '.join(kinds)}: quantized already")
     return first, has_bias
@@ -76,11 +79,14 @@ def expert_layout(module: Module) -> Layout:
     "How the module's experts are stored. ValueError that says why if they cannot become Linear modules."
     own = own_parameters(module)
     first, has_bias = _stacks(own)
-    up, down, has_gate = own[first], own["down_proj"], first == "gate_up_proj"
+    up = own[first]
+    down = own["down_proj"]
+    has_gate = first == "gate_up_proj"
     transposed = _orientation(module, up, down, 1 + has_gate)
     taken = list(inspect.signature(type(module).forward).parameters)[1:]
     if len(taken) not in _CALLS: raise ValueError(f"its forward takes ({', '.join(taken)})")
-    if not hasattr(module, "act_fn") and not (has_gate and hasattr(module, "_apply_gate")): raise ValueError("it has no act_fn")
+    if not hasattr(module, "act_fn") and not (has_gate and hasattr(module, "_apply_gate")):
+        raise ValueError("it has no act_fn")
     if "forward" in vars(module) and isinstance(module._parameters, dict):
         raise ValueError("its forward was replaced (by accelerate or a kernel); undo that first")
     intermediate, hidden = (down.shape[1], down.shape[2]) if transposed else (down.shape[2], down.shape[1])
@@ -91,15 +97,18 @@ def expert_layout(module: Module) -> Layout:
 def _scan(model: Module) -> tuple[dict[str, Module], dict[str, str]]:
     "The fused experts of a model by name, and the reasons why some of them have to stay."
     if not isinstance(model, Module): raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    found, refused = {}, {}
+    found = {}
+    refused = {}
     for name, module in model.named_modules():
         stacked = any(p.ndim == 3 for p in own_parameters(module).values())
         if not stacked or "expert" not in f"{name} {type(module).__name__}".lower(): continue
         try:
             expert_layout(module)
             if not name: raise ValueError("it is the whole model, there is nothing to replace it in")
-        except ValueError as reason: refused[name] = str(reason)
-        else: found[name] = module
+        except ValueError as reason:
+            refused[name] = str(reason)
+        else:
+            found[name] = module
     return found, refused
 
 
@@ -119,7 +128,8 @@ Views = dict[str, tuple[Tensor, Tensor | None]]  # projection -> weight (out, in
 def expert_views(own: dict[str, Tensor], layout: Layout, expert: int) -> Views:
     "The matrices of one expert as views of the stacks, each as a Linear wants them."
     def part(name: str) -> tuple[Tensor, Tensor | None]:
-        weight, bias = own[name].detach()[expert], own.get(f"{name}_bias")
+        weight = own[name].detach()[expert]
+        bias = own.get(f"{name}_bias")
         return (weight.T if layout.transposed else weight), (None if bias is None else bias.detach()[expert])
     if not layout.has_gate: return {name: part(name) for name in ("up_proj", "down_proj")}
     weight, bias = part("gate_up_proj")
@@ -139,9 +149,12 @@ class BiasedLinear(Linear):
 
 def _linear(weight: Tensor, bias: Tensor | None, requires_grad: bool) -> Linear:
     "A Linear around tensors that exist already: nothing is allocated, no random number drawn."
-    linear = (Linear if bias is None else BiasedLinear)(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    linear = (Linear if bias is None else BiasedLinear)(
+        weight.shape[1], weight.shape[0], bias is not None, device="meta"
+    )
     linear.weight = Parameter(weight, requires_grad)
-    if bias is not None: linear.bias = Parameter(bias, requires_grad)
+    if bias is not None:
+        linear.bias = Parameter(bias, requires_grad)
     return linear
 
 # %% ../nbs/04c_experts.ipynb #c25f37d3
@@ -154,12 +167,15 @@ def _ungated(experts: Module, up: Tensor) -> Tensor: return experts.act_fn(up)
 
 
 class Expert(Module):
-    "One expert: gate, up and down projection (or up and down) as Linear modules, and the activation of the module it came from."
+    """One expert: gate, up and down projection (or up and down) as Linear modules, and the activation of the module
+    it came from."""
 
     def __init__(self, linears: dict[str, Linear], activate: Callable[[Tensor], Tensor], interleaved: bool):
         super().__init__()
-        for name, linear in linears.items(): self.add_module(name, linear)
-        self.activate, self.interleaved = activate, interleaved
+        for name, linear in linears.items():
+            self.add_module(name, linear)
+        self.activate = activate
+        self.interleaved = interleaved
 
     def up(self, x: Tensor) -> Tensor:
         "(tokens, hidden) -> what the activation takes: gate and up side by side, in the original's order, or up alone."
@@ -193,7 +209,8 @@ def _sum_by_expert(self: "UnfusedExperts", x: Tensor, chosen: Tensor, weights: T
 def _sum_by_choice(self: "UnfusedExperts", x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
     """Each expert on its tokens; then the k results of a token are summed at once.
     One activation for all, since even that rounds by its place in memory."""
-    k, (ids, order) = chosen.shape[-1], torch.sort(chosen.reshape(-1))
+    k = chosen.shape[-1]
+    (ids, order) = torch.sort(chosen.reshape(-1))
     ends = torch.bincount(ids, minlength=len(self)).cumsum(0).tolist()
     parts = [(expert, slice(*span)) for expert, span in zip(self, pairwise([0, *ends])) if span[0] < span[1]]
     if not parts: return torch.zeros_like(x)
@@ -214,19 +231,24 @@ _HOOK_STORES = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_
 
 # %% ../nbs/04c_experts.ipynb #4bddbf1a
 class UnfusedExperts(ModuleList):
-    "Experts `0`, `1`, … in the place of the fused module that they are views of. Called as that one, with the same result."
+    """Experts `0`, `1`, … in the place of the fused module that they are views of. Called as that one, with the
+    same result."""
 
     def __init__(self, fused: Module, layout: Layout, experts: Iterable[Expert]):
         super().__init__(experts)
-        self.source, self.layout = (fused,), layout  # in a tuple: it is no submodule
+        # in a tuple: it is no submodule
+        self.source = (fused,)
+        self.layout = layout
         self.wide_sum = False                        # eager NemotronH sums in the dtype of the router's weights
         self.calibrating: bool | None = None         # inside `all_experts`: its flag
         self.tokens: Tensor | None = None            # (experts,) int64: tokens routed to each while calibrating
-        for store in _HOOK_STORES: self.__dict__[store] = fused.__dict__[store]  # hooks on it keep working
+        for store in _HOOK_STORES:
+            self.__dict__[store] = fused.__dict__[store]  # hooks on it keep working
         self.train(fused.training)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        "(tokens, hidden), and unless sorted already the experts chosen (tokens, k) and their weights -> (tokens, hidden)."
+        """(tokens, hidden), and unless sorted already the experts chosen (tokens, k) and their weights -> (tokens,
+        hidden)."""
         fused, = self.source
         _, x, *routing = inspect.signature(type(fused).forward).bind(fused, *args, **kwargs).args
         if not routing: return _sorted_blocks(self, x)
@@ -235,11 +257,13 @@ class UnfusedExperts(ModuleList):
         return (_sum_by_expert if eager else _sum_by_choice)(self, x, *routing)
 
     def _count(self, tokens: Tensor) -> None:
-        if self.calibrating is not None and current_feed.get() != NOBODY: self.tokens = tokens if self.tokens is None else self.tokens + tokens
+        if self.calibrating is not None and current_feed.get() != NOBODY:
+            self.tokens = tokens if self.tokens is None else self.tokens + tokens
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "UnfusedExperts": return _copied(self, memo)
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Module: return _applied(self, fn, recurse)
-    def __getitem__(self, i: int | slice) -> Any: return list(self)[i] if isinstance(i, slice) else super().__getitem__(i)
+    def __getitem__(self, i: int | slice) -> Any:
+        return list(self)[i] if isinstance(i, slice) else super().__getitem__(i)
 
 # %% ../nbs/04c_experts.ipynb #40b4aaad
 def _pairs(self: UnfusedExperts, own: dict[str, Tensor]) -> Iterator[tuple[Parameter, Tensor]]:
@@ -247,7 +271,8 @@ def _pairs(self: UnfusedExperts, own: dict[str, Tensor]) -> Iterator[tuple[Param
     for e, expert in enumerate(self):
         for name, (weight, bias) in expert_views(own, self.layout, e).items():
             yield getattr(expert, name).weight, weight
-            if bias is not None: yield getattr(expert, name).bias, bias
+            if bias is not None:
+                yield getattr(expert, name).bias, bias
 
 
 def _is_window(param: Tensor, view: Tensor) -> bool:
@@ -257,11 +282,14 @@ def _is_window(param: Tensor, view: Tensor) -> bool:
 
 
 def _copied(self: UnfusedExperts, memo: dict[int, Any]) -> UnfusedExperts:
-    "A deep copy whose weights are views of a copy of the stacks: as small as the original, and sharing nothing with it."
+    """A deep copy whose weights are views of a copy of the stacks: as small as the original, and sharing nothing
+    with it."""
     fused, = self.source
-    old, new = own_parameters(fused), own_parameters(deepcopy(fused, memo))
+    old = own_parameters(fused)
+    new = own_parameters(deepcopy(fused, memo))
     for (param, view), (_, copy) in zip(_pairs(self, old), _pairs(self, new)):
-        if _is_window(param, view): memo[id(param)] = Parameter(copy, param.requires_grad)
+        if _is_window(param, view):
+            memo[id(param)] = Parameter(copy, param.requires_grad)
     twin = memo[id(self)] = type(self).__new__(type(self))
     twin.__setstate__(deepcopy(vars(self), memo))
     return twin
@@ -274,12 +302,14 @@ def _applied(self: UnfusedExperts, fn: Callable[[Tensor], Tensor], recurse: bool
     ModuleList._apply(self, fn, recurse)
     fused._apply(fn)
     for window, (param, view) in zip(windows, _pairs(self, own_parameters(fused))):
-        if window: param.data = view
+        if window:
+            param.data = view
     return self
 
 # %% ../nbs/04c_experts.ipynb #9228da19
 def _probe(fused: Module, layout: Layout) -> tuple[Tensor, ...]:
-    "Arguments for a call on few tokens: one row per expert if presorted, else four tokens for the first and the last expert."
+    """Arguments for a call on few tokens: one row per expert if presorted, else four tokens for the first and the
+    last expert."""
     like = own_parameters(fused)["down_proj"]
     rows = layout.num_experts if layout.presorted else 4
     x = torch.arange(rows * layout.hidden, dtype=torch.float64).mul(0.7).sin().view(rows, -1)
@@ -296,7 +326,8 @@ def _prove(new: UnfusedExperts) -> None:
     fused, = new.source
     if any(p.is_meta for p in fused.parameters()) and isinstance(fused._parameters, dict): return
     call = _probe(fused, new.layout)
-    with disable_offloading(): right = inspect.unwrap(type(fused).forward)(fused, *call).double()
+    with disable_offloading():
+        right = inspect.unwrap(type(fused).forward)(fused, *call).double()
     def error(wide: bool) -> float:
         new.wide_sum = wide
         ours = _sorted_blocks(new, *call) if new.layout.presorted else _sum_by_expert(new, *call)
@@ -304,28 +335,36 @@ def _prove(new: UnfusedExperts) -> None:
     new.wide_sum = error(True) < error(False)
     allowed = max(1e-3, 16 * torch.finfo(call[0].dtype).eps) * right.abs().max().item()
     if (off := error(new.wide_sum)) > allowed:
-        raise ValueError(f"its forward computes something else than its matrices tell: off by {off:.2g}, rounding would be {allowed:.2g}")
+        raise ValueError(
+            f"its forward computes something else than its matrices tell: off by {off:.2g}, rounding would be "
+            f"{allowed:.2g}"
+        )
 
 # %% ../nbs/04c_experts.ipynb #0f2a2683
 def release(module: Module) -> None:
     "Give back what a module that leaves the model for good has lying on the CPU or on disk."
     for child in module.modules():
-        for store in (child._parameters, child._buffers): empty_cache(store)
+        for store in (child._parameters, child._buffers):
+            empty_cache(store)
 
 
 def _unfused(fused: Module) -> UnfusedExperts:
     "The container for one fused module, its Linears offloaded as that is. ValueError if it cannot stand in for it."
     layout = expert_layout(fused)
-    own, offloaded = own_parameters(fused), not isinstance(fused._parameters, dict)
-    if offloaded and any(p.is_meta for p in own.values()): own = dict(fused._parameters.items())  # on disk: read once
+    own = own_parameters(fused)
+    offloaded = not isinstance(fused._parameters, dict)
+    if offloaded and any(p.is_meta for p in own.values()):
+        own = dict(fused._parameters.items())  # on disk: read once
     gate = getattr(type(fused), "_apply_gate", _gated) if layout.has_gate else _ungated
     wants_grad = own["down_proj"].requires_grad
     def expert(e: int) -> Expert:
         linears = {name: _linear(w, b, wants_grad) for name, (w, b) in expert_views(own, layout, e).items()}
-        for linear in linears.values() if offloaded else (): offload_module(linear, **get_cache_init_kwargs(fused))
+        for linear in linears.values() if offloaded else ():
+            offload_module(linear, **get_cache_init_kwargs(fused))
         return Expert(linears, MethodType(gate, fused), layout.interleaved)
     new = UnfusedExperts(fused, layout, map(expert, range(layout.num_experts)))
-    try: _prove(new)
+    try:
+        _prove(new)
     except BaseException:
         release(new)
         raise
@@ -334,23 +373,29 @@ def _unfused(fused: Module) -> UnfusedExperts:
 
 def _put(model: Module, new: dict[int, Module]) -> None:
     "Replace child modules by identity, wherever they stand; all or none."
-    places = [(m._modules, name, child) for m in model.modules() for name, child in m._modules.items() if id(child) in new]
+    places = [
+        (m._modules, name, child) for m in model.modules() for name, child in m._modules.items() if id(child) in new
+    ]
     try:
-        for children, name, child in places: children[name] = new[id(child)]
+        for children, name, child in places:
+            children[name] = new[id(child)]
     except BaseException:
-        for children, name, child in places: children[name] = child
+        for children, name, child in places:
+            children[name] = child
         raise
 
 # %% ../nbs/04c_experts.ipynb #785d1746
 def take_experts_apart(model: Module) -> Module:
-    """Replace every stack of experts by one Linear per expert and projection; returns the model.
-    What cannot be is left as it is, with a warning that says why. Models without experts, or unfused already, stay as they are."""
+    """Replace every stack of experts by one Linear per expert and projection; returns the model. What cannot be is
+    left as it is, with a warning that says why. Models without experts, or unfused already, stay as they are."""
     found, refused = _scan(model)
     refuse_if_held(model, "take_experts_apart()")
     new = {}
     for name, module in found.items():
-        try: new[id(module)] = _unfused(module)
-        except ValueError as reason: refused[name] = str(reason)
+        try:
+            new[id(module)] = _unfused(module)
+        except ValueError as reason:
+            refused[name] = str(reason)
     for reason in dict.fromkeys(refused.values()):
         names = [name or type(model).__name__ for name, why in refused.items() if why == reason]
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
@@ -366,11 +411,16 @@ def unfused_experts(model: Module) -> dict[str, UnfusedExperts]:
 # %% ../nbs/04c_experts.ipynb #1d7b26a1
 def matches_experts(model: Module, targets: Iterable[str], ignore: Iterable[str] = ()) -> bool:
     "Whether targets would match an expert's Linear if the fused experts of the model were taken apart. Looks only."
-    targets, ignore, linear = list(targets), list(ignore), Linear(1, 1, device="meta")
+    targets = list(targets)
+    ignore = list(ignore)
+    linear = Linear(1, 1, device="meta")
     for name, module in fused_experts(model).items():
         layout = expert_layout(module)
         parts = ("gate_proj", "up_proj", "down_proj") if layout.has_gate else ("up_proj", "down_proj")
-        if any(is_match(f"{name}.{e}.{part}", linear, targets, ignore) for e in range(layout.num_experts) for part in parts): return True
+        if any(
+            is_match(f"{name}.{e}.{part}", linear, targets, ignore) for e in range(layout.num_experts) for part in parts
+        ):
+            return True
     return False
 
 # %% ../nbs/04c_experts.ipynb #4ef0c60b
@@ -380,30 +430,38 @@ def _stand_ins(model: Module) -> Iterator[None]:
     made: list[tuple[Module, Any, UnfusedExperts]] = []
     try:
         for fused in fused_experts(model).values():
-            try: stand_in = _unfused(fused)
-            except ValueError: continue  # it computes something of its own, and goes on doing so
+            try:
+                stand_in = _unfused(fused)
+            except ValueError:
+                continue  # it computes something of its own, and goes on doing so
             stand_in.calibrating = True
             made.append((fused, fused.__dict__.get("forward"), stand_in))
             fused.__dict__["forward"] = stand_in.forward
         yield
     finally:
         for fused, forward, stand_in in made:
-            if forward is None: del fused.__dict__["forward"]
-            else: fused.__dict__["forward"] = forward
+            if forward is None:
+                del fused.__dict__["forward"]
+            else:
+                fused.__dict__["forward"] = forward
             release(stand_in)
 
 
 @contextmanager
 def all_experts(model: Module, enabled: bool = True) -> Iterator[None]:
-    """Inside the block tokens are counted, and with `enabled` every expert sees every token, also where experts are still fused: a product
-    of more rows rounds differently, and what comes after the experts sees that. Of this model alone; what was before is restored."""
+    """Inside the block tokens are counted, and with `enabled` every expert sees every token, also where experts are
+    still fused: a product of more rows rounds differently, and what comes after the experts sees that. Of this
+    model alone; what was before is restored."""
     if not isinstance(enabled, bool): raise TypeError(f"enabled={enabled!r} must be True or False")
     before = [(experts, experts.calibrating) for experts in unfused_experts(model).values()]
     try:
-        for experts, _ in before: experts.calibrating = enabled
-        with _stand_ins(model) if enabled else nullcontext(): yield
+        for experts, _ in before:
+            experts.calibrating = enabled
+        with _stand_ins(model) if enabled else nullcontext():
+            yield
     finally:
-        for experts, value in before: experts.calibrating = value
+        for experts, value in before:
+            experts.calibrating = value
 
 # %% ../nbs/04c_experts.ipynb #303a125c
 @dataclass(frozen=True)

@@ -25,7 +25,17 @@ from traitlets import TraitError
 
 from .analysis import choose, compare_observers, ranges
 from .calibration_record import CalibrationRecord
-from .markup import GLOSSARY, block, empty_html, error_html, glossary_html, table_html, tensor_key, term, warning_html
+from qcal_nb.markup import (
+    GLOSSARY,
+    block,
+    empty_html,
+    error_html,
+    glossary_html,
+    table_html,
+    tensor_key,
+    term,
+    warning_html,
+)
 from .panels import Panel, Picture, bar_at, static_picture
 from .plots import plot_density, plot_ranges, to_png
 from .session import Session
@@ -49,39 +59,54 @@ def _font() -> ImageFont.FreeTypeFont: return ImageFont.truetype(findfont(FontPr
 def _label(draw: ImageDraw.ImageDraw, words: str, at: tuple[float, float], left: bool) -> None:
     "Words in a white box beside `at`, to its right or its left."
     x0, y0, x1, y1 = draw.multiline_textbbox((0, 0), words, font=_font())
-    x, y = at[0] + 8 if left else at[0] - 8 - (x1 - x0), at[1]
+    x = at[0] + 8 if left else at[0] - 8 - (x1 - x0)
+    y = at[1]
     draw.rectangle((x - 4, y - 3, x + x1 - x0 + 4, y + y1 + 4), fill="white", outline="#888888")
     draw.multiline_text((x, y), words, fill="black", font=_font())
 
 
 def point_out(drawing: Drawing, index: int, words: str) -> bytes:
     "The PNG of a drawing with one tensor pointed out. The numbers inside the file stay those that were drawn."
-    with PILImage.open(io.BytesIO(drawing.png)) as file: image, data = file.convert("RGB"), file.text["qcal_nb"]
+    with PILImage.open(io.BytesIO(drawing.png)) as file:
+        image = file.convert("RGB")
+        data = file.text["qcal_nb"]
     left, bottom, width, height = drawing.ax.get_position().bounds
     low, high = drawing.ax.get_xlim()
     ends = [(left + width * (index + side - low) / (high - low)) * image.width for side in (-0.5, 0.5)]
-    if ends[1] - ends[0] < 4: ends = [sum(ends) / 2 - 2, sum(ends) / 2 + 2]
-    top, end = (1 - bottom - height) * image.height, (1 - bottom) * image.height
+    if ends[1] - ends[0] < 4:
+        ends = [sum(ends) / 2 - 2, sum(ends) / 2 + 2]
+    top = (1 - bottom - height) * image.height
+    end = (1 - bottom) * image.height
     box = tuple(round(v) for v in (ends[0], top, ends[1], end))
     image.paste(ImageChops.multiply(column := image.crop(box), PILImage.new("RGB", column.size, "#DDDDDD")), box[:2])
     draw = ImageDraw.Draw(image)
-    for x in (box[0], box[2]): draw.line((x, box[1], x, box[3]), fill="#444444")
+    for x in (box[0], box[2]):
+        draw.line((x, box[1], x, box[3]), fill="#444444")
     _label(draw, words, (box[2] if index < drawing.count / 2 else box[0], top + 5), index < drawing.count / 2)
-    buffer, info = io.BytesIO(), PngInfo()
+    buffer = io.BytesIO()
+    info = PngInfo()
     info.add_text("qcal_nb", data, zip=True)
-    image.quantize(64, method=PILImage.Quantize.FASTOCTREE, dither=PILImage.Dither.NONE).save(buffer, format="png", pnginfo=info, compress_level=1)
+    image.quantize(64, method=PILImage.Quantize.FASTOCTREE, dither=PILImage.Dither.NONE).save(
+        buffer, format="png", pnginfo=info, compress_level=1
+    )
     return buffer.getvalue()
 
 # %% ../nbs/14d_explorer.ipynb #5df541a9
 def numbers_html(row: pd.Series, clip: pd.DataFrame) -> str:
     "One tensor's numbers in a line, and what its scale can represent if it has one."
     text = f"<b>{escape(row.module)}</b> {row.base_name}: {row['min']:.4g} … {row['max']:.4g}"
-    text += f", mean {row['mean']:.3g}, std {row['std']:.3g}, {term('outlier ratio')} {row.outlier_ratio:.3g}, {int(row.numel):,} values"
+    text += (
+        f", mean {row['mean']:.3g}, std {row['std']:.3g}, {term('outlier ratio')} {row.outlier_ratio:.3g}, "
+        f"{int(row.numel):,} values"
+    )
     if len(clip) and clip.iloc[0].scales == 1:
         text += "; {} {scale:.4g}, which can hold {clip_min:.4g} … {clip_max:.4g}".format(term("scale"), **clip.iloc[0])
     elif len(clip):
-        text += "; {scales:,} scales, {scale:.4g} in the middle; the widest can hold {clip_min:.4g} … {clip_max:.4g}".format(**clip.iloc[0])
-    if row.nan or row.inf: text += f"; <b>{int(row.nan):,} NaN, {int(row.inf):,} infinite</b>"
+        text += "; {scales:,} scales, {scale:.4g} in the middle; the widest can hold {clip_min:.4g} … {clip_max:.4g}".format(
+            **clip.iloc[0]
+        )
+    if row.nan or row.inf:
+        text += f"; <b>{int(row.nan):,} NaN, {int(row.inf):,} infinite</b>"
     return block(text)
 
 
@@ -93,24 +118,34 @@ def _bar_words(row: pd.Series) -> str:
 def describe_picture(table: pd.DataFrame, base_name: str, view: str = "ranges", recorded: bool = False) -> str:
     "The picture in words, for those who cannot see it."
     if not len(table): return "No tensor matches this choice" if recorded else "Nothing recorded yet"
-    what = f"{'Ranges' if view == 'ranges' else 'Densities'} of {len(table):,} {base_name} tensor{'s' * (len(table) > 1)}"
+    what = (
+        f"{'Ranges' if view == 'ranges' else 'Densities'} of {len(table):,} {base_name} tensor{'s' * (len(table) > 1)}"
+    )
     if not table.absmax.notna().any(): return f"{what}; none holds a finite value"
-    widest, loudest = table.loc[table.absmax.idxmax()], table.loc[table.outlier_ratio.fillna(0).idxmax()]
+    widest = table.loc[table.absmax.idxmax()]
+    loudest = table.loc[table.outlier_ratio.fillna(0).idxmax()]
     text = f"{what}; the widest is {widest.module}, {widest['min']:.4g} to {widest['max']:.4g}"
     return text + f"; the largest outlier ratio is {loudest.outlier_ratio:.3g}, in {loudest.module}"
 
 # %% ../nbs/14d_explorer.ipynb #0607b643
 def remarks(table: pd.DataFrame) -> list[str]:
     "What is odd about the tensors that are shown, a sentence each."
-    bad, zero = table[(table.nan > 0) | (table.inf > 0)], table[(table.numel > 0) & (table.absmax == 0)]
+    bad = table[(table.nan > 0) | (table.inf > 0)]
+    zero = table[(table.numel > 0) & (table.absmax == 0)]
     said = []
     if len(bad):
         row = bad.iloc[0]
-        said.append(f"NaN or infinity in {len(bad):,} tensor{'s' * (len(bad) > 1)} (crosses), the first in {row.module}: {row.first_nonfinite}. "
-                    "They are left out of ranges and scales; look at the data or the model before you trust the rest")
+        said.append(
+            f"NaN or infinity in {len(bad):,} tensor{'s' * (len(bad) > 1)} (crosses), the first in {row.module}: "
+            f"{row.first_nonfinite}. "
+            "They are left out of ranges and scales; look at the data or the model before you trust the rest"
+        )
     if len(zero):
-        said.append(f"{len(zero):,} tensor{'s hold' if len(zero) > 1 else ' holds'} nothing but zeros, {zero.iloc[0].module} among them: "
-                    "no scale follows from that; was it reached by the data?")
+        said.append(
+            f"{len(zero):,} tensor{'s hold' if len(zero) > 1 else ' holds'} nothing but zeros, "
+            f"{zero.iloc[0].module} among them: "
+            "no scale follows from that; was it reached by the data?"
+        )
     return said
 
 
@@ -122,14 +157,21 @@ def why_empty(table: pd.DataFrame, state: WorkbenchState) -> str:
         feed = "Feed a batch, or choose" if state.base_name == "input" else "Choose"
         return f"No {state.base_name} was seen so far. {feed} {' or '.join(held)} under Tensor"
     chosen = [f"filter “{state.pattern}”"] * bool(state.pattern) + [f"layer {state.layer}"] * (state.layer >= 0)
-    return f"None of {(table.base_name == state.base_name).sum():,} {state.base_name} tensors matches {' and '.join(chosen)}. Show all to widen the choice"
+    return (
+        f"None of {(table.base_name == state.base_name).sum():,} {state.base_name} tensors matches "
+        f"{' and '.join(chosen)}. Show all to widen the choice"
+    )
 
 # %% ../nbs/14d_explorer.ipynb #8453860b
 class _Known:
     "Tables and pictures of a record, each made when first asked for."
 
     def __init__(self, record: CalibrationRecord, clips: pd.DataFrame) -> None:
-        self.record, self.clips, self._drawings, self._tables, self.comparing = record, clips, {}, {}, None
+        self.record = record
+        self.clips = clips
+        self._drawings = {}
+        self._tables = {}
+        self.comparing = None
         table = ranges(record)
         self.table = table[table.numel + table.nan + table.inf > 0]  # what was seen so far
         self.bases = tuple(b for b in SHOWN if (self.table.base_name == b).any())
@@ -137,13 +179,15 @@ class _Known:
     def rows(self, choice: dict[str, Any]) -> pd.DataFrame:
         "The tensors of a choice, in model order."
         key = tuple(choice.values())
-        if key not in self._tables: self._tables[key] = choose(self.table, **choice).reset_index(drop=True)
+        if key not in self._tables:
+            self._tables[key] = choose(self.table, **choice).reset_index(drop=True)
         return self._tables[key]
 
     def add_sqnr(self, best: pd.DataFrame) -> None:
         "Give the table the SQNR that the best observer of each tensor reaches."
         attrs = self.table.attrs
-        self.table, self._tables = self.table.merge(best, on=["module", "base_name"], how="left"), {}
+        self.table = self.table.merge(best, on=["module", "base_name"], how="left")
+        self._tables = {}
         self.table.attrs |= attrs
 
     def drawing(self, view: str, base_name: str, rows: pd.DataFrame, choice: dict[str, Any]) -> Drawing:
@@ -151,13 +195,15 @@ class _Known:
         key = view, tuple(choice.values())
         if key not in self._drawings:
             ax = _draw(self, view, base_name, rows)
-            while len(self._drawings) >= 12: self._drawings.pop(next(iter(self._drawings)))
+            while len(self._drawings) >= 12:
+                self._drawings.pop(next(iter(self._drawings)))
             self._drawings[key] = Drawing(ax, to_png(ax), len(rows))
         return self._drawings[key]
 
 # %% ../nbs/14d_explorer.ipynb #5bb60cee
 def best_sqnr(record: CalibrationRecord) -> pd.DataFrame:
-    "The SQNR that the best observer of each tensor reaches: module, base_name, sqnr_db. NaN where a histogram cannot tell."
+    """The SQNR that the best observer of each tensor reaches: module, base_name, sqnr_db. NaN where a histogram
+    cannot tell."""
     return compare_observers(record).groupby(["module", "base_name"]).sqnr_db.max().reset_index()
 
 
@@ -167,7 +213,8 @@ def _compare(panel: "RangeExplorer", known: _Known) -> None:
         best = best_sqnr(known.record)
         with panel._lock:
             known.add_sqnr(best)
-            if panel._known is known: _refresh_ranges(panel, "state")
+            if panel._known is known:
+                _refresh_ranges(panel, "state")
     known.comparing = ended_in_time(threading.Thread(target=work, daemon=True), lambda: None)
     known.comparing.start()
 
@@ -180,16 +227,27 @@ def _draw(known: _Known, view: str, base_name: str, rows: pd.DataFrame) -> Axes:
 
 def _know(panel: "RangeExplorer", what: str) -> _Known:
     "What is known of the session's record and scales now; nothing is found anew unless one of them changed."
-    record, known = panel.session.record, panel._known
+    record = panel.session.record
+    known = panel._known
     if known is not None and known.record is record and what in ("state", "batch"): return known
     clips = panel.session.scales() if what != "batch" or known is None else known.clips
     if known is None or known.record is not record: return _Known(record, clips)
-    if not known.clips.equals(clips): known.clips, known._drawings = clips, {}
+    if not known.clips.equals(clips):
+        known.clips = clips
+        known._drawings = {}
     return known
 
 # %% ../nbs/14d_explorer.ipynb #8cff8e6c
-ORDER_WORDS = (("model order", "depth"), ("largest |value|", "absmax"), ("outlier ratio", "outlier_ratio"), ("standard deviation", "std"),
-               ("smallest value", "min"), ("largest value", "max"), ("name", "module"), ("SQNR, worst first", "sqnr_db"))
+ORDER_WORDS = (
+    ("model order", "depth"),
+    ("largest |value|", "absmax"),
+    ("outlier ratio", "outlier_ratio"),
+    ("standard deviation", "std"),
+    ("smallest value", "min"),
+    ("largest value", "max"),
+    ("name", "module"),
+    ("SQNR, worst first", "sqnr_db"),
+)
 _CONTROLS = ("view", "base_name", "layer", "pattern", "order")
 
 
@@ -197,39 +255,84 @@ def _make_range_controls(panel: "RangeExplorer") -> None:
     "What to show and in which order, and the list to select from."
     size = {"base_name": 180, "layer": 160, "pattern": 260, "order": 230, "select": 460}
     layout = {name: w.Layout(width=f"{width}px") for name, width in size.items()}
-    panel.view = w.ToggleButtons(options=[("Ranges", "ranges"), ("Density", "density")], style=dict(button_width="90px"),
-                                 tooltips=[GLOSSARY["range"], GLOSSARY["density"]])
-    panel.base_name = w.Dropdown(options=["input", "weight"], description="Tensor", layout=layout["base_name"], tooltip=GLOSSARY["base name"])
-    panel.layer = w.Dropdown(options=[("all", -1)], description="Layer", layout=layout["layer"], tooltip=GLOSSARY["layer"])
-    panel.pattern = w.Text(placeholder="e.g. mlp|q_proj", description="Filter", continuous_update=False, layout=layout["pattern"],
-                           tooltip=GLOSSARY["filter"])
-    panel.order = w.Dropdown(options=ORDER_WORDS, description="Sort by", layout=layout["order"], tooltip="Order of the table and of the list")
+    panel.view = w.ToggleButtons(
+        options=[("Ranges", "ranges"), ("Density", "density")],
+        style=dict(button_width="90px"),
+        tooltips=[GLOSSARY["range"], GLOSSARY["density"]],
+    )
+    panel.base_name = w.Dropdown(
+        options=["input", "weight"], description="Tensor", layout=layout["base_name"], tooltip=GLOSSARY["base name"]
+    )
+    panel.layer = w.Dropdown(
+        options=[("all", -1)], description="Layer", layout=layout["layer"], tooltip=GLOSSARY["layer"]
+    )
+    panel.pattern = w.Text(
+        placeholder="e.g. mlp|q_proj",
+        description="Filter",
+        continuous_update=False,
+        layout=layout["pattern"],
+        tooltip=GLOSSARY["filter"],
+    )
+    panel.order = w.Dropdown(
+        options=ORDER_WORDS, description="Sort by", layout=layout["order"], tooltip="Order of the table and of the list"
+    )
     panel.select = w.Dropdown(options=[("none", "")], description="Selected", layout=layout["select"],
                               tooltip="The tensor that is pointed out; the same as a click on the picture")
-    panel.all = w.Button(description="Show all", tooltip="Clear filter and layer", layout=w.Layout(width="auto", align_self="flex-start"))
-    for name in ("numbers", "table", "problem", "hint", "all", "view", *size): getattr(panel, name).add_class(f"qcal-range-{name.replace('_', '-')}")
+    panel.all = w.Button(
+        description="Show all", tooltip="Clear filter and layer", layout=w.Layout(width="auto", align_self="flex-start")
+    )
+    for name in ("numbers", "table", "problem", "hint", "all", "view", *size):
+        getattr(panel, name).add_class(f"qcal-range-{name.replace('_', '-')}")
 
 
 def _put(field: Any, options: tuple | None, value: Any) -> None:
     "Set a control, if it stands elsewhere."
-    if options is not None and tuple(field.options) != options: field.options = options
-    if field.value != value: field.value = value
+    if options is not None and tuple(field.options) != options:
+        field.options = options
+    if field.value != value:
+        field.value = value
 
 
 def _refresh_controls(panel: "RangeExplorer", known: _Known) -> None:
     "All controls show the state, also a value that this record has nothing for."
-    s, layers = panel.state, tuple((str(i), int(i)) for i in sorted(known.table.layer.dropna().unique()))
+    s = panel.state
+    layers = tuple((str(i), int(i)) for i in sorted(known.table.layer.dropna().unique()))
     bases = known.bases or ("input", "weight")
     odd = () if s.layer < 0 or (str(s.layer), s.layer) in layers else ((f"{s.layer} (none recorded)", s.layer),)
     _put(panel.layer, (("all", -1), *layers, *odd), s.layer)
-    _put(panel.base_name, tuple((b, b) for b in bases) + (() if s.base_name in bases else ((f"{s.base_name} (none yet)", s.base_name),)), s.base_name)
-    for name in ("view", "order", "pattern"): _put(getattr(panel, name), None, getattr(s, name))
+    _put(
+        panel.base_name,
+        tuple((b, b) for b in bases) + (() if s.base_name in bases else ((f"{s.base_name} (none yet)", s.base_name),)),
+        s.base_name,
+    )
+    for name in ("view", "order", "pattern"):
+        _put(getattr(panel, name), None, getattr(s, name))
     ordered = choose(panel.shown, order=s.order if s.order in (*panel.shown, "depth") else "depth").module
     _put(panel.select, (("none", ""), *((m, m) for m in ordered)), s.selected if s.selected in set(ordered) else "")
 
 # %% ../nbs/14d_explorer.ipynb #93f4a246
-WORDS = ("range", "density", "base name", "layer", "filter", "outlier ratio", "standard deviation", "scale", "limits", "clip", "sqnr", "record")
-_HEADINGS = {"absmax": "largest |value|", "std": "standard deviation", "numel": "values", "nan": "NaN", "inf": "infinite", "sqnr_db": "SQNR"}
+WORDS = (
+    "range",
+    "density",
+    "base name",
+    "layer",
+    "filter",
+    "outlier ratio",
+    "standard deviation",
+    "scale",
+    "limits",
+    "clip",
+    "sqnr",
+    "record",
+)
+_HEADINGS = {
+    "absmax": "largest |value|",
+    "std": "standard deviation",
+    "numel": "values",
+    "nan": "NaN",
+    "inf": "infinite",
+    "sqnr_db": "SQNR",
+}
 _COLUMNS = ["module", "min", "max", "absmax", "outlier_ratio", "mean", "std", "numel", "nan", "inf"]
 
 
@@ -242,43 +345,64 @@ def _table_words(rows: pd.DataFrame, order: str) -> str:
 
 def _refresh_picture(panel: "RangeExplorer", known: _Known) -> None:
     "The picture, with the selected tensor pointed out on it."
-    s, rows = panel.state, panel.shown
+    s = panel.state
+    rows = panel.shown
     drawing = known.drawing(s.view, s.base_name, rows, s.choice())
     panel._ax = drawing.ax
     hit = rows.index[rows.module == s.selected]
     png = point_out(drawing, hit[0], _bar_words(rows.loc[hit[0]])) if len(hit) else drawing.png
     panel.picture.alt = describe_picture(rows, s.base_name, s.view, s.base_name in known.bases)
-    if panel.picture.png != png: panel.picture.png = png
+    if panel.picture.png != png:
+        panel.picture.png = png
 
 # %% ../nbs/14d_explorer.ipynb #6855e865
 def _refresh_hints(panel: "RangeExplorer", known: _Known, waiting: bool) -> None:
     "What must be said below the picture, and the button that widens a choice which leaves nothing."
-    s, empty, seen = panel.state, not len(panel.shown), bool(len(known.table))
+    s = panel.state
+    empty = not len(panel.shown)
+    seen = bool(len(known.table))
     said = [why_empty(known.table, s)] if empty else remarks(panel.shown)
-    if waiting: said.append(f"Working out the SQNR of {len(known.table):,} tensors; the table will be sorted when it is known")
-    panel.hint.value = empty_html(said[0]) + "".join(map(warning_html, said[1:])) if empty else "".join(map(warning_html, said))
+    if waiting:
+        said.append(f"Working out the SQNR of {len(known.table):,} tensors; the table will be sorted when it is known")
+    panel.hint.value = (
+        empty_html(said[0]) + "".join(map(warning_html, said[1:])) if empty else "".join(map(warning_html, said))
+    )
     panel.picture.layout.display = "none" if empty else ""
     panel.all.layout.display = "" if empty and seen and (s.pattern or s.layer >= 0) else "none"
 
 
 def _refresh_ranges(panel: "RangeExplorer", what: str) -> None:
     "Bring an explorer's picture and numbers up to date with record, scales and state."
-    s, known = panel.state, _know(panel, what)
+    s = panel.state
+    known = _know(panel, what)
     panel._known, panel.shown = known, known.rows(s.choice())
     waiting = s.order == "sqnr_db" and len(known.table) and "sqnr_db" not in known.table
-    if waiting and what != "batch" and known.comparing is None: _compare(panel, known)
+    if waiting and what != "batch" and known.comparing is None:
+        _compare(panel, known)
     _refresh_picture(panel, known)
     hit = panel.shown[panel.shown.module == s.selected]
     clip = known.clips[(known.clips.module == s.selected) & (known.clips.base_name == s.base_name)]
     _refresh_hints(panel, known, waiting)
     hidden = s.selected and not len(hit)
-    hint = f"{s.selected} is selected, but not among what is shown" if hidden else "Click a column, or choose a tensor, to see its numbers"
-    panel.numbers.value = numbers_html(hit.iloc[0], clip) if len(hit) else block(f'<span class="faint">{escape(hint) if len(panel.shown) else ""}</span>')
+    hint = (
+        f"{s.selected} is selected, but not among what is shown"
+        if hidden
+        else "Click a column, or choose a tensor, to see its numbers"
+    )
+    panel.numbers.value = (
+        numbers_html(hit.iloc[0], clip)
+        if len(hit)
+        else block(f'<span class="faint">{escape(hint) if len(panel.shown) else ""}</span>')
+    )
     about = id(panel.shown), s.order
-    if about != panel._about: panel.table.value, panel._about = _table_words(panel.shown, s.order), about
+    if about != panel._about:
+        panel.table.value = _table_words(panel.shown, s.order)
+        panel._about = about
     panel._filling = threading.get_ident()  # while controls are filled they set nothing of their own
-    try: _refresh_controls(panel, known)
-    finally: panel._filling = None
+    try:
+        _refresh_controls(panel, known)
+    finally:
+        panel._filling = None
 
 
 # %% ../nbs/14d_explorer.ipynb #200debb1
@@ -288,13 +412,18 @@ class _Chosen(Panel):
     def choose(self, name: str, value: Any) -> None:
         "Set a value of the state; one that it refuses is explained in the panel."
         self.problem.value = ""
-        try: setattr(self.state, name, value if value is not None else "")
+        try:
+            setattr(self.state, name, value if value is not None else "")
         except TraitError as error:
-            self.problem.value = error_html(error, "The filter is as it was; a plain part of a name, such as mlp, is always fine.")
+            self.problem.value = error_html(
+                error, "The filter is as it was; a plain part of a name, such as mlp, is always fine."
+            )
 
     def show_all(self) -> None:
         "Clear filter and layer."
-        with self.state.hold_trait_notifications(): self.state.pattern, self.state.layer = "", -1
+        with self.state.hold_trait_notifications():
+            self.state.pattern = ""
+            self.state.layer = -1
 
     def module_at(self, at: list) -> str:
         "The module whose column is at [x, y] of the picture; empty beside them."
@@ -303,7 +432,8 @@ class _Chosen(Panel):
 
     def click(self, at: list) -> None:
         "Select the module whose column was clicked."
-        if module := self.module_at(at): self.choose("selected", module)
+        if module := self.module_at(at):
+            self.choose("selected", module)
 
     def point(self, at: list) -> None:
         "Name the column below the pointer."
@@ -312,23 +442,44 @@ class _Chosen(Panel):
 
 # %% ../nbs/14d_explorer.ipynb #2f3d883c
 class RangeExplorer(_Chosen):
-    "Range or density of every tensor over the model's depth, live while batches run. Hover names a tensor, a click selects it."
+    """Range or density of every tensor over the model's depth, live while batches run. Hover names a tensor, a
+    click selects it."""
 
     def __init__(self, session: Session, state: WorkbenchState | None = None) -> None:
         super().__init__(session, state)
-        self.picture, self.numbers, self.table, self.problem, self.hint = Picture(), w.HTML(), w.HTML(), w.HTML(), w.HTML()
-        self._filling, self._lock, self._known, self._about = None, threading.RLock(), None, None
+        self.picture = Picture()
+        self.numbers = w.HTML()
+        self.table = w.HTML()
+        self.problem = w.HTML()
+        self.hint = w.HTML()
+        self._filling = None
+        self._lock = threading.RLock()
+        self._known = None
+        self._about = None
         _make_range_controls(self)
         for name in (*_CONTROLS, "select"):
             goal = "selected" if name == "select" else name
-            getattr(self, name).observe(lambda change, goal=goal: self._filling == threading.get_ident() or self.choose(goal, change.new), names=["value"])
+            getattr(self, name).observe(
+                lambda change, goal=goal: self._filling == threading.get_ident() or self.choose(goal, change.new),
+                names=["value"],
+            )
         self.all.on_click(lambda _: self.show_all())
         self.picture.observe(lambda change: self.point(change.new), names=["pointer"])
         self.picture.observe(lambda change: self.click(change.new), names=["clicked"])
         self.state.observe(self._follow, names=[*_CONTROLS, "selected"])
         controls = w.HBox([self.view, self.base_name, self.layer, self.pattern, self.order]).add_class("qcal-row")
-        self.children = [self._style, controls, self.problem, self.picture, self.hint, self.all, self.select, self.numbers, self.table,
-                         w.HTML(tensor_key() + glossary_html(WORDS))]
+        self.children = [
+            self._style,
+            controls,
+            self.problem,
+            self.picture,
+            self.hint,
+            self.all,
+            self.select,
+            self.numbers,
+            self.table,
+            w.HTML(tensor_key() + glossary_html(WORDS)),
+        ]
         self.add_class("qcal-panel").add_class("qcal-explorer")
         self.refresh()
 
@@ -336,11 +487,13 @@ class RangeExplorer(_Chosen):
 
     def refresh(self, what: str = "") -> None:
         "Show what session and state are now."
-        with self._lock: _refresh_ranges(self, what)
+        with self._lock:
+            _refresh_ranges(self, what)
 
     def static_png(self) -> bytes: return self.picture.png if len(self.shown) else static_picture(self.session)
 
     def close(self) -> None:
         "Stop listening to state and session, and take the panel off the page."
-        if self._unlisten is not None: self.state.unobserve(self._follow, names=[*_CONTROLS, "selected"])
+        if self._unlisten is not None:
+            self.state.unobserve(self._follow, names=[*_CONTROLS, "selected"])
         super().close()

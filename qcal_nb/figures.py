@@ -32,7 +32,14 @@ from PIL.PngImagePlugin import PngInfo
 from .histogram import Histogram, cells
 
 # %% ../nbs/11a_figures.ipynb #08b50a3b
-BASE_COLORS = {"input": "#0072B2", "weight": "#D55E00", "output": "#009E73", "q": "#CC79A7", "k": "#E69F00", "v": "#56B4E9"}
+BASE_COLORS = {
+    "input": "#0072B2",
+    "weight": "#D55E00",
+    "output": "#009E73",
+    "q": "#CC79A7",
+    "k": "#E69F00",
+    "v": "#56B4E9",
+}
 PHASE_COLORS = {"original": "#8C8C8C", "initialized": "#56B4E9", "calibration": "#E69F00", "frozen": "#009E73"}
 CLIPPED = "#D55E00"  # what is cut off, what is wrong
 OTHER = "#444444"    # a base name that has no colour of its own
@@ -50,8 +57,11 @@ def dark(color: str, share: float = 0.6) -> tuple[float, ...]:
 
 
 def shades(color: str) -> LinearSegmentedColormap:
-    "From a light tint of a colour to nearly black: lightness falls all the way, so that it also reads in grey. What is missing stays white."
-    return LinearSegmentedColormap.from_list("shades", [light(color, 0.78), light(color, 0.25), dark(color, 0.35), dark(color, 0.85)])
+    """From a light tint of a colour to nearly black: lightness falls all the way, so that it also reads in grey.
+    What is missing stays white."""
+    return LinearSegmentedColormap.from_list(
+        "shades", [light(color, 0.78), light(color, 0.25), dark(color, 0.35), dark(color, 0.85)]
+    )
 
 # %% ../nbs/11a_figures.ipynb #c83a8230
 def new_axes(width: float = 9.0, height: float = 3.6) -> Axes:
@@ -61,7 +71,9 @@ def new_axes(width: float = 9.0, height: float = 3.6) -> Axes:
 
 def say_nothing(ax: Axes, text: str) -> Axes:
     "Instead of an empty frame: why there is nothing to see, and what to do. Returns the axes."
-    ax.text(0.5, 0.5, text, ha="center", va="center", transform=ax.transAxes, color="0.35", fontsize=10, parse_math=False)
+    ax.text(
+        0.5, 0.5, text, ha="center", va="center", transform=ax.transAxes, color="0.35", fontsize=10, parse_math=False
+    )
     ax.set_axis_off()
     return ax
 
@@ -89,8 +101,10 @@ def layer_spans(layers: Iterable) -> list[tuple[int, int, str]]:
     spans: list[tuple[int, int, str]] = []
     names = ["" if pd.isna(layer) else f"layer {layer}" for layer in layers]
     for i, name in enumerate(names):
-        if spans and spans[-1][2] == name: spans[-1] = (spans[-1][0], i, name)
-        else: spans.append((i, i, name))
+        if spans and spans[-1][2] == name:
+            spans[-1] = (spans[-1][0], i, name)
+        else:
+            spans.append((i, i, name))
     return spans
 
 # %% ../nbs/11a_figures.ipynb #60e1eb98
@@ -99,14 +113,17 @@ NAMED = 36  # so many tensors have room for their names
 
 def label_depth(ax: Axes, modules: Iterable[str], layers: Iterable) -> None:
     "Name what stands at 0, 1, 2, … on the horizontal axis: tensors where there is room, else layers."
-    names, spans = list(modules), layer_spans(layers)
+    names = list(modules)
+    spans = layer_spans(layers)
     if len(spans) <= 48:
-        for first, _, _ in spans[1:]: ax.axvline(first - 0.5, color="0.85", lw=0.8, zorder=0)
+        for first, _, _ in spans[1:]:
+            ax.axvline(first - 0.5, color="0.85", lw=0.8, zorder=0)
     ax.set_xlim(-0.8, len(names) - 0.2)
     if len(names) <= NAMED:
         ax.set_xticks(range(len(names)), [short_name(m) for m in names], rotation=90, fontsize=8, parse_math=False)
         above = dict(xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=8, color="0.35")
-        for first, last, name in spans: ax.annotate(name, ((first + last) / 2, 1.0), **above)
+        for first, last, name in spans:
+            ax.annotate(name, ((first + last) / 2, 1.0), **above)
         return
     spans = [span for span in spans if span[2]]
     shown = spans[::max(1, math.ceil(len(spans) / 24))]
@@ -123,7 +140,8 @@ MAX_COLUMNS = 600
 
 
 def packed(values: np.ndarray, reduce: Any = np.fmax) -> tuple[np.ndarray, int]:
-    "(rows, n) with at most `MAX_COLUMNS` columns: of neighbours that share one the largest (or what `reduce` says), and how many share."
+    """(rows, n) with at most `MAX_COLUMNS` columns: of neighbours that share one the largest (or what `reduce`
+    says), and how many share."""
     share = math.ceil(values.shape[1] / MAX_COLUMNS) or 1
     starts = np.arange(0, values.shape[1], share)
     return (reduce.reduceat(values, starts, axis=1) if share > 1 else values), share
@@ -141,10 +159,12 @@ SMOOTH = 1 / math.log(10)  # height of the linear part, in decades, at which bin
 
 
 def symlog(ax: Axes, axis: str, start: float, most: float, linear: float = 1.1) -> None:
-    "Make an axis, `x` or `y`, linear up to ±start (as high as `linear` decades) and logarithmic beyond, with a tick at each decade up to `most`."
+    """Make an axis, `x` or `y`, linear up to ±start (as high as `linear` decades) and logarithmic beyond, with a
+    tick at each decade up to `most`."""
     decades = start * 10.0 ** np.arange(max(1, math.ceil(math.log10(most / start) - 1e-9)) + 1)
     decades = decades[::max(1, math.ceil(len(decades) / 6))]
-    ticks, names = [*-decades[::-1], 0, *decades], [*(f"{-d:g}" for d in decades[::-1]), "0", *(f"{d:g}" for d in decades)]
+    ticks = [*-decades[::-1], 0, *decades]
+    names = [*(f"{-d:g}" for d in decades[::-1]), "0", *(f"{d:g}" for d in decades)]
     getattr(ax, f"set_{axis}scale")("symlog", linthresh=start, linscale=0.9 * linear)
     getattr(ax, f"set_{axis}ticks")(ticks, names)
     getattr(ax, f"{axis}axis").set_minor_locator(NullLocator())
@@ -155,7 +175,9 @@ def log_values(ax: Axes, low: float, high: float) -> None:
     low, high = low / (high / low) ** 0.04, high * (high / low) ** 0.08
     ax.set_yscale("log")
     for steps in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7)):  # as few as will do
-        ticks = [m * 10.0**k for k in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1) for m in steps]
+        ticks = [
+            m * 10.0**k for k in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1) for m in steps
+        ]
         ticks = [t for t in ticks if low <= t <= high]
         if len(ticks) > 3: break
     ticks = ticks[::max(1, math.ceil(len(ticks) / 8))]
@@ -172,15 +194,19 @@ def symlog_edges(start: float, most: float, bins: int) -> np.ndarray:
 
 
 def counts_between(histogram: Histogram, edges: np.ndarray) -> np.ndarray:
-    "Values of a `Histogram` in each bin, float64 (len(edges) - 1,): a bucket counts where it lies, in parts if an edge cuts it."
+    """Values of a `Histogram` in each bin, float64 (len(edges) - 1,): a bucket counts where it lies, in parts if an
+    edge cuts it."""
     if not histogram.count: return np.zeros(len(edges) - 1)
     low, high = cells(histogram.codes, histogram.exact)
     running = np.concatenate([[0], np.cumsum(histogram.counts)])
-    ends, below = np.stack([low, high], 1).ravel(), np.stack([running[:-1], running[1:]], 1).ravel()
+    ends = np.stack([low, high], 1).ravel()
+    below = np.stack([running[:-1], running[1:]], 1).ravel()
     return np.diff(np.interp(edges, ends, below))
 
 # %% ../nbs/11a_figures.ipynb #39bcfaa8
-def bars(ax: Axes, x: Iterable[float], low: Iterable[float], high: Iterable[float], name: str, **style: Any) -> LineCollection:
+def bars(
+    ax: Axes, x: Iterable[float], low: Iterable[float], high: Iterable[float], name: str, **style: Any
+) -> LineCollection:
     "Vertical bars that can be read back from the picture by `drawn`."
     found = ax.vlines(list(x), list(low), list(high), **style)
     found.set_gid(name)
@@ -201,7 +227,8 @@ def _plain(value: Any) -> Any:
 def _read(artist: Any) -> list:
     "The numbers of one named thing."
     if isinstance(artist, LineCollection):
-        ends = [s if np.ndim(s) == 2 else np.full((2, 2), np.nan) for s in artist.get_segments()]  # not drawn: not a number
+        # not drawn: not a number
+        ends = [s if np.ndim(s) == 2 else np.full((2, 2), np.nan) for s in artist.get_segments()]
         return [s[:, 0 if artist.get_gid().endswith(":x") else 1].tolist() for s in ends]
     if isinstance(artist, QuadMesh):
         field = np.ma.filled(np.ma.asarray(artist.get_array(), dtype=float), np.nan)
@@ -212,7 +239,8 @@ def _read(artist: Any) -> list:
 
 
 def drawn(ax: Axes) -> dict[str, list]:
-    "The numbers in a picture, read back from what was drawn: bars as [low, high], marks as values or [x, y], fields by column."
+    """The numbers in a picture, read back from what was drawn: bars as [low, high], marks as values or [x, y],
+    fields by column."""
     named = [a for a in (*ax.collections, *ax.lines, *ax.patches) if a.get_gid() and not a.get_gid().startswith("_")]
     return {a.get_gid().removesuffix(":xy").removesuffix(":x"): _plain(_read(a)) for a in named}
 
@@ -227,20 +255,25 @@ def _pixels(canvas: FigureCanvasAgg) -> PILImage.Image:
 
 def as_png(ax: Axes) -> bytes:
     "What was last drawn on the canvas of a figure, as PNG; `to_png` draws it first."
-    data, buffer = PngInfo(), io.BytesIO()
+    data = PngInfo()
+    buffer = io.BytesIO()
     data.add_text("qcal_nb", json.dumps(drawn(ax)), zip=True)
     _pixels(ax.figure.canvas).save(buffer, format="png", pnginfo=data)
     return buffer.getvalue()
 
 
 def to_png(ax: Axes, dpi: int = 100) -> bytes:
-    "The whole figure of `ax` as PNG. What was drawn travels inside it, so that a picture can be checked against its source."
-    before, ax.figure.dpi = ax.figure.dpi, dpi
+    """The whole figure of `ax` as PNG. What was drawn travels inside it, so that a picture can be checked against
+    its source."""
+    before = ax.figure.dpi
+    ax.figure.dpi = dpi
     FigureCanvasAgg(ax.figure).draw()
-    png, ax.figure.dpi = as_png(ax), before
+    png = as_png(ax)
+    ax.figure.dpi = before
     return png
 
 
 def data_of(png: bytes) -> dict[str, list]:
     "The numbers that travel inside a PNG made by `to_png`."
-    with PILImage.open(io.BytesIO(png)) as image: return json.loads(image.text["qcal_nb"])
+    with PILImage.open(io.BytesIO(png)) as image:
+        return json.loads(image.text["qcal_nb"])

@@ -16,7 +16,17 @@ import numpy as np
 import pandas as pd
 from compressed_tensors.quantization import QuantizationArgs
 
-from .analysis import LOUD, check_record, compare_observers, convergence, coverage, enough_in_words, extremes, outlier_channels, ranges
+from qcal_nb.analysis import (
+    LOUD,
+    check_record,
+    compare_observers,
+    convergence,
+    coverage,
+    enough_in_words,
+    extremes,
+    outlier_channels,
+    ranges,
+)
 from .calibration_record import CalibrationRecord
 
 # %% ../nbs/09b_findings.ipynb #cbafe0cd
@@ -63,14 +73,27 @@ SCALES = dict(zero="are zero", eps="are at eps (all values were zero)", saturate
 
 
 def _not_seen(record: CalibrationRecord, table: pd.DataFrame) -> Iterator[Finding]:
-    if not record.tensors: yield Finding("Nothing was recorded.", warning=True)
+    if not record.tensors:
+        yield Finding("Nothing was recorded.", warning=True)
     bad = table[(table.nan > 0) | (table.inf > 0)]
     places = [f"{n} NaN, {i} infinite, the first {p}" for n, i, p in zip(bad.nan, bad.inf, bad.first_nonfinite)]
-    if len(bad): yield Finding(f"Values that are not finite in {count_of(len(bad), 'tensor')}. The first in model order is where to look.", _names(bad, places), True)
+    if len(bad):
+        yield Finding(
+            f"Values that are not finite in {count_of(len(bad), 'tensor')}. The first in model order is where to look.",
+            _names(bad, places),
+            True,
+        )
     unseen = table[table.numel + table.nan + table.inf == 0]
-    if len(unseen): yield Finding(f"Never seen: {count_of(len(unseen), 'tensor')}. No data got there.", _names(unseen), True)
+    if len(unseen):
+        yield Finding(f"Never seen: {count_of(len(unseen), 'tensor')}. No data got there.", _names(unseen), True)
     silent = tuple(name for name, tokens in record.expert_tokens.items() if not tokens)
-    if silent: yield Finding(f"Not chosen by any token: {count_of(len(silent), 'expert')}. Their scales do not describe what they will meet.", silent, True)
+    if silent:
+        yield Finding(
+            f"Not chosen by any token: {count_of(len(silent), 'expert')}. Their scales do not describe what they "
+            "will meet.",
+            silent,
+            True,
+        )
 
 
 def warnings_of(record: CalibrationRecord, tables: Tables) -> Iterator[Finding]:
@@ -80,8 +103,15 @@ def warnings_of(record: CalibrationRecord, tables: Tables) -> Iterator[Finding]:
     for kind, words in SCALES.items():
         hit = covered[covered[kind] > 0]
         counts = [f"{n} of {s}, {o}" for n, s, o in zip(hit[kind], hit.scales, hit.observer)]
-        if len(hit): yield Finding(f"Scales that {words}: {int(hit[kind].sum()):,}.", _names(hit, counts), True)
-    if record.has_text: yield Finding("It holds pieces of the calibration text (tokens and their context). Hand it only to those who may read the text.", (), True)
+        if len(hit):
+            yield Finding(f"Scales that {words}: {int(hit[kind].sum()):,}.", _names(hit, counts), True)
+    if record.has_text:
+        yield Finding(
+            "It holds pieces of the calibration text (tokens and their context). Hand it only to those who may "
+            "read the text.",
+            (),
+            True,
+        )
 
 # %% ../nbs/09b_findings.ipynb #6e074ff3
 FAR = 3.0   # times the 99.9th percentile: outliers
@@ -89,12 +119,19 @@ FAR = 3.0   # times the 99.9th percentile: outliers
 
 def data_findings(record: CalibrationRecord, settled: pd.DataFrame) -> Iterator[Finding]:
     "How much data it was, what was left out, and whether it was enough."
-    if record.about.mask: yield Finding(f"Left out of all statistics: {record.about.mask}.")
+    if record.about.mask:
+        yield Finding(f"Left out of all statistics: {record.about.mask}.")
     seen = settled[settled.range_settled.notna()]
     if not len(seen) or record.batches < 2: return
     late = seen[~seen.enough]
-    told = [f"range settled after {int(r):,} tokens, error after {int(s):,}" for r, s in zip(late.range_settled, late.sqnr_settled)]
-    yield Finding(f"Was it enough data ({record.batches:,} batches, {record.tokens:,} tokens)? {enough_in_words(settled)}.", _names(late, told))
+    told = [
+        f"range settled after {int(r):,} tokens, error after {int(s):,}"
+        for r, s in zip(late.range_settled, late.sqnr_settled)
+    ]
+    yield Finding(
+        f"Was it enough data ({record.batches:,} batches, {record.tokens:,} tokens)? {enough_in_words(settled)}.",
+        _names(late, told),
+    )
 
 
 def _most(counts: Counter, n: int = 4) -> str:
@@ -107,7 +144,10 @@ def outlier_findings(record: CalibrationRecord, table: pd.DataFrame) -> Iterator
     "Which tensors reach far beyond their bulk, which channels stand out, which token does it."
     for base, rows in table[table.outlier_ratio.notna()].groupby("base_name", sort=False):
         far = rows[rows.outlier_ratio > FAR].sort_values("outlier_ratio", ascending=False, kind="stable")
-        said = f"Outliers: {len(far):,} of {len(rows):,} {base}s reach more than {FAR:g} times beyond their bulk (the 99.9th percentile)"
+        said = (
+            f"Outliers: {len(far):,} of {len(rows):,} {base}s reach more than {FAR:g} times beyond their bulk "
+            "(the 99.9th percentile)"
+        )
         said += ": one scale for all values spends most of its levels on a few." if len(far) else "."
         yield Finding(said, _names(far, [f"{r:.3g} times" for r in far.outlier_ratio]))
     loud = outlier_channels(record)
@@ -115,8 +155,11 @@ def outlier_findings(record: CalibrationRecord, table: pd.DataFrame) -> Iterator
     hit = loud.drop_duplicates(["module", "base_name"])
     if len(hit):
         named = _most(Counter(f"channel {c}" for c in loud.channel))
-        yield Finding(f"Outlier channels (more than {LOUD:g} times the median channel) in {count_of(len(hit), 'activation')}{named}.",
-                      _names(hit, [f"channel {c}, {r:.3g} times" for c, r in zip(hit.channel, hit.ratio)]))
+        yield Finding(
+            f"Outlier channels (more than {LOUD:g} times the median channel) in "
+            f"{count_of(len(hit), 'activation')}{named}.",
+            _names(hit, [f"channel {c}, {r:.3g} times" for c, r in zip(hit.channel, hit.ratio)]),
+        )
 
 
 def token_findings(record: CalibrationRecord) -> Iterator[Finding]:
@@ -128,8 +171,12 @@ def token_findings(record: CalibrationRecord) -> Iterator[Finding]:
     name, times = Counter(names).most_common(1)[0]
     if times < max(2, len(top) / 4): return
     hit = top[[n == name for n in names]]
-    yield Finding(f"{name.capitalize() if not known else name[0].upper() + name[1:]} makes the largest value of {times:,} of {len(top):,} inputs; "
-                  "mask=[its id] leaves it out of a recording.", _names(hit, [f"{v:.4g}" for v in hit.value]))
+    yield Finding(
+        f"{name.capitalize() if not known else name[0].upper() + name[1:]} makes the largest value of {times:,} "
+        f"of {len(top):,} inputs; "
+        "mask=[its id] leaves it out of a recording.",
+        _names(hit, [f"{v:.4g}" for v in hit.value]),
+    )
 
 # %% ../nbs/09b_findings.ipynb #3d9d4c3e
 LOW = 20.0  # dB: noise a tenth of the signal
@@ -150,8 +197,13 @@ def observer_findings(costs: pd.DataFrame) -> Iterator[Finding]:
         yield Finding(f"Which observer loses least at the {len(best):,} {base}s ({form})? {ranked}{tail}.",
                       _names(low, [f"{db:.1f} dB with {o}" for db, o in zip(low.sqnr_db, low.observer)]))
     short = costs[costs.at_limit]
-    if len(short): yield Finding(f"{', '.join(dict.fromkeys(short.observer))} ended at the smallest range it tries for {len(short):,} tensors: "
-                                 "with a larger maxshrink it might lose less.", _names(short))
+    if len(short):
+        yield Finding(
+            f"{', '.join(dict.fromkeys(short.observer))} ended at the smallest range it tries for {len(short):,} "
+            "tensors: "
+            "with a larger maxshrink it might lose less.",
+            _names(short),
+        )
 
 # %% ../nbs/09b_findings.ipynb #d1d98a34
 def findings_from(record: CalibrationRecord, tables: Tables) -> list[Finding]:
@@ -162,6 +214,6 @@ def findings_from(record: CalibrationRecord, tables: Tables) -> list[Finding]:
 
 
 def findings(record: CalibrationRecord, args: QuantizationArgs | None = None) -> list[Finding]:
-    """What a record says in sentences, each with the tensors it is about; what is wrong first. `args`: the format that observers are compared for,
-    as in `analysis.compare_observers`."""
+    """What a record says in sentences, each with the tensors it is about; what is wrong first. `args`: the format
+    that observers are compared for, as in `analysis.compare_observers`."""
     return findings_from(record, tables_of(record, args))

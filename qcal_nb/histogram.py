@@ -26,10 +26,13 @@ _PIECE = 1 << 18  # elements read at a time: temporaries of a few MiB, of any te
 def _pieces(value: Tensor) -> Iterator[Tensor]:
     "The elements of a tensor in flat contiguous pieces of at most `_PIECE`, in the order that is cheapest to read."
     value = value.permute(sorted(range(value.ndim), key=value.stride, reverse=True))
-    if value.is_contiguous(): yield from value.view(-1).split(_PIECE)
-    elif rows := _PIECE * len(value) // value.numel(): yield from (part.reshape(-1) for part in value.split(rows))
+    if value.is_contiguous():
+        yield from value.view(-1).split(_PIECE)
+    elif rows := _PIECE * len(value) // value.numel():
+        yield from (part.reshape(-1) for part in value.split(rows))
     else:
-        for part in value: yield from _pieces(part)
+        for part in value:
+            yield from _pieces(part)
 
 
 def _places(piece: Tensor) -> Tensor:
@@ -40,7 +43,9 @@ def _places(piece: Tensor) -> Tensor:
 
 def _check_floating(value: Tensor) -> Tensor:
     if isinstance(value, Tensor) and value.is_floating_point(): return value.detach()
-    raise TypeError(f"value must be a tensor of floating point numbers, got {getattr(value, 'dtype', type(value).__name__)}")
+    raise TypeError(
+        f"value must be a tensor of floating point numbers, got {getattr(value, 'dtype', type(value).__name__)}"
+    )
 
 # %% ../nbs/02_histogram.ipynb #0e74e6b2
 _INF = 0x7F80  # bucket of infinity; NaN lies above it
@@ -48,8 +53,10 @@ _INF = 0x7F80  # bucket of infinity; NaN lies above it
 
 @njit(nogil=True, cache=True)
 def count_buckets(words, shift, counts):
-    "Add to `counts` (65536,) how often each pattern of the upper 16 bits comes: of uint32 `words` with `shift` 16, of uint16 with `shift` 0."
-    for word in words: counts[np.uint32(word) >> np.uint32(shift)] += 1  # unsigned: no index to be counted from the end
+    """Add to `counts` (65536,) how often each pattern of the upper 16 bits comes: of uint32 `words` with `shift`
+    16, of uint16 with `shift` 0."""
+    for word in words:
+        counts[np.uint32(word) >> np.uint32(shift)] += 1  # unsigned: no index to be counted from the end
 
 
 def by_sign(counts: np.ndarray) -> Tensor:
@@ -87,12 +94,14 @@ def bucket_counts(
     total = torch.zeros(N_BUCKETS, dtype=torch.int64, device=value.device) if counts is None else counts.clone()
     if value.device.type == "cpu" and value.is_contiguous() and value.dtype in (torch.float32, torch.bfloat16):
         if only_finite(quick := _quickly(value)): return total.add_(quick)
-    for piece in _pieces(value): total += _count(piece)
+    for piece in _pieces(value):
+        total += _count(piece)
     return total
 
 # %% ../nbs/02_histogram.ipynb #43f2604f
 def is_bfloat16(value: Tensor) -> bool:
-    "Whether every finite element is a number that bfloat16 holds exactly, whatever the dtype. Stops at the first that is not."
+    """Whether every finite element is a number that bfloat16 holds exactly, whatever the dtype. Stops at the first
+    that is not."""
     value = _check_floating(value)
     if value.dtype == torch.bfloat16: return True
     return not any(_has_more_bits(part) for piece in _pieces(value) for part in (piece[:1024], piece[1024:]))
@@ -101,7 +110,8 @@ def is_bfloat16(value: Tensor) -> bool:
 def _has_more_bits(piece: Tensor) -> bool:
     single = piece.float()
     more = (single.view(torch.int32) & 0xFFFF).bool()
-    if piece.dtype == torch.float64: more |= single != piece  # bits that float32 has no place for
+    if piece.dtype == torch.float64:
+        more |= single != piece  # bits that float32 has no place for
     return bool(more.any()) and bool((more & single.isfinite()).any())
 
 # %% ../nbs/02_histogram.ipynb #28fb3bc3
@@ -115,7 +125,8 @@ def _merged(codes: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 def _joined(a: "Buckets", b: "Buckets") -> tuple[np.ndarray, np.ndarray]:
     "Codes and counts of two histograms together; without sorting where all buckets of one are known to the other."
-    if len(a.codes) < len(b.codes): a, b = b, a
+    if len(a.codes) < len(b.codes):
+        a, b = b, a
     place = np.searchsorted(a.codes, b.codes)
     if len(a.codes) and (a.codes[np.minimum(place, len(a.codes) - 1)] == b.codes).all():
         counts = a.counts.copy()
@@ -140,8 +151,8 @@ def _check_buckets(codes: np.ndarray, counts: np.ndarray) -> None:
 # %% ../nbs/02_histogram.ipynb #2f4cbf15
 @dataclass(frozen=True, eq=False, repr=False)
 class Buckets:
-    """What a histogram stores. `codes` int16 and `counts` int64, read-only, for finite values; others are counted beside them.
-    `exact`: each bucket holds one bfloat16 number only."""
+    """What a histogram stores. `codes` int16 and `counts` int64, read-only, for finite values; others are counted
+    beside them. `exact`: each bucket holds one bfloat16 number only."""
 
     codes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int16))
     counts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
@@ -165,15 +176,21 @@ class Buckets:
     def _key(self) -> tuple:
         return self.codes.tobytes(), self.counts.tobytes(), self.nan, self.pos_inf, self.neg_inf, self.exact
 
-    def __eq__(self, other: Any) -> bool: return self._key() == other._key() if isinstance(other, Buckets) else NotImplemented
+    def __eq__(self, other: Any) -> bool:
+        return self._key() == other._key() if isinstance(other, Buckets) else NotImplemented
 
     def __hash__(self) -> int: return hash(self._key())
 
     def __or__(self, other: "Buckets") -> "Buckets":
         "The histogram of both data together: exact, in any order and grouping."
         if not isinstance(other, Buckets): return NotImplemented
-        return type(self)(*_joined(self, other), self.nan + other.nan, self.pos_inf + other.pos_inf, self.neg_inf + other.neg_inf,
-                          self.exact and other.exact)
+        return type(self)(
+            *_joined(self, other),
+            self.nan + other.nan,
+            self.pos_inf + other.pos_inf,
+            self.neg_inf + other.neg_inf,
+            self.exact and other.exact,
+        )
 
 # %% ../nbs/02_histogram.ipynb #5f4cd586
 def _number(bits: np.ndarray) -> np.ndarray:
@@ -190,8 +207,10 @@ def representatives(codes: np.ndarray, exact: bool) -> np.ndarray:
 
 def cells(codes: np.ndarray, exact: bool) -> tuple[np.ndarray, np.ndarray]:
     "Lower and upper end of what each bucket stands for, float64. If exact: of the numbers that round to its value."
-    m, half = _magnitude(codes), 0x8000 if exact else 0
-    near, far = _number(np.maximum((m << 16) - half, 0)), _number((m + 1 << 16) - half)
+    m = _magnitude(codes)
+    half = 0x8000 if exact else 0
+    near = _number(np.maximum((m << 16) - half, 0))
+    far = _number((m + 1 << 16) - half)
     return np.where(codes < 0, -far, near), np.where(codes < 0, -near, far)
 
 # %% ../nbs/02_histogram.ipynb #d8e5d460
@@ -199,7 +218,9 @@ def _interpolated(values: np.ndarray, counts: np.ndarray, q: np.ndarray) -> np.n
     "Quantiles of values that occur `counts` times each; between two neighbours linearly, as `torch.quantile` has it."
     running = np.cumsum(counts)
     rank = q * (running[-1] - 1)
-    below, above = (values[np.searchsorted(running, f(rank).astype(np.int64), side="right")] for f in (np.floor, np.ceil))
+    below, above = (
+        values[np.searchsorted(running, f(rank).astype(np.int64), side="right")] for f in (np.floor, np.ceil)
+    )
     return below + (above - below) * (rank - np.floor(rank))
 
 
@@ -212,11 +233,13 @@ def _edges(bins: int, low: float, high: float) -> np.ndarray:
 
 
 def _spread(lower: np.ndarray, upper: np.ndarray, counts: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    "Counts per bin if each bucket's values lie evenly over its cell. What lies beyond the edges falls to the outermost bins."
+    """Counts per bin if each bucket's values lie evenly over its cell. What lies beyond the edges falls to the
+    outermost bins."""
     running = np.concatenate([[0], np.cumsum(counts)])
     ends = np.stack([lower, upper], axis=1).ravel()
     below = np.interp(edges, ends, np.stack([running[:-1], running[1:]], axis=1).ravel()) if len(counts) else 0 * edges
-    below[0], below[-1] = 0, running[-1]
+    below[0] = 0
+    below[-1] = running[-1]
     return np.diff(below)
 
 
@@ -233,7 +256,9 @@ def _check_arrays(arrays: Mapping[str, np.ndarray]) -> None:
         if name not in arrays: raise ValueError(f"{name!r} is missing; a histogram is saved as {', '.join(wanted)}")
         found = np.asarray(arrays[name])
         if found.dtype != dtype or found.ndim != 1:
-            raise ValueError(f"{name} must be {np.dtype(dtype)} of shape (n,), got {found.dtype} of shape {found.shape}")
+            raise ValueError(
+                f"{name} must be {np.dtype(dtype)} of shape (n,), got {found.dtype} of shape {found.shape}"
+            )
     rest = np.asarray(arrays["rest"])
     if rest.shape != (4,) or (rest < 0).any() or rest[3] > 1:
         raise ValueError(f"rest must be counts of nan, +inf, -inf, and 0 or 1 for exact; got {rest.tolist()}")
@@ -249,27 +274,30 @@ class Distribution(Buckets):
 
     @property
     def bounds(self) -> tuple[float, float]:
-        "An interval that holds every finite value: from the smallest to the largest if exact, else up to a bucket's width wider."
+        """An interval that holds every finite value: from the smallest to the largest if exact, else up to a
+        bucket's width wider."""
         if not self.count: return np.nan, np.nan
         low, high = (self.values, self.values) if self.exact else cells(self.codes, False)
         return float(low[0]), float(high[-1])
 
     def quantile(self, q: float | np.ndarray) -> float | np.ndarray:
-        """The value below which a share `q` lies, as `torch.quantile`: linear between the two neighbouring values, each known to
-        within 2^-8 of itself (2^-133 at zero). ValueError unless 0 ≤ q ≤ 1."""
+        """The value below which a share `q` lies, as `torch.quantile`: linear between the two neighbouring values,
+        each known to within 2^-8 of itself (2^-133 at zero). ValueError unless 0 ≤ q ≤ 1."""
         asked = np.asarray(q, np.float64)
         if not ((asked >= 0) & (asked <= 1)).all(): raise ValueError(f"q={q!r} must be a share between 0 and 1")
         found = _interpolated(self.values, self.counts, asked) if self.count else np.full(asked.shape, np.nan)
         return float(found) if asked.ndim == 0 else found
 
     def outside(self, low: float, high: float) -> int:
-        "How many finite values a range cuts off for certain. The two buckets that its ends lie in may hold more; not if exact."
+        """How many finite values a range cuts off for certain. The two buckets that its ends lie in may hold more;
+        not if exact."""
         lower, upper = (self.values, self.values) if self.exact else cells(self.codes, False)
         return int(self.counts[(upper < low) | (lower > high)].sum())
 
     def linear(self, bins: int, low: float | None = None, high: float | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Counts, float64 (bins,), and edges (bins + 1,) of equal bins, by default over all. A bucket's values are spread evenly
-        over its cell; values beyond the range are in the outermost bins. So the sum is `count`, to float64 rounding."""
+        """Counts, float64 (bins,), and edges (bins + 1,) of equal bins, by default over all. A bucket's values are
+        spread evenly over its cell; values beyond the range are in the outermost bins. So the sum is `count`, to
+        float64 rounding."""
         lower, upper = cells(self.codes, self.exact)
         first, last = (lower[0], upper[-1]) if self.count else (0.0, 1.0)
         edges = _edges(bins, float(first) if low is None else low, float(last) if high is None else high)
@@ -277,7 +305,8 @@ class Distribution(Buckets):
 
 # %% ../nbs/02_histogram.ipynb #5e080ef0
 class Histogram(Distribution):
-    "The mergeable histogram of a multiset of numbers. Each value is known to within 2^-8 of itself; exactly, if `exact`."
+    """The mergeable histogram of a multiset of numbers. Each value is known to within 2^-8 of itself; exactly, if
+    `exact`."""
 
     @classmethod
     def of(cls, value: Tensor) -> "Histogram":
@@ -311,14 +340,16 @@ class Histogram(Distribution):
         return type(self)(codes, counts, self.nan, self.pos_inf + self.neg_inf, 0, self.exact)
 
     def __repr__(self) -> str:
-        (low, high), apart = self.bounds, self.nan + self.pos_inf + self.neg_inf
+        (low, high) = self.bounds
+        apart = self.nan + self.pos_inf + self.neg_inf
         more = f", {apart:,} non-finite" if apart else ""
         return f"Histogram({self.count:,} values{more}, in {len(self.codes):,} buckets, {low:.4g} … {high:.4g})"
 
 # %% ../nbs/02_histogram.ipynb #aec9cbd7
 def dense_counts(histogram: Buckets) -> Tensor:
     "Counts as `bucket_counts` gives them, int64 (65536,). NaN, which has many patterns, is in the last bucket."
-    counts, codes = np.zeros(N_BUCKETS, np.int64), histogram.codes
+    counts = np.zeros(N_BUCKETS, np.int64)
+    codes = histogram.codes
     counts[np.where(codes < 0, _magnitude(codes), codes.astype(np.int64) + N_BUCKETS // 2)] = histogram.counts
     counts[[_INF, N_BUCKETS // 2 + _INF, -1]] = histogram.neg_inf, histogram.pos_inf, histogram.nan
     return torch.from_numpy(counts)
@@ -330,7 +361,8 @@ def sum_of(
     dtype: torch.dtype = torch.float32,   # What `fn` is given; bfloat16 shows what happens in bfloat16
     points: int = 4,                      # Where a bucket is an interval: at how many places in it
 ) -> float:
-    "Σ fn(x) over all finite values, in float64. If `exact` it is that sum; else as if each bucket's values lay evenly in it."
+    """Σ fn(x) over all finite values, in float64. If `exact` it is that sum; else as if each bucket's values lay
+    evenly in it."""
     at = torch.from_numpy(_points(histogram.codes, histogram.exact, points)).to(dtype)
     result = fn(at.reshape(-1))
     if result.shape != (at.numel(),):

@@ -22,7 +22,17 @@ from compressed_tensors.quantization import QuantizationArgs
 from matplotlib.axes import Axes
 from traitlets import TraitError
 
-from .analysis import BY_HAND, DERIVED, Answers, args_of, best_of, conclusion_by_hand, outlier_ratio, place_in_words, usual_observers
+from qcal_nb.analysis import (
+    BY_HAND,
+    DERIVED,
+    Answers,
+    args_of,
+    best_of,
+    conclusion_by_hand,
+    outlier_ratio,
+    place_in_words,
+    usual_observers,
+)
 from .calibration_record import CalibrationRecord, Key
 from .conclusions import Asked, Conclusion, label_of
 from .markup import block, error_html, warning_html
@@ -35,51 +45,114 @@ from .state import FORMATS, SHOWN, WorkbenchState
 from .tensor_stats import TensorStats
 
 # %% ../nbs/14e_inspector.ipynb #02556694
-READOUT = ["observer", "scale", "scale_min", "scale_max", "scales", "zero_point", "clipped", "mse", "sqnr_db", "bound_db", "levels_used", "levels",
-           "at_limit", "best", "own", "reason"]
+READOUT = [
+    "observer",
+    "scale",
+    "scale_min",
+    "scale_max",
+    "scales",
+    "zero_point",
+    "clipped",
+    "mse",
+    "sqnr_db",
+    "bound_db",
+    "levels_used",
+    "levels",
+    "at_limit",
+    "best",
+    "own",
+    "reason",
+]
 SEARCHING = "being searched …"  # the reason of a conclusion that is on its way
 
 
 def readout(found: list[Conclusion], costs: list[dict[str, Any]], own: str = "") -> list[dict[str, Any]]:
-    "A row per conclusion, with what it costs, and which is the best (`analysis.best_of`); `own` is the observer that the recipe names."
+    """A row per conclusion, with what it costs, and which is the best (`analysis.best_of`); `own` is the observer
+    that the recipe names."""
     best = best_of(*([cost[name] for cost in costs] for name in ("sqnr_db", "bound_db", "observer")), own)
-    return [{name: cost.get(name) for name in READOUT} | dict(scales=0 if c.scale is None else c.scale.numel(), levels=len(code_points(c.args)),
-                                                              best=i == best, own=cost["observer"] == own)
-            for i, (c, cost) in enumerate(zip(found, costs))]
+    return [
+        {name: cost.get(name) for name in READOUT}
+        | dict(
+            scales=0 if c.scale is None else c.scale.numel(),
+            levels=len(code_points(c.args)),
+            best=i == best,
+            own=cost["observer"] == own,
+        )
+        for i, (c, cost) in enumerate(zip(found, costs))
+    ]
 
 # %% ../nbs/14e_inspector.ipynb #4e7c047c
-_HEAD = {"": "", "scale": "the distance between two numbers that can be stored", "zero point": "which code stands for 0",
-         "clipped": "the share of values beyond the range", "MSE": "mean squared error, in the tensor's units squared",
-         "SQNR": "signal over quantization noise: the larger, the better; 6 dB are one bit", "levels used": "how many of the codes occur at all"}
+_HEAD = {
+    "": "",
+    "scale": "the distance between two numbers that can be stored",
+    "zero point": "which code stands for 0",
+    "clipped": "the share of values beyond the range",
+    "MSE": "mean squared error, in the tensor's units squared",
+    "SQNR": "signal over quantization noise: the larger, the better; 6 dB are one bit",
+    "levels used": "how many of the codes occur at all",
+}
 
 
 def _cells(values: dict[str, Any]) -> list[str]:
     "What a row says, in words and numbers."
     row = SimpleNamespace(**values)
-    many = f"{row.scales:,} scales, {row.scale_min:.3g} … {row.scale_max:.3g}; drawn is the largest" if row.scales > 1 else f"{row.scale:.4g}"
+    many = (
+        f"{row.scales:,} scales, {row.scale_min:.3g} … {row.scale_max:.3g}; drawn is the largest"
+        if row.scales > 1
+        else f"{row.scale:.4g}"
+    )
     if not math.isfinite(row.mse): return [many, f"{row.zero_point:.0f}" if row.scales == 1 else "", "", "", "", ""]
     share = f"{100 * row.clipped:.2g} %" if row.clipped else "nothing"
-    noise = "no error" if row.sqnr_db == math.inf else "no signal" if row.sqnr_db != row.sqnr_db else f"{row.sqnr_db:.1f} dB"
-    bound = f" <span class='faint'>± {row.bound_db:.2g}</span>" if 0 < row.bound_db < math.inf and noise.endswith("dB") else ""
-    return [many, f"{row.zero_point:.0f}", share, f"{row.mse:.3g}", noise + bound, f"{row.levels_used:.0f} of {row.levels}"]
+    noise = (
+        "no error"
+        if row.sqnr_db == math.inf
+        else "no signal"
+        if row.sqnr_db != row.sqnr_db
+        else f"{row.sqnr_db:.1f} dB"
+    )
+    bound = (
+        f" <span class='faint'>± {row.bound_db:.2g}</span>"
+        if 0 < row.bound_db < math.inf and noise.endswith("dB")
+        else ""
+    )
+    return [
+        many,
+        f"{row.zero_point:.0f}",
+        share,
+        f"{row.mse:.3g}",
+        noise + bound,
+        f"{row.levels_used:.0f} of {row.levels}",
+    ]
 
 
 def _name(row: dict[str, Any]) -> str:
     dot = f'<span class="dot" style="background: {HAND}"></span>' if row["observer"] == BY_HAND else ""
-    limit, tip = " <span class='faint'>(at the limit of its search)</span>", "the largest SQNR; of those that cannot be told apart the recipe’s, else the first"
-    best, own = f' <b title="{tip}">★ best</b>', " <span class='faint'>(the recipe’s)</span>"
+    limit = " <span class='faint'>(at the limit of its search)</span>"
+    tip = "the largest SQNR; of those that cannot be told apart the recipe’s, else the first"
+    best = f' <b title="{tip}">★ best</b>'
+    own = " <span class='faint'>(the recipe’s)</span>"
     return f"{dot}{escape(row['observer'])}{own if row['own'] else ''}{limit if row['at_limit'] else ''}{best if row['best'] else ''}"
 
 
 def readout_html(table: list[dict[str, Any]]) -> str:
     "The read-out as a table; observers that cannot say anything stand below it, with the reason."
     head = "".join(f'<th title="{tip}" scope="col">{name}</th>' for name, tip in _HEAD.items())
-    rows, reasons = "", {}
+    rows = ""
+    reasons = {}
     for row in table:
-        if row["reason"] == SEARCHING: rows += f'<tr><th scope="row">{_name(row)}</th><td colspan="6" class="faint">{SEARCHING}</td></tr>'
-        elif row["scales"]: rows += f'<tr><th scope="row">{_name(row)}</th>' + "".join(f'<td class="n">{cell}</td>' for cell in _cells(row)) + "</tr>"
-        else: reasons.setdefault(row["reason"], []).append(row["observer"])
-    below = "".join(f'<div class="faint">{escape(", ".join(names))}: {escape(why)}</div>' for why, names in reasons.items())
+        if row["reason"] == SEARCHING:
+            rows += f'<tr><th scope="row">{_name(row)}</th><td colspan="6" class="faint">{SEARCHING}</td></tr>'
+        elif row["scales"]:
+            rows += (
+                f'<tr><th scope="row">{_name(row)}</th>'
+                + "".join(f'<td class="n">{cell}</td>' for cell in _cells(row))
+                + "</tr>"
+            )
+        else:
+            reasons.setdefault(row["reason"], []).append(row["observer"])
+    below = "".join(
+        f'<div class="faint">{escape(", ".join(names))}: {escape(why)}</div>' for why, names in reasons.items()
+    )
     return block(f'<div style="overflow-x: auto"><table><tr>{head}</tr>{rows}</table></div>{below}')
 
 # %% ../nbs/14e_inspector.ipynb #00d14ea7
@@ -87,42 +160,76 @@ def verdict(table: list[dict[str, Any]], clip: float) -> str:
     "What the read-out says about the scale by hand, in a sentence; empty while that is not known."
     known = {row["observer"]: row for row in table if math.isfinite(row["sqnr_db"])}
     if BY_HAND not in known: return ""
-    at, hand = f"By hand, {'the whole range' if clip == 1 else f'{100 * clip:.3g} % of the range'}", known.pop(BY_HAND)
+    at = f"By hand, {'the whole range' if clip == 1 else f'{100 * clip:.3g} % of the range'}"
+    hand = known.pop(BY_HAND)
     if not known: return f"{at}: {hand['sqnr_db']:.1f} dB."
     best = next((row for row in known.values() if row["best"]), max(known.values(), key=lambda row: row["sqnr_db"]))
-    more, name = hand["sqnr_db"] - best["sqnr_db"], escape(best["observer"])
+    more = hand["sqnr_db"] - best["sqnr_db"]
+    name = escape(best["observer"])
     sure = max(0.05, sum(row["bound_db"] for row in (hand, best) if row["bound_db"] and math.isfinite(row["bound_db"])))
-    if abs(more) < sure: return f"{at}: as good as {name}, the best observer. Move <i>Clip range</i> to look for a better one."
+    if abs(more) < sure:
+        return f"{at}: as good as {name}, the best observer. Move <i>Clip range</i> to look for a better one."
     if more > 0: return f"{at}: <b>{more:.1f} dB better</b> than {name}, the best observer."
     return f"{at}: {-more:.1f} dB worse than {name}, the best observer. Move <i>Clip range</i> to come closer."
 
 # %% ../nbs/14e_inspector.ipynb #39eedf30
 def most_interesting(record: CalibrationRecord, base_name: str) -> str:
     "The module whose tensor has the largest `outlier_ratio`, the first of equals; empty if nothing was seen."
-    ratios = {module: outlier_ratio(stats) for (module, base), stats in record.tensors.items() if base == base_name and stats.numel}
+    ratios = {
+        module: outlier_ratio(stats)
+        for (module, base), stats in record.tensors.items()
+        if base == base_name and stats.numel
+    }
     return max(ratios, key=lambda module: ratios[module] if math.isfinite(ratios[module]) else -1.0, default="")
 
 
-def tensor_to_show(record: CalibrationRecord, selected: str, base_name: str, automatic: Callable[[], str]) -> tuple[Key | None, str]:
-    "The tensor to show, or None and in words why there is none and what to do. `automatic` names a module where none is selected."
+def tensor_to_show(
+    record: CalibrationRecord, selected: str, base_name: str, automatic: Callable[[], str]
+) -> tuple[Key | None, str]:
+    """The tensor to show, or None and in words why there is none and what to do. `automatic` names a module where
+    none is selected."""
     bases = [base for base in SHOWN if any(b == base for _, b in record.tensors)]
-    if not bases: return None, "Nothing recorded yet. Initialize, start and feed a batch: while it passes, the values of every tensor are counted."
-    if base_name not in bases: return None, f"No {base_name} was recorded; there is {', '.join(bases)}. Choose one of them as Tensor."
+    if not bases:
+        return (
+            None,
+            "Nothing recorded yet. Initialize, start and feed a batch: while it passes, the values of every "
+            "tensor are counted.",
+        )
+    if base_name not in bases:
+        return None, f"No {base_name} was recorded; there is {', '.join(bases)}. Choose one of them as Tensor."
     if selected and (selected, base_name) not in record.tensors:
         return None, f"{selected} has no {base_name} in this record. Choose another module."
     module = selected or automatic()
     if not module or not record.tensors[module, base_name].numel:
-        other = " The weights can be looked at already: choose weight as Tensor." if base_name != "weight" and "weight" in bases else ""
-        return None, f"Nothing was seen of {'any ' + base_name if not module else f'the {base_name} of {module}'} so far: feed a batch.{other}"
+        other = (
+            " The weights can be looked at already: choose weight as Tensor."
+            if base_name != "weight" and "weight" in bases
+            else ""
+        )
+        return (
+            None,
+            f"Nothing was seen of {'any ' + base_name if not module else f'the {base_name} of {module}'} so far: "
+            f"feed a batch.{other}",
+        )
     return (module, base_name), ""
 
 # %% ../nbs/14e_inspector.ipynb #ed2992c1
 def heading_html(stats: TensorStats, key: Key, automatic: int, args: QuantizationArgs, source: str = "") -> str:
-    "Which tensor is shown and why, what it holds, and to what it is quantized (`source`: who says so). `automatic`: of how many it was chosen."
-    what = f"{stats.count:,} values from {stats.min:.4g} to {stats.max:.4g}" if stats.count else "nothing finite was seen of it"
+    """Which tensor is shown and why, what it holds, and to what it is quantized (`source`: who says so).
+    `automatic`: of how many it was chosen."""
+    what = (
+        f"{stats.count:,} values from {stats.min:.4g} to {stats.max:.4g}"
+        if stats.count
+        else "nothing finite was seen of it"
+    )
     ratio = outlier_ratio(stats)
-    if ratio > 1.05: what += f"; the largest is {ratio:.3g} times as large as 999 of 1,000 of them"
-    why = f"<div class='faint'>None is selected; of {automatic:,} this one has the largest outliers.</div>" if automatic > 1 else ""
+    if ratio > 1.05:
+        what += f"; the largest is {ratio:.3g} times as large as 999 of 1,000 of them"
+    why = (
+        f"<div class='faint'>None is selected; of {automatic:,} this one has the largest outliers.</div>"
+        if automatic > 1
+        else ""
+    )
     to = f"{describe_args(args).partition(', static')[0]}{f' ({source})' if source else ''}"
     return block(f"<b>{escape(key[0])}</b> {key[1]}: {what}. Quantized to {to}.{why}")
 
@@ -131,31 +238,51 @@ def notes_html(stats: TensorStats, table: list[dict[str, Any]]) -> str:
     "What is odd about the tensor, each in a warning."
     notes = []
     if stats.nan or stats.inf:
-        notes.append(f"{stats.nan:,} NaN and {stats.inf:,} infinite values were left out, the first a {place_in_words(stats.first_nonfinite)}.")
-    if stats.count and not stats.absmax: notes.append("All of its values are 0. Any scale will do, and the smallest there is was taken.")
+        notes.append(
+            f"{stats.nan:,} NaN and {stats.inf:,} infinite values were left out, the first a "
+            f"{place_in_words(stats.first_nonfinite)}."
+        )
+    if stats.count and not stats.absmax:
+        notes.append("All of its values are 0. Any scale will do, and the smallest there is was taken.")
     if any(row["scales"] > 1 for row in table):
-        notes.append("The scheme has many scales here. What they cost together a histogram of the whole tensor cannot tell; by hand is one scale for all.")
+        notes.append(
+            "The scheme has many scales here. What they cost together a histogram of the whole tensor cannot "
+            "tell; by hand is one scale for all."
+        )
     return "".join(warning_html(note) for note in notes)
 
 # %% ../nbs/14e_inspector.ipynb #d81f10f4
 PAGES = ("Histogram", "Scales", "Batches", "Channels")
 AUTOMATIC = ("choose for me: the largest outliers", "")
 ATTACHED = ("the recipe's own", "")  # where it names none, or for another format: static_minmax
-_TIPS = {"base_name": "Which tensor of each module to look at", "selected": "The module to look at; the other panels follow",
-         "format": "The number format that scales are asked for", "symmetric": "Put the zero point in the middle of the codes (int formats; with a format of its own)",
-         "clip": "How much of the range the scale by hand covers; what lies beyond is clipped",
-         "log_counts": "Show counts on a logarithmic axis, so that few values are seen beside many",
-         "grid": "Show the numbers that can be stored as strokes", "observer": "Whose scales to show, for every module of the model"}
+_TIPS = {
+    "base_name": "Which tensor of each module to look at",
+    "selected": "The module to look at; the other panels follow",
+    "format": "The number format that scales are asked for",
+    "symmetric": "Put the zero point in the middle of the codes (int formats; with a format of its own)",
+    "clip": "How much of the range the scale by hand covers; what lies beyond is clipped",
+    "log_counts": "Show counts on a logarithmic axis, so that few values are seen beside many",
+    "grid": "Show the numbers that can be stored as strokes",
+    "observer": "Whose scales to show, for every module of the model",
+}
 
 
 def _make_inspector_controls(panel: "HistogramInspector") -> None:
-    def wide(width: int) -> dict[str, Any]: return dict(layout=w.Layout(width=f"{width}px"), style=dict(description_width="auto"))
+    def wide(width: int) -> dict[str, Any]:
+        return dict(layout=w.Layout(width=f"{width}px"), style=dict(description_width="auto"))
     box = dict(indent=False, layout=w.Layout(width="auto", margin="2px 16px 2px 0"))
     panel.base_name = w.Dropdown(options=["input", "weight"], description="Tensor", **wide(170))
     panel.selected = w.Dropdown(options=[AUTOMATIC], description="Module", **wide(420))
-    panel.format = w.SelectionSlider(options=[("as in the scheme", ""), *((f, f) for f in FORMATS)], description="Format", **wide(400))
-    panel.symmetric = w.Checkbox(description="Symmetric", indent=False, layout=w.Layout(width="auto", margin="2px 16px 2px 24px"))  # off the slider's words
-    panel.clip = w.FloatSlider(1.0, min=0.005, max=1, step=0.005, readout_format=".1%", description="Clip range (by hand)", **wide(420))
+    panel.format = w.SelectionSlider(
+        options=[("as in the scheme", ""), *((f, f) for f in FORMATS)], description="Format", **wide(400)
+    )
+    # off the slider's words
+    panel.symmetric = w.Checkbox(
+        description="Symmetric", indent=False, layout=w.Layout(width="auto", margin="2px 16px 2px 24px")
+    )
+    panel.clip = w.FloatSlider(
+        1.0, min=0.005, max=1, step=0.005, readout_format=".1%", description="Clip range (by hand)", **wide(420)
+    )
     panel.log_counts = w.Checkbox(description="Logarithmic counts", **box)
     panel.grid = w.Checkbox(description="Numbers that can be stored", **box)
     panel.observer = w.Dropdown(options=[ATTACHED], description="Observer", **wide(300))
@@ -163,13 +290,18 @@ def _make_inspector_controls(panel: "HistogramInspector") -> None:
         control = getattr(panel, name)
         control.tooltip = tip
         control.add_class(f"qcal-inspector-{name.replace('_', '-')}")
-        if name != "observer": control.observe(lambda change, name=name: panel.choose(name, change), names=["value"])
+        if name != "observer":
+            control.observe(lambda change, name=name: panel.choose(name, change), names=["value"])
     panel.observer.observe(lambda change: panel._filling or panel.refresh("observer"), names=["value"])
 
 # %% ../nbs/14e_inspector.ipynb #2126f4a3
-_KEY = (f'<div class="faint">Columns: how many values are of that size. <span aria-hidden="true">|</span> a number that can be stored. '
-        f'Dashed lines: the ends of an observer\'s range; what lies too far beyond is clipped, and shaded. <span class="dot" style="background: {HAND}"></span>by hand. '
-        'A click into the picture puts the end of the range there.</div>')
+_KEY = (
+    '<div class="faint">Columns: how many values are of that size. <span aria-hidden="true">|</span> a number '
+    "that can be stored. "
+    "Dashed lines: the ends of an observer's range; what lies too far beyond is clipped, and shaded. <span "
+    f'class="dot" style="background: {HAND}"></span>by hand. '
+    "A click into the picture puts the end of the range there.</div>"
+)
 
 
 def _make_pages(panel: "HistogramInspector") -> None:
@@ -178,16 +310,26 @@ def _make_pages(panel: "HistogramInspector") -> None:
     for name in ("heading", "problem", "notes", "message", "readout_box", "verdict", "scales_note"):
         setattr(panel, name, w.HTML())
         getattr(panel, name).add_class(f"qcal-inspector-{name.replace('_', '-')}")
-    for name, picture in panel.pictures.items(): picture.add_class(f"qcal-inspector-{name.lower()}")
-    by_hand, switches = w.HBox([panel.clip]), w.HBox([panel.log_counts, panel.grid])
-    first = w.VBox([by_hand, panel.pictures["Histogram"], w.HTML(block(_KEY)), switches, panel.verdict, panel.readout_box])
-    pages = [first, w.VBox([panel.observer, panel.scales_note, panel.pictures["Scales"]]), panel.pictures["Batches"], panel.pictures["Channels"]]
+    for name, picture in panel.pictures.items():
+        picture.add_class(f"qcal-inspector-{name.lower()}")
+    by_hand = w.HBox([panel.clip])
+    switches = w.HBox([panel.log_counts, panel.grid])
+    first = w.VBox(
+        [by_hand, panel.pictures["Histogram"], w.HTML(block(_KEY)), switches, panel.verdict, panel.readout_box]
+    )
+    pages = [
+        first,
+        w.VBox([panel.observer, panel.scales_note, panel.pictures["Scales"]]),
+        panel.pictures["Batches"],
+        panel.pictures["Channels"],
+    ]
     panel.tabs = w.Tab(pages, titles=PAGES)
     panel.tabs.add_class("qcal-tabs")
     panel.tabs.add_class("qcal-inspector-tabs")
     panel.tabs.observe(lambda _: panel.refresh("tab"), names=["selected_index"])
     panel.pictures["Histogram"].observe(lambda change: _click(panel, change.new), names=["clicked"])
-    where, how = w.HBox([panel.base_name, panel.selected]), w.HBox([panel.format, panel.symmetric])
+    where = w.HBox([panel.base_name, panel.selected])
+    how = w.HBox([panel.format, panel.symmetric])
     panel.children = [panel._style, where, how, panel.heading, panel.problem, panel.message, panel.notes, panel.tabs]
     panel.add_class("qcal-inspector")
 
@@ -201,12 +343,15 @@ def _click(panel: "HistogramInspector", at: list) -> None:
     if key is None or len(at) < 2 or panel.live.ax is None: return
     width, height = panel.live.ax.figure.bbox.size
     value, _ = panel.live.ax.transData.inverted().transform((at[0] * width, (1 - at[1]) * height))
-    if absmax := panel.session.record[key].absmax: panel.state.clip = float(min(1.0, max(panel.clip.min, abs(value) / absmax)))
+    if absmax := panel.session.record[key].absmax:
+        panel.state.clip = float(min(1.0, max(panel.clip.min, abs(value) / absmax)))
 
 
 def _automatic(panel: "HistogramInspector") -> str:
     "The module to show where none is selected; while batches run it stays the same."
-    record, base, (seen, its_base, module) = panel.session.record, panel.state.base_name, panel._picked
+    record = panel.session.record
+    base = panel.state.base_name
+    (seen, its_base, module) = panel._picked
     if base != its_base or (module, base) not in record.tensors or not (seen is record or panel.session.running):
         panel._picked = record, base, most_interesting(record, base)
     return panel._picked[2]
@@ -216,8 +361,10 @@ def _refresh_inspector(panel: "HistogramInspector", what: str = "") -> None:
     "Bring a panel up to date; a fault is explained in it. Worker and page take turns."
     with panel._turn:
         panel._todo.clear()
-        try: _refresh(panel, what)
-        except Exception as error: panel.problem.value = error_html(error)
+        try:
+            _refresh(panel, what)
+        except Exception as error:
+            panel.problem.value = error_html(error)
 
 
 def _refresh(panel: "HistogramInspector", what: str) -> None:
@@ -230,25 +377,36 @@ def _refresh(panel: "HistogramInspector", what: str) -> None:
         panel.heading.value = panel.notes.value = ""
         panel.rows = []
         return
-    record, state = panel.session.record, panel.state
+    record = panel.session.record
+    state = panel.state
     of = 0 if state.selected else sum(b == key[1] and s.numel > 0 for (_, b), s in record.tensors.items())
-    attached = any((*key, name) in record.conclusions for name in record.observers)  # only they know what the scheme asked for
-    source = "" if state.format else "as in the scheme" if attached else "the default: no observer was attached while recording"
+    # only they know what the scheme asked for
+    attached = any((*key, name) in record.conclusions for name in record.observers)
+    source = (
+        ""
+        if state.format
+        else "as in the scheme"
+        if attached
+        else "the default: no observer was attached while recording"
+    )
     panel.heading.value = heading_html(record[key], key, of, state.args() or args_of(record, key), source)
     (_show_histogram, _show_scales, _show_batches, _show_channels)[panel.tabs.selected_index or 0](panel, key, what)
 
 # %% ../nbs/14e_inspector.ipynb #f2d04cdf
 def _fill(panel: "HistogramInspector") -> None:
     "Bring the controls up to date with record and state, without choosing anything."
-    state, record = panel.state, panel.session.record
+    state = panel.state
+    record = panel.session.record
     panel._filling = True
     bases = [b for b in SHOWN if b == state.base_name or any(b == base for _, base in record.tensors)]
     modules = [m for m, b in record.tensors if b == state.base_name]
-    if state.selected and state.selected not in modules: modules.append(state.selected)
+    if state.selected and state.selected not in modules:
+        modules.append(state.selected)
     _offer(panel.base_name, [(b, b) for b in bases])
     _offer(panel.selected, [AUTOMATIC, *((m, m) for m in modules)])
     _offer(panel.observer, [ATTACHED, *((name, name) for name in dict.fromkeys([*record.observers, *DERIVED]))])
-    for name in _HEARD: getattr(panel, name).value = getattr(state, name)
+    for name in _HEARD:
+        getattr(panel, name).value = getattr(state, name)
     panel.symmetric.disabled = not state.format.startswith("int")
     panel._filling = False
 
@@ -258,42 +416,56 @@ def _offer(control: w.Dropdown, options: list[tuple[str, str]]) -> None:
     if list(control.options) == options: return
     before = control.value
     control.options = options
-    if before in [value for _, value in options]: control.value = before
+    if before in [value for _, value in options]:
+        control.value = before
 
 
 def _ask(panel: "HistogramInspector", key: Key, name: str, live: bool) -> Conclusion:
     "What an observer concludes; if that would take long and somebody is waiting, a conclusion that is on its way."
-    record, args = panel.session.record, panel.state.args()
+    record = panel.session.record
+    args = panel.state.args()
     slow = name in ("entropy", "histogram_mse") and not panel.answers.knows(record, key, name, args)
     if not slow or not (live or _waiting(panel)): return panel.answers.conclusion(record, key, name, args)
-    if not live: panel._todo.append(lambda: panel.answers.row(panel.answers.conclusion(record, key, name, args), record[key]))
+    if not live:
+        panel._todo.append(lambda: panel.answers.row(panel.answers.conclusion(record, key, name, args), record[key]))
     return Conclusion(name, key[1], args or args_of(record, key), reason=SEARCHING)
 
 # %% ../nbs/14e_inspector.ipynb #f827dca7
 def _waiting(panel: "HistogramInspector") -> bool:
     "Whether somebody at the page waits for an answer, and there is a loop to go on in afterwards."
-    try: return panel._hurried and asyncio.get_running_loop() is not None
-    except RuntimeError: return False
+    try:
+        return panel._hurried and asyncio.get_running_loop() is not None
+    except RuntimeError:
+        return False
 
 
 def _go_on(panel: "HistogramInspector") -> None:
     "Do a little of what is left to find, and come back for the rest; show it when all is found."
     with panel._turn:
-        began, left = time.perf_counter(), len(panel._todo)
-        while panel._todo and time.perf_counter() - began < 0.025: panel._todo.pop(0)()
-        if panel._todo: asyncio.get_running_loop().call_later(0.01, _go_on, panel)
-        elif left: panel.refresh("found")
+        began = time.perf_counter()
+        left = len(panel._todo)
+        while panel._todo and time.perf_counter() - began < 0.025:
+            panel._todo.pop(0)()
+        if panel._todo:
+            asyncio.get_running_loop().call_later(0.01, _go_on, panel)
+        elif left:
+            panel.refresh("found")
 
 
 def _own(panel: "HistogramInspector", key: Key) -> str:
     "The observer that the recipe names for a tensor; looked up once for all tensors of a recipe."
-    recipe, of, owns = panel.session.modifier, len(panel.session.record.tensors), panel._owns
-    if owns[0] is not recipe or owns[1] != of: owns = panel._owns = recipe, of, {k: label_of(one) for k, one in panel.session.own_observers().items()}
+    recipe = panel.session.modifier
+    of = len(panel.session.record.tensors)
+    owns = panel._owns
+    if owns[0] is not recipe or owns[1] != of:
+        owns = panel._owns = recipe, of, {k: label_of(one) for k, one in panel.session.own_observers().items()}
     return owns[2].get(key, "")
 
 
 def _show_histogram(panel: "HistogramInspector", key: Key, what: str) -> None:
-    record, state, stats = panel.session.record, panel.state, panel.session.record[key]
+    record = panel.session.record
+    state = panel.state
+    stats = panel.session.record[key]
     names = usual_observers(record, key[1])
     found = [_ask(panel, key, name, what == "batch") for name in names]
     found.append(conclusion_by_hand(stats, key[1], state.args() or args_of(record, key), state.clip))
@@ -301,17 +473,23 @@ def _show_histogram(panel: "HistogramInspector", key: Key, what: str) -> None:
     panel.rows = readout(found, costs, _own(panel, key))
     panel.readout_box.value, panel.verdict.value = readout_html(panel.rows), block(verdict(panel.rows, state.clip))
     panel.notes.value = notes_html(stats, panel.rows)
-    picture, drawable = panel.pictures["Histogram"], [c for c in found if not c.reason or c.reason == SEARCHING]
+    picture = panel.pictures["Histogram"]
+    drawable = [c for c in found if not c.reason or c.reason == SEARCHING]
     if stats.count:
         panel.live.draw(stats, key[1], drawable, state.log_counts, state.grid)
         picture.alt, picture.png = alt_text(panel.heading.value, panel.rows), panel.live.png()
     picture.layout.display = "" if stats.count else "none"
-    if panel._todo: asyncio.get_running_loop().call_later(0.02, _go_on, panel)
+    if panel._todo:
+        asyncio.get_running_loop().call_later(0.02, _go_on, panel)
 
 # %% ../nbs/14e_inspector.ipynb #1f49cef0
 def alt_text(heading: str, table: list[dict[str, Any]]) -> str:
     "The histogram in words, for those who cannot see it."
-    rows = [f"{r['observer']} {r['sqnr_db']:.1f} dB, clips {100 * r['clipped']:.2g} %" for r in table if math.isfinite(r["sqnr_db"])]
+    rows = [
+        f"{r['observer']} {r['sqnr_db']:.1f} dB, clips {100 * r['clipped']:.2g} %"
+        for r in table
+        if math.isfinite(r["sqnr_db"])
+    ]
     best = "".join(f"; best is {row['observer']}" for row in table if row["best"])
     return f"Histogram of {without_tags(heading)} SQNR: {'; '.join(rows) or 'not known'}{best}."
 
@@ -323,23 +501,40 @@ def without_tags(html: str) -> str:
 
 # %% ../nbs/14e_inspector.ipynb #a7427f49
 def _show_scales(panel: "HistogramInspector", key: Key, what: str) -> None:
-    record, args, base = panel.session.record, panel.state.args(), key[1]
-    own = {} if args or panel.observer.value else {k: one for k, one in panel.session.own_observers().items() if k[1] == base}
+    record = panel.session.record
+    args = panel.state.args()
+    base = key[1]
+    own = (
+        {}
+        if args or panel.observer.value
+        else {k: one for k, one in panel.session.own_observers().items() if k[1] == base}
+    )
     names = list({label_of(one): one for one in own.values()}.values())
     observer = panel.observer.value or (names or ["static_minmax"])[0]
-    def conclude(record: CalibrationRecord, key: Key, asked: Asked, args: Any) -> Any: return panel.answers.conclusion(record, key, own.get(key, asked), args)
-    todo = [k for k in record.tensors if k[1] == base and not panel.answers.knows(record, k, own.get(k, observer), args)] if _waiting(panel) else []
-    panel.scales_note.value = block(f"<span class='faint'>Finding the scales of {len(todo):,} tensors …</span>") if len(todo) > 50 else ""
+    def conclude(record: CalibrationRecord, key: Key, asked: Asked, args: Any) -> Any:
+        return panel.answers.conclusion(record, key, own.get(key, asked), args)
+    todo = (
+        [k for k in record.tensors if k[1] == base and not panel.answers.knows(record, k, own.get(k, observer), args)]
+        if _waiting(panel)
+        else []
+    )
+    panel.scales_note.value = (
+        block(f"<span class='faint'>Finding the scales of {len(todo):,} tensors …</span>") if len(todo) > 50 else ""
+    )
     if len(todo) > 50:
         panel._todo += [lambda k=k: panel.answers.conclusion(record, k, own.get(k, observer), args) for k in todo]
         asyncio.get_running_loop().call_later(0.02, _go_on, panel)
         return
     about = record, base, repr(own) + str(observer), repr(args)
-    if panel._scales[1:] == about[1:] and panel._scales[0] is record: return  # whichever tensor is selected, the scales are the same
+    if panel._scales[1:] == about[1:] and panel._scales[0] is record:
+        return  # whichever tensor is selected, the scales are the same
     panel._scales, few = about, len({m for m, b in record.tensors if b == base}) <= 36
     ax = fixed_axes(9.0, 4.0 if few else 3.4, top=0.55, bottom=1.1 if few else 0.55)
     plot_scales(record, observer, base, ax, args=args, conclude=conclude)
-    if len(names) > 1: ax.set_title(ax.get_title().replace(f"as {label_of(names[0])} chose", f"as the recipe's {len(names)} observers chose"))
+    if len(names) > 1:
+        ax.set_title(
+            ax.get_title().replace(f"as {label_of(names[0])} chose", f"as the recipe's {len(names)} observers chose")
+        )
     _picture(panel, "Scales", ax)
 
 
@@ -352,27 +547,42 @@ def _show_channels(panel: "HistogramInspector", key: Key, what: str) -> None:
 
 
 def _picture(panel: "HistogramInspector", page: str, ax: Axes) -> None:
-    if legend := ax.get_legend(): legend.set_loc("center right" if page == "Batches" else "upper right")  # to look for the best place takes as long as the rest
+    if legend := ax.get_legend():
+        # to look for the best place takes as long as the rest
+        legend.set_loc("center right" if page == "Batches" else "upper right")
     said = ax.get_title() or " ".join(t.get_text() for t in ax.texts)
     panel.pictures[page].alt, panel.pictures[page].png = " ".join(said.split()), to_png(ax)
 
 # %% ../nbs/14e_inspector.ipynb #c075accf
 def _static_inspector(panel: "HistogramInspector") -> bytes:
     "What a reader without a kernel sees: the histogram with its numbers, or where the calibration stands."
-    record, state, (key, _) = panel.session.record, panel.state, panel.shown()
+    record = panel.session.record
+    state = panel.state
+    (key, _) = panel.shown()
     if key is None or not record[key].count: return static_picture(panel.session)
     hand = conclusion_by_hand(record[key], key[1], state.args() or args_of(record, key), state.clip)
-    names = [row["observer"] for row in panel.rows if row["observer"] != BY_HAND and not row["reason"]] or ["static_minmax"]
-    return to_png(plot_histogram(record, *key, names, state.args(), more=[hand], log_counts=state.log_counts, grid=state.grid))
+    names = [row["observer"] for row in panel.rows if row["observer"] != BY_HAND and not row["reason"]] or [
+        "static_minmax"
+    ]
+    return to_png(
+        plot_histogram(record, *key, names, state.args(), more=[hand], log_counts=state.log_counts, grid=state.grid)
+    )
 
 # %% ../nbs/14e_inspector.ipynb #fbad82f5
 class HistogramInspector(Panel):
-    "One tensor from near: its histogram with what observers and a scale by hand make of it, its batches and channels, and the scales of the model."
+    """One tensor from near: its histogram with what observers and a scale by hand make of it, its batches and
+    channels, and the scales of the model."""
 
     def __init__(self, session: Session, state: WorkbenchState | None = None) -> None:
         super().__init__(session, state)
-        self.answers, self.live, self.rows = Answers(), LiveHistogram(), []
-        self._turn, self._todo, self._picked, self._scales, self._owns = threading.RLock(), [], (None, "", ""), (None,), (None, 0, {})
+        self.answers = Answers()
+        self.live = LiveHistogram()
+        self.rows = []
+        self._turn = threading.RLock()
+        self._todo = []
+        self._picked = (None, "", "")
+        self._scales = (None,)
+        self._owns = (None, 0, {})
         self._filling = self._hurried = False
         _make_inspector_controls(self)
         _make_pages(self)
@@ -388,10 +598,15 @@ class HistogramInspector(Panel):
     def choose(self, name: str, change: Any) -> None:
         "Set a value of the state, as a control says; one that it refuses is explained in the panel."
         if self._filling: return
-        self._hurried, self.problem.value = bool(getattr(change.owner, "_property_lock", None)), ""  # locked: it came from the page
-        try: setattr(self.state, name, change.new)
-        except TraitError as error: self.problem.value = error_html(error)
-        finally: self._hurried = False
+        # locked: it came from the page
+        self._hurried = bool(getattr(change.owner, "_property_lock", None))
+        self.problem.value = ""
+        try:
+            setattr(self.state, name, change.new)
+        except TraitError as error:
+            self.problem.value = error_html(error)
+        finally:
+            self._hurried = False
 
     def shown(self) -> tuple[Key | None, str]:
         "Module path and base name of the tensor that is shown; else None, and in words why."

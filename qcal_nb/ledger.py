@@ -35,8 +35,11 @@ class Ledger:
         return Ledger(self.phase, *(deepcopy(part, memo) for part in (self.config, self.edits, self.prepared)))
 
     def __reduce__(self) -> Any:
-        raise TypeError("a model that is being calibrated or was cannot be pickled (torch.save): "
-                        "its replaced forwards would not come back. Take its scales with model.state_dict(), or reset_quantization(model) first")
+        raise TypeError(
+            "a model that is being calibrated or was cannot be pickled (torch.save): "
+            "its replaced forwards would not come back. Take its scales with model.state_dict(), or "
+            "reset_quantization(model) first"
+        )
 
 
 class LifecycleError(RuntimeError):
@@ -59,9 +62,11 @@ def phase_of(model: Module) -> str:
 
 @contextmanager
 def step(model: Module, ledger: Ledger) -> Iterator[None]:
-    "Run one step: the model's ledger becomes `ledger` with what the block edits, or everything is put back if it fails."
+    """Run one step: the model's ledger becomes `ledger` with what the block edits, or everything is put back if it
+    fails."""
     before = snapshot(model)
-    try: yield
+    try:
+        yield
     except BaseException:
         restore(model, before)
         raise
@@ -75,7 +80,8 @@ def start_anew(model: Module) -> Ledger:
     undo(ledger.edits)
     left = Ledger(prepared=ledger.prepared)
     model.__dict__.pop(LEDGER, None)
-    if left.prepared: model.__dict__[LEDGER] = left
+    if left.prepared:
+        model.__dict__[LEDGER] = left
     return left
 
 
@@ -83,8 +89,10 @@ def refuse_quantized(model: Module, verb: str) -> None:
     "ValueError if a model without a ledger is quantized all the same."
     for name, module in model.named_modules():
         if hasattr(module, "quantization_scheme") or hasattr(module, "quantization_status"):
-            raise ValueError(f"cannot {verb} this model: {name or 'it'} was quantized elsewhere (by a checkpoint, another tool, "
-                             "or as part of a larger model); load the unquantized model, or reset the model that was calibrated")
+            raise ValueError(
+                f"cannot {verb} this model: {name or 'it'} was quantized elsewhere (by a checkpoint, another tool, "
+                "or as part of a larger model); load the unquantized model, or reset the model that was calibrated"
+            )
 
 
 def put_back(model: Module, prepared: tuple[Edit, ...]) -> None:
@@ -93,7 +101,8 @@ def put_back(model: Module, prepared: tuple[Edit, ...]) -> None:
     undo(prepared)
     staying = {id(m) for m in model.modules()}
     for experts in apart:
-        if id(experts) not in staying: release(experts)
+        if id(experts) not in staying:
+            release(experts)
 
 
 def reset_quantization(model: Module) -> Module:
@@ -101,7 +110,8 @@ def reset_quantization(model: Module) -> Module:
     Same Parameter and module objects, nothing left behind."""
     ledger = ledger_of(model)
     refuse_if_held(model, "reset_quantization()")
-    if ledger is None: refuse_quantized(model, "reset")
+    if ledger is None:
+        refuse_quantized(model, "reset")
     put_back(model, start_anew(model).prepared)
     model.__dict__.pop(LEDGER, None)
     return model
@@ -112,10 +122,14 @@ def _prepare(model: Module, verb: str, work: Callable[[Module], Any]) -> None:
     refuse_if_held(model, f"{verb}()")
     ledger = ledger_of(model) or Ledger()
     if ledger.phase != "original":
-        raise LifecycleError(f"cannot {verb.replace('_', ' ')} of a model that is {ledger.phase}; reset_quantization(model) first")
-    with step(model, ledger): work(model)
+        raise LifecycleError(
+            f"cannot {verb.replace('_', ' ')} of a model that is {ledger.phase}; reset_quantization(model) first"
+        )
+    with step(model, ledger):
+        work(model)
     model.__dict__[LEDGER] = Ledger(prepared=(*ledger.prepared, *ledger_of(model).edits))
-    if not ledger_of(model).prepared: del model.__dict__[LEDGER]
+    if not ledger_of(model).prepared:
+        del model.__dict__[LEDGER]
 
 
 def take_over_offload(model: Module) -> None:
@@ -124,8 +138,9 @@ def take_over_offload(model: Module) -> None:
 
 
 def unfuse_experts(model: Module) -> Module:
-    """Replace fused experts by one Linear module for each of their matrices, `experts.{i}.{gate,up,down}_proj`: same weights (no copies),
-    same logits. `reset_quantization` puts the fused ones back. LifecycleError once the model is initialized. Returns the model."""
+    """Replace fused experts by one Linear module for each of their matrices, `experts.{i}.{gate,up,down}_proj`:
+    same weights (no copies), same logits. `reset_quantization` puts the fused ones back. LifecycleError once the
+    model is initialized. Returns the model."""
     _prepare(model, "unfuse_experts", take_experts_apart)
     return model
 
@@ -135,10 +150,13 @@ def experts_apart(model: Module, wanted: bool = True) -> Iterator[Module]:
     "Inside the block, experts of an original model are taken apart if `wanted`; afterwards they are as they were."
     before = ledger_of(model)
     apart = wanted and phase_of(model) == "original"
-    if apart: unfuse_experts(model)
-    try: yield model
+    if apart:
+        unfuse_experts(model)
+    try:
+        yield model
     finally:
         if apart and ledger_of(model) is not before:
             put_back(model, ledger_of(model).prepared[len(before.prepared) if before else 0:])
             model.__dict__.pop(LEDGER)
-            if before: model.__dict__[LEDGER] = before
+            if before:
+                model.__dict__[LEDGER] = before

@@ -63,7 +63,18 @@ from qcal_nb.snapshots import (
     QPARAMS, ModuleChange, Snapshot, changes, configs_of, qparams_of, restore, snapshot, stored_parameters,
 )
 
-_all_ = ["Coverage", "Ledger", "LifecycleError", "ModuleChange", "Snapshot", "changes", "ledger_of", "phase_of", "reset_quantization", "unfuse_experts"]
+_all_ = [
+    "Coverage",
+    "Ledger",
+    "LifecycleError",
+    "ModuleChange",
+    "Snapshot",
+    "changes",
+    "ledger_of",
+    "phase_of",
+    "reset_quantization",
+    "unfuse_experts",
+]
 
 # %% ../nbs/05_lifecycle.ipynb #1ce893b9
 QUANTIZABLE = (torch.nn.Linear, torch.nn.Embedding)
@@ -77,25 +88,40 @@ def _is_candidate(module: Module) -> bool:
 
 
 def schemes_by_module(model: Module, config: QuantizationConfig) -> dict[str, tuple[Module, QuantizationScheme]]:
-    """Name -> (module, scheme) for every module that the config would quantize, in model order: Linear and Embedding modules,
-    attention modules that a target means narrowly (not their parents or children too) or that the KV cache scheme reaches."""
+    """Name -> (module, scheme) for every module that the config would quantize, in model order: Linear and
+    Embedding modules, attention modules that a target means narrowly (not their parents or children too) or that
+    the KV cache scheme reaches."""
     by_target = {target: scheme for scheme in config.config_groups.values() for target in scheme.targets}
-    names, found = dict(model.named_modules()), {}
-    wide = {target: scheme for target, scheme in by_target.items() if target not in names}  # classes and patterns: asked of every module
-    exact = [(name, names[name]) for name in by_target if name in names and not is_match(name, names[name], config.ignore or [])]
+    names = dict(model.named_modules())
+    found = {}
+    # classes and patterns: asked of every module
+    wide = {target: scheme for target, scheme in by_target.items() if target not in names}
+    exact = [
+        (name, names[name])
+        for name in by_target
+        if name in names and not is_match(name, names[name], config.ignore or [])
+    ]
     for name, m in [*match_named_modules(model, list(wide), config.ignore or []), *exact]:
         scheme = by_target[name] if name in by_target else wide[match_targets(name, m, wide)[0]]
-        if isinstance(m, QUANTIZABLE) or (is_cached_attention_module(m) and is_narrow_match(model, scheme.targets, name, m)):
+        if isinstance(m, QUANTIZABLE) or (
+            is_cached_attention_module(m) and is_narrow_match(model, scheme.targets, name, m)
+        ):
             found[name] = (m, scheme)
     if config.kv_cache_scheme is None: return {name: found[name] for name in names if name in found}
     cache = QuantizationScheme(targets=list(KV_CACHE_TARGETS), input_activations=config.kv_cache_scheme)
-    found |= {n: (m, cache) for n, m in attention_modules(model).items() if n not in found and not is_match(n, m, config.ignore or [])}
+    found |= {
+        n: (m, cache)
+        for n, m in attention_modules(model).items()
+        if n not in found and not is_match(n, m, config.ignore or [])
+    }
     return {name: found[name] for name in names if name in found}
 
 
 def reaches_experts(model: Module, config: QuantizationConfig) -> bool:
     "Whether the config would quantize Linear modules that fused experts are not yet taken apart into."
-    return matches_experts(model, [target for scheme in config.config_groups.values() for target in scheme.targets], config.ignore or [])
+    return matches_experts(
+        model, [target for scheme in config.config_groups.values() for target in scheme.targets], config.ignore or []
+    )
 
 
 def is_cache_scheme(scheme: QuantizationScheme) -> bool:
@@ -116,17 +142,24 @@ def _indivisible(name: str, module: Module, scheme: QuantizationScheme) -> Itera
 
 
 def _impossible(name: str, module: Module, scheme: QuantizationScheme) -> Iterator[str]:
-    "What no shape can mend: strategies that no activation has, inputs that are token ids, forwards that cannot be wrapped."
+    """What no shape can mend: strategies that no activation has, inputs that are token ids, forwards that cannot be
+    wrapped."""
     for part in ("input_activations", "output_activations"):
         args = getattr(scheme, part)
         if args is None: continue
         if args.strategy in _GROUPED and args.dynamic is False:
-            yield f"{name}: {part} are static with strategy {args.strategy!r}; group scales of an activation must be dynamic"
+            yield (
+                f"{name}: {part} are static with strategy {args.strategy!r}; group scales of an activation must "
+                "be dynamic"
+            )
         if args.strategy in ("channel", "block", "attn_head"):
             yield f"{name}: {part} cannot have strategy {args.strategy!r}; use tensor, or (dynamic) token or group"
     if isinstance(module, torch.nn.Embedding) and scheme.input_activations is not None:
-        yield f"{name}: the input of an Embedding is token ids, which cannot be quantized; use a scheme for weights only"
-    if not hasattr(module.forward, "__func__") and "_hf_hook" not in module.__dict__:  # accelerate's wrapper is taken off first
+        yield (
+            f"{name}: the input of an Embedding is token ids, which cannot be quantized; use a scheme for weights only"
+        )
+    # accelerate's wrapper is taken off first
+    if not hasattr(module.forward, "__func__") and "_hf_hook" not in module.__dict__:
         yield f"{name}: its forward was replaced by a plain function, which cannot be wrapped; make it a method"
 
 
@@ -140,17 +173,27 @@ def _partly_fused(model: Module, chosen: dict[str, tuple[Module, QuantizationSch
                    f"but {', '.join(missing)} would not be quantized with it")
 
 # %% ../nbs/05_lifecycle.ipynb #88e56425
-def check_schemes(model: Module, chosen: dict[str, tuple[Module, QuantizationScheme]], bypass_divisibility: bool = False) -> None:
-    "ValueError that counts all modules whose shape or neighbours do not allow their scheme, and lists a dozen. Looks only."
+def check_schemes(
+    model: Module, chosen: dict[str, tuple[Module, QuantizationScheme]], bypass_divisibility: bool = False
+) -> None:
+    """ValueError that counts all modules whose shape or neighbours do not allow their scheme, and lists a dozen.
+    Looks only."""
     matrices = {name: (m, s) for name, (m, s) in chosen.items() if isinstance(m, QUANTIZABLE)}
     faults = [] if bypass_divisibility else [f for name, (m, s) in matrices.items() for f in _indivisible(name, m, s)]
     hint = "change the scheme or `ignore`"
-    if faults: hint = "add the modules to `ignore`, choose another group_size, or set bypass_divisibility_checks=True"
+    if faults:
+        hint = "add the modules to `ignore`, choose another group_size, or set bypass_divisibility_checks=True"
     for name, (m, s) in chosen.items():
-        faults += _impossible(name, m, s) if isinstance(m, QUANTIZABLE) else attention_faults(model, name, m, s, not is_cache_scheme(s))
+        faults += (
+            _impossible(name, m, s)
+            if isinstance(m, QUANTIZABLE)
+            else attention_faults(model, name, m, s, not is_cache_scheme(s))
+        )
     faults += _partly_fused(model, chosen)
     if faults:
-        listed = "\n".join([f"  - {f}" for f in faults[:12]] + [f"  … and {len(faults) - 12:,} more"] * (len(faults) > 12))
+        listed = "\n".join(
+            [f"  - {f}" for f in faults[:12]] + [f"  … and {len(faults) - 12:,} more"] * (len(faults) > 12)
+        )
         raise ValueError(f"the scheme does not fit {len(faults)} tensor{'s' * (len(faults) > 1)} ({hint}):\n{listed}")
 
 # %% ../nbs/05_lifecycle.ipynb #283b8e69
@@ -160,14 +203,20 @@ _FIELDS = frozenset(QuantizationScheme.model_fields) - {"targets"}
 def _groups_from_scheme(scheme: Any, targets: list[str]) -> dict[str, QuantizationScheme]:
     if isinstance(scheme, QuantizationScheme): return {"group_0": scheme.model_copy(deep=True)}
     if isinstance(scheme, str): return {"group_0": preset(scheme, targets)}
-    if not isinstance(scheme, dict): raise ValueError(f"scheme={scheme!r} must be a preset name, a QuantizationScheme or a dict")
-    fields, presets = scheme.keys() & _FIELDS, [k for k in scheme if is_preset(k)]
+    if not isinstance(scheme, dict):
+        raise ValueError(f"scheme={scheme!r} must be a preset name, a QuantizationScheme or a dict")
+    fields = scheme.keys() & _FIELDS
+    presets = [k for k in scheme if is_preset(k)]
     unknown = [k for k in scheme if k not in fields and k not in presets]
     if unknown:
-        raise ValueError(f"scheme has unknown keys {unknown}; a dict maps presets ({', '.join(preset_names())}) to targets, "
-                         f"or holds {sorted(_FIELDS)}")
+        raise ValueError(
+            f"scheme has unknown keys {unknown}; a dict maps presets ({', '.join(preset_names())}) to targets, "
+            f"or holds {sorted(_FIELDS)}"
+        )
     if fields and presets:
-        raise ValueError(f"scheme mixes presets {presets} with fields {sorted(fields)}; use config_groups to combine them")
+        raise ValueError(
+            f"scheme mixes presets {presets} with fields {sorted(fields)}; use config_groups to combine them"
+        )
     if fields:
         parts = {k: v.copy() if isinstance(v, dict) else v for k, v in scheme.items()}
         return {"group_0": QuantizationScheme(targets=targets, **parts).model_copy(deep=True)}
@@ -177,17 +226,23 @@ def _groups_from_scheme(scheme: Any, targets: list[str]) -> dict[str, Quantizati
 def _groups_from_config(groups: dict[str, Any]) -> dict[str, QuantizationScheme]:
     found = {}
     for name, group in groups.items():
-        if isinstance(group, (list, str)): found[name] = preset(name, group)
+        if isinstance(group, (list, str)):
+            found[name] = preset(name, group)
         else:
-            try: found[name] = QuantizationScheme.model_validate(group).model_copy(deep=True)
-            except NotImplementedError as error: raise ValueError(f"config_groups[{name!r}]: {error}") from None
+            try:
+                found[name] = QuantizationScheme.model_validate(group).model_copy(deep=True)
+            except NotImplementedError as error:
+                raise ValueError(f"config_groups[{name!r}]: {error}") from None
     return found
 
 # %% ../nbs/05_lifecycle.ipynb #502eec02
 def _check_pattern(name: str) -> str:
-    "A target or an entry of `ignore` itself; ValueError if it is a pattern (`re:...`) that is not a regular expression."
-    try: re.compile(name.removeprefix("re:") if name.startswith("re:") else "")
-    except re.error as error: raise ValueError(f"{name!r} is not a regular expression: {error}") from None
+    """A target or an entry of `ignore` itself; ValueError if it is a pattern (`re:...`) that is not a regular
+    expression."""
+    try:
+        re.compile(name.removeprefix("re:") if name.startswith("re:") else "")
+    except re.error as error:
+        raise ValueError(f"{name!r} is not a regular expression: {error}") from None
     return name
 
 
@@ -200,19 +255,26 @@ def _check_observer(args: QuantizationArgs, base_name: str) -> None:
 
 
 def _choose_observers(scheme: QuantizationScheme, chosen: dict[str, str | None]) -> None:
-    "Write observers into our copy of a scheme: the one asked for, else the scheme's, else the default; none where fully dynamic."
+    """Write observers into our copy of a scheme: the one asked for, else the scheme's, else the default; none where
+    fully dynamic."""
     parts = (("weights", "weight", "memoryless_minmax"), ("input_activations", "input", "minmax"),
              ("output_activations", "output", "minmax"))
     for part, base_name, default in parts:
         args = getattr(scheme, part)
         if args is None: continue
         if chosen.get(base_name):
-            if args.observer is not None: args.observer_kwargs = known_kwargs(args.observer_kwargs, chosen[base_name])
+            if args.observer is not None:
+                args.observer_kwargs = known_kwargs(args.observer_kwargs, chosen[base_name])
             args.observer = chosen[base_name]
             if args.dynamic is True:
-                warn_once(f"observer {chosen[base_name]!r} has no effect: the {base_name} scales of this scheme are found anew for every token")
-        elif args.observer is None: args.observer = None if args.dynamic is True else default
-        if args.dynamic is not True: _check_observer(args, base_name)
+                warn_once(
+                    f"observer {chosen[base_name]!r} has no effect: the {base_name} scales of this scheme are "
+                    "found anew for every token"
+                )
+        elif args.observer is None:
+            args.observer = None if args.dynamic is True else default
+        if args.dynamic is not True:
+            _check_observer(args, base_name)
 
 # %% ../nbs/05_lifecycle.ipynb #5fd766c2
 class _Checked(BaseModel):
@@ -222,7 +284,8 @@ class _Checked(BaseModel):
 
     def __init__(self, **fields: Any) -> None:
         "What pydantic refuses is a ValueError in plain words."
-        with in_plain_words(): super().__init__(**fields)
+        with in_plain_words():
+            super().__init__(**fields)
 
     def model_copy(self, *, update: dict[str, Any] | None = None, deep: bool = False) -> "_Checked":
         "One of its own with some fields changed; checked like a new one."
@@ -247,7 +310,8 @@ class _Fields(_Checked):
 
     @field_validator("targets", "ignore")
     @classmethod
-    def _as_list(cls, value: Any) -> list[str]: return [_check_pattern(v) for v in ([value] if isinstance(value, str) else value)]
+    def _as_list(cls, value: Any) -> list[str]:
+        return [_check_pattern(v) for v in ([value] if isinstance(value, str) else value)]
 
     _known_policy = field_validator("nonfinite")(check_policy)
 
@@ -269,12 +333,15 @@ def config_needs_data(config: QuantizationConfig) -> bool:
     "Whether some scale can only be found by running data through the model."
     schemes = config.config_groups.values()
     cache = config.kv_cache_scheme is not None and config.kv_cache_scheme.dynamic is not True
-    listens = any(s.weights is not None and find_observer(s.weights.observer or "memoryless_minmax").needs_data for s in schemes)
+    listens = any(
+        s.weights is not None and find_observer(s.weights.observer or "memoryless_minmax").needs_data for s in schemes
+    )
     return cache or listens or any(needs_data(scheme) for scheme in schemes)
 
 # %% ../nbs/05_lifecycle.ipynb #711e950a
 class QuantizationMixin(_Fields):
-    "A quantization recipe to apply to a model step by step. Fields are checked when it is made; the caller's schemes are copied."
+    """A quantization recipe to apply to a model step by step. Fields are checked when it is made; the caller's
+    schemes are copied."""
 
     _resolved: QuantizationConfig | None = PrivateAttr(None)
     _model: Any = PrivateAttr(None)  # weak reference to the model initialized last
@@ -308,10 +375,12 @@ class QuantizationMixin(_Fields):
         return list(self._coverage) if model is None or phase_of(model) == "calibrated" else []
 
     def resolve_quantization_config(self) -> QuantizationConfig: return resolve_config(self)
-    def initialize_quantization(self, model: Module, unfuse: bool = False) -> None: initialize_quantization(self, model, unfuse)
+    def initialize_quantization(self, model: Module, unfuse: bool = False) -> None:
+        initialize_quantization(self, model, unfuse)
     def start_calibration(self, model: Module) -> None: start_calibration(self, model)
     def sync_obs_act_stats(self, modules: Iterable[Module]) -> None: _sync_observers(modules)
-    def end_calibration(self, model: Module, on_uncalibrated: str | None = None) -> None: end_calibration(self, model, on_uncalibrated)
+    def end_calibration(self, model: Module, on_uncalibrated: str | None = None) -> None:
+        end_calibration(self, model, on_uncalibrated)
 
 # %% ../nbs/05_lifecycle.ipynb #bdabc1b8
 def _chosen_observers(fields: _Fields) -> dict[str, str | None]:
@@ -319,7 +388,9 @@ def _chosen_observers(fields: _Fields) -> dict[str, str | None]:
     if fields.observer is None: return single
     if any(single.values()):
         named = [f"{k}_observer" for k, v in single.items() if v]
-        raise ValueError(f"observer={fields.observer!r} and {', '.join(named)} both name observers; use one or the other")
+        raise ValueError(
+            f"observer={fields.observer!r} and {', '.join(named)} both name observers; use one or the other"
+        )
     return {"weight": fields.observer.get("weights"), "input": fields.observer.get("input"),
             "output": fields.observer.get("output")}
 
@@ -328,17 +399,23 @@ def resolve_config(fields: _Fields) -> QuantizationConfig:
     "One QuantizationConfig from whichever fields were given. Everything in it is a copy."
     if fields.scheme is not None and fields.config_groups is not None:
         raise ValueError("scheme and config_groups are both given; use one or the other")
-    if fields.scheme is not None: groups = _groups_from_scheme(fields.scheme, fields.targets)
-    elif fields.config_groups: groups = _groups_from_config(fields.config_groups)
-    else: groups = {"group_0": QuantizationScheme(targets=list(fields.targets))}
+    if fields.scheme is not None:
+        groups = _groups_from_scheme(fields.scheme, fields.targets)
+    elif fields.config_groups:
+        groups = _groups_from_config(fields.config_groups)
+    else:
+        groups = {"group_0": QuantizationScheme(targets=list(fields.targets))}
     chosen = _chosen_observers(fields)
     for scheme in groups.values():
-        for target in scheme.targets: _check_pattern(target)
+        for target in scheme.targets:
+            _check_pattern(target)
         _choose_observers(scheme, chosen)
     cache = fields.kv_cache_scheme and fields.kv_cache_scheme.model_copy(deep=True)
     if cache is not None and cache.dynamic is not True:
         if cache.strategy not in ("tensor", "attn_head"):
-            raise ValueError(f"kv_cache_scheme has strategy {str(cache.strategy)!r}; keys and values take 'tensor' or 'attn_head'")
+            raise ValueError(
+                f"kv_cache_scheme has strategy {str(cache.strategy)!r}; keys and values take 'tensor' or 'attn_head'"
+            )
         _check_observer(cache, "k")
     return QuantizationConfig(config_groups=groups, kv_cache_scheme=cache, ignore=list(fields.ignore),
                               quantization_status=QuantizationStatus.INITIALIZED)
@@ -347,18 +424,24 @@ def resolve_config(fields: _Fields) -> QuantizationConfig:
 def _warn_target(model: Module, target: str, chosen: dict[str, tuple[Module, QuantizationScheme]]) -> None:
     if target in chosen: return
     hits = [m for n, m in model.named_modules() if is_match(n, m, target) and not isinstance(m, InternalModule)]
-    if not hits: warn_once(f"target {target!r} matches no module of this {type(model).__name__}")
+    if not hits:
+        warn_once(f"target {target!r} matches no module of this {type(model).__name__}")
     elif not any(isinstance(m, QUANTIZABLE) or any(m is c for c, _ in chosen.values()) for m in hits):
         kinds = sorted({type(m).__name__ for m in hits})
         warn_once(f"target {target!r} matches only {', '.join(kinds)}, which cannot be quantized "
                   "(Linear and Embedding can)")
 
 
-def warn_unmatched(model: Module, config: QuantizationConfig, chosen: dict[str, tuple[Module, QuantizationScheme]]) -> None:
-    "Warn about targets that match nothing that can be quantized, and names to ignore that match nothing; `lm_head` may be missing."
-    for target in [t for scheme in config.config_groups.values() for t in scheme.targets]: _warn_target(model, target, chosen)
+def warn_unmatched(
+    model: Module, config: QuantizationConfig, chosen: dict[str, tuple[Module, QuantizationScheme]]
+) -> None:
+    """Warn about targets that match nothing that can be quantized, and names to ignore that match nothing;
+    `lm_head` may be missing."""
+    for target in [t for scheme in config.config_groups.values() for t in scheme.targets]:
+        _warn_target(model, target, chosen)
     for name in set(config.ignore or []) - {"lm_head"}:
-        if not any(is_match(n, m, name) for n, m in model.named_modules()): warn_once(f"ignore {name!r} matches no module")
+        if not any(is_match(n, m, name) for n, m in model.named_modules()):
+            warn_once(f"ignore {name!r} matches no module")
 
 
 def _out_of_reach(module: Module) -> bool:
@@ -367,58 +450,78 @@ def _out_of_reach(module: Module) -> bool:
     return type(module).__name__ == "Conv1D" or any(p is not None and p.ndim == 3 for p in own)
 
 # %% ../nbs/05_lifecycle.ipynb #76256ccd
-_FAST = (torch.nn.MultiheadAttention, torch.nn.TransformerEncoderLayer)  # they read the weights of their Linear modules themselves
+# they read the weights of their Linear modules themselves
+_FAST = (torch.nn.MultiheadAttention, torch.nn.TransformerEncoderLayer)
 
 
-def _warn_about(model: Module, config: QuantizationConfig, chosen: dict[str, tuple[Module, QuantizationScheme]]) -> None:
+def _warn_about(
+    model: Module, config: QuantizationConfig, chosen: dict[str, tuple[Module, QuantizationScheme]]
+) -> None:
     "Say what a person would otherwise find out too late: what is not quantized, and which names match nothing."
     warn_unmatched(model, config, chosen)
     ignore = config.ignore or []
-    kinds = Counter(type(m).__name__ for n, m in model.named_modules() if _out_of_reach(m) and not is_match(n, m, ignore))
+    kinds = Counter(
+        type(m).__name__ for n, m in model.named_modules() if _out_of_reach(m) and not is_match(n, m, ignore)
+    )
     if kinds:
         named = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
         warn_once(f"{named} hold weights that cannot be quantized (Linear and Embedding can) and stay as they are")
     fused = [n for n, m in model.named_modules() if isinstance(m, _FAST) and any(c.startswith(f"{n}.") for c in chosen)]
     if fused:
-        warn_once(f"{', '.join(fused)}: torch computes these without calling their Linear modules; their scheme has no effect")
+        warn_once(
+            f"{', '.join(fused)}: torch computes these without calling their Linear modules; their scheme has no effect"
+        )
     if not any(s.weights or s.input_activations or s.output_activations for _, s in chosen.values()):
         warn_once(f"this recipe quantizes nothing of the {type(model).__name__}; see match_report(model, modifier)")
 
 
-def _need_attention(model: Module, config: QuantizationConfig, chosen: dict[str, tuple[Module, QuantizationScheme]]) -> None:
+def _need_attention(
+    model: Module, config: QuantizationConfig, chosen: dict[str, tuple[Module, QuantizationScheme]]
+) -> None:
     if config.kv_cache_scheme is None or any(is_cached_attention_module(m) for m, _ in chosen.values()): return
     found = ", ".join(attention_classes(model)) or "none"
-    raise ValueError(f"kv_cache_scheme: this {type(model).__name__} has no attention module whose cache can be hooked (it needs k_proj or "
-                     f"v_proj, and a forward that takes past_key_values). Attention classes found: {found}")
+    raise ValueError(
+        f"kv_cache_scheme: this {type(model).__name__} has no attention module whose cache can be hooked (it "
+        "needs k_proj or "
+        f"v_proj, and a forward that takes past_key_values). Attention classes found: {found}"
+    )
 
 
 def _ready_to_initialize(model: Module) -> None:
     if phase_of(model) == "calibrating":
         raise ValueError("this model is in calibration; end it (end_calibration) or take it back (reset_quantization) "
                          "before initializing again")
-    if ledger_of(model) is None: refuse_quantized(model, "initialize")
-    own = [p for m in model.modules() if isinstance(m._parameters, dict) for p in m._parameters.values() if p is not None]
+    if ledger_of(model) is None:
+        refuse_quantized(model, "initialize")
+    own = [
+        p for m in model.modules() if isinstance(m._parameters, dict) for p in m._parameters.values() if p is not None
+    ]
     if any(p.is_meta or isinstance(p, UninitializedParameter) for p in own) and not has_accelerate_hooks(model):
         raise ValueError("this model has parameters without values (on the meta device, or lazy); "
                          "load its weights or run it once first")
 
 # %% ../nbs/05_lifecycle.ipynb #580a2c28
 def initialize_quantization(self: QuantizationMixin, model: Module, unfuse: bool = False) -> None:
-    """Attach schemes and NaN scales to every matched module; a calibrated model starts anew. ValueError leaves the model as it is.
-    `unfuse`: take fused experts apart first if the targets would match their Linear modules."""
+    """Attach schemes and NaN scales to every matched module; a calibrated model starts anew. ValueError leaves the
+    model as it is. `unfuse`: take fused experts apart first if the targets would match their Linear modules."""
     refuse_if_held(model, "initialize_quantization()")
     _ready_to_initialize(model)
-    before, config = snapshot(model), self.resolved_config
+    before = snapshot(model)
+    config = self.resolved_config
     try:
         start_anew(model)
-        if has_accelerate_hooks(model): take_over_offload(model)
-        if unfuse and reaches_experts(model, config): unfuse_experts(model)
+        if has_accelerate_hooks(model):
+            take_over_offload(model)
+        if unfuse and reaches_experts(model, config):
+            unfuse_experts(model)
         chosen = schemes_by_module(model, config)
         _need_attention(model, config, chosen)
-        with disable_onloading(): check_schemes(model, chosen, self.bypass_divisibility_checks)  # shapes suffice
+        with disable_onloading():
+            check_schemes(model, chosen, self.bypass_divisibility_checks)  # shapes suffice
         with step(model, replace(ledger_of(model) or Ledger(), phase="initialized", config=config)):
             _attach_schemes(model, config, chosen)
-            for module, _ in chosen.values(): _unset_scales(module)
+            for module, _ in chosen.values():
+                _unset_scales(module)
             model.apply(disable_quantization)
     except BaseException:
         restore(model, before)
@@ -427,19 +530,26 @@ def initialize_quantization(self: QuantizationMixin, model: Module, unfuse: bool
     _warn_about(model, config, chosen)
 
 
-def _attach_schemes(model: Module, config: QuantizationConfig, chosen: dict[str, tuple[Module, QuantizationScheme]]) -> None:
-    "compressed-tensors' own `apply_quantization_config` for matrices; attention is hooked here, so that models keep apart."
+def _attach_schemes(
+    model: Module, config: QuantizationConfig, chosen: dict[str, tuple[Module, QuantizationScheme]]
+) -> None:
+    """compressed-tensors' own `apply_quantization_config` for matrices; attention is hooked here, so that models
+    keep apart."""
     attention = {name: pair for name, pair in chosen.items() if not isinstance(pair[0], QUANTIZABLE)}
     matrices = config.model_copy(update={"kv_cache_scheme": None, "ignore": [*(config.ignore or []), *attention]})
     apply_quantization_config(model, matrices, show_progress=False)
-    for module, _ in chosen.values(): hold_while_running(module)
+    for module, _ in chosen.values():
+        hold_while_running(module)
     for module, scheme in attention.values():
-        attach_attention_scheme(model, module, scheme.model_copy(deep=True), not is_cache_scheme(scheme), config.quantization_status)
+        attach_attention_scheme(
+            model, module, scheme.model_copy(deep=True), not is_cache_scheme(scheme), config.quantization_status
+        )
 
 
 def _unset_scales(module: Module) -> None:
     for name, param in qparams_of(module).items():
-        if name.endswith("_scale"): update_offload_parameter(module, name, torch.full_like(param, torch.nan))
+        if name.endswith("_scale"):
+            update_offload_parameter(module, name, torch.full_like(param, torch.nan))
 
 # %% ../nbs/05_lifecycle.ipynb #10008c40
 def _first_step(model: Module) -> str:
@@ -461,23 +571,29 @@ def embeddings_of(model: Module) -> list[Module | None]:
     "The input embedding and the output head, None where a model has none or does not tell."
     found: list[Module | None] = []
     for side in ("input", "output"):
-        try: found.append(getattr(model, f"get_{side}_embeddings", lambda: None)())
-        except NotImplementedError: found.append(None)  # models of several parts, such as CLIP
+        try:
+            found.append(getattr(model, f"get_{side}_embeddings", lambda: None)())
+        except NotImplementedError:
+            found.append(None)  # models of several parts, such as CLIP
     return [m if getattr(m, "weight", None) is not None else None for m in found]
 
 
 def untie_embeddings(model: Module, chosen: dict[str, tuple[Module, Any]]) -> None:
     "Give the output embedding its own weight if it shares one with the input embedding and either is to be quantized."
     both = embeddings_of(model)
-    with disable_onloading(): tied = None not in both and both[0].weight is both[1].weight
+    with disable_onloading():
+        tied = None not in both and both[0].weight is both[1].weight
     if not tied or not any(m is e for m, _ in chosen.values() for e in both): return
     weight = both[1].weight
     own = Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
     store = both[1]._parameters
-    if isinstance(store, OffloadCache): store.offloaded_values["weight"] = store.offload(own)
-    else: store["weight"] = own
+    if isinstance(store, OffloadCache):
+        store.offloaded_values["weight"] = store.offload(own)
+    else:
+        store["weight"] = own
     for config in configs_of(model):
-        if getattr(config, "tie_word_embeddings", False): config.tie_word_embeddings = False
+        if getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False
 
 # %% ../nbs/05_lifecycle.ipynb #464e43db
 def observed_names(module: Module) -> list[str]:
@@ -492,9 +608,12 @@ def _watch(name: str, module: Module, nonfinite: str) -> None:
     for base_name in observed_names(module):
         initialize_observer(module, base_name)
         observer = observer_of(module, base_name)
-        observer.module_name, observer.nonfinite = name, nonfinite
-    if observer_of(module, "input"): module.register_forward_pre_hook(calibrate_input_hook, with_kwargs=True)
-    if observer_of(module, "output"): module.register_forward_hook(calibrate_output_hook)
+        observer.module_name = name
+        observer.nonfinite = nonfinite
+    if observer_of(module, "input"):
+        module.register_forward_pre_hook(calibrate_input_hook, with_kwargs=True)
+    if observer_of(module, "output"):
+        module.register_forward_hook(calibrate_output_hook)
     watch_attention(module)
     apply_calibration_status(module)
 
@@ -505,8 +624,10 @@ def start_calibration(self: QuantizationMixin, model: Module) -> None:
     with step(model, replace(ledger, phase="calibrating")), each_warning_once():
         chosen = schemes_by_module(model, ledger.config)
         untie_embeddings(model, chosen)
-        for experts in unfused_experts(model).values(): experts.tokens = None  # counted anew
-        for name, (module, _) in chosen.items(): _watch(name, module, self.nonfinite)
+        for experts in unfused_experts(model).values():
+            experts.tokens = None  # counted anew
+        for name, (module, _) in chosen.items():
+            _watch(name, module, self.nonfinite)
         for _, layers in fused_layers(model):
             observers = [observer_of(layer, "weight") for layer in layers.values() if layer is not None]
             fuse([o for o in observers if o is not None and o.args.strategy == "tensor_group"])
@@ -533,13 +654,15 @@ def remove_hooks(module: Module) -> None:
 
 
 def refuse_unset(unset: list[str], seen: bool = False) -> None:
-    "ValueError that names the first ten of the scales that are not computed. `seen`: their observers know enough, nobody has written it."
+    """ValueError that names the first ten of the scales that are not computed. `seen`: their observers know enough,
+    nobody has written it."""
     shown = ", ".join(unset[:10]) + (f" and {len(unset) - 10} more" if len(unset) > 10 else "")
     scales_are = "scales are" if len(unset) > 1 else "scale is"
     remedy = "Feed data that reaches them, add"
     if all(name.endswith(".weight") for name in unset):
         remedy = "Their weights hold non-finite values: mend them, use nonfinite='record', add"
-    if seen: remedy = "Their observers have seen data; on_end(State(model)) writes what follows, and ends. Or add"
+    if seen:
+        remedy = "Their observers have seen data; on_end(State(model)) writes what follows, and ends. Or add"
     raise ValueError(f"{len(unset)} {scales_are} not computed: {shown}. {remedy} the modules "
                      "to `ignore`, or end with on_uncalibrated='skip' to leave them unquantized")
 
@@ -551,26 +674,37 @@ def check_on_uncalibrated(value: str) -> str:
 
 
 def end_calibration(self: QuantizationMixin, model: Module, on_uncalibrated: str | None = None) -> None:
-    "Remove observers and hooks, set FROZEN, enable fake quantization. Scales still NaN: ValueError before any change, or 'skip'."
+    """Remove observers and hooks, set FROZEN, enable fake quantization. Scales still NaN: ValueError before any
+    change, or 'skip'."""
     ledger = _need(model, self, "calibrating", "end", _first_step(model))
     chosen = schemes_by_module(model, ledger.config)
     unset = uncomputed(chosen)
     if unset and check_on_uncalibrated(on_uncalibrated or self.on_uncalibrated) == "raise":
-        activations = [(chosen[t.rpartition(".")[0]][0], t.rpartition(".")[2]) for t in unset if not t.endswith(".weight")]
-        refuse_unset(unset, seen=all((o := observer_of(*place)) is not None and o.has_statistics for place in activations))
+        activations = [
+            (chosen[t.rpartition(".")[0]][0], t.rpartition(".")[2]) for t in unset if not t.endswith(".weight")
+        ]
+        refuse_unset(
+            unset, seen=all((o := observer_of(*place)) is not None and o.has_statistics for place in activations)
+        )
     tokens = expert_tokens_of(model)
-    self._coverage = [row for name, (m, _) in chosen.items() for row in cover(name, m, tokens.get(name.rpartition(".")[0]))]
+    self._coverage = [
+        row for name, (m, _) in chosen.items() for row in cover(name, m, tokens.get(name.rpartition(".")[0]))
+    ]
     with step(model, replace(ledger, phase="calibrated")):
         model.apply(enable_quantization)
         for name, (module, _) in chosen.items():
             remove_hooks(module)
             freeze_module_quantization(module)
-            if any(f"{name}.{base_name}" in unset for base_name in BASE_NAMES): disable_quantization(module)
+            if any(f"{name}.{base_name}" in unset for base_name in BASE_NAMES):
+                disable_quantization(module)
 
 # %% ../nbs/05_lifecycle.ipynb #1c8b7b51
 def _sync_observers(modules: Iterable[Module]) -> None:
-    "Combine the statistics of every observer over ranks, once each, in module order. Nothing happens in a single process."
-    sync_statistics(o for m in each(modules) for name in (*ACTIVATIONS, "weight") if (o := observer_of(m, name)) is not None)
+    """Combine the statistics of every observer over ranks, once each, in module order. Nothing happens in a single
+    process."""
+    sync_statistics(
+        o for m in each(modules) for name in (*ACTIVATIONS, "weight") if (o := observer_of(m, name)) is not None
+    )
 
 # %% ../nbs/05_lifecycle.ipynb #e4237104
 class EventType(str, Enum):
@@ -598,11 +732,13 @@ class State:
 
 # %% ../nbs/05_lifecycle.ipynb #17100033
 class QuantizationModifier(QuantizationMixin):
-    "Post-training quantization: observes weights and activations, computes scales, leaves a model that quantizes as it runs."
+    """Post-training quantization: observes weights and activations, computes scales, leaves a model that quantizes
+    as it runs."""
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         "Attach the schemes. ValueError if no field says what to quantize."
-        if not isinstance(state, State): raise TypeError(f"state must be a State, got {type(state).__name__}; e.g. State(model=model)")
+        if not isinstance(state, State):
+            raise TypeError(f"state must be a State, got {type(state).__name__}; e.g. State(model=model)")
         if not self.has_config():
             raise ValueError("nothing says what to quantize; give scheme='FP8' (or another preset), config_groups, "
                              "or at least targets or ignore")
@@ -615,11 +751,14 @@ class QuantizationModifier(QuantizationMixin):
 
     def on_event(self, state: State, event: Event, **kwargs: Any) -> None:
         "Call the method that answers the event. A batch's end needs no answer: observers have seen it."
-        if event.type_ == EventType.CALIBRATION_START: self.on_start(state, event)
+        if event.type_ == EventType.CALIBRATION_START:
+            self.on_start(state, event)
         elif event.type_ == EventType.SEQUENTIAL_EPOCH_END:
             self.on_sequential_epoch_end(state, event, kwargs.get("modules", state.model.modules()))
-        elif event.type_ == EventType.CALIBRATION_END: self.on_end(state, event, **kwargs)
-        elif event.type_ != EventType.BATCH_END: raise ValueError(f"event type {event.type_!r} is unknown; see EventType")
+        elif event.type_ == EventType.CALIBRATION_END:
+            self.on_end(state, event, **kwargs)
+        elif event.type_ != EventType.BATCH_END:
+            raise ValueError(f"event type {event.type_!r} is unknown; see EventType")
 
     def on_sequential_epoch_end(self, state: State, event: Event | None, modules: Iterable[Module]) -> None:
         "These modules have seen all data: synchronise, compute their scales."
@@ -630,8 +769,11 @@ class QuantizationModifier(QuantizationMixin):
         observe_weights(modules)
         update_qparams(modules, "weight")
 
-    def on_end(self, state: State, event: Event | None = None, on_uncalibrated: str | None = None, **kwargs: Any) -> None:
-        "Compute every scale that can be and was not yet, then end. Refuses before it changes anything if one would be missing."
+    def on_end(
+        self, state: State, event: Event | None = None, on_uncalibrated: str | None = None, **kwargs: Any
+    ) -> None:
+        """Compute every scale that can be and was not yet, then end. Refuses before it changes anything if one
+        would be missing."""
         compute_remaining(self, state.model, on_uncalibrated)
         self.end_calibration(state.model, on_uncalibrated)
 
@@ -648,20 +790,26 @@ def _fresh(module: Module) -> list[Any]:
 def lacking_data(self: QuantizationMixin, model: Module, weights: bool = False) -> list[str]:
     """The tensors (`module.base_name`) whose scale cannot be computed yet because nothing reached their observer.
     Weights are looked at when calibration ends, and count only if asked for. Empty: the calibration can end."""
-    chosen, lacking = schemes_by_module(model, self.resolved_config), []
+    chosen = schemes_by_module(model, self.resolved_config)
+    lacking = []
     for tensor in uncomputed(chosen):
         name, _, base_name = tensor.rpartition(".")
         ready = any(o.base_name == base_name for o in _fresh(chosen[name][0]))
-        if not ready and (weights or base_name != "weight"): lacking.append(tensor)
+        if not ready and (weights or base_name != "weight"):
+            lacking.append(tensor)
     return lacking
 
 
 def _check_shapes(module: Module, observer: Any, qparams: Any) -> None:
     "ValueError if what was observed has another number of scales than the module has room for."
-    room, scale = getattr(module, f"{observer.base_name}_scale", None), qparams["scale"]
+    room = getattr(module, f"{observer.base_name}_scale", None)
+    scale = qparams["scale"]
     if room is not None and not observer.args.dynamic and room.shape != scale.shape:
-        raise ValueError(f"{observer.module_name}, {observer.base_name}: the config promises scales of shape {tuple(room.shape)}, the tensors have "
-                         f"{tuple(scale.shape)} (heads that share one latent, say); use strategy 'tensor'")
+        raise ValueError(
+            f"{observer.module_name}, {observer.base_name}: the config promises scales of shape "
+            f"{tuple(room.shape)}, the tensors have "
+            f"{tuple(scale.shape)} (heads that share one latent, say); use strategy 'tensor'"
+        )
 
 
 def compute_remaining(self: QuantizationMixin, model: Module, on_uncalibrated: str | None = None) -> None:
@@ -673,10 +821,13 @@ def compute_remaining(self: QuantizationMixin, model: Module, on_uncalibrated: s
         self.sync_obs_act_stats(modules)
         observe_weights([m for m in modules if not is_computed(m, "weight")])
         short = lacking_data(self, model, weights=True)
-        if short and check_on_uncalibrated(on_uncalibrated or self.on_uncalibrated) == "raise": refuse_unset(short)
+        if short and check_on_uncalibrated(on_uncalibrated or self.on_uncalibrated) == "raise":
+            refuse_unset(short)
         concluded = [(m, o, o.get_qparams()) for m in modules for o in _fresh(m)]  # all of them, before any is written
-        for module, observer, qparams in concluded: _check_shapes(module, observer, qparams)
-    for module, observer, qparams in concluded: write_qparams(module, observer, qparams=qparams)
+        for module, observer, qparams in concluded:
+            _check_shapes(module, observer, qparams)
+    for module, observer, qparams in concluded:
+        write_qparams(module, observer, qparams=qparams)
 
 # %% ../nbs/05_lifecycle.ipynb #6dfb34ae
 @dataclass(frozen=True)
@@ -694,7 +845,8 @@ class Match:
 def _match(name: str, module: Module, config: QuantizationConfig, groups: dict[str, str]) -> Match:
     own = stored_parameters(module)
     weight = own.get("weight")
-    if weight is None: weight = next(p for p in own.values() if p is not None and p.ndim >= 2)
+    if weight is None:
+        weight = next(p for p in own.values() if p is not None and p.ndim >= 2)
     row = Match(name, type(module).__name__, tuple(weight.shape), False, "no target matches")
     hits = match_targets(name, module, groups)
     if not hits: return row
@@ -721,7 +873,13 @@ def match_report(model: Module, modifier: QuantizationMixin) -> list[Match]:
         raise TypeError(f"modifier must be a QuantizationModifier, got {type(modifier).__name__}")
     config = modifier.resolved_config
     groups = {target: group for group, scheme in config.config_groups.items() for target in scheme.targets}
-    chosen, caches = schemes_by_module(model, config), config.kv_cache_scheme is not None
+    chosen = schemes_by_module(model, config)
+    caches = config.kv_cache_scheme is not None
     states = {n: m for n, m in attention_modules(model).items() if n in chosen or caches}
-    return [_match_attention(name, m, chosen.get(name, (m, None))[1], groups) if name in states else _match(name, m, config, groups)
-            for name, m in model.named_modules() if name in states or _is_candidate(m)]
+    return [
+        _match_attention(name, m, chosen.get(name, (m, None))[1], groups)
+        if name in states
+        else _match(name, m, config, groups)
+        for name, m in model.named_modules()
+        if name in states or _is_candidate(m)
+    ]

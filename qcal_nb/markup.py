@@ -64,32 +64,41 @@ GLOSSARY = {
     "scheme": "What is quantized (weights, inputs), to which number format, and with how many scales.",
     "preset": "A scheme with a name that compressed-tensors and vLLM know.",
     "targets": "Which modules the scheme applies to: class names, module paths, or patterns that begin with re:",
-    "ignore": "Modules that stay as they are although a target matches: class names, module paths, or patterns that begin with re:",
+    "ignore": "Modules that stay as they are although a target matches: class names, module paths, or patterns that "
+    "begin with re:",
     "weights": "The matrices of the model; they do not change while it runs.",
     "input activations": "What flows into a module while the model runs; other for every text.",
     "bits": "How many bits a number is stored in: n bits can tell 2ⁿ values apart.",
     "type": "int: values at equal distances. float: close together near zero, far apart at the ends.",
-    "symmetric": "Zero lies in the middle of the range and the zero point is 0. Asymmetric fits ranges that lie to one side.",
-    "strategy": "How many scales a tensor gets: one in all, one per output channel, token, group of values in a row, or block.",
+    "symmetric": "Zero lies in the middle of the range and the zero point is 0. Asymmetric fits ranges that lie to "
+    "one side.",
+    "strategy": "How many scales a tensor gets: one in all, one per output channel, token, group of values in a row, "
+    "or block.",
     "group size": "How many neighbouring values in a row share a scale.",
     "block": "Rows × columns of a weight that share a scale.",
-    "dynamic": "Scales are found anew for each input while the model runs, and need no calibration. Static ones are found once, from data.",
-    "observer": "Watches the values of a tensor and concludes its scale and zero point. Observers differ in how they treat outliers.",
-    "scale": "The distance between neighbouring integers, in the tensor's own units: value ≈ (integer − zero point) × scale.",
+    "dynamic": "Scales are found anew for each input while the model runs, and need no calibration. Static ones are "
+    "found once, from data.",
+    "observer": "Watches the values of a tensor and concludes its scale and zero point. Observers differ in how they "
+    "treat outliers.",
+    "scale": "The distance between neighbouring integers, in the tensor's own units: value ≈ (integer − zero point) × "
+    "scale.",
     "zero point": "The integer that stands for 0; 0 itself if the scheme is symmetric.",
     "calibrate": "Run text through the model and watch, so that static scales can be found.",
     "batch": "Some texts that run through the model together.",
     "token": "A piece of text, about a word, as the model reads it.",
     "hook": "A function that PyTorch calls whenever a module runs; observers see activations through hooks.",
     "freeze": "End the calibration: scales become final and observers are taken off.",
-    "fake quantize": "Compute with rounded values in ordinary numbers, so that the model answers as the quantized one would.",
+    "fake quantize": "Compute with rounded values in ordinary numbers, so that the model answers as the quantized one "
+    "would.",
     "status": "Where a module stands: original, initialized, calibration or frozen.",
 }
 
 # %% ../nbs/14a_markup.ipynb #9a7b01e3
 GLOSSARY |= {
-    "parameters": "Places on a module for scales and zero points, not computed (NaN) until the calibration gives them a value.",
-    "observers": GLOSSARY["observer"], "hooks": GLOSSARY["hook"],
+    "parameters": "Places on a module for scales and zero points, not computed (NaN) until the calibration gives them "
+    "a value.",
+    "observers": GLOSSARY["observer"],
+    "hooks": GLOSSARY["hook"],
     "scales computed": "Scales that this step gave a value.",
     "record": "What was seen while feeding: a histogram of every tensor, and what each observer concluded.",
     "range": "From the smallest to the largest value of a tensor.",
@@ -97,11 +106,13 @@ GLOSSARY |= {
     "base name": "Which tensor of a module: its input, its weight, its output; queries, keys and values of attention.",
     "layer": "One of the equal blocks that a transformer is a stack of.",
     "filter": "A regular expression: only modules whose path contains a match are shown, such as mlp or q_proj|k_proj",
-    "outlier ratio": "The largest |value| over the 99.9th percentile of |value|. 1: no outliers; 10: a few values make the scale ten times too coarse.",
+    "outlier ratio": "The largest |value| over the 99.9th percentile of |value|. 1: no outliers; 10: a few values "
+    "make the scale ten times too coarse.",
     "standard deviation": "How far values typically lie from their mean.",
     "clip": "Values beyond the range of the scale are cut off at its end.",
     "limits": "The smallest and largest value that a scale can represent; values beyond are clipped.",
-    "sqnr": "Signal to quantization noise ratio in dB: how large the values are, compared to their rounding errors. 6 dB more is one bit more.",
+    "sqnr": "Signal to quantization noise ratio in dB: how large the values are, compared to their rounding errors. 6 "
+    "dB more is one bit more.",
     "mse": "Mean squared error: the average of the squared rounding errors, in the tensor's own units squared.",
     "levels used": "How many of the format's values occur at all.",
     "effective bits": "The information that the stored values carry; unused levels waste bits.",
@@ -112,7 +123,9 @@ GLOSSARY |= {
 
 def term(word: str, shown: str | None = None) -> str:
     "A word with its sentence from `GLOSSARY` as a tooltip, also for the keyboard. An unknown word is a KeyError."
-    return f'<abbr tabindex="0" title="{escape(GLOSSARY[word.lower()])}">{escape(word if shown is None else shown)}</abbr>'
+    return (
+        f'<abbr tabindex="0" title="{escape(GLOSSARY[word.lower()])}">{escape(word if shown is None else shown)}</abbr>'
+    )
 
 
 def glossary_html(words: Iterable[str] = ()) -> str:
@@ -122,7 +135,13 @@ def glossary_html(words: Iterable[str] = ()) -> str:
     return block(f"<details><summary>What the words mean</summary><dl>{rows}</dl></details>")
 
 # %% ../nbs/14a_markup.ipynb #71bcbc4a
-PHASES = {"original": "Original", "initialized": "Initialized", "started": "Calibration", "fed": "Calibration", "ended": "Frozen"}
+PHASES = {
+    "original": "Original",
+    "initialized": "Initialized",
+    "started": "Calibration",
+    "fed": "Calibration",
+    "ended": "Frozen",
+}
 CHIPS = {"Original": ("original", "the model as it came"),
           "Initialized": ("initialized", "schemes and empty scales are attached"),
           "Calibration": ("calibration", "observers watch what passes"),
@@ -148,7 +167,9 @@ def table_html(table: pd.DataFrame, limit: int = 400) -> str:
         return f"<td>{escape('' if value is None or value is pd.NA else str(value))}</td>"
     names = [str(c).replace("_", " ") for c in table.columns]
     head = "".join(f'<th scope="col">{term(n) if n.lower() in GLOSSARY else escape(n)}</th>' for n in names)
-    rows = "".join("<tr>" + "".join(cell(v) for v in row) + "</tr>" for row in table.head(limit).itertuples(index=False))
+    rows = "".join(
+        "<tr>" + "".join(cell(v) for v in row) + "</tr>" for row in table.head(limit).itertuples(index=False)
+    )
     more = f'<div class="faint">and {len(table) - limit:,} more rows</div>' if len(table) > limit else ""
     return f'<div class="scroll"><table><tr>{head}</tr>{rows}</table></div>{more}'
 
@@ -167,12 +188,23 @@ def _transition(c: ModuleChange) -> str:
 
 def changes_table(changes: list[ModuleChange], order: str = "model order") -> pd.DataFrame:
     "What a step did, a row per module: + is added, − is removed."
-    rows = [dict(module=c.module or "(model)", status=_transition(c), observers=_signed(c.observers_added, c.observers_removed),
-                 hooks=f"{c.hooks_added - c.hooks_removed:+d}".replace("-", "−") if c.hooks_added or c.hooks_removed else "",
-                 parameters=_signed(c.parameters_added, c.parameters_removed), scales_computed=", ".join(c.scales_computed))
-            for c in changes]
+    rows = [
+        dict(
+            module=c.module or "(model)",
+            status=_transition(c),
+            observers=_signed(c.observers_added, c.observers_removed),
+            hooks=f"{c.hooks_added - c.hooks_removed:+d}".replace("-", "−") if c.hooks_added or c.hooks_removed else "",
+            parameters=_signed(c.parameters_added, c.parameters_removed),
+            scales_computed=", ".join(c.scales_computed),
+        )
+        for c in changes
+    ]
     table = pd.DataFrame(rows, columns=["module", "status", "observers", "hooks", "parameters", "scales_computed"])
-    return table if order == "model order" else table.sort_values(order, kind="stable", ascending=order in ("module", "status"))
+    return (
+        table
+        if order == "model order"
+        else table.sort_values(order, kind="stable", ascending=order in ("module", "status"))
+    )
 
 
 def changes_html(changes: list[ModuleChange], order: str = "model order") -> str:
@@ -180,19 +212,36 @@ def changes_html(changes: list[ModuleChange], order: str = "model order") -> str
     nothing = "The last step changed nothing in the model. (Feeding changes what observers know, not the model.)"
     if not changes: return block(f'<span class="faint">{nothing}</span>')
     marks = "+ was added, − was taken off"
-    return block(f"<b>{len(changes):,}</b> modules changed <span class='faint'>({marks})</span>" + table_html(changes_table(changes, order)))
+    return block(
+        f"<b>{len(changes):,}</b> modules changed <span class='faint'>({marks})</span>"
+        + table_html(changes_table(changes, order))
+    )
 
 # %% ../nbs/14a_markup.ipynb #27d936ac
 def matches_html(report: list[Match]) -> str:
     "Which modules the scheme would quantize and, for the others, why not."
     if not report: return block("This model has no module with a matrix of its own: there is nothing to quantize")
-    rows = [{"module": m.module, "class": m.type, "shape": " × ".join(map(str, m.shape)), "quantized": m.matched, "why": m.reason}
-            for m in sorted(report, key=lambda m: m.matched)]
-    matched, rest = sum(m.matched for m in report), Counter(m.reason for m in report if not m.matched)
-    reasons = "; ".join(f"{n:,}: {escape(reason)}" for reason, n in rest.most_common(3)) + ("; …" if len(rest) > 3 else "")
+    rows = [
+        {
+            "module": m.module,
+            "class": m.type,
+            "shape": " × ".join(map(str, m.shape)),
+            "quantized": m.matched,
+            "why": m.reason,
+        }
+        for m in sorted(report, key=lambda m: m.matched)
+    ]
+    matched = sum(m.matched for m in report)
+    rest = Counter(m.reason for m in report if not m.matched)
+    reasons = "; ".join(f"{n:,}: {escape(reason)}" for reason, n in rest.most_common(3)) + (
+        "; …" if len(rest) > 3 else ""
+    )
     left = f"; {len(report) - matched:,} stay as they are ({reasons})" if rest else ""
     nothing = "" if matched else '<div class="warning">Nothing will be quantized: change Targets or Ignore</div>'
-    return block(f"<b>{matched:,} of {len(report):,} modules</b> with a matrix will be quantized{left}{nothing}" + table_html(pd.DataFrame(rows)))
+    return block(
+        f"<b>{matched:,} of {len(report):,} modules</b> with a matrix will be quantized{left}{nothing}"
+        + table_html(pd.DataFrame(rows))
+    )
 
 # %% ../nbs/14a_markup.ipynb #618df684
 def _dot(status: str) -> str:
@@ -204,7 +253,8 @@ def _forest(statuses: Iterable[tuple[str, str]]) -> dict[str, Any]:
     root: dict[str, Any] = {}
     for path, status in statuses:
         node = root
-        for part in path.split("."): node = node.setdefault(part, {})
+        for part in path.split("."):
+            node = node.setdefault(part, {})
         node[""] = status
     return root
 
@@ -214,8 +264,10 @@ def _alike(node: dict[str, Any]) -> list[tuple[str, dict[str, Any], int]]:
     runs: list[list] = []
     for name, child in node.items():
         if name == "": continue
-        if runs and name.isdigit() and runs[-1][0][0].isdigit() and runs[-1][1] == child: runs[-1][0].append(name)
-        else: runs.append([[name], child])
+        if runs and name.isdigit() and runs[-1][0][0].isdigit() and runs[-1][1] == child:
+            runs[-1][0].append(name)
+        else:
+            runs.append([[name], child])
     merged = [(f"{names[0]}–{names[-1]}", child, len(names)) if len(names) > 2 else None for names, child in runs]
     return [row for run, one in zip(runs, merged) for row in ([one] if one else [(n, run[1], 1) for n in run[0]])]
 
@@ -234,18 +286,32 @@ def _lines(node: dict[str, Any]) -> int: return 1 + sum(_lines(child) for _, chi
 
 def _branch(name: str, node: dict, many: int, whole: bool) -> str:
     label = f"{escape(name)}" + (f" <span class='faint'>({many} alike)</span>" if many > 1 else "")
-    if set(node) == {""}: return f"<div style='margin-left: 14px'>{_dot(node[''])}{label} <span class='faint'>{node['']}</span></div>"
+    if set(node) == {""}:
+        return f"<div style='margin-left: 14px'>{_dot(node[''])}{label} <span class='faint'>{node['']}</span></div>"
     inside = "".join(_branch(*child, whole) for child in _alike(node))
     counts = " ".join(f"{_dot(status)}{n * many:,} {status}" for status, n in _tally(node).items())
-    return f"<details{' open' if whole or not name[:1].isdigit() else ''}><summary>{label} <span class='faint'>{counts}</span></summary>{inside}</details>"
+    return (
+        f"<details{' open' if whole or not name[:1].isdigit() else ''}><summary>{label} <span "
+        f"class='faint'>{counts}</span></summary>{inside}</details>"
+    )
 
 
-_TENSORS = {"input": "what a module is fed", "weight": "its matrix", "output": "what it gives", "q": "queries of attention", "k": "keys", "v": "values"}
+_TENSORS = {
+    "input": "what a module is fed",
+    "weight": "its matrix",
+    "output": "what it gives",
+    "q": "queries of attention",
+    "k": "keys",
+    "v": "values",
+}
 
 
 def tensor_key() -> str:
     "What the colours of pictures mean."
-    dots = "".join(f'<div><span class="dot" style="background: {color}"></span><b>{name}</b>: {_TENSORS[name]}</div>' for name, color in BASE_COLORS.items())
+    dots = "".join(
+        f'<div><span class="dot" style="background: {color}"></span><b>{name}</b>: {_TENSORS[name]}</div>'
+        for name, color in BASE_COLORS.items()
+    )
     return block(f"<details><summary>What the colours mean</summary>{dots}</details>")
 
 
@@ -255,7 +321,8 @@ def status_key() -> str:
 
 
 def tree_html(statuses: list[tuple[str, str]]) -> str:
-    "The module tree, every quantizable module with a dot in the colour of its QuantizationStatus. Neighbours that are alike are one line."
+    """The module tree, every quantizable module with a dot in the colour of its QuantizationStatus. Neighbours that
+    are alike are one line."""
     root = _forest(statuses)
     if not root: return block("This model has no Linear or Embedding module")
     whole = _lines(root) <= OPEN_ROWS
@@ -273,7 +340,8 @@ def progress_text(progress: Progress) -> str:
     "How far a feed is, how fast, and how long it will take."
     total = "" if progress.total is None else f" of {progress.total:,}"
     left = "" if not progress.seconds_left else f" · {duration(progress.seconds_left)} left"
-    tokens = f" · {progress.tokens:,} tokens · {progress.tokens_per_second:,.0f} tokens/s" if progress.tokens else ""  # a comparison counts none
+    # a comparison counts none
+    tokens = f" · {progress.tokens:,} tokens · {progress.tokens_per_second:,.0f} tokens/s" if progress.tokens else ""
     return f"{progress.done:,}{total} batches{tokens}{left}"
 
 

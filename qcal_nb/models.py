@@ -107,7 +107,8 @@ def _windows(tokenizer, text: str, length: int) -> Iterator[Tensor]:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode and no gradients inside the block; after it every module's training flag is what it was."""
     modes = [(module, module.training) for module in model.modules()]
-    for module, _ in modes: module.training = False
+    for module, _ in modes:
+        module.training = False
     try:
         with torch.no_grad():
             yield
@@ -122,7 +123,8 @@ def positions_of(model: nn.Module) -> int | None:
 
 
 def usual_length(model: nn.Module) -> int:
-    """Tokens to cut texts to where nobody said how many: the model's positions, 2,048 at most, for attention needs memory by the square."""
+    """Tokens to cut texts to where nobody said how many: the model's positions, 2,048 at most, for attention needs
+    memory by the square."""
     return min(positions_of(model) or 2048, 2048)
 
 
@@ -144,7 +146,8 @@ def perplexity(
     length = usual_length(model) if max_length is None else max_length
     if length < 2:
         raise ValueError(f"max_length must be at least 2, a token and the one to predict from it, got {length}")
-    total, count = 0.0, 0
+    total = 0.0
+    count = 0
     with evaluating(model):
         for text in texts:
             for ids in _windows(tokenizer, text, length):
@@ -186,28 +189,39 @@ def _check_group(name: str, norm: nn.Module, readers: list[nn.Module]) -> None:
         kinds = ", ".join(type(m).__name__ for m in readers)
         raise ValueError(f"inject_outliers expected what reads {name} to be nn.Linear, got {kinds}")
     if any(p.is_meta for p in (weight, *(m.weight for m in readers))):
-        raise ValueError(f"inject_outliers expected the weights around {name} in memory, got meta tensors: load without offload")
+        raise ValueError(
+            f"inject_outliers expected the weights around {name} in memory, got meta tensors: load without offload"
+        )
     x = torch.linspace(-1, 1, len(weight), dtype=weight.dtype, device=weight.device)[None]
     once, twice = (torch.func.functional_call(norm, {"weight": weight.detach() * k}, (x,)) for k in (1, 2))
     if not torch.equal(once * 2, twice):
-        raise ValueError(f"inject_outliers expected {name} to compute weight * x, got {type(norm).__name__}, which does not (Gemma?)")
+        raise ValueError(
+            f"inject_outliers expected {name} to compute weight * x, got {type(norm).__name__}, which does not (Gemma?)"
+        )
 
 # %% ../nbs/00_models.ipynb #0a047ec9
 def _scaled(values: Tensor, factor: float, name: str) -> Tensor:
     """`values * factor`, or ValueError if that rounds, overflows or underflows in their dtype."""
     scaled = values * factor
     if not torch.equal(scaled / factor, values):
-        raise ValueError(f"{name} times {factor:g} is not exact in {values.dtype}: take a smaller factor, or float32 or bfloat16")
+        raise ValueError(
+            f"{name} times {factor:g} is not exact in {values.dtype}: take a smaller factor, or float32 or bfloat16"
+        )
     return scaled
 
 
-def _plan(name: str, norm: nn.Module, readers: list[nn.Module], channels: list[int], factor: float) -> list[tuple[Tensor, Tensor]]:
+def _plan(
+    name: str, norm: nn.Module, readers: list[nn.Module], channels: list[int], factor: float
+) -> list[tuple[Tensor, Tensor]]:
     """(view of the parameter's columns is `parameter[..., channels]`) -> [(parameter, its new values there)]."""
     weight = norm.weight.detach()
     up = _scaled(weight[channels], factor, f"{name}.weight")
     largest = math.sqrt(len(weight)) * up.abs().max().item()
     if largest > torch.finfo(weight.dtype).max:
-        raise ValueError(f"{name} could put out {largest:g}, too large for {weight.dtype}: take a smaller factor, or float32 or bfloat16")
+        raise ValueError(
+            f"{name} could put out {largest:g}, too large for {weight.dtype}: take a smaller factor, or float32 "
+            "or bfloat16"
+        )
     down = [(m.weight, _scaled(m.weight.detach()[:, channels], 1 / factor, f"a Linear after {name}")) for m in readers]
     return [(norm.weight, up), *down]
 
@@ -220,14 +234,18 @@ def _choose_channels(hidden: int, n_channels: int, seed: int, channels: Sequence
         channels = torch.randperm(hidden, generator=torch.Generator().manual_seed(seed))[:n_channels].tolist()
     chosen = sorted(set(channels))
     if len(chosen) != len(channels) or not chosen or chosen[0] < 0 or chosen[-1] >= hidden:
-        raise ValueError(f"channels must be different numbers from 0 to {hidden - 1}, at least one, got {list(channels)}")
+        raise ValueError(
+            f"channels must be different numbers from 0 to {hidden - 1}, at least one, got {list(channels)}"
+        )
     return chosen
 
 
 def _check_factor(factor: float) -> float:
     """`factor` as a float, or ValueError unless it is a positive power of two."""
     if not (factor > 0 and math.isfinite(factor) and math.frexp(factor)[0] == 0.5):
-        raise ValueError(f"factor must be a power of two such as 32 or 0.25, so that the rescaling is exact, got {factor}")
+        raise ValueError(
+            f"factor must be a power of two such as 32 or 0.25, so that the rescaling is exact, got {factor}"
+        )
     return float(factor)
 
 # %% ../nbs/00_models.ipynb #34bd608e
@@ -253,7 +271,8 @@ def inject_outliers(
     seed: int = 0,  # Chooses the channels
     channels: Sequence[int] | None = None,  # These channels instead of chosen ones
 ) -> dict[str, list[int]]:
-    """Make channels of every norm's output `factor` times larger, in place, logits unchanged to the bit; norm name -> channels."""
+    """Make channels of every norm's output `factor` times larger, in place, logits unchanged to the bit; norm name
+    -> channels."""
     factor = _check_factor(factor)
     layers = getattr(getattr(model, "model", None), "layers", None)
     if layers is None:

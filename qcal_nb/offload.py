@@ -22,13 +22,15 @@ from .observers.base import warn_once
 
 # %% ../nbs/04f_offload.ipynb #d5351513
 def hold_while_running(module: Module) -> None:
-    """Let an offloaded module keep what it brings back until its forward is done. compressed-tensors' forward quantizes the weight that
-    it read and then reads it again: without this, and from disk, the second read is the unquantized weight, without a word."""
+    """Let an offloaded module keep what it brings back until its forward is done. compressed-tensors' forward
+    quantizes the weight that it read and then reads it again: without this, and from disk, the second read is
+    the unquantized weight, without a word."""
     forward = module.__dict__.get("_original_forward_func")
     if forward is None: return
     @wraps(forward)
     def held(self: Module, *args: Any, **kwargs: Any) -> Any:
-        with disable_offloading(): return forward(self, *args, **kwargs)
+        with disable_offloading():
+            return forward(self, *args, **kwargs)
     module._original_forward_func = held
 
 # %% ../nbs/04f_offload.ipynb #95dd0b04
@@ -38,54 +40,79 @@ def has_accelerate_hooks(model: Module) -> bool:
 
 # %% ../nbs/04f_offload.ipynb #8cd29ded
 def _offloaded(model: Module) -> Iterator[tuple[Module, Any, Mapping[str, Any], str]]:
-    "Every module with weights that accelerate keeps elsewhere: its hook, where they are, and what stands before their names there."
+    """Every module with weights that accelerate keeps elsewhere: its hook, where they are, and what stands before
+    their names there."""
     for module in model.modules():
-        hook, prefix = module.__dict__.get("_hf_hook"), ""
+        hook = module.__dict__.get("_hf_hook")
+        prefix = ""
         weights = getattr(hook, "weights_map", None)
-        while hasattr(weights, "prefix"): prefix, weights = prefix + weights.prefix, weights.dataset
-        if weights is not None: yield module, hook, weights, prefix
+        while hasattr(weights, "prefix"):
+            prefix = prefix + weights.prefix
+            weights = weights.dataset
+        if weights is not None:
+            yield module, hook, weights, prefix
 
 
 @contextmanager
 def _each_its_own(model: Module) -> Iterator[None]:
-    "Inside the block a dictionary of all weights by full name is, for each hook, one of its module's by their own names."
+    """Inside the block a dictionary of all weights by full name is, for each hook, one of its module's by their own
+    names."""
     before = [(hook, hook.weights_map) for _, hook, _, _ in _offloaded(model)]
     for module, hook, weights, prefix in list(_offloaded(model)):
         names = [name for name in (*module._parameters, *module._buffers) if prefix + name in weights]
-        if isinstance(weights, dict) and prefix: hook.weights_map = {name: weights[prefix + name] for name in names}
-    try: yield
+        if isinstance(weights, dict) and prefix:
+            hook.weights_map = {name: weights[prefix + name] for name in names}
+    try:
+        yield
     finally:
-        for hook, weights in before: hook.weights_map = weights
+        for hook, weights in before:
+            hook.weights_map = weights
 
 # %% ../nbs/04f_offload.ipynb #b4883f88
 def _unreadable(model: Module) -> Iterator[tuple[Any, str, Tensor]]:
-    "Weights on disk in a form that compressed-tensors cannot read: their collection, their name there, and what stands for them on the module."
+    """Weights on disk in a form that compressed-tensors cannot read: their collection, their name there, and what
+    stands for them on the module."""
     for module, _, weights, prefix in _offloaded(model) if is_source_process() else ():
-        index, at_hand = getattr(weights, "index", {}), getattr(weights, "state_dict", {})
+        index = getattr(weights, "index", {})
+        at_hand = getattr(weights, "state_dict", {})
         for name, meta in (*module._parameters.items(), *module._buffers.items()):
             full = prefix + name
-            if full in index and full not in at_hand and "safetensors_file" not in index[full] and meta not in DiskCache.index: yield weights, full, meta
+            if (
+                full in index
+                and full not in at_hand
+                and "safetensors_file" not in index[full]
+                and meta not in DiskCache.index
+            ):
+                yield weights, full, meta
 
 
 @contextmanager
 def _copied(found: list[tuple[Any, str, Tensor]]) -> Iterator[None]:
-    "Such weights also in the form that compressed-tensors reads, beside them; the copies are removed if the block fails."
+    """Such weights also in the form that compressed-tensors reads, beside them; the copies are removed if the block
+    fails."""
     try:
-        for weights, name, meta in found: DiskCache("cpu", offload_dir=weights.save_folder).offload(weights[name], offloaded=meta)
+        for weights, name, meta in found:
+            DiskCache("cpu", offload_dir=weights.save_folder).offload(weights[name], offloaded=meta)
         yield
     except BaseException:
-        for entry in [DiskCache.index.pop(meta) for *_, meta in found if meta in DiskCache.index]: Path(entry["safetensors_file"]).unlink()
+        for entry in [DiskCache.index.pop(meta) for *_, meta in found if meta in DiskCache.index]:
+            Path(entry["safetensors_file"]).unlink()
         raise
 
 
 def convert_offload(model: Module) -> None:
-    """Hand a model that accelerate offloads over to compressed-tensors' own offloading, which knows how to update parameters.
-    What accelerate has on disk stays there, so that the model can be handed back."""
+    """Hand a model that accelerate offloads over to compressed-tensors' own offloading, which knows how to update
+    parameters. What accelerate has on disk stays there, so that the model can be handed back."""
     if not has_accelerate_hooks(model): return
     unreadable = list(_unreadable(model))
-    if unreadable: warn_once(f"accelerate wrote {len(unreadable)} weights to disk in a form that compressed-tensors cannot read; they are copied, which takes the same space again")
+    if unreadable:
+        warn_once(
+            f"accelerate wrote {len(unreadable)} weights to disk in a form that compressed-tensors cannot read; "
+            "they are copied, which takes the same space again"
+        )
     try:
-        with _copied(unreadable), _each_its_own(model): from_accelerate(model)
+        with _copied(unreadable), _each_its_own(model):
+            from_accelerate(model)
     except Exception as error:
         raise ValueError(f"this model is offloaded by accelerate in a way that cannot be converted: {error}; "
                          "load it without device_map, or offload it with compressed_tensors.offload") from error

@@ -59,7 +59,8 @@ export default { render };
 
 # %% ../nbs/14b_panels.ipynb #0e016031
 class Picture(anywidget.AnyWidget):
-    "A PNG that reports the pointer. `pointer` is [x, y] as fractions of the picture (empty outside), `clicked` is [x, y, time]."
+    """A PNG that reports the pointer. `pointer` is [x, y] as fractions of the picture (empty outside), `clicked` is
+    [x, y, time]."""
 
     _esm = _PICTURE_JS
     png = Bytes(b"").tag(sync=True)
@@ -83,15 +84,19 @@ SHARE = 0.025  # of the time of a feed, that a panel may take for drawing while 
 class _Seen(w.VBox):
     "A box that redraws itself only while somebody can see it."
 
-    seen, _missed, _quiet_until = True, False, 0.0
+    seen = True
+    _missed = False
+    _quiet_until = 0.0
 
     def refresh(self, what: str = "") -> None:
         "Show what the session and the state are now."
 
     def redraw(self, what: str = "") -> None:
         "`refresh` if the panel is seen, else when it is."
-        if self.seen: self.refresh(what)
-        else: self._missed = True
+        if self.seen:
+            self.refresh(what)
+        else:
+            self._missed = True
 
     def show(self, seen: bool) -> None:
         "Say whether the panel can be seen, behind a tab for example; one that could not catches up."
@@ -101,7 +106,8 @@ class _Seen(w.VBox):
             self.refresh("shown")
 
     def _heard(self, what: str) -> None:
-        "Redraw after a change; while batches run, a few times a second at most, and for `SHARE` of the time. A panel that is not seen waits."
+        """Redraw after a change; while batches run, a few times a second at most, and for `SHARE` of the time. A
+        panel that is not seen waits."""
         began = time.monotonic()
         if what == "batch" and (not self.seen or began < self._quiet_until): return
         self.redraw(what)
@@ -115,9 +121,12 @@ class Panel(_Seen):
 
     def __init__(self, session: Session | Saved, state: WorkbenchState | None = None) -> None:
         if not isinstance(session, (Session, Saved)):
-            raise TypeError(f"session must be a qcal_nb.session.Session, or Saved(record), got {type(session).__name__}")
+            raise TypeError(
+                f"session must be a qcal_nb.session.Session, or Saved(record), got {type(session).__name__}"
+            )
         super().__init__()
-        self.session, self.state = session, state or WorkbenchState()
+        self.session = session
+        self.state = state or WorkbenchState()
         self._style = w.HTML(STYLE)
         self._unlisten = session.listen(self._heard)
 
@@ -127,7 +136,8 @@ class Panel(_Seen):
 
     def close(self) -> None:
         "Stop listening and take the panel off the page."
-        if self._unlisten: self._unlisten()
+        if self._unlisten:
+            self._unlisten()
         self._unlisten = None
         super().close()
 
@@ -141,5 +151,6 @@ class Panel(_Seen):
 # %% ../nbs/14b_panels.ipynb #8161a048
 def static_picture(session: Session) -> bytes:
     "What a reader without a kernel sees: the ranges, or before there are any the phase."
-    if any(base_name == "input" and stats.count for (_, base_name), stats in session.record.tensors.items()): return to_png(plot_ranges(session.record, clips=session.scales()))
+    if any(base_name == "input" and stats.count for (_, base_name), stats in session.record.tensors.items()):
+        return to_png(plot_ranges(session.record, clips=session.scales()))
     return to_png(plot_phases(CHIPS[PHASES[session.phase]][0]))

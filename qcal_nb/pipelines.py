@@ -50,13 +50,17 @@ def _patched(obj: Any, name: str, value: Any) -> Iterator[None]:
         _, users, old = _patches.get(key, (obj, 0, obj.__dict__.get(name, _MISSING)))
         _patches[key] = (obj, users + 1, old)
         obj.__dict__[name] = value
-    try: yield
+    try:
+        yield
     finally:
         with _patches_lock:
             _, users, old = _patches.pop(key)
-            if users > 1: _patches[key] = (obj, users - 1, old)
-            elif old is _MISSING: obj.__dict__.pop(name, None)
-            else: obj.__dict__[name] = old
+            if users > 1:
+                _patches[key] = (obj, users - 1, old)
+            elif old is _MISSING:
+                obj.__dict__.pop(name, None)
+            else:
+                obj.__dict__[name] = old
 
 
 def _idle_head(model: Module) -> Linear | None:
@@ -69,20 +73,26 @@ def _idle_head(model: Module) -> Linear | None:
 def check_attention(attention: str) -> str:
     "`attention` itself, or a ValueError."
     if attention not in ("eager", "model"):
-        raise ValueError(f"attention={attention!r} must be 'eager' (what parity is measured with) or 'model' (the model's own)")
+        raise ValueError(
+            f"attention={attention!r} must be 'eager' (what parity is measured with) or 'model' (the model's own)"
+        )
     return attention
 
 
 @contextmanager
-def calibration_context(model: Module, attention: Literal["eager", "model"] = "eager", all_experts: bool = True) -> Iterator[Module]:
-    """No gradients, eval mode, no KV cache, no hub kernels, eager attention, no product of the head unless it is observed; experts that were
-    taken apart are all shown every token (or, with False, their own). All of it is put back."""
+def calibration_context(
+    model: Module, attention: Literal["eager", "model"] = "eager", all_experts: bool = True
+) -> Iterator[Module]:
+    """No gradients, eval mode, no KV cache, no hub kernels, eager attention, no product of the head unless it is
+    observed; experts that were taken apart are all shown every token (or, with False, their own). All of it is
+    put back."""
     check_attention(attention)
     with ExitStack() as stack:
         stack.enter_context(showing_all_experts(model, all_experts))
         stack.enter_context(evaluating(model))
         for config in configs_of(model):
-            if hasattr(config, "use_cache"): stack.enter_context(_patched(config, "use_cache", False))
+            if hasattr(config, "use_cache"):
+                stack.enter_context(_patched(config, "use_cache", False))
             stack.enter_context(_patched(config, "disable_custom_kernels", True))
             if attention == "eager":
                 now = getattr(config, "_attn_implementation_internal", None)
@@ -107,13 +117,16 @@ def _collate(rows: list[Mapping[str, Any]], pad: int) -> dict[str, Tensor]:
 
 def _encode(text: str, tokenizer: Any, max_length: int | None) -> dict[str, list[int]]:
     if tokenizer is None:
-        raise ValueError("data holds strings but tokenizer=None; pass the model's tokenizer, or token ids instead of strings")
+        raise ValueError(
+            "data holds strings but tokenizer=None; pass the model's tokenizer, or token ids instead of strings"
+        )
     limit = {"truncation": True, "max_length": max_length} if max_length else {}
     return {"input_ids": tokenizer(text, verbose=False, **limit)["input_ids"]}
 
 
 def _cut(batch: Mapping[str, Any], max_length: int | None) -> dict[str, Any]:
-    "A ready batch, its token ids and what runs along with them cut to `max_length`. Images, sounds and 4-D masks stay whole."
+    """A ready batch, its token ids and what runs along with them cut to `max_length`. Images, sounds and 4-D masks
+    stay whole."""
     ids = batch.get("input_ids")
     if max_length is None or not isinstance(ids, Tensor) or ids.ndim != 2: return dict(batch)
     def along(v: Any) -> bool:
@@ -125,7 +138,8 @@ def _classify(item: Any, tokenizer: Any, max_length: int | None) -> dict[str, An
     "One element of the data as a ready batch (`ready` holds tensors) or as a row of token ids."
     if isinstance(item, str): return _encode(item, tokenizer, max_length)
     if isinstance(item, Tensor):
-        if item.ndim == 0: raise ValueError("data holds a tensor without dimensions; token ids are (seq,) or (batch, seq)")
+        if item.ndim == 0:
+            raise ValueError("data holds a tensor without dimensions; token ids are (seq,) or (batch, seq)")
         batch = {"input_ids": item[None] if item.ndim == 1 else item}
         return {"ready": batch if item.is_floating_point() else _cut(batch, max_length)}
     if isinstance(item, Mapping):
@@ -133,16 +147,20 @@ def _classify(item: Any, tokenizer: Any, max_length: int | None) -> dict[str, An
         if any(isinstance(row, (list, tuple)) for row in item.get("input_ids", [])):
             raise ValueError("data holds a dict whose input_ids are lists of lists; pass a row of ids in each dict, "
                              "or tensors (return_tensors='pt')")
-        if "input_ids" in item: return {k: list(item[k])[:max_length] for k in ("input_ids", "attention_mask") if k in item}
+        if "input_ids" in item:
+            return {k: list(item[k])[:max_length] for k in ("input_ids", "attention_mask") if k in item}
         if isinstance(item.get("text"), str): return _encode(item["text"], tokenizer, max_length)
         keys = sorted(map(str, item))
         raise ValueError(f"data holds a dict with keys {keys}; it needs tensors for the model, 'input_ids' or 'text'")
     if isinstance(item, (list, tuple)) and item and all(isinstance(i, int) for i in item):
         return {"input_ids": list(item)[:max_length]}
-    if isinstance(item, (list, tuple)) and item and isinstance(item[0], Tensor):  # a row of a TensorDataset: its first tensor
+    # a row of a TensorDataset: its first tensor
+    if isinstance(item, (list, tuple)) and item and isinstance(item[0], Tensor):
         return _classify(item[0], tokenizer, max_length)
     if hasattr(item, "__array__"): return _classify(torch.as_tensor(item), tokenizer, max_length)
-    raise TypeError(f"data holds a {type(item).__name__}; elements must be strings, token ids, tensors or dicts of tensors")
+    raise TypeError(
+        f"data holds a {type(item).__name__}; elements must be strings, token ids, tensors or dicts of tensors"
+    )
 
 # %% ../nbs/06_pipelines.ipynb #c8cc742b
 def _items(data: Any) -> Iterable[Any]:
@@ -157,11 +175,14 @@ def _items(data: Any) -> Iterable[Any]:
 
 def _unpacked(item: Any) -> Iterable[Any]:
     "Several texts that come as one element, as a DataLoader or a data set's batch gives them: each for itself."
-    if isinstance(item, Mapping) and isinstance(item.get("text"), (list, tuple)): item = item["text"]
+    if isinstance(item, Mapping) and isinstance(item.get("text"), (list, tuple)):
+        item = item["text"]
     return item if isinstance(item, (list, tuple)) and item and all(isinstance(i, str) for i in item) else [item]
 
 
-def batches(data: Any, tokenizer: Any = None, batch_size: int = 1, max_length: int | None = None) -> Iterator[dict[str, Tensor]]:
+def batches(
+    data: Any, tokenizer: Any = None, batch_size: int = 1, max_length: int | None = None
+) -> Iterator[dict[str, Tensor]]:
     """Dicts of tensors for the model, from any form of data; lazily, in order.
     Strings and rows are grouped and padded, ready batches pass as they are."""
     for name, value in (("batch_size", batch_size), ("max_length", max_length)):
@@ -172,12 +193,15 @@ def batches(data: Any, tokenizer: Any = None, batch_size: int = 1, max_length: i
     rows: list[Mapping[str, Any]] = []
     for item in (one for several in _items(data) for one in _unpacked(several)):
         found = _classify(item, tokenizer, max_length)
-        if "ready" in found: yield found["ready"]
-        elif len(found["input_ids"]): rows.append(found)
+        if "ready" in found:
+            yield found["ready"]
+        elif len(found["input_ids"]):
+            rows.append(found)
         if len(rows) == batch_size:
             yield _collate(rows, pad)
             rows = []
-    if rows: yield _collate(rows, pad)
+    if rows:
+        yield _collate(rows, pad)
 
 # %% ../nbs/06_pipelines.ipynb #7add8be4
 def expected_batches(data: Any, batch_size: int) -> int | None:
@@ -197,9 +221,17 @@ def _accepted(model: Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     parameters = inspect.signature(model.forward).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     ready = {k: v for k, v in batch.items() if k in parameters or (takes_all and isinstance(v, Tensor))}
-    if _idle_head(model) is not None: ready.pop("labels", None)
-    missing = [n for n, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and n not in ready]
-    if missing: raise ValueError(f"the batch has {sorted(batch)}, but the forward of {type(model).__name__} also needs {missing}")
+    if _idle_head(model) is not None:
+        ready.pop("labels", None)
+    missing = [
+        n
+        for n, p in parameters.items()
+        if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and n not in ready
+    ]
+    if missing:
+        raise ValueError(
+            f"the batch has {sorted(batch)}, but the forward of {type(model).__name__} also needs {missing}"
+        )
     return ready
 
 
@@ -215,22 +247,31 @@ def feed(model: Module, batch: Mapping[str, Tensor], index: int | None = None) -
     """Run one batch through the model inside the calibration context, for its observers. Returns the number of tokens.
     `index` names the batch in errors."""
     warn_if_too_long(model, batch)
-    device, token = get_execution_device(model), current_batch.set(index)
+    device = get_execution_device(model)
+    token = current_batch.set(index)
     try:
         ready = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         positional = list(ready) == ["input_ids"] and "input_ids" not in inspect.signature(model.forward).parameters
         with sharing():
-            if positional: model(ready["input_ids"])
-            else: model(**_accepted(model, ready))
+            if positional:
+                model(ready["input_ids"])
+            else:
+                model(**_accepted(model, ready))
     except Exception as error:
         if index is not None and hasattr(error, "add_note"):
             shapes = ", ".join(f"{k} {tuple(v.shape)}" for k, v in batch.items() if isinstance(v, Tensor))
             error.add_note(f"while feeding batch {index} ({shapes})")
-            if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "decoder_input_ids" not in batch:
-                error.add_note(f"{type(model).__name__} reads two sequences: each batch needs decoder_input_ids (or labels) too, "
-                               "data=[dict(input_ids=…, decoder_input_ids=…), …]")
+            if (
+                getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+                and "decoder_input_ids" not in batch
+            ):
+                error.add_note(
+                    f"{type(model).__name__} reads two sequences: each batch needs decoder_input_ids (or labels) too, "
+                    "data=[dict(input_ids=…, decoder_input_ids=…), …]"
+                )
         raise
-    finally: current_batch.reset(token)
+    finally:
+        current_batch.reset(token)
     return count_tokens(batch)
 
 
@@ -245,7 +286,9 @@ def count_tokens(batch: Mapping[str, Any]) -> int:
 PIPELINES = ("basic", "sequential", "datafree")
 
 
-def _first_batches(data: Any, modifier: QuantizationModifier, pipeline: str, **options: Any) -> Iterator[dict[str, Tensor]]:
+def _first_batches(
+    data: Any, modifier: QuantizationModifier, pipeline: str, **options: Any
+) -> Iterator[dict[str, Tensor]]:
     "The batches to feed, with the first one already made, so that bad data is found before anything changes."
     if pipeline not in PIPELINES:
         raise ValueError(f"pipeline={pipeline!r} is unknown; it must be one of {', '.join(map(repr, PIPELINES))}")
@@ -263,7 +306,8 @@ def _first_batches(data: Any, modifier: QuantizationModifier, pipeline: str, **o
 def _feed_all(model: Module, stream: Iterator[dict[str, Tensor]], owner: str, progress: bool) -> None:
     with tqdm(desc="calibrating", unit=" tokens", unit_scale=True, disable=not progress) as bar:
         for index, batch in enumerate(stream):
-            with feeding(owner), all_or_nothing(): tokens = feed(model, batch, index)
+            with feeding(owner), all_or_nothing():
+                tokens = feed(model, batch, index)
             bar.update(tokens)
 
 
@@ -271,13 +315,15 @@ def _feed_blocks(model: Module, batches: list[dict[str, Tensor]], owner: str, pr
                  modifier: QuantizationModifier, propagate: str) -> None:
     def after(modules: list[Module]) -> None:
         modifier.on_event(State(model), Event(EventType.SEQUENTIAL_EPOCH_END), modules=modules)
-    if batches: run_blocks(model, batches, lambda batch, index: feed(model, batch, index), owner, after, propagate, progress)
+    if batches:
+        run_blocks(model, batches, lambda batch, index: feed(model, batch, index), owner, after, propagate, progress)
 
 # %% ../nbs/06_pipelines.ipynb #e79f76bb
 def set_policy(model: Module, nonfinite: str | None) -> None:
     "What all observers of a model do about non-finite values; None leaves each with its modifier's choice."
     if nonfinite is None: return
-    for observer in observers_in(model): observer.nonfinite = check_policy(nonfinite)
+    for observer in observers_in(model):
+        observer.nonfinite = check_policy(nonfinite)
 
 
 def check_propagate(propagate: str, pipeline: str) -> None:
@@ -290,40 +336,52 @@ def check_propagate(propagate: str, pipeline: str) -> None:
 
 # %% ../nbs/06_pipelines.ipynb #3baba4fc
 def calibrate(
-    model: Module,                                     # Any torch model; transformers models take all forms of data
-    data: Any,                                         # Texts, token ids, tensors, dicts, a DataLoader; None if none is needed
-    modifier: QuantizationModifier,                    # What to quantize, and how
+    model: Module,  # Any torch model; transformers models take all forms of data
+    data: Any,  # Texts, token ids, tensors, dicts, a DataLoader; None if none is needed
+    modifier: QuantizationModifier,  # What to quantize, and how
     *,
-    pipeline: str = "basic",                           # "basic": whole passes; "sequential": block by block; "datafree": weights only
-    propagate: str = "float",                          # sequential: what the next block is fed, "float" or "quantized" outputs
-    tokenizer: Any = None,                             # Needed for texts
-    batch_size: int = 1,                               # Texts or rows in a batch; padding is observed too, as in the reference
-    max_length: int | None = None,                     # Cut longer texts to so many tokens
-    nonfinite: str | None = None,                      # "raise", "skip" or "record"; overrides the modifier's choice
-    on_uncalibrated: str | None = None,                # "raise" or "skip"; overrides the modifier's choice
-    all_experts: bool = True,                          # Show every token to every expert of a mixture, for the statistics only
-    attention: Literal["eager", "model"] = "eager",    # Attention to calibrate with
-    progress: bool = True,                             # Show a bar with tokens per second
+    pipeline: str = "basic",  # "basic": whole passes; "sequential": block by block; "datafree": weights only
+    propagate: str = "float",  # sequential: what the next block is fed, "float" or "quantized" outputs
+    tokenizer: Any = None,  # Needed for texts
+    batch_size: int = 1,  # Texts or rows in a batch; padding is observed too, as in the reference
+    max_length: int | None = None,  # Cut longer texts to so many tokens
+    nonfinite: str | None = None,  # "raise", "skip" or "record"; overrides the modifier's choice
+    on_uncalibrated: str | None = None,  # "raise" or "skip"; overrides the modifier's choice
+    all_experts: bool = True,  # Show every token to every expert of a mixture, for the statistics only
+    attention: Literal["eager", "model"] = "eager",  # Attention to calibrate with
+    progress: bool = True,  # Show a bar with tokens per second
 ) -> Module:
-    "Initialize, start, feed all data, end. Returns the same model, calibrated; what its observers saw is in `modifier.coverage`."
+    """Initialize, start, feed all data, end. Returns the same model, calibrated; what its observers saw is in
+    `modifier.coverage`."""
     if not isinstance(modifier, QuantizationModifier):
         raise TypeError(f"modifier must be a QuantizationModifier, got {type(modifier).__name__}; "
                         "e.g. QuantizationModifier(scheme='FP8', ignore=['lm_head'])")
-    for check, value in ((check_policy, nonfinite), (check_on_uncalibrated, on_uncalibrated), (check_attention, attention)):
-        if value is not None: check(value)
+    for check, value in (
+        (check_policy, nonfinite),
+        (check_on_uncalibrated, on_uncalibrated),
+        (check_attention, attention),
+    ):
+        if value is not None:
+            check(value)
     check_propagate(propagate, pipeline)
     if not isinstance(all_experts, bool): raise TypeError(f"all_experts={all_experts!r} must be True or False")
-    state, owner = State(model), f"calibrate {uuid.uuid4().hex}"
+    state = State(model)
+    owner = f"calibrate {uuid.uuid4().hex}"
     with together("end calibrate()"), exclusive(model, "calibrate()"), each_warning_once():
-        stream = _first_batches(data, modifier, pipeline, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
+        stream = _first_batches(
+            data, modifier, pipeline, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length
+        )
         modifier.on_initialize(state, unfuse=True)
-        with owned_by(owner): modifier.on_event(state, Event(EventType.CALIBRATION_START))  # hear nobody else from the start
+        with owned_by(owner):
+            modifier.on_event(state, Event(EventType.CALIBRATION_START))  # hear nobody else from the start
         try:
             set_policy(model, nonfinite)
             with guarded(model, blocks_of(model).values()):
                 with calibration_context(model, attention, all_experts):
-                    if pipeline == "sequential": _feed_blocks(model, list(stream), owner, progress, modifier, propagate)
-                    else: _feed_all(model, stream, owner, progress)
+                    if pipeline == "sequential":
+                        _feed_blocks(model, list(stream), owner, progress, modifier, propagate)
+                    else:
+                        _feed_all(model, stream, owner, progress)
                 modifier.on_event(state, Event(EventType.CALIBRATION_END), on_uncalibrated=on_uncalibrated)
         except BaseException:
             claim(model, None)

@@ -21,12 +21,36 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
-from .analysis import check_record, compare_observers, conclusion_of, convergence, enough_in_words, layer_of, percent_of
+from qcal_nb.analysis import (
+    check_record,
+    compare_observers,
+    conclusion_of,
+    convergence,
+    enough_in_words,
+    layer_of,
+    percent_of,
+)
 from .calibration_record import CalibrationRecord
 from .conclusions import Asked, Conclusion, asked_in, label_of
 from .coverage import extreme_scales
-from .figures import (BASE_COLORS, CLIPPED, NAMED, OTHER, bars, dark, dots, headline, label_depth, light, log_values, new_axes, packed,
-                             say_nothing, shades, short_name)
+from qcal_nb.figures import (
+    BASE_COLORS,
+    CLIPPED,
+    NAMED,
+    OTHER,
+    bars,
+    dark,
+    dots,
+    headline,
+    label_depth,
+    light,
+    log_values,
+    new_axes,
+    packed,
+    say_nothing,
+    shades,
+    short_name,
+)
 from .plot_model import choose_base, legend
 from .records import check_observers
 
@@ -36,10 +60,14 @@ def _matrix(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str], np.ndarray, n
     tensors = table.drop_duplicates(["module", "base_name"])[["module", "base_name", "layer"]].reset_index(drop=True)
     names = list(dict.fromkeys(table.observer))
     column = {key: i for i, key in enumerate(zip(tensors.module, tensors.base_name))}
-    sqnr, best = np.full((len(names), len(tensors)), np.nan), np.zeros((len(names), len(tensors)), bool)
-    for m, b, name, db, chosen in zip(table.module, table.base_name, table.observer, table.sqnr_db.astype(float), table.best.astype(bool)):
+    sqnr = np.full((len(names), len(tensors)), np.nan)
+    best = np.zeros((len(names), len(tensors)), bool)
+    for m, b, name, db, chosen in zip(
+        table.module, table.base_name, table.observer, table.sqnr_db.astype(float), table.best.astype(bool)
+    ):
         at = names.index(name), column[m, b]
-        sqnr[at], best[at] = db, chosen
+        sqnr[at] = db
+        best[at] = chosen
     return tensors, names, sqnr, best
 
 
@@ -48,7 +76,9 @@ def _hatch(ax: Axes, missing: np.ndarray) -> None:
     for y, row in enumerate(missing):
         edges = np.flatnonzero(np.diff(np.concatenate([[0], row.astype(int), [0]])))
         for first, end in edges.reshape(-1, 2):
-            ax.add_patch(Rectangle((first - 0.5, y - 0.5), end - first, 1, fc="white", ec="0.6", hatch="////", lw=0.4, zorder=2))
+            ax.add_patch(
+                Rectangle((first - 0.5, y - 0.5), end - first, 1, fc="white", ec="0.6", hatch="////", lw=0.4, zorder=2)
+            )
 
 
 def _write_cells(ax: Axes, sqnr: np.ndarray, best: np.ndarray, middle: float) -> None:
@@ -56,8 +86,17 @@ def _write_cells(ax: Axes, sqnr: np.ndarray, best: np.ndarray, middle: float) ->
     digits = int(sqnr.shape[1] <= 30)
     for (y, x), db in np.ndenumerate(sqnr):
         if np.isnan(db): continue
-        ax.text(x, y, f"{db:.{digits}f}" if np.isfinite(db) else "∞", ha="center", va="center", fontsize=7 - 0.8 * digits, color="white" if db > middle else "black",
-                weight="bold" if best[y, x] and not digits else "normal", zorder=4)
+        ax.text(
+            x,
+            y,
+            f"{db:.{digits}f}" if np.isfinite(db) else "∞",
+            ha="center",
+            va="center",
+            fontsize=7 - 0.8 * digits,
+            color="white" if db > middle else "black",
+            weight="bold" if best[y, x] and not digits else "normal",
+            zorder=4,
+        )
         for ec, lw in (("white", 3), ("black", 1.2)) if best[y, x] else ():
             ax.add_patch(Rectangle((x - 0.49, y - 0.42), 0.98, 0.84, fill=False, ec=ec, lw=lw, zorder=5))
 
@@ -66,7 +105,10 @@ def _reasons(table: pd.DataFrame) -> list[Patch]:
     "Why cells are empty: at most three reasons, for the legend."
     why = [r for r in table[table.sqnr_db.isna() & (table.reason != "")].reason.drop_duplicates()]
     why = list(dict.fromkeys(re.sub(r"^[\d,]+ scales", "many scales", r) for r in why))
-    return [Patch(fc="white", ec="0.6", hatch="////", label=f"unknown: {r if len(r) < 130 else r[:129] + '…'}") for r in why[:3]]
+    return [
+        Patch(fc="white", ec="0.6", hatch="////", label=f"unknown: {r if len(r) < 130 else r[:129] + '…'}")
+        for r in why[:3]
+    ]
 
 
 def _row_name(name: str, sqnr: np.ndarray, best: np.ndarray) -> str:
@@ -84,9 +126,22 @@ def _draw_sqnr(ax: Axes, sqnr: np.ndarray, best: np.ndarray, color: str) -> Any:
     mesh = ax.pcolormesh(x, np.arange(len(sqnr) + 1) - 0.5, seen, cmap=shades(color), vmin=low, vmax=high)
     mesh.set_gid("sqnr_db")
     _hatch(ax, np.isnan(sqnr))
-    if sqnr.shape[1] <= NAMED: _write_cells(ax, sqnr, best, (low + high) / 2)
+    if sqnr.shape[1] <= NAMED:
+        _write_cells(ax, sqnr, best, (low + high) / 2)
     y, at = np.nonzero(best)
-    if sqnr.shape[1] <= 150: dots(ax, at, y, "best", ls="", marker="" if sqnr.shape[1] <= NAMED else "o", ms=4, color="white", mec="black", zorder=5)
+    if sqnr.shape[1] <= 150:
+        dots(
+            ax,
+            at,
+            y,
+            "best",
+            ls="",
+            marker="" if sqnr.shape[1] <= NAMED else "o",
+            ms=4,
+            color="white",
+            mec="black",
+            zorder=5,
+        )
     return mesh
 
 # %% ../nbs/11d_plot_choices.ipynb #c60a7ca3
@@ -97,22 +152,31 @@ def plot_observers(
     base_name: str | None = None,               # Which tensors: "input" (default), "weight", "output"
     ax: Axes | None = None,                     # Where to draw; a new figure if None
 ) -> Axes:
-    "SQNR of every tensor (across, in model order) with every observer (down): the darker, the better; the best framed. Returns the axes."
+    """SQNR of every tensor (across, in model order) with every observer (down): the darker, the better; the best
+    framed. Returns the axes."""
     whole = record if isinstance(record, pd.DataFrame) else compare_observers(check_record(record), observers, args)
     base_name = choose_base(list(whole.base_name), base_name)
     table = whole[whole.base_name == base_name]
     tensors, names, sqnr, best = _matrix(table)
-    own, ax = ax is None, ax or new_axes(9.0, 1.7 + 0.4 * max(2, len(names)))
+    own = ax is None
+    ax = ax or new_axes(9.0, 1.7 + 0.4 * max(2, len(names)))
     if not len(table): return say_nothing(ax, "Nothing recorded yet: feed a batch")
     mesh = _draw_sqnr(ax, sqnr, best, BASE_COLORS.get(base_name, OTHER))
     label_depth(ax, tensors.module, tensors.layer)
     ax.set_yticks(range(len(names)), [_row_name(*row) for row in zip(names, sqnr, best)], fontsize=8, parse_math=False)
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.figure.colorbar(mesh, ax=ax, pad=0.01, fraction=0.03, aspect=15).set_label("SQNR in dB", fontsize=8)
-    asked = next((t.partition(": ")[2] for t in whole.attrs.get("args", "").split("; ") if t.startswith(f"{base_name}: ")), "")
+    asked = next(
+        (t.partition(": ")[2] for t in whole.attrs.get("args", "").split("; ") if t.startswith(f"{base_name}: ")), ""
+    )
     asked = asked.removesuffix(", static")
-    headline(ax, f"Which observer loses least at every {base_name}: the darker, the better{f' ({asked})' if asked else ''}", len(tensors))
-    if (handles := _reasons(table)) and own: ax.figure.legend(handles=handles, frameon=False, fontsize=7, loc="outside lower center")
+    headline(
+        ax,
+        f"Which observer loses least at every {base_name}: the darker, the better{f' ({asked})' if asked else ''}",
+        len(tensors),
+    )
+    if (handles := _reasons(table)) and own:
+        ax.figure.legend(handles=handles, frameon=False, fontsize=7, loc="outside lower center")
     return ax
 
 # %% ../nbs/11d_plot_choices.ipynb #2d0f53c7
@@ -123,35 +187,56 @@ def _pooled(module: str) -> str: return re.sub(r"\.experts\.\d+(?=\.|$)", ".expe
 
 
 @lru_cache
-def _extremes(kind: str, bits: int, symmetric: bool, strategy: str, scale_dtype: torch.dtype | None, dtype: torch.dtype) -> tuple[float, float]:
+def _extremes(
+    kind: str, bits: int, symmetric: bool, strategy: str, scale_dtype: torch.dtype | None, dtype: torch.dtype
+) -> tuple[float, float]:
     "As `extreme_scales`, from the arguments that matter for it."
-    group = dict(group_size=16) if "group" in strategy else dict(block_structure=[16, 16]) if strategy == "block" else {}
-    return extreme_scales(QuantizationArgs(num_bits=bits, type=kind, symmetric=symmetric, strategy=strategy, scale_dtype=scale_dtype, **group), dtype)
+    group = (
+        dict(group_size=16) if "group" in strategy else dict(block_structure=[16, 16]) if strategy == "block" else {}
+    )
+    return extreme_scales(
+        QuantizationArgs(
+            num_bits=bits, type=kind, symmetric=symmetric, strategy=strategy, scale_dtype=scale_dtype, **group
+        ),
+        dtype,
+    )
 
 
 def _kinds(c: Conclusion) -> dict[str, np.ndarray]:
     "The scales of a conclusion in the tensor's units, and those that are suspicious, by kind."
     stored = c.scale.detach().float().reshape(-1).numpy()
-    least, most = _extremes(c.args.type, c.args.num_bits, c.args.symmetric, c.args.strategy, c.args.scale_dtype, c.scale.dtype)
+    least, most = _extremes(
+        c.args.type, c.args.num_bits, c.args.symmetric, c.args.strategy, c.args.scale_dtype, c.scale.dtype
+    )
     unit = stored if c.global_scale is None else stored / c.global_scale.float().reshape(-1)[0].item()
     marks = dict(zero=stored == 0, eps=stored == least, saturated=stored >= most)
     return dict(scale=unit[np.isfinite(unit) & (unit > 0) & ~marks["eps"]]) | marks
 
 
 def scales_by_module(
-    record: CalibrationRecord, observer: Asked, base_name: str, args: QuantizationArgs | None = None, conclude: Conclude = conclusion_of,
+    record: CalibrationRecord,
+    observer: Asked,
+    base_name: str,
+    args: QuantizationArgs | None = None,
+    conclude: Conclude = conclusion_of,
 ) -> dict[str, dict[str, np.ndarray]]:
-    "For each module (the experts of a layer together, as `*`) its ordinary scales, and which of all are `zero`, `eps`, `saturated`."
+    """For each module (the experts of a layer together, as `*`) its ordinary scales, and which of all are `zero`,
+    `eps`, `saturated`."""
     check_observers([observer])
     order = {module: i for i, module in enumerate(record.types)}
     parts: dict[str, list[dict[str, np.ndarray]]] = {}
     for module in sorted((m for m, b in record.tensors if b == base_name), key=lambda m: order.get(m, len(order))):
         found = conclude(record, (module, base_name), observer, args)
-        if found.scale is not None: parts.setdefault(_pooled(module), []).append(_kinds(found))
+        if found.scale is not None:
+            parts.setdefault(_pooled(module), []).append(_kinds(found))
     return {module: {k: np.concatenate([p[k] for p in many]) for k in many[0]} for module, many in parts.items()}
 
 # %% ../nbs/11d_plot_choices.ipynb #5f631351
-_SUSPICIOUS = {"zero": ("X", 0.03, "zero"), "eps": ("v", 0.09, "at eps, all values were zero"), "saturated": ("^", 0.97, "saturated")}
+_SUSPICIOUS = {
+    "zero": ("X", 0.03, "zero"),
+    "eps": ("v", 0.09, "at eps, all values were zero"),
+    "saturated": ("^", 0.97, "saturated"),
+}
 
 
 def _mark_suspicious(ax: Axes, found: list[dict[str, np.ndarray]]) -> list[Line2D]:
@@ -163,29 +248,56 @@ def _mark_suspicious(ax: Axes, found: list[dict[str, np.ndarray]]) -> list[Line2
         if not len(at): continue
         style = dict(marker=marker, ls="", ms=8 if len(found) <= 100 else 5, color=CLIPPED, mec="black", mew=0.7)
         dots(ax, at, np.full(len(at), y), name, transform=ax.get_xaxis_transform(), zorder=6, **style)
-        for x in at[:20]: ax.text(x + 0.35, y, f"{counts[x]:,}", transform=ax.get_xaxis_transform(), fontsize=7, va="center", zorder=6)
-        handles.append(Line2D([], [], **style, label=f"{words} ({sum(counts):,} of {sum(len(kinds[name]) for kinds in found):,})"))
+        for x in at[:20]:
+            ax.text(
+                x + 0.35, y, f"{counts[x]:,}", transform=ax.get_xaxis_transform(), fontsize=7, va="center", zorder=6
+            )
+        handles.append(
+            Line2D([], [], **style, label=f"{words} ({sum(counts):,} of {sum(len(kinds[name]) for kinds in found):,})")
+        )
     return handles
 
 
 def _draw_scales(ax: Axes, found: list[dict[str, np.ndarray]], color: str) -> list:
     "Bars and dots; for the legend."
-    ends = np.array([np.quantile(s, [0, 0.25, 0.5, 0.75, 1]) if len(s) > 1 else np.full(5, *s or [np.nan]) for s in (k["scale"].tolist() for k in found)])
-    x, width = np.arange(len(found)), max(0.55, min(11.0, 330 / len(found)))
+    ends = np.array(
+        [
+            np.quantile(s, [0, 0.25, 0.5, 0.75, 1]) if len(s) > 1 else np.full(5, *s or [np.nan])
+            for s in (k["scale"].tolist() for k in found)
+        ]
+    )
+    x = np.arange(len(found))
+    width = max(0.55, min(11.0, 330 / len(found)))
     many = any(len(k["scale"]) > 1 for k in found)
     if many:
         bars(ax, x, ends[:, 0], ends[:, 4], "range", lw=width, color=light(color, 0.65))
         bars(ax, x, ends[:, 1], ends[:, 3], "core", lw=width, color=light(color, 0.15))
     dots(ax, x, ends[:, 2], "median", ls="", marker="o", ms=max(1.5, min(5, 500 / len(found))), color=dark(color, 0.7))
-    if np.isfinite(ends).any(): log_values(ax, np.nanmin(ends) / 1.4, np.nanmax(ends) * 1.2)
-    dot = Line2D([], [], ls="", marker="o", ms=5, color=dark(color, 0.7), label="median scale" if many else "the scale of the tensor")
+    if np.isfinite(ends).any():
+        log_values(ax, np.nanmin(ends) / 1.4, np.nanmax(ends) * 1.2)
+    dot = Line2D(
+        [],
+        [],
+        ls="",
+        marker="o",
+        ms=5,
+        color=dark(color, 0.7),
+        label="median scale" if many else "the scale of the tensor",
+    )
     if not many: return [dot]
-    return [Patch(color=light(color, 0.65), label="all scales"), Patch(color=light(color, 0.15), label="middle half"), dot]
+    return [
+        Patch(color=light(color, 0.65), label="all scales"),
+        Patch(color=light(color, 0.15), label="middle half"),
+        dot,
+    ]
 
 # %% ../nbs/11d_plot_choices.ipynb #55b17115
 def observer_to_draw(record: CalibrationRecord, base_name: str) -> str | None:
-    "The observer that is drawn where none is named: the recipe's if it was attached, else the first that was; None if none has a scale."
-    attached = list(dict.fromkeys(n for (_, b, n), c in record.conclusions.items() if b == base_name and c.scale is not None))
+    """The observer that is drawn where none is named: the recipe's if it was attached, else the first that was;
+    None if none has a scale."""
+    attached = list(
+        dict.fromkeys(n for (_, b, n), c in record.conclusions.items() if b == base_name and c.scale is not None)
+    )
     config = record.about.config
     asked = asked_in(QuantizationConfig.model_validate(config)) if config else {"": []}
     of_recipe = asked.get(base_name, asked[""])
@@ -201,8 +313,10 @@ def plot_scales(
     args: QuantizationArgs | None = None,   # None: those of the recorded scheme, or int8 symmetric per tensor
     conclude: Conclude = conclusion_of,     # Who is asked what an observer concludes; one that remembers is quicker
 ) -> Axes:
-    "The scales themselves, over channels, groups and experts: a bar per module over the depth; suspicious ones marked. Returns the axes."
-    own, ax = ax is None, ax or new_axes()
+    """The scales themselves, over channels, groups and experts: a bar per module over the depth; suspicious ones
+    marked. Returns the axes."""
+    own = ax is None
+    ax = ax or new_axes()
     if not check_record(record).tensors: return say_nothing(ax, "Nothing recorded yet: feed a batch")
     base_name = choose_base([b for _, b in record.tensors], base_name)
     observer = observer or observer_to_draw(record, base_name) or "static_minmax"
@@ -210,14 +324,18 @@ def plot_scales(
     name = label_of(observer)
     if not by_module:
         first = next((conclude(record, key, observer, args) for key in record.tensors if key[1] == base_name), None)
-        return say_nothing(ax, f"{name} has no scale for any {base_name}:\n{first.reason if first else 'nothing was recorded'}")
+        return say_nothing(
+            ax, f"{name} has no scale for any {base_name}:\n{first.reason if first else 'nothing was recorded'}"
+        )
     found = list(by_module.values())
     handles = _draw_scales(ax, found, BASE_COLORS.get(base_name, OTHER)) + _mark_suspicious(ax, found)
     label_depth(ax, by_module, [layer_of(m) for m in by_module])
     ax.set_ylabel("scale (logarithmic)")
     legend(ax, handles, own)
     total = sum(len(k["eps"]) for k in found)
-    headline(ax, f"The scales of every {base_name}, {total:,} in {len(found):,} modules, as {name} chose them", len(found))
+    headline(
+        ax, f"The scales of every {base_name}, {total:,} in {len(found):,} modules, as {name} chose them", len(found)
+    )
     return ax
 
 # %% ../nbs/11d_plot_choices.ipynb #2b697d26
@@ -225,12 +343,15 @@ SETTLED = {"range_settled": ("range", "o", "-"), "sqnr_settled": ("quantization 
 
 
 def settled_share(table: pd.DataFrame, column: str) -> tuple[np.ndarray, np.ndarray]:
-    "Tokens, and the share of tensors that had settled by then, before the end of the data; the last point is the end itself."
+    """Tokens, and the share of tensors that had settled by then, before the end of the data; the last point is the
+    end itself."""
     seen = table[table[column].notna()]
     early = seen[seen[column] < seen.tokens]
     at = np.unique(early[column].to_numpy(float))
     at = np.append(at, float(table.tokens.max()))
-    return at, np.array([(early[column] <= t).mean() * len(early) / max(1, len(seen)) if len(early) else 0.0 for t in at])
+    return at, np.array(
+        [(early[column] <= t).mean() * len(early) / max(1, len(seen)) if len(early) else 0.0 for t in at]
+    )
 
 
 def _slowest(table: pd.DataFrame) -> str:
@@ -247,14 +368,28 @@ def plot_convergence(
     record: CalibrationRecord | pd.DataFrame,   # A record, or what `convergence` made of one
     ax: Axes | None = None,                     # Where to draw; a new figure if None
 ) -> Axes:
-    "After how many tokens ranges and quantization errors no longer moved: share of tensors over tokens (logarithmic). Returns the axes."
-    own, ax = ax is None, ax or new_axes()
+    """After how many tokens ranges and quantization errors no longer moved: share of tensors over tokens
+    (logarithmic). Returns the axes."""
+    own = ax is None
+    ax = ax or new_axes()
     table = record if isinstance(record, pd.DataFrame) else convergence(check_record(record))
     seen = table[table.range_settled.notna()]
     if not len(seen) or not seen.tokens.max(): return say_nothing(ax, "No activation was recorded yet: feed a batch")
     for (column, (words, marker, line)), color in zip(SETTLED.items(), (BASE_COLORS["input"], dark(CLIPPED, 0.2))):
         at, share = settled_share(seen, column)
-        dots(ax, at, 100 * share, column, color=color, marker=marker, ls=line, ms=5, lw=1.6, drawstyle="steps-post", label=f"{words} settled to {percent_of(table)}")
+        dots(
+            ax,
+            at,
+            100 * share,
+            column,
+            color=color,
+            marker=marker,
+            ls=line,
+            ms=5,
+            lw=1.6,
+            drawstyle="steps-post",
+            label=f"{words} settled to {percent_of(table)}",
+        )
     total = float(seen.tokens.max())
     first = min(float(seen[list(SETTLED)].min().min()), total / 4)
     ax.set_xscale("log", base=2)
@@ -262,22 +397,37 @@ def plot_convergence(
     ax.set_xticks(ticks[-10:], [f"{t:,.0f}" for t in ticks[-10:]], fontsize=8)
     ax.set(xlim=(first / 1.15, total * 1.15), ylim=(-4, 108), xlabel="tokens read (logarithmic)", ylabel="% of tensors")
     ax.axvspan(total / 2, total, color="0.92", zorder=0)
-    style = dict(va="top", fontsize=7.5, parse_math=False, bbox=dict(fc=(1, 1, 1, 0.85), ec="0.7", lw=0.6, boxstyle="round,pad=0.3"), zorder=6)
-    if late := _slowest(seen): ax.text(0.012, 0.97, late, transform=ax.transAxes, **style)
+    style = dict(
+        va="top",
+        fontsize=7.5,
+        parse_math=False,
+        bbox=dict(fc=(1, 1, 1, 0.85), ec="0.7", lw=0.6, boxstyle="round,pad=0.3"),
+        zorder=6,
+    )
+    if late := _slowest(seen):
+        ax.text(0.012, 0.97, late, transform=ax.transAxes, **style)
     legend(ax, [*ax.get_legend_handles_labels()[0], Patch(color="0.92", label="last half of the data")], own)
     headline(ax, f"Was it enough data? {enough_in_words(table)}".replace(": ", "\n", 1))
     return ax
 
 # %% ../nbs/11d_plot_choices.ipynb #e0eb84e8
 def _damage(table: pd.DataFrame, measure: str) -> tuple[np.ndarray, np.ndarray]:
-    "What quantizing each alone adds, and what leaving it out takes away, in nats per token; nan where the table does not say."
+    """What quantizing each alone adds, and what leaving it out takes away, in nats per token; nan where the table
+    does not say."""
     if measure not in ("loss", "kl"): raise ValueError(f"measure={measure!r} must be 'loss' or 'kl'")
-    told, nan = table.attrs, math.nan
-    if measure == "kl": return table.kl_only.to_numpy(float), told.get("kl_quantized", nan) - table.kl_without.to_numpy(float)
+    told = table.attrs
+    nan = math.nan
+    if measure == "kl":
+        return table.kl_only.to_numpy(float), told.get("kl_quantized", nan) - table.kl_without.to_numpy(float)
     missing = {"loss_original", "loss_quantized"} - told.keys()
     if missing and len(table):
-        raise ValueError(f"the table has no attrs {', '.join(sorted(missing))}: pass it as evaluate.sensitivity returned it, or measure='kl'")
-    return table.loss_only.to_numpy(float) - told.get("loss_original", nan), told.get("loss_quantized", nan) - table.loss_without.to_numpy(float)
+        raise ValueError(
+            f"the table has no attrs {', '.join(sorted(missing))}: pass it as evaluate.sensitivity returned it, "
+            "or measure='kl'"
+        )
+    return table.loss_only.to_numpy(float) - told.get("loss_original", nan), told.get(
+        "loss_quantized", nan
+    ) - table.loss_without.to_numpy(float)
 
 
 def _worst(table: pd.DataFrame, only: np.ndarray) -> str:
@@ -292,18 +442,35 @@ def plot_sensitivity(
     measure: str = "kl",        # "kl" (divergence from the original model), or "loss"
     ax: Axes | None = None,     # Where to draw; a new figure if None
 ) -> Axes:
-    "What quantizing each module alone costs, and what leaving it out gains, over the depth of the model. Returns the axes."
-    if not isinstance(table, pd.DataFrame): raise TypeError(f"table must be what evaluate.sensitivity returned, got {type(table).__name__}")
+    """What quantizing each module alone costs, and what leaving it out gains, over the depth of the model. Returns
+    the axes."""
+    if not isinstance(table, pd.DataFrame):
+        raise TypeError(f"table must be what evaluate.sensitivity returned, got {type(table).__name__}")
     only, without = _damage(table, measure)
-    own, ax = ax is None, ax or new_axes()
+    own = ax is None
+    ax = ax or new_axes()
     if not len(table): return say_nothing(ax, "No module was measured yet")
-    x, small, what = np.arange(len(table)), len(table) > 100, dict(kl="KL").get(measure, measure)
+    x = np.arange(len(table))
+    small = len(table) > 100
+    what = dict(kl="KL").get(measure, measure)
     ax.axhline(0, color="0.5", lw=0.8, zorder=0)
     bars(ax, x, np.minimum(only, 0), np.maximum(only, 0), "_stem", color="0.7", lw=max(0.5, min(2, 200 / len(table))))
     dots(ax, x, only, "only", ls="", marker="o", ms=3 if small else 6, color=BASE_COLORS["input"], zorder=4,
          label=f"only this one quantized: {what} added")
-    dots(ax, x, without, "without", ls="", marker="D", ms=3.5 if small else 6, mfc="white", mec=CLIPPED, mew=1.3, zorder=3,
-         label=f"all but this one quantized: {what} saved")
+    dots(
+        ax,
+        x,
+        without,
+        "without",
+        ls="",
+        marker="D",
+        ms=3.5 if small else 6,
+        mfc="white",
+        mec=CLIPPED,
+        mew=1.3,
+        zorder=3,
+        label=f"all but this one quantized: {what} saved",
+    )
     label_depth(ax, table.module, table.layer)
     ax.set_ylabel(f"{what}, nats per token")
     ax.margins(y=0.12)

@@ -20,8 +20,23 @@ from matplotlib.patches import Patch
 from .analysis import DERIVED, check_record, conclusion_of, layer_of, ranges
 from .calibration_record import CalibrationRecord
 from .conclusions import Asked, Conclusion
-from .figures import (BASE_COLORS, OTHER, SMOOTH, bars, counts_between, headline, label_depth, light, new_axes, packed, say_nothing, shades,
-                             symlog, symlog_edges, symlog_from)
+from qcal_nb.figures import (
+    BASE_COLORS,
+    OTHER,
+    SMOOTH,
+    bars,
+    counts_between,
+    headline,
+    label_depth,
+    light,
+    new_axes,
+    packed,
+    say_nothing,
+    shades,
+    symlog,
+    symlog_edges,
+    symlog_from,
+)
 from .records import check_observers
 
 # %% ../nbs/11b_plot_model.ipynb #1a2d5a27
@@ -60,7 +75,9 @@ def conclusions_for(
 # %% ../nbs/11b_plot_model.ipynb #35921d21
 def _select(table: pd.DataFrame, base_name: str | None) -> tuple[pd.DataFrame, str]:
     base_name = choose_base(list(table.base_name), base_name)
-    return table[(table.base_name == base_name) & (table.numel + table.nan + table.inf > 0)].reset_index(drop=True), base_name
+    return table[(table.base_name == base_name) & (table.numel + table.nan + table.inf > 0)].reset_index(
+        drop=True
+    ), base_name
 
 
 def clips_of(record: CalibrationRecord, observer: str) -> pd.DataFrame:
@@ -75,7 +92,10 @@ def clips_of(record: CalibrationRecord, observer: str) -> pd.DataFrame:
 def _clips(record: CalibrationRecord | pd.DataFrame, clips: pd.DataFrame | str | None) -> pd.DataFrame | None:
     if not isinstance(clips, str): return clips
     if isinstance(record, CalibrationRecord): return clips_of(record, clips)
-    raise ValueError(f"clips={clips!r} names an observer; then the first argument must be a record, or pass clips_of(record, {clips!r})")
+    raise ValueError(
+        f"clips={clips!r} names an observer; then the first argument must be a record, or pass clips_of(record, "
+        f"{clips!r})"
+    )
 
 # %% ../nbs/11b_plot_model.ipynb #bb2e645c
 BANDS = {"range": ("min", "max"), "most": ("p0.1", "p99.9"), "core": ("p5", "p95")}
@@ -107,7 +127,11 @@ def _bad(ax: Axes, table: pd.DataFrame) -> list[Line2D]:
     "Crosses where NaN or infinity was found."
     bad = table.index[(table.nan > 0) | (table.inf > 0)]
     ax.plot(bad, np.zeros(len(bad)), "kx", ms=8, mew=2, zorder=7)[0].set_gid("_nonfinite")
-    return [Line2D([], [], color="black", marker="x", ls="", ms=7, mew=2, label="NaN or infinity found")] if len(bad) else []
+    return (
+        [Line2D([], [], color="black", marker="x", ls="", ms=7, mew=2, label="NaN or infinity found")]
+        if len(bad)
+        else []
+    )
 
 # %% ../nbs/11b_plot_model.ipynb #ee8e167d
 def _highlight(ax: Axes, table: pd.DataFrame, selected: str | None) -> None:
@@ -117,14 +141,25 @@ def _highlight(ax: Axes, table: pd.DataFrame, selected: str | None) -> None:
     ax.axvspan(hit[0] - 0.5, hit[0] + 0.5, color="0.9", zorder=-1).set_gid("_selected")
     left = hit[0] < len(table) / 2
     box = dict(fc=(1, 1, 1, 0.85), ec="0.7", lw=0.6, boxstyle="round,pad=0.3")
-    ax.annotate(f"{row.module}\n{row['min']:.4g} … {row['max']:.4g}", (hit[0], row["max"]), xytext=(12 if left else -12, 4), parse_math=False,
-                textcoords="offset points", fontsize=8, ha="left" if left else "right", va="top", bbox=box, zorder=8)
+    ax.annotate(
+        f"{row.module}\n{row['min']:.4g} … {row['max']:.4g}",
+        (hit[0], row["max"]),
+        xytext=(12 if left else -12, 4),
+        parse_math=False,
+        textcoords="offset points",
+        fontsize=8,
+        ha="left" if left else "right",
+        va="top",
+        bbox=box,
+        zorder=8,
+    )
 
 
 def scale_values(ax: Axes, absmax: pd.Series) -> None:
     "A value axis for tensors that reach so far: linear if that is honest, else symlog; the label says which."
     start = symlog_from(absmax)
-    if start is not None: symlog(ax, "y", start, absmax.max())
+    if start is not None:
+        symlog(ax, "y", start, absmax.max())
     ax.axhline(0, color="0.6", lw=0.6, zorder=0)
     ax.set_ylabel("value" if start is None else f"value (logarithmic beyond ±{start:g})")
 
@@ -132,31 +167,44 @@ def scale_values(ax: Axes, absmax: pd.Series) -> None:
 def legend(ax: Axes, handles: list, own: bool) -> None:
     "Below a figure of our own; on somebody else's axes, above the data."
     if not handles: return
-    if own: ax.figure.legend(handles=handles, frameon=False, fontsize=8, ncols=len(handles), loc="outside lower center")
-    else: ax.legend(handles=handles, fontsize=7, framealpha=0.7)
+    if own:
+        ax.figure.legend(handles=handles, frameon=False, fontsize=8, ncols=len(handles), loc="outside lower center")
+    else:
+        ax.legend(handles=handles, fontsize=7, framealpha=0.7)
 
 # %% ../nbs/11b_plot_model.ipynb #ef24344b
 def plot_ranges(
-    record: CalibrationRecord | pd.DataFrame,   # A record, or the table that `analysis.ranges` made of it
-    base_name: str | None = None,               # Which tensors: "input" (default), "weight", "output"
-    clips: pd.DataFrame | str | None = None,    # What scales can represent: module, base_name, clip_min, clip_max; or an observer's name
-    selected: str | None = None,                # A module to point out
-    ax: Axes | None = None,                     # Where to draw; a new figure if None
+    record: CalibrationRecord | pd.DataFrame,  # A record, or the table that `analysis.ranges` made of it
+    base_name: str | None = None,  # Which tensors: "input" (default), "weight", "output"
+    clips: pd.DataFrame
+    | str
+    | None = None,  # What scales can represent: module, base_name, clip_min, clip_max; or an observer's name
+    selected: str | None = None,  # A module to point out
+    ax: Axes | None = None,  # Where to draw; a new figure if None
 ) -> Axes:
     "A bar per tensor from its smallest to its largest value, over the depth of the model. Returns the axes."
-    clips, asked = _clips(record, clips), base_name
+    clips = _clips(record, clips)
+    asked = base_name
     whole = record if isinstance(record, pd.DataFrame) else ranges(check_record(record))
     table, base_name = _select(whole, base_name)
-    own, ax = ax is None, ax or new_axes()
-    if not len(table): return say_nothing(ax, "No tensor matches this choice" if whole.attrs.get("batches") else "Nothing recorded yet: feed a batch")
+    own = ax is None
+    ax = ax or new_axes()
+    if not len(table):
+        return say_nothing(
+            ax, "No tensor matches this choice" if whole.attrs.get("batches") else "Nothing recorded yet: feed a batch"
+        )
     width = max(0.55, min(11.0, 330 / len(table)))
     handles = _draw_bars(ax, table, BASE_COLORS.get(base_name, OTHER), width)
     handles += _marks(ax, table, clips) + _bad(ax, table)
     scale_values(ax, table.absmax)
     label_depth(ax, table.module, table.layer)
     _highlight(ax, table, selected)
-    headline(ax, f"How far every {base_name} reaches, from the first layer to the last{amount(whole.attrs.get('batches', 0), base_name)}"
-                 + others(list(whole.base_name), base_name, asked), len(table))
+    headline(
+        ax,
+        f"How far every {base_name} reaches, from the first layer to the "
+        f"last{amount(whole.attrs.get('batches', 0), base_name)}" + others(list(whole.base_name), base_name, asked),
+        len(table),
+    )
     legend(ax, handles, own)
     return ax
 
@@ -181,7 +229,9 @@ def _color_field(ax: Axes, counts: np.ndarray, edges: np.ndarray, color: str) ->
     field, share = packed(counts)
     logs = np.ma.masked_less(np.log10(np.maximum(field, 1e-9)), np.log10(0.5))
     x = np.minimum(np.arange(field.shape[1] + 1) * share, counts.shape[1]) - 0.5
-    mesh = ax.pcolormesh(x, edges, logs, cmap=shades(color), vmin=0, vmax=max(1.0, logs.max() if logs.count() else 1.0), rasterized=True)
+    mesh = ax.pcolormesh(
+        x, edges, logs, cmap=shades(color), vmin=0, vmax=max(1.0, logs.max() if logs.count() else 1.0), rasterized=True
+    )
     mesh.set_gid("log10_count")
     return mesh, share
 
@@ -199,15 +249,18 @@ def plot_density(
     base_name: str | None = None,   # Which tensors: "input" (default), "weight", "output"
     ax: Axes | None = None,         # Where to draw; a new figure if None
 ) -> Axes:
-    "Where the values of every tensor are: a column per tensor over the depth of the model, value up, log count as colour. Returns the axes."
-    names, asked = [base for _, base in check_record(record).tensors], base_name
+    """Where the values of every tensor are: a column per tensor over the depth of the model, value up, log count as
+    colour. Returns the axes."""
+    names = [base for _, base in check_record(record).tensors]
+    asked = base_name
     base_name = choose_base(names, base_name)
     order = {module: i for i, module in enumerate(record.types)}
     found = [(m, s) for (m, base), s in record.tensors.items() if base == base_name and s.numel]
     found.sort(key=lambda pair: order.get(pair[0], len(order)))
     ax = ax or new_axes(9.0, 4.0)
     if not found: return say_nothing(ax, "Nothing recorded yet: feed a batch")
-    modules, stats = [m for m, _ in found], [s for _, s in found]
+    modules = [m for m, _ in found]
+    stats = [s for _, s in found]
     counts, edges = densities(stats)
     mesh, share = _color_field(ax, counts, edges, BASE_COLORS.get(base_name, OTHER))
     start, most = _body(stats)
@@ -216,8 +269,14 @@ def plot_density(
     label_depth(ax, modules, [layer_of(m) for m in modules])
     bad = [i for i, s in enumerate(stats) if s.nan + s.inf]
     ax.plot(bad, np.zeros(len(bad)), "x", color="black", ms=8, mew=2, zorder=5)[0].set_gid("_nonfinite")
-    legend(ax, [Line2D([], [], color="black", marker="x", ls="", mew=2, label="NaN or infinity found")] if bad else [], False)
-    _colorbar(ax, mesh, f"values in a cell; cells are narrower near 0{f' ({share} tensors a column)' if share > 1 else ''}")
+    legend(
+        ax,
+        [Line2D([], [], color="black", marker="x", ls="", mew=2, label="NaN or infinity found")] if bad else [],
+        False,
+    )
+    _colorbar(
+        ax, mesh, f"values in a cell; cells are narrower near 0{f' ({share} tensors a column)' if share > 1 else ''}"
+    )
     headline(ax, f"Where the values of every {base_name} are: the darker, the more{amount(record.batches, base_name)}"
                  + others(names, base_name, asked), len(modules))
     return ax

@@ -25,8 +25,24 @@ from matplotlib.transforms import Bbox, TransformedBbox
 from .analysis import LOUD, BY_HAND, at_limit, best_of, check_record
 from .calibration_record import CalibrationRecord
 from .conclusions import Asked, Conclusion
-from .figures import (BASE_COLORS, CLIPPED, OTHER, SMOOTH, as_png, counts_between, dark, dots, drawable, headline, light, log_values, new_axes,
-                             say_nothing, symlog, symlog_edges)
+from qcal_nb.figures import (
+    BASE_COLORS,
+    CLIPPED,
+    OTHER,
+    SMOOTH,
+    as_png,
+    counts_between,
+    dark,
+    dots,
+    drawable,
+    headline,
+    light,
+    log_values,
+    new_axes,
+    say_nothing,
+    symlog,
+    symlog_edges,
+)
 from .plot_model import conclusions_for, legend
 from .quality import quality_of
 from .schemes import code_points, describe_args
@@ -46,9 +62,12 @@ def _value_axis(ax: Axes, stats: TensorStats, reach: float) -> np.ndarray:
         symlog(ax, "x", start, reach, SMOOTH)
         ax.set_xlabel(f"value (logarithmic beyond ±{start:g})")
     else:
-        if ax.get_xscale() != "linear": ax.set_xscale("linear")
+        if ax.get_xscale() != "linear":
+            ax.set_xscale("linear")
         pad = 0.04 * (stats.max - stats.min) or 0.04 * reach
-        edges = np.linspace(min(stats.min, -reach * (stats.min < 0)) - pad, max(stats.max, reach * (stats.max > 0)) + pad, BINS + 1)
+        edges = np.linspace(
+            min(stats.min, -reach * (stats.min < 0)) - pad, max(stats.max, reach * (stats.max > 0)) + pad, BINS + 1
+        )
         ax.set_xlabel("value")
     ax.set_xlim(edges[0], edges[-1])
     return edges
@@ -57,15 +76,19 @@ def _value_axis(ax: Axes, stats: TensorStats, reach: float) -> np.ndarray:
 def _count_axis(ax: Axes, most: float, room: float, log: bool = True) -> float:
     "An axis of counts whose lowest `room` (a share of the height) stays free for rows. Returns where counts stand."
     if log:
-        low, high = np.log10(0.7), np.log10(max(most, 2) * 2.5)
+        low = np.log10(0.7)
+        high = np.log10(max(most, 2) * 2.5)
         ax.set_yscale("log")
         ax.set_ylim(10 ** (high - (high - low) / (1 - room)), 10**high)
-        ticks, base = 10.0 ** np.arange(int(high) + 1), 10**low
+        ticks = 10.0 ** np.arange(int(high) + 1)
+        base = 10**low
     else:
-        if ax.get_yscale() != "linear": ax.set_yscale("linear")
+        if ax.get_yscale() != "linear":
+            ax.set_yscale("linear")
         ax.set_ylim(-1.08 * most * room / (1 - room), 1.08 * most)
         step = 10 ** np.floor(np.log10(max(most, 1)))
-        step, base = step * next(s for s in (0.2, 0.5, 1, 2) if most / (s * step) <= 5.5), 0.0
+        step = step * next(s for s in (0.2, 0.5, 1, 2) if most / (s * step) <= 5.5)
+        base = 0.0
         ticks = np.arange(0, most + step / 2, step)
     ticks = ticks[::max(1, len(ticks) // 5)] if log else ticks
     ax.set_yticks(ticks, [f"{t:,.0f}" if t >= 1 or not t else f"{t:g}" for t in ticks])
@@ -80,12 +103,20 @@ def _in_words(c: Conclusion, stats: TensorStats) -> tuple[str, float, float]:
     if c.reason: return f"{c.observer}: no scale, {c.reason}", np.nan, np.nan
     scale = c.scale.double().reshape(-1)
     if scale.numel() > 1:
-        return f"{c.observer}: {scale.numel():,} scales, {scale.min():.3g} … {scale.max():.3g} (shown is the largest)", np.nan, np.nan
+        return (
+            f"{c.observer}: {scale.numel():,} scales, {scale.min():.3g} … {scale.max():.3g} (shown is the largest)",
+            np.nan,
+            np.nan,
+        )
     cost = quality_of(stats, c.args, c.scale, c.zero_point)
     clips = f"clips {100 * cost.clipped:.2g} %" if cost.clipped else "clips nothing"
     limit = ", at the limit of its search" if at_limit(c, stats) else ""
     noise = "no error" if not np.isfinite(cost.sqnr_db) else f"SQNR {cost.sqnr_db:.1f} dB"
-    return f"{c.observer}: scale {scale.item():.4g}, zero point {int(c.zero_point.item())}, {clips}{limit}, {noise}", cost.sqnr_db, cost.bound_db
+    return (
+        f"{c.observer}: scale {scale.item():.4g}, zero point {int(c.zero_point.item())}, {clips}{limit}, {noise}",
+        cost.sqnr_db,
+        cost.bound_db,
+    )
 
 
 def stored_values(c: Conclusion) -> np.ndarray:
@@ -102,27 +133,40 @@ def _ends(c: Conclusion) -> tuple[float, float]:
 
 # %% ../nbs/11c_plot_tensor.ipynb #e39a4e5c
 def _marks(ax: Axes, c: Conclusion, y: float, half: float, grid: bool) -> list[Artist]:
-    "What a conclusion would represent, at a height between 0 and 1 of the axes: its range, its ends up into the histogram, its code points."
+    """What a conclusion would represent, at a height between 0 and 1 of the axes: its range, its ends up into the
+    histogram, its code points."""
     if c.reason: return []
-    across, (low, high), hand = ax.get_xaxis_transform(), _ends(c), c.observer == BY_HAND
+    across = ax.get_xaxis_transform()
+    (low, high) = _ends(c)
+    hand = c.observer == BY_HAND
     color, ends = (HAND, dict(lw=1.4, zorder=4)) if hand else ("0.25", dict(lw=0.7, ls=(0, (4, 3)), zorder=3))
     span = LineCollection([[(low, y), (high, y)]], transform=across, colors=color, linewidths=1, gid=f"{c.observer}:x")
     found = [ax.add_collection(span, autolim=False)]
-    found.append(ax.add_artist(Line2D([low, low, np.nan, high, high], [y, 1, np.nan, y, 1], transform=across, color=color, **ends)))
+    found.append(
+        ax.add_artist(
+            Line2D([low, low, np.nan, high, high], [y, 1, np.nan, y, 1], transform=across, color=color, **ends)
+        )
+    )
     return [*found, _strokes(ax, stored_values(c), y - half, y + half, color)] if grid else found
 
 
 def _strokes(ax: Axes, points: np.ndarray, low: float, high: float, color: str) -> Line2D:
-    "An upright stroke at each point, all of them as one line with gaps: that is drawn many times faster than as many lines."
+    """An upright stroke at each point, all of them as one line with gaps: that is drawn many times faster than as
+    many lines."""
     seen = points[(points > ax.get_xlim()[0]) & (points < ax.get_xlim()[1])]
-    x, y, width = np.repeat(seen, 3), np.tile([low, high, np.nan], len(seen)), 0.8 if len(seen) < 64 else 0.4
+    x = np.repeat(seen, 3)
+    y = np.tile([low, high, np.nan], len(seen))
+    width = 0.8 if len(seen) < 64 else 0.4
     return ax.add_artist(Line2D(x, y, transform=ax.get_xaxis_transform(), color=color, lw=width, solid_capstyle="butt"))
 
 
 def _row(ax: Axes, c: Conclusion, y: float, step: float, text: str, best: bool, grid: bool) -> None:
     "A conclusion's row: words, and below them what it would represent."
     style = dict(fontsize=8, va="center", parse_math=False, weight="bold" if best else "normal", zorder=6)
-    style |= dict(color="0.45" if c.reason else HAND if c.observer == BY_HAND else "0.1", bbox=dict(fc=(1, 1, 1, 0.9), ec="none", pad=0.8))
+    style |= dict(
+        color="0.45" if c.reason else HAND if c.observer == BY_HAND else "0.1",
+        bbox=dict(fc=(1, 1, 1, 0.9), ec="none", pad=0.8),
+    )
     ax.text(0.008, y + 0.25 * step, text if len(text) < 120 else text[:119] + "…", transform=ax.transAxes, **style)
     _marks(ax, c, y - 0.2 * step, 0.17 * step, grid)
 
@@ -138,16 +182,19 @@ class Frame:
 
 
 def _steps(ax: Axes, frame: Frame, counts: np.ndarray, **style: Any) -> StepPatch:
-    "Steps above the base line, as `ax.stairs` draws them, but without a look at how far they reach: that takes longer than to draw them."
+    """Steps above the base line, as `ax.stairs` draws them, but without a look at how far they reach: that takes
+    longer than to draw them."""
     steps = ax.add_artist(StepPatch(counts, frame.edges, baseline=frame.base, **style))
     steps.set_clip_box(TransformedBbox(Bbox([[0, frame.room], [1, 1]]), ax.transAxes))
     return steps
 
 
 def draw_frame(ax: Axes, stats: TensorStats, base_name: str, reach: float, rows: int, log_counts: bool = True) -> Frame:
-    "Axes for values up to ±`reach` and the histogram of a tensor, with room below for so many rows. Something finite must have been seen."
+    """Axes for values up to ±`reach` and the histogram of a tensor, with room below for so many rows. Something
+    finite must have been seen."""
     edges = _value_axis(ax, stats, reach)
-    counts, room = counts_between(stats.histogram, edges), 0.42 * rows / (2.0 + 0.42 * rows)
+    counts = counts_between(stats.histogram, edges)
+    room = 0.42 * rows / (2.0 + 0.42 * rows)
     frame = Frame(edges, counts, room, _count_axis(ax, counts.max(), room, log_counts))
     color = BASE_COLORS.get(base_name, OTHER)
     _steps(ax, frame, counts, fill=True, color=light(color, 0.6), zorder=1, gid="count")
@@ -156,7 +203,8 @@ def draw_frame(ax: Axes, stats: TensorStats, base_name: str, reach: float, rows:
 
 
 def _limits(c: Conclusion) -> tuple[float, float]:
-    "Beyond these a value is clipped: further from the last number that can be stored than one more number would have been."
+    """Beyond these a value is clipped: further from the last number that can be stored than one more number would
+    have been."""
     points = stored_values(c)
     return points[0] - (points[1] - points[0]) / 2, points[-1] + (points[-1] - points[-2]) / 2
 
@@ -164,8 +212,15 @@ def _limits(c: Conclusion) -> tuple[float, float]:
 def shade_clipped(ax: Axes, frame: Frame, found: Iterable[Conclusion]) -> list[Artist]:
     "Shade what conclusions clip, the darker the more of them do."
     middle = (frame.edges[1:] + frame.edges[:-1]) / 2
-    cuts = [np.where((middle < low) | (middle > high), frame.counts, 0) for low, high in (_limits(c) for c in found if not c.reason)]
-    return [_steps(ax, frame, cut, fill=True, color=dark(CLIPPED, 0.2), alpha=0.45, lw=0, zorder=2) for cut in cuts if cut.any()]
+    cuts = [
+        np.where((middle < low) | (middle > high), frame.counts, 0)
+        for low, high in (_limits(c) for c in found if not c.reason)
+    ]
+    return [
+        _steps(ax, frame, cut, fill=True, color=dark(CLIPPED, 0.2), alpha=0.45, lw=0, zorder=2)
+        for cut in cuts
+        if cut.any()
+    ]
 
 # %% ../nbs/11c_plot_tensor.ipynb #ed0531d6
 def _signs(found: list[Conclusion], clipped: bool, grid: bool) -> list:
@@ -173,7 +228,11 @@ def _signs(found: list[Conclusion], clipped: bool, grid: bool) -> list:
     if all(c.reason for c in found): return []
     stroke = Line2D([], [], color="0.15", ls="", marker="|", ms=8, label="a number that can be stored")
     limit = Line2D([], [], color="0.25", lw=0.8, ls=(0, (4, 3)), label="the last one")
-    shade = Patch(color=dark(CLIPPED, 0.2), alpha=0.45, label="too far from the last one: clipped; the darker, the more observers do")
+    shade = Patch(
+        color=dark(CLIPPED, 0.2),
+        alpha=0.45,
+        label="too far from the last one: clipped; the darker, the more observers do",
+    )
     return [*([stroke] if grid else []), limit, *([shade] if clipped else [])]
 
 # %% ../nbs/11c_plot_tensor.ipynb #48d19443
@@ -194,28 +253,34 @@ def plot_histogram(
     log_counts: bool = True,                    # Counts on a logarithmic axis?
     grid: bool = True,                          # Strokes at the numbers that can be stored?
 ) -> Axes:
-    """The values of a tensor over what each observer would represent of them: its range, code points, clipped values, scale, zero point and SQNR.
-    KeyError with close names if it was not recorded. Returns the axes."""
-    stats, found = check_record(record)[module, base_name], [*conclusions_for(record, module, base_name, observers, args), *more]
-    own, ax = ax is None, ax or new_axes(9.0, 2.8 + 0.42 * len(found))
+    """The values of a tensor over what each observer would represent of them: its range, code points, clipped
+    values, scale, zero point and SQNR. KeyError with close names if it was not recorded. Returns the axes."""
+    stats = check_record(record)[module, base_name]
+    found = [*conclusions_for(record, module, base_name, observers, args), *more]
+    own = ax is None
+    ax = ax or new_axes(9.0, 2.8 + 0.42 * len(found))
     bad = f" ({stats.nan + stats.inf:,} NaN or infinite)" if stats.numel else ""
     if not stats.count: return say_nothing(ax, f"{_title(module, base_name)}: nothing finite was seen{bad}")
     words = [_in_words(c, stats) for c in found]
     texts, db, bounds = (list(column) for column in zip(*words)) if words else ([], [], [])
     best = best_of(db, bounds, [c.observer for c in found]) if len(found) > 1 else None
-    if best is not None: texts[best] += " (best)"
+    if best is not None:
+        texts[best] += " (best)"
     reach = max([stats.absmax, *(abs(end) for c in found if not c.reason for end in _ends(c))]) or 1.0
     frame = draw_frame(ax, stats, base_name, reach, len(found), log_counts)
     clipped = shade_clipped(ax, frame, found)
     for i, (c, text) in enumerate(zip(found, texts)):
         _row(ax, c, frame.room * (1 - (i + 0.5) / len(found)), frame.room / len(found), text, i == best, grid)
-    if own: legend(ax, _signs(found, bool(clipped), grid), own)
+    if own:
+        legend(ax, _signs(found, bool(clipped), grid), own)
     asked = f", quantized to {describe_args(found[0].args).partition(', static')[0]}" if found else ""
     headline(ax, f"{_title(module, base_name)}: what each observer makes of it\n{stats.count:,} values{asked}")
     return ax
 
 # %% ../nbs/11c_plot_tensor.ipynb #1970c469
-def fixed_axes(width: float = 9.0, height: float = 3.6, left: float = 0.8, top: float = 0.12, bottom: float = 0.5) -> Axes:
+def fixed_axes(
+    width: float = 9.0, height: float = 3.6, left: float = 0.8, top: float = 0.12, bottom: float = 0.5
+) -> Axes:
     "Axes on a figure of their own, in inches, with room for labels that is the same each time."
     right = 0.12
     figure = Figure(figsize=(width, height))
@@ -224,38 +289,60 @@ def fixed_axes(width: float = 9.0, height: float = 3.6, left: float = 0.8, top: 
 
 # %% ../nbs/11c_plot_tensor.ipynb #0a7124ac
 class LiveHistogram:
-    "A tensor's values over what conclusions would represent of them, as `plot_histogram` shows it, with names alone; redrawn in a few milliseconds."
+    """A tensor's values over what conclusions would represent of them, as `plot_histogram` shows it, with names
+    alone; redrawn in a few milliseconds."""
 
     def __init__(self, width: float = 9.0) -> None: self.width, self.ax, self._about, self._rows = width, None, None, []
 
-    def _start(self, stats: TensorStats, base_name: str, found: list[Conclusion], reach: float, log_counts: bool) -> None:
+    def _start(
+        self, stats: TensorStats, base_name: str, found: list[Conclusion], reach: float, log_counts: bool
+    ) -> None:
         "Draw what will stay, and keep its pixels."
         height = 2.6 + 0.3 * len(found)
-        if self.ax is None or self.ax.figure.get_figheight() != height: self.ax = fixed_axes(self.width, height, left=1.3)
-        for artist in (*self.ax.lines, *self.ax.collections, *self.ax.patches, *self.ax.texts): artist.remove()  # its ticks are used again
+        if self.ax is None or self.ax.figure.get_figheight() != height:
+            self.ax = fixed_axes(self.width, height, left=1.3)
+        for artist in (*self.ax.lines, *self.ax.collections, *self.ax.patches, *self.ax.texts):
+            artist.remove()  # its ticks are used again
         self._rows = []
         self._frame = draw_frame(self.ax, stats, base_name, reach, len(found), log_counts)
         for c, y in zip(found, self._heights(found)):
             color = HAND if c.observer == BY_HAND else "0.1"
-            self.ax.text(-0.008, y, c.observer, transform=self.ax.transAxes, ha="right", va="center", fontsize=8, color=color, parse_math=False)
+            self.ax.text(
+                -0.008,
+                y,
+                c.observer,
+                transform=self.ax.transAxes,
+                ha="right",
+                va="center",
+                fontsize=8,
+                color=color,
+                parse_math=False,
+            )
         self.ax.figure.canvas.draw()
         self._pixels = self.ax.figure.canvas.copy_from_bbox(self.ax.figure.bbox)
 
     def _heights(self, found: list[Conclusion]) -> list[float]:
         return [self._frame.room * (1 - (i + 0.5) / len(found)) for i in range(len(found))]
 
-    def draw(self, stats: TensorStats, base_name: str, found: list[Conclusion], log_counts: bool = True, grid: bool = True) -> Axes:
+    def draw(
+        self, stats: TensorStats, base_name: str, found: list[Conclusion], log_counts: bool = True, grid: bool = True
+    ) -> Axes:
         "Show a tensor, of which something finite must have been seen. Returns the axes."
         reach = max([stats.absmax, *(abs(end) for c in found if not c.reason for end in _ends(c))]) or 1.0
-        reach = next((share * stats.absmax for share in (1.07, 1.34) if reach <= share * stats.absmax), reach)  # axes that stay while bits change
+        # axes that stay while bits change
+        reach = next((share * stats.absmax for share in (1.07, 1.34) if reach <= share * stats.absmax), reach)
         about = stats, base_name, reach, tuple(c.observer for c in found), log_counts
-        if self._about is None or self._about[0] is not stats or self._about[1:] != about[1:]: self._start(stats, base_name, found, reach, log_counts)
-        for artist in self._rows: artist.remove()
+        if self._about is None or self._about[0] is not stats or self._about[1:] != about[1:]:
+            self._start(stats, base_name, found, reach, log_counts)
+        for artist in self._rows:
+            artist.remove()
         self._about, half = about, 0.32 * self._frame.room / len(found)
         self._rows = shade_clipped(self.ax, self._frame, found)
-        for c, y in zip(found, self._heights(found)): self._rows += _marks(self.ax, c, y, half, grid)
+        for c, y in zip(found, self._heights(found)):
+            self._rows += _marks(self.ax, c, y, half, grid)
         self.ax.figure.canvas.restore_region(self._pixels)
-        for artist in sorted(self._rows, key=lambda artist: artist.get_zorder()): self.ax.draw_artist(artist)
+        for artist in sorted(self._rows, key=lambda artist: artist.get_zorder()):
+            self.ax.draw_artist(artist)
         return self.ax
 
     def png(self) -> bytes:
@@ -269,7 +356,10 @@ def _largest(ax: Axes, stats: TensorStats) -> str:
     e = stats.top[0]
     ax.plot([e.batch], [e.value], ls="", marker="o", ms=13, mfc="none", mec=CLIPPED, mew=1.8, zorder=6)
     token = f"at the token {drawable(e.token)}, " if e.token is not None else ""
-    return f"\nlargest of all (ring): {e.value:.4g}, {token}batch {e.batch}, position {', '.join(map(str, e.position))}, channel {e.channel}"
+    return (
+        f"\nlargest of all (ring): {e.value:.4g}, {token}batch {e.batch}, position "
+        f"{', '.join(map(str, e.position))}, channel {e.channel}"
+    )
 
 
 def _no_timeline(record: CalibrationRecord, module: str, base_name: str) -> str:
@@ -277,25 +367,41 @@ def _no_timeline(record: CalibrationRecord, module: str, base_name: str) -> str:
     stats = record[module, base_name]
     if base_name == "weight": return f"{_title(module, base_name)}: a weight does not change from batch to batch"
     if not record.batches: return "Nothing recorded yet: feed a batch"
-    return "" if stats.timeline.points else f"{_title(module, base_name)}: nothing finite was seen in {record.batches:,} batches"
+    return (
+        ""
+        if stats.timeline.points
+        else f"{_title(module, base_name)}: nothing finite was seen in {record.batches:,} batches"
+    )
 
 
 def _mark_nonfinite(ax: Axes, stats: TensorStats) -> None:
     place = stats.first_nonfinite
     if place is None or place.batch is None: return
     ax.axvline(place.batch, color=CLIPPED, lw=1.5, ls=":")
-    ax.text(place.batch, 0.02, f" first {place.value} here", transform=ax.get_xaxis_transform(), fontsize=8, color=CLIPPED)
+    ax.text(
+        place.batch, 0.02, f" first {place.value} here", transform=ax.get_xaxis_transform(), fontsize=8, color=CLIPPED
+    )
 
 # %% ../nbs/11c_plot_tensor.ipynb #b0dd08e5
 def plot_timeline(record: CalibrationRecord, module: str, base_name: str = "input", ax: Axes | None = None) -> Axes:
-    "Smallest and largest value of single batches, and the range so far. KeyError with close names if it was not recorded. Returns the axes."
+    """Smallest and largest value of single batches, and the range so far. KeyError with close names if it was not
+    recorded. Returns the axes."""
     stats = check_record(record)[module, base_name]
-    own, ax, nothing = ax is None, ax or new_axes(), _no_timeline(record, module, base_name)
+    own = ax is None
+    ax = ax or new_axes()
+    nothing = _no_timeline(record, module, base_name)
     if nothing: return say_nothing(ax, nothing)
     batches = np.array(list(stats.timeline.points))
     low, high = np.array(list(stats.timeline.points.values())).T
     color = BASE_COLORS.get(base_name, OTHER)
-    ax.fill_between(batches, np.minimum.accumulate(low), np.maximum.accumulate(high), color=light(color, 0.8), lw=0, label="range so far")
+    ax.fill_between(
+        batches,
+        np.minimum.accumulate(low),
+        np.maximum.accumulate(high),
+        color=light(color, 0.8),
+        lw=0,
+        label="range so far",
+    )
     size = 5 if len(batches) <= 64 else 2.5
     dots(ax, batches, high, "max", color=color, marker="^", ms=size, lw=0.8, label="largest of a batch")
     dots(ax, batches, low, "min", color=dark(color, 0.45), marker="v", ms=size, lw=0.8, label="smallest of a batch")
@@ -322,22 +428,42 @@ def _name_channels(ax: Axes, sizes: np.ndarray, middle: float) -> np.ndarray:
 
 
 def plot_channels(record: CalibrationRecord, module: str, base_name: str = "input", ax: Axes | None = None) -> Axes:
-    "The largest |value| of every channel against the median channel. KeyError with close names if it was not recorded. Returns the axes."
+    """The largest |value| of every channel against the median channel. KeyError with close names if it was not
+    recorded. Returns the axes."""
     stats = check_record(record)[module, base_name]
-    ax, sizes = ax or new_axes(), stats.channels.astype(float)
-    if not len(sizes) or not stats.count: return say_nothing(ax, f"{_title(module, base_name)}: nothing finite was seen")
-    middle, color = float(np.median(sizes)), BASE_COLORS.get(base_name, OTHER)
+    ax = ax or new_axes()
+    sizes = stats.channels.astype(float)
+    if not len(sizes) or not stats.count:
+        return say_nothing(ax, f"{_title(module, base_name)}: nothing finite was seen")
+    middle = float(np.median(sizes))
+    color = BASE_COLORS.get(base_name, OTHER)
     dots(ax, np.arange(len(sizes)), sizes, "absmax", ls="", marker=".", color=color, ms=5 if len(sizes) <= 1024 else 2)
     loud = _name_channels(ax, sizes, middle)
     ax.plot(loud, sizes[loud], ls="", marker="D", ms=6, color=CLIPPED, mec="black", mew=0.6)
     ax.axhline(middle, color="0.2", lw=1, ls="--")
     where = dict(xycoords=("axes fraction", "data"), xytext=(-4, 5), textcoords="offset points")
-    ax.annotate(f"median channel {middle:.3g}", (1, middle), **where, fontsize=8, ha="right", bbox=dict(fc=(1, 1, 1, 0.85), ec="none", pad=0.8))
+    ax.annotate(
+        f"median channel {middle:.3g}",
+        (1, middle),
+        **where,
+        fontsize=8,
+        ha="right",
+        bbox=dict(fc=(1, 1, 1, 0.85), ec="none", pad=0.8),
+    )
     positive = sizes[sizes > 0]
-    if len(positive) and positive.max() > 10 * positive.min(): log_values(ax, positive.min(), positive.max())
+    if len(positive) and positive.max() > 10 * positive.min():
+        log_values(ax, positive.min(), positive.max())
     silent = f", {np.sum(sizes == 0):,} of them always 0" if (sizes == 0).any() else ""
     many = f"{len(loud)} of {len(sizes):,} channels are" if len(loud) != 1 else f"1 of {len(sizes):,} channels is"
-    what = f"channel of {'a' if base_name == 'q' else 'a key-value'} head, all heads together" if base_name in ("q", "k", "v") else "channel"
-    ax.set(xlabel=f"{what} ({len(sizes):,}{silent})", ylabel="largest |value|", xlim=(-0.02 * len(sizes) - 0.5, 1.02 * len(sizes)))
+    what = (
+        f"channel of {'a' if base_name == 'q' else 'a key-value'} head, all heads together"
+        if base_name in ("q", "k", "v")
+        else "channel"
+    )
+    ax.set(
+        xlabel=f"{what} ({len(sizes):,}{silent})",
+        ylabel="largest |value|",
+        xlim=(-0.02 * len(sizes) - 0.5, 1.02 * len(sizes)),
+    )
     headline(ax, f"{_title(module, base_name)}: {many} more than {LOUD:g} times as large as the median")
     return ax

@@ -15,20 +15,57 @@ from .plot_choices import plot_convergence, plot_observers, plot_scales, plot_se
 from .plot_model import clips_of, plot_density, plot_ranges
 from .plot_tensor import plot_channels, plot_histogram, plot_timeline
 
-_all_ = ["BASE_COLORS", "PHASE_COLORS", "clips_of", "data_of", "drawn", "light", "new_axes", "plot_channels", "plot_convergence", "plot_density",
-         "plot_histogram", "plot_observers", "plot_ranges", "plot_scales", "plot_sensitivity", "plot_timeline", "symlog_from", "to_png"]
+_all_ = [
+    "BASE_COLORS",
+    "PHASE_COLORS",
+    "clips_of",
+    "data_of",
+    "drawn",
+    "light",
+    "new_axes",
+    "plot_channels",
+    "plot_convergence",
+    "plot_density",
+    "plot_histogram",
+    "plot_observers",
+    "plot_ranges",
+    "plot_scales",
+    "plot_sensitivity",
+    "plot_timeline",
+    "symlog_from",
+    "to_png",
+]
 
 # %% ../nbs/11e_plots.ipynb #78bd144c
 def plot_phases(current: str, ax: Axes | None = None) -> Axes:
-    "The four states of a model in a row, the current one (`original`, `initialized`, `calibration`, `frozen`) in its colour. Returns the axes."
-    if current not in PHASE_COLORS: raise ValueError(f"current={current!r} is unknown; it must be one of {', '.join(map(repr, PHASE_COLORS))}")
+    """The four states of a model in a row, the current one (`original`, `initialized`, `calibration`, `frozen`) in
+    its colour. Returns the axes."""
+    if current not in PHASE_COLORS:
+        raise ValueError(f"current={current!r} is unknown; it must be one of {', '.join(map(repr, PHASE_COLORS))}")
     ax = ax or new_axes(9.0, 1.2)
     ax.set(xlim=(-0.5, 3.5), ylim=(-0.6, 0.6))
     ax.set_axis_off()
     for i, (name, color) in enumerate(PHASE_COLORS.items()):
         now = name == current
         box = dict(boxstyle="round,pad=0.5", fc=color if now else "white", ec="0.4")
-        ax.text(i, 0.15, name.capitalize(), ha="center", va="center", fontsize=11, fontweight="bold" if now else "normal", bbox=box)
-        if i: ax.annotate("", (i - 0.3, 0.15), (i - 0.7, 0.15), arrowprops=dict(arrowstyle="->", color="0.4"))
-    ax.text(1.5, -0.45, "A live workbench: run this notebook to step through the calibration", ha="center", fontsize=8, color="0.4")
+        ax.text(
+            i,
+            0.15,
+            name.capitalize(),
+            ha="center",
+            va="center",
+            fontsize=11,
+            fontweight="bold" if now else "normal",
+            bbox=box,
+        )
+        if i:
+            ax.annotate("", (i - 0.3, 0.15), (i - 0.7, 0.15), arrowprops=dict(arrowstyle="->", color="0.4"))
+    ax.text(
+        1.5,
+        -0.45,
+        "A live workbench: run this notebook to step through the calibration",
+        ha="center",
+        fontsize=8,
+        color="0.4",
+    )
     return ax

@@ -20,17 +20,23 @@ from .models import calibration_texts, heldout_texts, load_tiny_llama
 # %% ../nbs/12a_provenance.ipynb #1e1b8c8b
 def same_weights(model: Module, other: Module) -> bool:
     "Whether two models have the same parameters, by name and bit for bit."
-    mine, theirs = dict(model.named_parameters()), dict(other.named_parameters())
-    return mine.keys() <= theirs.keys() and all(p.dtype == theirs[n].dtype and torch.equal(p, theirs[n]) for n, p in mine.items())
+    mine = dict(model.named_parameters())
+    theirs = dict(other.named_parameters())
+    return mine.keys() <= theirs.keys() and all(
+        p.dtype == theirs[n].dtype and torch.equal(p, theirs[n]) for n, p in mine.items()
+    )
 
 
 def _is_embedded(model: Module) -> bool:
     "Whether it is the embedded model, unchanged. Of a quantized one its weights are looked at, which do not change."
-    if type(model).__name__ != "LlamaForCausalLM" or sum(p.numel() for p in model.parameters()) > 10_000_000: return False
+    if type(model).__name__ != "LlamaForCausalLM" or sum(p.numel() for p in model.parameters()) > 10_000_000:
+        return False
     dtype = next(model.parameters()).dtype
     plain = {n: p for n, p in model.named_parameters() if not n.endswith(("_scale", "_zero_point"))}
     theirs = dict(load_tiny_llama(dtype=dtype)[0].named_parameters())
-    return plain.keys() == theirs.keys() and all(p.shape == theirs[n].shape and torch.equal(p, theirs[n]) for n, p in plain.items())
+    return plain.keys() == theirs.keys() and all(
+        p.shape == theirs[n].shape and torch.equal(p, theirs[n]) for n, p in plain.items()
+    )
 
 
 def _origin(thing: Any) -> str:
@@ -49,17 +55,30 @@ def _dtype_of(model: Module) -> str:
 # %% ../nbs/12a_provenance.ipynb #e37ead4e
 def model_code(model: Module, tokenizer: Any = None) -> list[str]:
     "Lines that make `model` and `tokenizer`; with `...` to be filled in where that cannot be told."
-    kind, count = type(model).__name__, sum(p.numel() for p in model.parameters())
+    kind = type(model).__name__
+    count = sum(p.numel() for p in model.parameters())
     if _is_embedded(model):
         dtype = _dtype_of(model)
         plain = dtype == "torch.float32"
-        return [*_torch(not plain), "from qcal_nb.models import load_tiny_llama", f"model, tokenizer = load_tiny_llama({'' if plain else f'dtype={dtype}'})"]
-    path, lines = _origin(model), [f"model = ...  # your {kind} of {count:,} parameters"]
-    if Path(path).name == "tiny_llama": lines = ["model = ...  # load_tiny_llama()[0], whose weights were changed since"]
-    elif path: lines = [*_torch(), f"from transformers import {kind}", f"model = {kind}.from_pretrained({path!r}, dtype={_dtype_of(model)})"]
+        return [
+            *_torch(not plain),
+            "from qcal_nb.models import load_tiny_llama",
+            f"model, tokenizer = load_tiny_llama({'' if plain else f'dtype={dtype}'})",
+        ]
+    path = _origin(model)
+    lines = [f"model = ...  # your {kind} of {count:,} parameters"]
+    if Path(path).name == "tiny_llama":
+        lines = ["model = ...  # load_tiny_llama()[0], whose weights were changed since"]
+    elif path:
+        lines = [
+            *_torch(),
+            f"from transformers import {kind}",
+            f"model = {kind}.from_pretrained({path!r}, dtype={_dtype_of(model)})",
+        ]
     if tokenizer is None: return [*lines, "tokenizer = None"]
     path = _origin(tokenizer)
-    if Path(path).name == "tiny_llama": return [*lines, "from qcal_nb.models import load_tiny_llama", "tokenizer = load_tiny_llama()[1]"]
+    if Path(path).name == "tiny_llama":
+        return [*lines, "from qcal_nb.models import load_tiny_llama", "tokenizer = load_tiny_llama()[1]"]
     if not path: return [*lines, f"tokenizer = ...  # your {type(tokenizer).__name__}"]
     return [*lines, "from transformers import AutoTokenizer", f"tokenizer = AutoTokenizer.from_pretrained({path!r})"]
 
@@ -92,17 +111,30 @@ def _written(value: Any) -> str:
 def checksum(texts: Iterable[str]) -> str:
     "Twelve hexadecimal digits of the SHA-256 of texts."
     bits = hashlib.sha256()
-    for text in texts: bits.update(text.encode("utf-8", "surrogatepass") + b"\0")
+    for text in texts:
+        bits.update(text.encode("utf-8", "surrogatepass") + b"\0")
     return bits.hexdigest()[:12]
 
 
 def data_code(data: Any) -> list[str]:
     "Lines that make `data`; with `...` to be filled in where that cannot be told."
-    texts = [data] if isinstance(data, str) else data if isinstance(data, (list, tuple)) and all(isinstance(t, str) for t in data) else None
-    if texts and (found := _slice_of(list(texts))): return [f"from qcal_nb.models import {found.partition('(')[0]}", f"data = {found}"]
-    try: text = _written(data)
-    except ValueError: text = ""
+    texts = (
+        [data]
+        if isinstance(data, str)
+        else data
+        if isinstance(data, (list, tuple)) and all(isinstance(t, str) for t in data)
+        else None
+    )
+    if texts and (found := _slice_of(list(texts))):
+        return [f"from qcal_nb.models import {found.partition('(')[0]}", f"data = {found}"]
+    try:
+        text = _written(data)
+    except ValueError:
+        text = ""
     if text and len(text) <= LONGEST: return [*_torch("torch." in text), f"data = {text}"]
-    if texts: return [f"data = ...  # your {len(texts):,} texts, {sum(map(len, texts)):,} characters, SHA-256 {checksum(texts)}…"]
+    if texts:
+        return [
+            f"data = ...  # your {len(texts):,} texts, {sum(map(len, texts)):,} characters, SHA-256 {checksum(texts)}…"
+        ]
     size = f" of {len(data):,}" if hasattr(data, "__len__") else ""
     return [f"data = ...  # your {type(data).__name__}{size}"]

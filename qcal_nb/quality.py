@@ -56,7 +56,8 @@ POINTS = 16  # places in a bucket where the error is looked at
 
 def _places(stats: TensorStats) -> Tensor:
     "(buckets, places), the values to look at; within the extremes."
-    h, dtype = stats.histogram, dtype_of(stats)
+    h = stats.histogram
+    dtype = dtype_of(stats)
     if h.exact: return torch.from_numpy(representatives(h.codes, True))[:, None].to(dtype)
     low, high = (end.clip(stats.min, stats.max) for end in cells(h.codes, False))
     at = low[:, None] + (high - low)[:, None] * (np.arange(POINTS) + 0.5) / POINTS
@@ -65,13 +66,17 @@ def _places(stats: TensorStats) -> Tensor:
 
 def alone(codes: np.ndarray) -> np.ndarray:
     "Which buckets have an empty neighbour on either side, bool, of ascending codes."
-    gaps = np.diff(codes.astype(np.int64), prepend=codes[:1].astype(np.int64) - 2, append=codes[-1:].astype(np.int64) + 2) > 1
+    gaps = (
+        np.diff(codes.astype(np.int64), prepend=codes[:1].astype(np.int64) - 2, append=codes[-1:].astype(np.int64) + 2)
+        > 1
+    )
     return gaps[:-1] | gaps[1:]
 
 
 def noise_and_bound(errors: np.ndarray, histogram: Histogram) -> tuple[float, float]:
     "Σ e² over all values from e = |QDQ(x) - x| (buckets, places), and how far off that sum can be."
-    counts, mean = histogram.counts, (errors**2).mean(1)
+    counts = histogram.counts
+    mean = (errors**2).mean(1)
     if histogram.exact: return math.fsum(counts * mean), 0.0
     low, high = cells(histogram.codes, False)
     between = (high - low) / (2 * errors.shape[1])  # from a place to the farthest value that it stands for
@@ -81,9 +86,12 @@ def noise_and_bound(errors: np.ndarray, histogram: Histogram) -> tuple[float, fl
     return math.fsum(counts * mean), 4 * math.sqrt((even**2).sum()) + (counts * worst)[gap].sum()
 
 # %% ../nbs/08g_quality.ipynb #be88e62b
-def _masses(places: Tensor, counts: np.ndarray, scale: Tensor, zero_point: Tensor, args: QuantizationArgs) -> np.ndarray:
+def _masses(
+    places: Tensor, counts: np.ndarray, scale: Tensor, zero_point: Tensor, args: QuantizationArgs
+) -> np.ndarray:
     "How many values are rounded to each code point."
-    points, codes = code_points(args), quantize(places.reshape(-1), scale, zero_point, args).float()
+    points = code_points(args)
+    codes = quantize(places.reshape(-1), scale, zero_point, args).float()
     weights = torch.from_numpy(counts.astype(np.float64))[:, None].expand(places.shape).reshape(-1) / places.shape[1]
     return torch.bincount(torch.searchsorted(points, codes), weights, minlength=len(points)).numpy()
 
@@ -99,10 +107,13 @@ def quality_of(
     scale: Tensor,              # (1,), as an observer concluded it
     zero_point: Tensor,         # (1,)
 ) -> Quality:
-    "What quantizing the tensor costs, from its statistics. ValueError if there are many scales, or nothing finite was seen."
-    if scale.numel() != 1: raise ValueError(f"scale has {scale.numel()} elements; a histogram of the whole tensor can only judge one")
+    """What quantizing the tensor costs, from its statistics. ValueError if there are many scales, or nothing finite
+    was seen."""
+    if scale.numel() != 1:
+        raise ValueError(f"scale has {scale.numel()} elements; a histogram of the whole tensor can only judge one")
     if not stats.count: raise ValueError("nothing finite was seen")
-    places, h = _places(stats), stats.histogram
+    places = _places(stats)
+    h = stats.histogram
     errors = (fake_quantize(places.reshape(-1), scale, zero_point, args).double() - places.reshape(-1).double()).abs()
     noise, off = noise_and_bound(errors.reshape(places.shape).numpy(), h)
     units = places.double() / scale.double() + zero_point.double()
@@ -110,5 +121,11 @@ def quality_of(
     clipped = ((units < low * (1 + 1e-6)) | (units > high * (1 + 1e-6))).double().mean(1).numpy()
     masses = _masses(places, h.counts, scale, zero_point, args)
     signal = stats.count * (stats.std**2 + stats.mean**2)
-    return Quality(float((h.counts * clipped).sum() / stats.count), noise / stats.count, sqnr_db(signal, noise), _bound_db(noise, off),
-                   int((masses >= 0.5).sum()), effective_bits(masses))
+    return Quality(
+        float((h.counts * clipped).sum() / stats.count),
+        noise / stats.count,
+        sqnr_db(signal, noise),
+        _bound_db(noise, off),
+        int((masses >= 0.5).sum()),
+        effective_bits(masses),
+    )

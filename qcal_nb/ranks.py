@@ -82,9 +82,14 @@ def agree(step: str, error: Exception | None = None, lines: Sequence[str] = ()) 
     if _alone():
         if error is not None: raise error
         return
-    if error is not None: error._agreed = True  # the others hear of it here, and nowhere else
+    if error is not None:
+        error._agreed = True  # the others hear of it here, and nowhere else
     try:
-        if all(_same_everywhere([_digest("\n".join([step, *lines]).encode()), int(error is not None)])) and error is None: return
+        if (
+            all(_same_everywhere([_digest("\n".join([step, *lines]).encode()), int(error is not None)]))
+            and error is None
+        ):
+            return
         reports: list[Any] = [None] * rank_and_size()[1]
         dist.all_gather_object(reports, (step, error and f"{type(error).__name__}: {error}", list(lines)))
     except RuntimeError as lost:
@@ -99,7 +104,8 @@ def together(step: str, lines: Sequence[str] = ()) -> Iterator[None]:
     """Collective: all ranks leave the block at once. If one fails inside it, all raise.
     What is not an Exception (an interrupt) goes straight through."""
     error = None
-    try: yield
+    try:
+        yield
     except Exception as failed:
         if _alone() or isinstance(failed, RankError) or getattr(failed, "_agreed", False): raise
         error = failed
@@ -117,14 +123,18 @@ class Contribution:
 
 
 def contributions(observer: Observer) -> list[Contribution]:
-    "What the observer's class declares for combining, in its order, and what this observer has of it that was not consumed."
+    """What the observer's class declares for combining, in its order, and what this observer has of it that was not
+    consumed."""
     values = [] if observer.consumed else [tensor for tensor, _ in observer.sync_stats()]
-    return [Contribution(observer, name, op, value)
-            for (name, op), value in zip(observer.sync_ops.items(), values or [None] * len(observer.sync_ops), strict=True)]
+    return [
+        Contribution(observer, name, op, value)
+        for (name, op), value in zip(observer.sync_ops.items(), values or [None] * len(observer.sync_ops), strict=True)
+    ]
 
 # %% ../nbs/04d_ranks.ipynb #c0e0abb8
 _DTYPES = sorted({d for d in vars(torch).values() if isinstance(d, torch.dtype)}, key=str)
-_DIMENSIONS, _UNKNOWN = 6, -(2**62)
+_DIMENSIONS = 6
+_UNKNOWN = -(2**62)
 
 
 def _row(value: Tensor | None) -> list[int]:
@@ -139,8 +149,10 @@ def _kinds(found: Sequence[Contribution]) -> list[tuple[torch.dtype, torch.Size]
     table = _reduced(torch.tensor([_row(c.value) for c in found]), dist.ReduceOp.MAX).tolist()
     for c, row in zip(found, table):
         if row[:2 + _DIMENSIONS] != [-n for n in row[2 + _DIMENSIONS:]]:
-            raise ValueError(f"{c.observer.module_name or 'unnamed module'}, {c.observer.base_name}: {c.name} has another shape or "
-                             "dtype on another rank; give all ranks the same model and the same recipe")
+            raise ValueError(
+                f"{c.observer.module_name or 'unnamed module'}, {c.observer.base_name}: {c.name} has another shape or "
+                "dtype on another rank; give all ranks the same model and the same recipe"
+            )
     return [(_DTYPES[row[0]], torch.Size(row[2:2 + row[1]])) for row in table]
 
 # %% ../nbs/04d_ranks.ipynb #4f105cb1
@@ -148,7 +160,8 @@ _ADDING = (dist.ReduceOp.SUM, dist.ReduceOp.AVG)
 
 
 def _travels_as(dtype: torch.dtype, op: Any) -> torch.dtype:
-    "The dtype in the buffer: sums of 16-bit floats, and anything of 8-bit floats (which no backend adds or compares), in fp32."
+    """The dtype in the buffer: sums of 16-bit floats, and anything of 8-bit floats (which no backend adds or
+    compares), in fp32."""
     narrow = dtype.is_floating_point and dtype.itemsize < (4 if op in _ADDING else 2)
     return torch.float32 if narrow else dtype
 
@@ -162,14 +175,21 @@ def _identity(dtype: torch.dtype, op: Any) -> float:
 
 def _combined(found: Sequence[Contribution], holders: Sequence[int]) -> list[Tensor]:
     "Collective: the statistics over all ranks, as new tensors. `holders`: how many ranks contribute to each."
-    kinds, buffers, result = _kinds(found), defaultdict(list), [torch.empty(0)] * len(found)
-    for i, (c, (dtype, _)) in enumerate(zip(found, kinds)): buffers[_travels_as(dtype, c.op), c.op].append(i)
+    kinds = _kinds(found)
+    buffers = defaultdict(list)
+    result = [torch.empty(0)] * len(found)
+    for i, (c, (dtype, _)) in enumerate(zip(found, kinds)):
+        buffers[_travels_as(dtype, c.op), c.op].append(i)
     for (dtype, op), members in buffers.items():
-        parts = [found[i].value if found[i].value is not None else torch.full(kinds[i][1], _identity(dtype, op)) for i in members]
+        parts = [
+            found[i].value if found[i].value is not None else torch.full(kinds[i][1], _identity(dtype, op))
+            for i in members
+        ]
         flat = torch.cat([part.to(_device(), dtype).reshape(-1) for part in parts])
         dist.all_reduce(flat, op=dist.ReduceOp.SUM if op == dist.ReduceOp.AVG else op)
         for i, piece in zip(members, flat.split([part.numel() for part in parts])):
-            if op == dist.ReduceOp.AVG: piece = piece / holders[i]
+            if op == dist.ReduceOp.AVG:
+                piece = piece / holders[i]
             result[i] = piece.reshape(kinds[i][1]).to(kinds[i][0], copy=True)
     return result
 
@@ -180,10 +200,14 @@ def _is_new(c: Contribution) -> bool:
 
 def _put(c: Contribution, value: Tensor) -> None:
     "Give an observer a combined statistic, on the device where its own was or its module is."
-    observer, module = c.observer, c.observer._module()
-    if observer.consumed: observer.delete_statistics()
-    if c.value is not None: value = value.to(c.value.device)
-    elif module is not None: value = value.to(get_execution_device(module, torch.device("cpu")))
+    observer = c.observer
+    module = c.observer._module()
+    if observer.consumed:
+        observer.delete_statistics()
+    if c.value is not None:
+        value = value.to(c.value.device)
+    elif module is not None:
+        value = value.to(get_execution_device(module, torch.device("cpu")))
     setattr(observer, c.name, value)
     observer._combined = {**getattr(observer, "_combined", {}), c.name: value}
 
@@ -196,29 +220,34 @@ def _combine(found: Sequence[Contribution]) -> None:
     taking = [i for i, n in enumerate(news) if n]
     if not taking: return
     values = _combined([found[i] for i in taking], [holders[i] for i in taking])
-    for i, value in zip(taking, values): _put(found[i], value)
+    for i, value in zip(taking, values):
+        _put(found[i], value)
 
 # %% ../nbs/04d_ranks.ipynb #f88ab735
 def _line(observer: Observer) -> str:
     "What ranks must have in common to combine an observer's statistics."
-    a, kwargs = observer.args, "".join(f", {k}={v}" for k, v in sorted(observer.kwargs.items()))
-    kind, strategy = (getattr(v, "value", v) for v in (a.type, a.strategy))  # enums or plain strings, as the scheme was made
+    a = observer.args
+    kwargs = "".join(f", {k}={v}" for k, v in sorted(observer.kwargs.items()))
+    # enums or plain strings, as the scheme was made
+    kind, strategy = (getattr(v, "value", v) for v in (a.type, a.strategy))
     form = f"{kind}{a.num_bits} {strategy}{a.group_size or ''}{'' if a.symmetric else ' asymmetric'}"
     return f"{observer.module_name or 'unnamed'}.{observer.base_name}: {type(observer).__name__}, {form}{kwargs}"
 
 
 def sync_statistics(observers: Iterable[Observer]) -> None:
-    """Collective: all ranks, the same observers in the same order. Each statistic becomes what its class declares over all ranks,
-    identical on each; RankError where ranks do not match. Alone: nothing happens. Write the scales before you observe on: a sum that
-    grows after it was combined would be counted once per rank."""
+    """Collective: all ranks, the same observers in the same order. Each statistic becomes what its class declares
+    over all ranks, identical on each; RankError where ranks do not match. Alone: nothing happens. Write the
+    scales before you observe on: a sum that grows after it was combined would be counted once per rank."""
     if _alone(): return
     observers = list(dict.fromkeys(observers))
     found = [c for o in observers for c in contributions(o)]
     agree("combine the statistics of observers", lines=[_line(o) for o in observers])
     own = [o for o in observers if o.base_name != "weight" and not o.sync_ops]
     if own:
-        warn_once(f"{type(own[0]).__name__} ({_line(own[0])}) keeps nothing that ranks could combine: each rank gets a scale "
-                  "of its own; static_minmax or minmax give one scale to all")
+        warn_once(
+            f"{type(own[0]).__name__} ({_line(own[0])}) keeps nothing that ranks could combine: each rank gets a scale "
+            "of its own; static_minmax or minmax give one scale to all"
+        )
     _combine(found)
 
 # %% ../nbs/04d_ranks.ipynb #6a9d521a
@@ -243,7 +272,8 @@ def _size(modules: Iterable[Module]) -> int: return sum(prod(_shape(m)) for m in
 
 
 def split_weights(modules: Iterable[Module], ranks: int) -> list[list[Module]]:
-    "Each module once, in `ranks` parts of about the same size, fused groups whole. A function of its arguments: the same on every rank."
+    """Each module once, in `ranks` parts of about the same size, fused groups whole. A function of its arguments:
+    the same on every rank."""
     if isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1:
         raise ValueError(f"ranks={ranks!r} must be an int of at least 1")
     place = {m: i for i, m in enumerate(dict.fromkeys(each(modules)))}
@@ -259,7 +289,10 @@ def split_weights(modules: Iterable[Module], ranks: int) -> list[list[Module]]:
 def _found(observer: Observer, mine: bool) -> list[Contribution]:
     "An observer's statistics as one rank's alone: MAX hands them to the others."
     known = mine and observer.has_statistics and not observer.consumed
-    return [Contribution(observer, name, dist.ReduceOp.MAX, getattr(observer, name) if known else None) for name in observer.statistics]
+    return [
+        Contribution(observer, name, dist.ReduceOp.MAX, getattr(observer, name) if known else None)
+        for name in observer.statistics
+    ]
 
 
 def observe_weights(modules: Iterable[Module]) -> None:
@@ -268,10 +301,13 @@ def observe_weights(modules: Iterable[Module]) -> None:
     rank, size = rank_and_size()
     modules = [m for m in dict.fromkeys(each(modules)) if observer_of(m, "weight") is not None]
     share = split_weights(modules, size)[rank]
-    observers, mine = [observer_of(m, "weight") for m in modules], set(share)
+    observers = [observer_of(m, "weight") for m in modules]
+    mine = set(share)
     lines = [f"{_line(o)}, {_shape(m)}" for m, o in zip(modules, observers)] if size > 1 else []
-    with together("search the ranges of weights", lines): observe(share, "weight")
-    if size > 1: _combine([c for m, o in zip(modules, observers) for c in _found(o, m in mine)])
+    with together("search the ranges of weights", lines):
+        observe(share, "weight")
+    if size > 1:
+        _combine([c for m, o in zip(modules, observers) for c in _found(o, m in mine)])
 
 # %% ../nbs/04d_ranks.ipynb #a2103886
 def differing_qparams(model: Module) -> list[str]:

@@ -41,7 +41,14 @@ from .calibration import exclusive
 from .attention import attention_modules
 from .experts import fused_experts, unfused_experts
 from qcal_nb.lifecycle import (
-    QUANTIZABLE, Ledger, LifecycleError, QuantizationMixin, QuantizationModifier, ledger_of, phase_of, schemes_by_module,
+    QUANTIZABLE,
+    Ledger,
+    LifecycleError,
+    QuantizationMixin,
+    QuantizationModifier,
+    ledger_of,
+    phase_of,
+    schemes_by_module,
     uncomputed,
 )
 from .observers.base import observer_key, warn_once
@@ -76,43 +83,80 @@ _OBSERVERS = ("weight_observer", "input_observer", "output_observer", "observer"
 
 
 def _needs_groups(modifier: QuantizationMixin) -> bool:
-    "Whether only `config_groups` can say what this modifier says: the reference knows its presets by name and nothing else."
-    if modifier.scheme is None or isinstance(modifier.scheme, str): names = [modifier.scheme] if modifier.scheme else []
-    elif isinstance(modifier.scheme, dict): names = list(modifier.scheme)
-    else: return True
+    """Whether only `config_groups` can say what this modifier says: the reference knows its presets by name and
+    nothing else."""
+    if modifier.scheme is None or isinstance(modifier.scheme, str):
+        names = [modifier.scheme] if modifier.scheme else []
+    elif isinstance(modifier.scheme, dict):
+        names = list(modifier.scheme)
+    else:
+        return True
     return modifier.config_groups is not None or any(name.upper() not in PRESET_SCHEMES for name in names)
 
 
 def _said(modifier: QuantizationMixin) -> dict[str, Any]:
     "The fields of a modifier that were said, in the reference's words."
-    groups, said = modifier.resolved_config.config_groups, {}
-    if _needs_groups(modifier): said["config_groups"] = {name: scheme_to_dict(s) for name, s in groups.items()}
+    groups = modifier.resolved_config.config_groups
+    said = {}
+    if _needs_groups(modifier):
+        said["config_groups"] = {name: scheme_to_dict(s) for name, s in groups.items()}
     else:
-        if isinstance(modifier.scheme, dict): said["scheme"] = dict(zip(modifier.scheme, (s.targets for s in groups.values())))
-        elif modifier.scheme: said["scheme"] = modifier.scheme
-        if modifier.targets != ["Linear"] and not isinstance(modifier.scheme, dict): said["targets"] = modifier.targets
+        if isinstance(modifier.scheme, dict):
+            said["scheme"] = dict(zip(modifier.scheme, (s.targets for s in groups.values())))
+        elif modifier.scheme:
+            said["scheme"] = modifier.scheme
+        if modifier.targets != ["Linear"] and not isinstance(modifier.scheme, dict):
+            said["targets"] = modifier.targets
         said |= {name: value for name in _OBSERVERS if (value := getattr(modifier, name))}
-    if modifier.ignore: said["ignore"] = modifier.ignore
-    if modifier.kv_cache_scheme is not None: said["kv_cache_scheme"] = args_to_dict(modifier.kv_cache_scheme)
-    if modifier.bypass_divisibility_checks: said["bypass_divisibility_checks"] = True
+    if modifier.ignore:
+        said["ignore"] = modifier.ignore
+    if modifier.kv_cache_scheme is not None:
+        said["kv_cache_scheme"] = args_to_dict(modifier.kv_cache_scheme)
+    if modifier.bypass_divisibility_checks:
+        said["bypass_divisibility_checks"] = True
     return said
 
 # %% ../nbs/07_recipes.ipynb #682a113d
-PRODUCTION = ("memoryless_minmax", "static_minmax", "minmax", "memoryless_mse", "mse", "imatrix_mse", "nvfp4_expanded_mse", "fouroversix", "nvfp4_expanded_imatrix")
+PRODUCTION = (
+    "memoryless_minmax",
+    "static_minmax",
+    "minmax",
+    "memoryless_mse",
+    "mse",
+    "imatrix_mse",
+    "nvfp4_expanded_mse",
+    "fouroversix",
+    "nvfp4_expanded_imatrix",
+)
 
 
 def production_note(names: Iterable[str]) -> str:
     "What to know where some of these observers are none of llm-compressor's; empty if all are."
     known = {observer_key(name) for name in PRODUCTION}
     lacking = [name for name in dict.fromkeys(names) if observer_key(name) not in known]
-    return f"llm-compressor has no observer {', '.join(lacking)}: calibrate with qcal_nb; the checkpoint of save_quantized runs in vLLM and transformers" if lacking else ""
+    return (
+        f"llm-compressor has no observer {', '.join(lacking)}: calibrate with qcal_nb; the checkpoint of "
+        "save_quantized runs in vLLM and transformers"
+        if lacking
+        else ""
+    )
 
 
 def observers_of(modifier: QuantizationMixin) -> list[str]:
     "The names of observers that a recipe asks for and calibrates with."
     config = modifier.resolved_config
-    parts = [getattr(s, part) for s in config.config_groups.values() for part in ("weights", "input_activations", "output_activations")]
-    return list(dict.fromkeys(a.observer for a in [*parts, config.kv_cache_scheme] if a is not None and a.dynamic is not True and a.observer))
+    parts = [
+        getattr(s, part)
+        for s in config.config_groups.values()
+        for part in ("weights", "input_activations", "output_activations")
+    ]
+    return list(
+        dict.fromkeys(
+            a.observer
+            for a in [*parts, config.kv_cache_scheme]
+            if a is not None and a.dynamic is not True and a.observer
+        )
+    )
 
 
 class _Dumper(yaml.SafeDumper):
@@ -122,19 +166,32 @@ class _Dumper(yaml.SafeDumper):
 
 
 def to_yaml(modifier: QuantizationMixin) -> str:
-    "The modifier as an llm-compressor recipe. Holds what was said, in a fixed order; `from_yaml` reads it. Observers that llm-compressor lacks are named in a comment."
+    """The modifier as an llm-compressor recipe. Holds what was said, in a fixed order; `from_yaml` reads it.
+    Observers that llm-compressor lacks are named in a comment."""
     if not isinstance(modifier, QuantizationMixin):
-        raise TypeError(f"modifier must be a QuantizationModifier, got {type(modifier).__name__}; of a model: recipe_of(model)")
+        raise TypeError(
+            f"modifier must be a QuantizationModifier, got {type(modifier).__name__}; of a model: recipe_of(model)"
+        )
     recipe: dict[str, Any] = {"default_stage": {"default_modifiers": {"QuantizationModifier": _said(modifier)}}}
     ours = {name: getattr(modifier, name) for name in _OURS if getattr(modifier, name) != "raise"}
     note = production_note(observers_of(modifier))
-    try: return f"# {note}\n" * bool(note) + yaml.dump(recipe | ({"qcal_nb": ours} if ours else {}), Dumper=_Dumper, sort_keys=False,
-                                                      default_flow_style=None, width=140, allow_unicode=True)
+    try:
+        return f"# {note}\n" * bool(note) + yaml.dump(
+            recipe | ({"qcal_nb": ours} if ours else {}),
+            Dumper=_Dumper,
+            sort_keys=False,
+            default_flow_style=None,
+            width=140,
+            allow_unicode=True,
+        )
     except yaml.representer.RepresenterError as error:
-        raise ValueError(f"the modifier holds a value that YAML cannot: {error}; use numbers, strings, lists and dicts") from None
+        raise ValueError(
+            f"the modifier holds a value that YAML cannot: {error}; use numbers, strings, lists and dicts"
+        ) from None
 
 # %% ../nbs/07_recipes.ipynb #0eb7a16b
-_MOST = 1_000_000  # values in one file; the largest mixture of experts with an override for every Linear has a tenth of it
+# values in one file; the largest mixture of experts with an override for every Linear has a tenth of it
+_MOST = 1_000_000
 
 
 class _Loader(yaml.SafeLoader):
@@ -147,7 +204,8 @@ class _Loader(yaml.SafeLoader):
 
 
 def _refuse_twice(names: Counter) -> None:
-    if twice := [name for name, n in names.items() if n > 1]: raise ValueError(f"{', '.join(map(str, twice))} stands twice")
+    if twice := [name for name, n in names.items() if n > 1]:
+        raise ValueError(f"{', '.join(map(str, twice))} stands twice")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -156,9 +214,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_bomb(found: Any) -> None:
-    pending, count = [found], 0
+    pending = [found]
+    count = 0
     while pending:
-        value, count = pending.pop(), count + 1
+        value = pending.pop()
+        count = count + 1
         if count > _MOST: raise ValueError(f"its references expand to more than {_MOST:,} values")
         pending += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
@@ -166,10 +226,13 @@ def _refuse_bomb(found: Any) -> None:
 def _parse(text: str, source: str) -> dict[str, Any]:
     "JSON or YAML as a dict of plain data; anything else is a ValueError that names the source and the fault."
     try:
-        try: found = json.loads(text, object_pairs_hook=_unique)
-        except json.JSONDecodeError: found = yaml.load(text, Loader=_Loader)
+        try:
+            found = json.loads(text, object_pairs_hook=_unique)
+        except json.JSONDecodeError:
+            found = yaml.load(text, Loader=_Loader)
         _refuse_bomb(found)
-    except (yaml.YAMLError, ValueError, RecursionError) as error: raise ValueError(f"{source} cannot be read: {error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{source} cannot be read: {error}") from None
     if not isinstance(found, dict): raise ValueError(f"{source} holds {type(found).__name__}, not keys and values")
     return found
 
@@ -179,19 +242,24 @@ def _text_of(source: str | os.PathLike, kind: str) -> tuple[str, str]:
     if isinstance(source, str) and ("\n" in source or "{" in source): return source, f"the {kind}"
     if not isinstance(source, (str, os.PathLike)):
         raise TypeError(f"source must be a path or the text of a {kind}, got {type(source).__name__}")
-    try: return Path(source).read_text(encoding="utf-8"), os.fspath(source)
-    except UnicodeDecodeError as error: raise ValueError(f"{os.fspath(source)} is not text: {error}") from None
+    try:
+        return Path(source).read_text(encoding="utf-8"), os.fspath(source)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{os.fspath(source)} is not text: {error}") from None
 
 
 def _modifier(fields: Mapping[str, Any], source: str) -> QuantizationModifier:
     "A modifier of fields that were read; whatever is wrong with them is a ValueError that names the source."
-    if unsaid := [k for k in fields if not isinstance(k, str)]: raise ValueError(f"{source}: {unsaid[0]!r} is not a field's name")
-    try: return QuantizationModifier(**fields)
-    except (TypeError, ValueError, AttributeError, NotImplementedError) as error: fault = str(error)
+    if unsaid := [k for k in fields if not isinstance(k, str)]:
+        raise ValueError(f"{source}: {unsaid[0]!r} is not a field's name")
+    try:
+        return QuantizationModifier(**fields)
+    except (TypeError, ValueError, AttributeError, NotImplementedError) as error:
+        fault = str(error)
     raise ValueError(f"{source}: {fault}")
 
 # %% ../nbs/07_recipes.ipynb #d36fe931
-_BESIDE = ("args", "metadata", "version", "run_type")                     # keys of a recipe that say nothing about modifiers
+_BESIDE = ("args", "metadata", "version", "run_type")  # keys of a recipe that say nothing about modifiers
 _TIMING = ("index", "group", "start", "end", "update", "requires_calibration_data")  # when in a training; or derived
 
 
@@ -199,11 +267,15 @@ def _modifiers_in(found: Mapping[str, Any], source: str) -> Iterator[tuple[str, 
     "Name and fields of every modifier: in stages, in groups, or at the top."
     for key, value in found.items():
         name = str(key)
-        if name.endswith("Modifier"): yield name, {} if value is None else value
-        elif name.endswith(("_stage", "_modifiers")) and isinstance(value, dict): yield from _modifiers_in(value, source)
+        if name.endswith("Modifier"):
+            yield name, {} if value is None else value
+        elif name.endswith(("_stage", "_modifiers")) and isinstance(value, dict):
+            yield from _modifiers_in(value, source)
         elif name not in _BESIDE:
-            raise ValueError(f"{source}: {name!r} is neither a stage (`..._stage:`), nor a group of modifiers (`..._modifiers:`) "
-                             "with their names below it, nor a modifier")
+            raise ValueError(
+                f"{source}: {name!r} is neither a stage (`..._stage:`), nor a group of modifiers (`..._modifiers:`) "
+                "with their names below it, nor a modifier"
+            )
 
 
 def _the_one(steps: list[tuple[str, Any]], source: str) -> dict[str, Any]:
@@ -212,14 +284,18 @@ def _the_one(steps: list[tuple[str, Any]], source: str) -> dict[str, Any]:
         raise ValueError(f"{source} asks for {', '.join(foreign)}; supported is QuantizationModifier, which observes "
                          "and computes scales but never changes a weight. llm-compressor runs the others")
     if len(steps) != 1:
-        raise ValueError(f"{source} holds {len(steps) or 'no'} QuantizationModifier{'s' * (len(steps) > 1)}, it must hold one"
-                         + "; put their targets side by side as config_groups of one" * (len(steps) > 1))
-    if not isinstance(steps[0][1], dict): raise ValueError(f"{source}: QuantizationModifier must hold fields, got {steps[0][1]!r}")
+        raise ValueError(
+            f"{source} holds {len(steps) or 'no'} QuantizationModifier{'s' * (len(steps) > 1)}, it must hold one"
+            + "; put their targets side by side as config_groups of one" * (len(steps) > 1)
+        )
+    if not isinstance(steps[0][1], dict):
+        raise ValueError(f"{source}: QuantizationModifier must hold fields, got {steps[0][1]!r}")
     return {k: v for k, v in steps[0][1].items() if k not in _TIMING}
 
 # %% ../nbs/07_recipes.ipynb #515e65bb
 def from_yaml(source: str | os.PathLike) -> QuantizationModifier:
-    "The modifier of an llm-compressor recipe, from a path or a text (YAML or JSON). Faults are a ValueError naming the file."
+    """The modifier of an llm-compressor recipe, from a path or a text (YAML or JSON). Faults are a ValueError
+    naming the file."""
     text, name = _text_of(source, "recipe")
     found = _parse(text, name)
     ours = found.pop("qcal_nb", None) or {}
@@ -229,7 +305,8 @@ def from_yaml(source: str | os.PathLike) -> QuantizationModifier:
 
 # %% ../nbs/07_recipes.ipynb #832c32ea
 _METHOD = "compressed-tensors"
-_KEEPS_NAME = ("int-quantized", "float-quantized", "naive-quantized", "dense")  # formats whose weight is still called `weight`
+# formats whose weight is still called `weight`
+_KEEPS_NAME = ("int-quantized", "float-quantized", "naive-quantized", "dense")
 
 
 def storage_format(scheme: QuantizationScheme, kind: type[Module] | None = None) -> CompressionFormat:
@@ -257,17 +334,22 @@ def _config_to_dict(config: QuantizationConfig) -> dict[str, Any]:
 
 # %% ../nbs/07_recipes.ipynb #1017c566
 def _section_of(source: Any) -> tuple[dict[str, Any], str]:
-    "The quantization_config in a dict, a config object, JSON, a config.json or a checkpoint's folder; and what to call it."
+    """The quantization_config in a dict, a config object, JSON, a config.json or a checkpoint's folder; and what to
+    call it."""
     if isinstance(source, QuantizationConfig): return _config_to_dict(source), "the config"
     if isinstance(source, (str, os.PathLike)):
         folder = "{" not in os.fspath(source) and Path(source).is_dir()
         text, name = _text_of(Path(source)/"config.json" if folder else source, "config")
         source = _parse(text, name)
-    else: name = "the config"
-    if hasattr(source, "to_dict"): source = source.to_dict()  # of transformers
-    if not isinstance(source, dict): raise TypeError(f"source must be a dict, a config or a path, got {type(source).__name__}")
+    else:
+        name = "the config"
+    if hasattr(source, "to_dict"):
+        source = source.to_dict()  # of transformers
+    if not isinstance(source, dict):
+        raise TypeError(f"source must be a dict, a config or a path, got {type(source).__name__}")
     section = next((s for key in ("quantization_config", "compression_config") if (s := source.get(key))), source)
-    if not isinstance(section, dict): raise ValueError(f"{name}: quantization_config must hold keys and values, got {section!r}")
+    if not isinstance(section, dict):
+        raise ValueError(f"{name}: quantization_config must hold keys and values, got {section!r}")
     method = _plain(section.get("quant_method", _METHOD))
     if method != _METHOD: raise ValueError(f"{name}: quant_method is {method!r}; only {_METHOD!r} can be read")
     if not section.get("config_groups") and not section.get("kv_cache_scheme"):
@@ -282,8 +364,8 @@ def _unformatted(scheme: QuantizationScheme) -> QuantizationScheme:
 
 # %% ../nbs/07_recipes.ipynb #64a49736
 def from_config(source: Any) -> QuantizationModifier:
-    """The modifier of a compressed-tensors `quantization_config`: a dict, a config object, JSON, a config.json, a checkpoint's folder.
-    Another quantization method or a damaged config is a ValueError that names the file."""
+    """The modifier of a compressed-tensors `quantization_config`: a dict, a config object, JSON, a config.json, a
+    checkpoint's folder. Another quantization method or a damaged config is a ValueError that names the file."""
     section, name = _section_of(source)
     for key in ("sparsity_config", "transform_config"):
         if (left := section.get(key)) and left != {"format": "dense"}:
@@ -315,14 +397,17 @@ def _group_of(groups: Mapping[str, QuantizationScheme], name: str, module: Modul
     if hits: return by_target[hits[0]]
     classes = {by_target[kind] for kind in ("Linear", "Embedding") if kind in by_target}
     if len(classes) == 1: return classes.pop()
-    raise ValueError(f"{name!r}: which of the groups {sorted(groups)} it belongs to depends on its class; pass model= as well")
+    raise ValueError(
+        f"{name!r}: which of the groups {sorted(groups)} it belongs to depends on its class; pass model= as well"
+    )
 
 
 def _observed_by(scheme: QuantizationScheme, choices: Mapping[str, Any], name: str) -> QuantizationScheme:
     "A copy of a scheme for one module, with other observers."
     scheme = scheme.model_copy(deep=True, update={"targets": [name]})
     for base_name, choice in choices.items():
-        if base_name not in _PARTS: raise ValueError(f"{name!r}: {base_name!r} must be one of {', '.join(map(repr, _PARTS))}")
+        if base_name not in _PARTS:
+            raise ValueError(f"{name!r}: {base_name!r} must be one of {', '.join(map(repr, _PARTS))}")
         args = getattr(scheme, _PARTS[base_name])
         if args is None or args.dynamic is True:
             raise ValueError(f"{name!r}: its {base_name} has no observer that could be replaced: {describe_args(args)}")
@@ -336,14 +421,18 @@ def _observed_by(scheme: QuantizationScheme, choices: Mapping[str, Any], name: s
 def _by_name(modifier: QuantizationMixin, observers: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[None, dict]]:
     "Choices by module name where there is no model to ask: patterns and ignored modules are a ValueError."
     for name in observers:
-        if name.startswith("re:"): raise ValueError(f"{name!r} is a pattern; pass model= as well, to replace it by module names")
+        if name.startswith("re:"):
+            raise ValueError(f"{name!r} is a pattern; pass model= as well, to replace it by module names")
         if ignored := [i for i in modifier.ignore if match_name(name, i)]:
             raise ValueError(f"{name!r} is not quantized: it is ignored by {ignored[0]!r}")
     return {name: (None, dict(choices)) for name, choices in observers.items()}
 
 
-def _by_model(modifier: QuantizationMixin, observers: Mapping[str, Mapping[str, Any]], model: Module) -> dict[str, tuple[Module, dict]]:
-    "Choices by the names of modules that are quantized. What a name says is laid over what patterns say, later over earlier."
+def _by_model(
+    modifier: QuantizationMixin, observers: Mapping[str, Mapping[str, Any]], model: Module
+) -> dict[str, tuple[Module, dict]]:
+    """Choices by the names of modules that are quantized. What a name says is laid over what patterns say, later
+    over earlier."""
     quantized = schemes_by_module(model, modifier.resolved_config)
     plan: dict[str, tuple[Module, dict]] = {}
     for key in sorted(observers, key=lambda k: k in quantized):
@@ -352,28 +441,36 @@ def _by_model(modifier: QuantizationMixin, observers: Mapping[str, Mapping[str, 
             apart = "; its experts are fused, see unfuse_experts(model)" if fused_experts(model) else ""
             raise ValueError(f"{key!r} matches no module that is quantized; see match_report(model, modifier){apart}")
         if any(not isinstance(quantized[name][0], QUANTIZABLE) for name in hits):
-            raise ValueError(f"{key!r} is an attention module; its observer is named in kv_cache_scheme or in the group that targets it")
-        for name in hits: plan[name] = (quantized[name][0], plan.get(name, (None, {}))[1] | observers[key])
+            raise ValueError(
+                f"{key!r} is an attention module; its observer is named in kv_cache_scheme or in the group that "
+                "targets it"
+            )
+        for name in hits:
+            plan[name] = (quantized[name][0], plan.get(name, (None, {}))[1] | observers[key])
     return plan
 
 # %% ../nbs/07_recipes.ipynb #a770d0aa
 def override(
-    modifier: QuantizationMixin,                          # Stays as it is
-    observers: Mapping[str, Mapping[str, Any]],           # Module or pattern -> {"weight" | "input" | "output": observer}
-    model: Module | None = None,                          # Needed for patterns; names are checked against it
+    modifier: QuantizationMixin,  # Stays as it is
+    observers: Mapping[str, Mapping[str, Any]],  # Module or pattern -> {"weight" | "input" | "output": observer}
+    model: Module | None = None,  # Needed for patterns; names are checked against it
 ) -> QuantizationModifier:
     """A new modifier in which these modules are observed differently: by a name, or a `(name, arguments)` pair.
     Arguments not given are the observer's defaults. ValueError for a module that is not quantized."""
     for key, choices in observers.items():
         if not isinstance(choices, Mapping):
-            raise TypeError(f"observers[{key!r}] must map 'weight', 'input' or 'output' to an observer, got {choices!r}")
+            raise TypeError(
+                f"observers[{key!r}] must map 'weight', 'input' or 'output' to an observer, got {choices!r}"
+            )
     plan = _by_name(modifier, observers) if model is None else _by_model(modifier, observers, model)
     groups = {name: s.model_copy(deep=True) for name, s in modifier.resolved_config.config_groups.items()}
     base = {name: _group_of(groups, name, module) for name, (module, _) in plan.items()}
     new = [_observed_by(groups[base[name]], choices, name) for name, (_, choices) in plan.items()]
-    for scheme in groups.values(): scheme.targets = [t for t in scheme.targets if t not in plan]
+    for scheme in groups.values():
+        scheme.targets = [t for t in scheme.targets if t not in plan]
     groups = {name: scheme for name, scheme in groups.items() if scheme.targets}
-    for scheme in new: groups = _joined(groups, scheme)
+    for scheme in new:
+        groups = _joined(groups, scheme)
     kept = {n: getattr(modifier, n) for n in ("ignore", "kv_cache_scheme", "bypass_divisibility_checks", *_OURS)}
     return QuantizationModifier(config_groups=groups, **kept)
 
@@ -408,15 +505,21 @@ def stored_modules(model: Module, config: QuantizationConfig) -> tuple[_Stored, 
 
 
 def _stored_groups(groups: Mapping[str, QuantizationScheme], stored: _Stored) -> dict[str, QuantizationScheme]:
-    "The groups that are in use, with their formats. A module that is stored in another format than most of its group is named."
+    """The groups that are in use, with their formats. A module that is stored in another format than most of its
+    group is named."""
     found: dict[str, QuantizationScheme] = {}
     for group, scheme in groups.items():
         forms: dict[CompressionFormat, list[str]] = {}
         for name, (_, other, form) in stored.items():
-            if other is scheme: forms.setdefault(form, []).append(name)
+            if other is scheme:
+                forms.setdefault(form, []).append(name)
         *others, most = sorted(forms, key=lambda form: len(forms[form])) or [None]
-        for form in others: found[f"{group}_{form.value}"] = scheme.model_copy(deep=True, update={"format": form, "targets": forms[form]})
-        if most: found[group] = scheme.model_copy(deep=True, update={"format": most})
+        for form in others:
+            found[f"{group}_{form.value}"] = scheme.model_copy(
+                deep=True, update={"format": form, "targets": forms[form]}
+            )
+        if most:
+            found[group] = scheme.model_copy(deep=True, update={"format": most})
     return found
 
 # %% ../nbs/07_recipes.ipynb #a5e5ae6b
@@ -425,8 +528,11 @@ def _need_whole_attention(model: Module, config: QuantizationConfig, stored: _St
     all_of_them = attention_modules(model)
     missing = [name for name in all_of_them if name not in stored]
     if not missing or (config.kv_cache_scheme is None and len(missing) == len(all_of_them)): return
-    raise ValueError(f"{len(missing)} of {len(all_of_them)} attention modules have no scales ({', '.join(missing[:3])}): compressed-tensors hooks all "
-                     "of them when it loads a checkpoint, whatever `ignore` says. Calibrate all of them, or none")
+    raise ValueError(
+        f"{len(missing)} of {len(all_of_them)} attention modules have no scales ({', '.join(missing[:3])}): "
+        "compressed-tensors hooks all "
+        "of them when it loads a checkpoint, whatever `ignore` says. Calibrate all of them, or none"
+    )
 
 
 def _checkpoint_config(model: Module) -> QuantizationConfig:
@@ -437,37 +543,52 @@ def _checkpoint_config(model: Module) -> QuantizationConfig:
     if live is None or not (stored or live.kv_cache_scheme):
         raise ValueError("nothing of this model is quantized; save it with model.save_pretrained")
     _need_whole_attention(model, config, stored)
-    return QuantizationConfig(config_groups=_stored_groups(config.config_groups, stored), ignore=[*live.ignore, *skipped],
-                              kv_cache_scheme=live.kv_cache_scheme, quantization_status=QuantizationStatus.COMPRESSED)
+    return QuantizationConfig(
+        config_groups=_stored_groups(config.config_groups, stored),
+        ignore=[*live.ignore, *skipped],
+        kv_cache_scheme=live.kv_cache_scheme,
+        quantization_status=QuantizationStatus.COMPRESSED,
+    )
 
 
 def to_config(source: QuantizationMixin | Module) -> dict[str, Any]:
-    """The `quantization_config` of a modifier, or of a calibrated model as `save_quantized` would write it: plain data for JSON.
-    A model's names every module that is not quantized, as vLLM needs it; `from_config` reads both."""
+    """The `quantization_config` of a modifier, or of a calibrated model as `save_quantized` would write it: plain
+    data for JSON. A model's names every module that is not quantized, as vLLM needs it; `from_config` reads
+    both."""
     if isinstance(source, QuantizationMixin): return _config_to_dict(source.resolved_config)
     return _config_to_dict(_checkpoint_config(source))
 
 # %% ../nbs/07_recipes.ipynb #472f8efd
-def packed_tensors(tensors: dict[str, Tensor], scheme: QuantizationScheme, form: CompressionFormat, name: str) -> dict[str, Tensor]:
+def packed_tensors(
+    tensors: dict[str, Tensor], scheme: QuantizationScheme, form: CompressionFormat, name: str
+) -> dict[str, Tensor]:
     "A module's tensors, local names, as they are stored."
-    symmetric = [base_name for base_name, part in _PARTS.items() if (args := getattr(scheme, part)) is None or args.symmetric]
-    if "input" in symmetric: symmetric += ["q", "k", "v"]
+    symmetric = [
+        base_name for base_name, part in _PARTS.items() if (args := getattr(scheme, part)) is None or args.symmetric
+    ]
+    if "input" in symmetric:
+        symmetric += ["q", "k", "v"]
     tensors = {k: v for k, v in tensors.items() if k not in {f"{base_name}_zero_point" for base_name in symmetric}}
-    try: packed = BaseCompressor.get_value_from_registry(form.value).compress(tensors, scheme)
+    try:
+        packed = BaseCompressor.get_value_from_registry(form.value).compress(tensors, scheme)
     except NotImplementedError as error:
-        raise ValueError(f"{name}: weights of {describe_args(scheme.weights)} cannot be stored as {form.value} ({error}); "
-                         "add it to `ignore`") from None
+        raise ValueError(
+            f"{name}: weights of {describe_args(scheme.weights)} cannot be stored as {form.value} ({error}); "
+            "add it to `ignore`"
+        ) from None
     return {k: v.contiguous().cpu() for k, v in packed.items()}
 
 
 def _untied(model: Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    "An encoder-decoder whose head was untied says that nothing is tied: embeddings that are one tensor are then stored once for each name."
+    """An encoder-decoder whose head was untied says that nothing is tied: embeddings that are one tensor are then
+    stored once for each name."""
     config = getattr(model, "config", None)
     if not getattr(config, "is_encoder_decoder", False) or getattr(config, "tie_word_embeddings", True): return state
     seen: set[tuple[int, int]] = set()
     for name, value in state.items():
         place = (value.untyped_storage().data_ptr(), value.storage_offset())
-        if place in seen: state[name] = value.clone()
+        if place in seen:
+            state[name] = value.clone()
         seen.add(place)
     return state
 
@@ -475,9 +596,11 @@ def _untied(model: Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
 def _checkpoint_tensors(model: Module) -> tuple[dict[str, Tensor], set[torch.dtype]]:
     "Every tensor of the checkpoint by name; and the dtypes to which weights are unpacked that had another."
     stored, skipped = stored_modules(model, _calibrated(model, "save").config)
-    state, unpacked = _untied(model, model.state_dict()), {}
+    state = _untied(model, model.state_dict())
+    unpacked = {}
     for name in skipped:
-        for qparam in QPARAMS: state.pop(f"{name}.{qparam}", None)
+        for qparam in QPARAMS:
+            state.pop(f"{name}.{qparam}", None)
     for name, (module, scheme, form) in stored.items():
         local = [k for k in (*module._parameters, *module._buffers) if f"{name}.{k}" in state]
         packed = packed_tensors({k: state.pop(f"{name}.{k}") for k in local}, scheme, form, name)
@@ -489,12 +612,15 @@ def _checkpoint_tensors(model: Module) -> tuple[dict[str, Tensor], set[torch.dty
 
 # %% ../nbs/07_recipes.ipynb #050c90d6
 def expert_names(model_type: str) -> dict[str, str]:
-    "Our name of an expert's matrix -> the name in checkpoints of that type, from transformers' conversions. Empty where only stacks are stored."
+    """Our name of an expert's matrix -> the name in checkpoints of that type, from transformers' conversions. Empty
+    where only stacks are stored."""
     names: dict[str, str] = {}
     ours = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
     for conversion in get_checkpoint_conversion_mapping(model_type) or ():
         target = conversion.target_patterns[0].rpartition("experts.")[2]
-        theirs = [m[1] for source in conversion.source_patterns if (m := re.search(r"experts\.\*\.(\w+)\.weight$", source))]
+        theirs = [
+            m[1] for source in conversion.source_patterns if (m := re.search(r"experts\.\*\.(\w+)\.weight$", source))
+        ]
         names |= dict(zip(ours.get(target, ()), theirs))
     return names
 
@@ -515,46 +641,65 @@ def _warn_about_experts(model: PreTrainedModel) -> None:
         warn_once("transformers does not load a mixture of experts of which everything but the experts is quantized: "
                   "this checkpoint is for programs that do")
     elif not expert_names(model.config.model_type):
-        warn_once(f"transformers stores the experts of a {model.config.model_type} as stacks and will not load them one by one: "
-                  "this checkpoint is for programs that do")
+        warn_once(
+            f"transformers stores the experts of a {model.config.model_type} as stacks and will not load them one "
+            "by one: "
+            "this checkpoint is for programs that do"
+        )
     elif any(_more_than_weights(m.quantization_scheme) for m in experts):
-        warn_once("transformers fuses experts when it loads them, and has no place for scales of what enters them or for global scales: "
-                  "its logits will differ from this model's (vLLM's do not)")
+        warn_once(
+            "transformers fuses experts when it loads them, and has no place for scales of what enters them or "
+            "for global scales: "
+            "its logits will differ from this model's (vLLM's do not)"
+        )
 
 
 def _refuse_uneven_experts(model: PreTrainedModel) -> None:
-    """ValueError if the matrices of a layer's experts are not all quantized in one way. Programs that load such a checkpoint stack them, and
-    what comes of unequal parts is a NaN or another expert."""
+    """ValueError if the matrices of a layer's experts are not all quantized in one way. Programs that load such a
+    checkpoint stack them, and what comes of unequal parts is a NaN or another expert."""
     config = _calibrated(model, "save").config
     stored, _ = stored_modules(model, config)
     for path, container in unfused_experts(model).items():
         linears = [f"{path}.{name}" for name, m in container.named_modules() if isinstance(m, torch.nn.Linear)]
-        ways = {stored[name][1].model_dump_json(exclude={"targets"}) if name in stored else "not quantized" for name in linears}
+        ways = {
+            stored[name][1].model_dump_json(exclude={"targets"}) if name in stored else "not quantized"
+            for name in linears
+        }
         if len(ways) > 1:
-            raise ValueError(f"the experts in {path} are quantized in {len(ways)} ways ({sum(n in stored for n in linears)} of {len(linears)} matrices are "
-                             "quantized at all); a checkpoint needs all matrices of a layer's experts in one way, or none of them")
+            raise ValueError(
+                f"the experts in {path} are quantized in {len(ways)} ways ({sum(n in stored for n in linears)} of "
+                f"{len(linears)} matrices are "
+                "quantized at all); a checkpoint needs all matrices of a layer's experts in one way, or none of them"
+            )
 
 
 def _more_than_weights(scheme: QuantizationScheme) -> bool:
-    return scheme.input_activations is not None or (scheme.weights is not None and scheme.weights.strategy == "tensor_group")
+    return scheme.input_activations is not None or (
+        scheme.weights is not None and scheme.weights.strategy == "tensor_group"
+    )
 
 # %% ../nbs/07_recipes.ipynb #4a55522f
 @contextmanager
 def _quiet() -> Iterator[None]:
     "No progress bars of transformers inside the block."
     shown = transformers_logging.is_progress_bar_enabled()
-    if shown: transformers_logging.disable_progress_bar()
-    try: yield
+    if shown:
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
     finally:
-        if shown: transformers_logging.enable_progress_bar()
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _write_config(folder: Path, config: QuantizationConfig, dtype: torch.dtype | None) -> None:
-    "Add the quantization_config to the config.json that transformers wrote, and the dtype to load as if it is not the model's."
+    """Add the quantization_config to the config.json that transformers wrote, and the dtype to load as if it is not
+    the model's."""
     path = folder/"config.json"
     data = json.loads(path.read_text(encoding="utf-8"))
     data["quantization_config"] = {**_config_to_dict(config), "version": compressed_tensors.__version__}
-    if dtype is not None: data["dtype"] = str(dtype).removeprefix("torch.")
+    if dtype is not None:
+        data["dtype"] = str(dtype).removeprefix("torch.")
     if config.kv_cache_scheme is not None and "num_attention_heads" in data:
         data.setdefault("num_key_value_heads", data["num_attention_heads"])  # OPT does not say; compressed-tensors asks
     path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
@@ -562,7 +707,8 @@ def _write_config(folder: Path, config: QuantizationConfig, dtype: torch.dtype |
 
 def _write(model: PreTrainedModel, folder: Path, tokenizer: Any) -> None:
     "All files of the checkpoint, into a new folder."
-    config, (state, unpacked) = _checkpoint_config(model), _checkpoint_tensors(model)
+    config = _checkpoint_config(model)
+    (state, unpacked) = _checkpoint_tensors(model)
     dtype = next(iter(unpacked), None)
     if dtype is not None:
         form = _one_format(list(config.config_groups.values())).value
@@ -571,24 +717,30 @@ def _write(model: PreTrainedModel, folder: Path, tokenizer: Any) -> None:
     _warn_about_experts(model)
     before = snapshot(model)
     try:
-        with _quiet(): model.save_pretrained(folder, state_dict=_rename_experts(model, state))
-    finally: undo(edits(before, snapshot(model)))
+        with _quiet():
+            model.save_pretrained(folder, state_dict=_rename_experts(model, state))
+    finally:
+        undo(edits(before, snapshot(model)))
     _write_config(folder, config, dtype)
     (folder/"recipe.yaml").write_text(to_yaml(recipe_of(model)), encoding="utf-8")
-    if tokenizer is not None: tokenizer.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 # %% ../nbs/07_recipes.ipynb #e99ae193
 def free_folder(path: str | os.PathLike, argument: str = "path") -> Path:
-    "A path where a folder can be written: nothing is there, or an empty folder. Else a ValueError that names `argument`."
+    """A path where a folder can be written: nothing is there, or an empty folder. Else a ValueError that names
+    `argument`."""
     folder = Path(path)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{argument}={os.fspath(path)!r} exists and is not an empty folder; choose another, or remove it first")
+        raise ValueError(
+            f"{argument}={os.fspath(path)!r} exists and is not an empty folder; choose another, or remove it first"
+        )
     return folder
 
 
 def save_quantized(model: Module, path: str | os.PathLike, tokenizer: Any = None) -> Path:
-    """Write a calibrated transformers model as a compressed-tensors checkpoint, its recipe beside it. Returns the folder.
-    The model stays as it is; a failure leaves nothing behind. The folder must be new or empty."""
+    """Write a calibrated transformers model as a compressed-tensors checkpoint, its recipe beside it. Returns the
+    folder. The model stays as it is; a failure leaves nothing behind. The folder must be new or empty."""
     _calibrated(model, "save")
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"a {type(model).__name__} has no checkpoint format, only models of transformers do; "
@@ -599,7 +751,9 @@ def save_quantized(model: Module, path: str | os.PathLike, tokenizer: Any = None
         try:
             partial.mkdir(parents=True)
             _write(model, partial, tokenizer)
-            if folder.exists(): folder.rmdir()
+            if folder.exists():
+                folder.rmdir()
             partial.rename(folder)
-        finally: shutil.rmtree(partial, ignore_errors=True)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     return folder

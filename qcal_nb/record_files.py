@@ -32,19 +32,36 @@ def squeeze(tensor: Tensor) -> Tensor:
 
 
 def unsqueeze(squeezed: Tensor, dtype: torch.dtype, count: int) -> Tensor:
-    "The way back to (count,) of a dtype. ValueError if that is not what was squeezed; never more than `count` elements are unpacked."
+    """The way back to (count,) of a dtype. ValueError if that is not what was squeezed; never more than `count`
+    elements are unpacked."""
     size = count * dtype.itemsize
-    try: planes = zlib.decompressobj().decompress(squeezed.numpy().tobytes(), size + 1)
-    except zlib.error as error: raise ValueError(f"compressed data cannot be unpacked ({error})") from None
+    try:
+        planes = zlib.decompressobj().decompress(squeezed.numpy().tobytes(), size + 1)
+    except zlib.error as error:
+        raise ValueError(f"compressed data cannot be unpacked ({error})") from None
     if len(planes) != size: raise ValueError(f"compressed data holds another number of elements than {count}")
     raw = np.frombuffer(planes, np.uint8).reshape(dtype.itemsize, -1).T.flatten()
     return torch.from_numpy(raw).view(dtype) if count else torch.empty(0, dtype=dtype)
 
 # %% ../nbs/08c_record_files.ipynb #5abdab25
 _MARK = "tensor"
-_DTYPES = {str(d).removeprefix("torch."): d for d in (
-    torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bfloat16, torch.float16, torch.float32, torch.float64,
-    torch.float8_e4m3fn, torch.float8_e5m2)}
+_DTYPES = {
+    str(d).removeprefix("torch."): d
+    for d in (
+        torch.bool,
+        torch.uint8,
+        torch.int8,
+        torch.int16,
+        torch.int32,
+        torch.int64,
+        torch.bfloat16,
+        torch.float16,
+        torch.float32,
+        torch.float64,
+        torch.float8_e4m3fn,
+        torch.float8_e5m2,
+    )
+}
 
 
 class Pools:
@@ -57,7 +74,8 @@ class Pools:
     def add(self, tensor: Tensor) -> dict[str, list]:
         "Take a tensor in; returns the reference to it."
         dtype = str(tensor.dtype).removeprefix("torch.")
-        if dtype not in _DTYPES: raise TypeError(f"a tensor of {tensor.dtype} cannot be saved; there are {', '.join(_DTYPES)}")
+        if dtype not in _DTYPES:
+            raise TypeError(f"a tensor of {tensor.dtype} cannot be saved; there are {', '.join(_DTYPES)}")
         start = self._counts.get(dtype, 0)
         self._parts.setdefault(dtype, []).append(tensor.detach().cpu().reshape(-1))
         self._counts[dtype] = start + tensor.numel()
@@ -68,11 +86,13 @@ class Pools:
 # %% ../nbs/08c_record_files.ipynb #52eede2b
 def take_out(tree: Any, pools: Pools) -> Any:
     "The tree with a reference in the place of every tensor and array."
-    if isinstance(tree, np.ndarray): tree = torch.from_numpy(np.array(tree))
+    if isinstance(tree, np.ndarray):
+        tree = torch.from_numpy(np.array(tree))
     if isinstance(tree, Tensor): return pools.add(tree)
     if isinstance(tree, Mapping):
         found = {key: take_out(value, pools) for key, value in tree.items()}
-        return {_MARK: [None, found]} if found.keys() == {_MARK} else found  # a dict that looks like a reference is marked as none
+        # a dict that looks like a reference is marked as none
+        return {_MARK: [None, found]} if found.keys() == {_MARK} else found
     if isinstance(tree, (list, tuple)): return [take_out(value, pools) for value in tree]
     return tree
 
@@ -88,20 +108,32 @@ def put_in(tree: Any, pools: Mapping[str, Tensor]) -> Any:
 
 # %% ../nbs/08c_record_files.ipynb #3fc41e96
 def check_form(value: Any, form: Any, where: str = "it") -> None:
-    "ValueError that says where a tree is not of a form: a type, [form of each], (form, form, …) or {name: form}, {str: form} for any names."
-    if isinstance(form, dict): fits, parts = isinstance(value, dict) and (str in form or value.keys() == form.keys()), dict
-    elif isinstance(form, (list, tuple)): fits, parts = isinstance(value, list) and (isinstance(form, list) or len(value) == len(form)), list
-    else: fits, parts = isinstance(value, form) and (form is bool or not isinstance(value, bool)), None
+    """ValueError that says where a tree is not of a form: a type, [form of each], (form, form, …) or {name: form},
+    {str: form} for any names."""
+    if isinstance(form, dict):
+        fits = isinstance(value, dict) and (str in form or value.keys() == form.keys())
+        parts = dict
+    elif isinstance(form, (list, tuple)):
+        fits = isinstance(value, list) and (isinstance(form, list) or len(value) == len(form))
+        parts = list
+    else:
+        fits = isinstance(value, form) and (form is bool or not isinstance(value, bool))
+        parts = None
     if not fits: raise ValueError(f"{where} is {reprlib.repr(value)}, which is not what belongs there")
     if parts is None: return
     for key, part in value.items() if parts is dict else enumerate(value):
-        check_form(part, form.get(str, form.get(key)) if parts is dict else form[0] if isinstance(form, list) else form[key], f"{where}, {key}")
+        check_form(
+            part,
+            form.get(str, form.get(key)) if parts is dict else form[0] if isinstance(form, list) else form[key],
+            f"{where}, {key}",
+        )
 
 # %% ../nbs/08c_record_files.ipynb #9ebcadc3
 def write_whole(path: str | os.PathLike, data: bytes) -> Path:
     "Write a file such that at any time there is the old one or the new one, whole."
     path = Path(path)
-    if not path.parent.is_dir(): raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} to; make it first")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} to; make it first")
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(beside, "wb") as file:
@@ -110,22 +142,27 @@ def write_whole(path: str | os.PathLike, data: bytes) -> Path:
             os.fsync(file.fileno())
         os.replace(beside, path)
     except BaseException:
-        with suppress(FileNotFoundError): beside.unlink()
+        with suppress(FileNotFoundError):
+            beside.unlink()
         raise
     return path
 
 # %% ../nbs/08c_record_files.ipynb #566d9cc8
 def _digest(arrays: Mapping[str, Tensor], facts: str) -> str:
     digest = hashlib.sha256(facts.encode())
-    for name in sorted(arrays): digest.update(name.encode() + b"\0" + arrays[name].numpy().tobytes())
+    for name in sorted(arrays):
+        digest.update(name.encode() + b"\0" + arrays[name].numpy().tobytes())
     return digest.hexdigest()
 
 
 def write_tree(
     path: str | os.PathLike,
-    tree: Mapping[str, Any],        # Of dicts with str keys, lists, tensors and what JSON knows; NaN and infinity only in tensors
-    kind: str, version: int,        # What the file is, and which form of it
-    about: Mapping[str, Any],       # What one may want to know without reading all of it; plain JSON in the header
+    tree: Mapping[
+        str, Any
+    ],  # Of dicts with str keys, lists, tensors and what JSON knows; NaN and infinity only in tensors
+    kind: str,
+    version: int,  # What the file is, and which form of it
+    about: Mapping[str, Any],  # What one may want to know without reading all of it; plain JSON in the header
 ) -> Path:
     "Write a tree to one safetensors file, whole or not at all."
     pools = Pools()
@@ -133,7 +170,9 @@ def write_tree(
     joined = pools.joined() | {"tree": torch.frombuffer(bytearray(text), dtype=torch.uint8)}
     facts = json.dumps(dict(about, counts={name: len(t) for name, t in joined.items()}), allow_nan=False)
     arrays = {name: squeeze(t) for name, t in joined.items()}
-    return write_whole(path, save(arrays, dict(format=kind, version=str(version), about=facts, digest=_digest(arrays, facts))))
+    return write_whole(
+        path, save(arrays, dict(format=kind, version=str(version), about=facts, digest=_digest(arrays, facts)))
+    )
 
 # %% ../nbs/08c_record_files.ipynb #12e70465
 def _open(path: Path, kind: str) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -142,26 +181,35 @@ def _open(path: Path, kind: str) -> tuple[dict[str, str], dict[str, Tensor]]:
         with safe_open(path, "pt") as file:
             return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
-        raise ValueError(f"{path} cannot be read: it is damaged or truncated, or was never a {kind} file ({error})") from None
+        raise ValueError(
+            f"{path} cannot be read: it is damaged or truncated, or was never a {kind} file ({error})"
+        ) from None
 
 
 def _check_header(path: Path, header: Mapping[str, str], kind: str, version: int) -> None:
-    if header.get("format") != kind: raise ValueError(f"{path} is not a {kind} file; its format is {header.get('format', 'not named')!r}")
+    if header.get("format") != kind:
+        raise ValueError(f"{path} is not a {kind} file; its format is {header.get('format', 'not named')!r}")
     found = header.get("version", "")
-    if not found.isdecimal() or int(found) < 1: raise ValueError(f"{path} is damaged: its version of the format is {found!r}")
+    if not found.isdecimal() or int(found) < 1:
+        raise ValueError(f"{path} is damaged: its version of the format is {found!r}")
     if int(found) > version:
-        raise ValueError(f"{path} was written by a newer qcal_nb: it has version {found} of the format, this qcal_nb reads up to {version}; upgrade qcal_nb")
+        raise ValueError(
+            f"{path} was written by a newer qcal_nb: it has version {found} of the format, this qcal_nb reads up "
+            f"to {version}; upgrade qcal_nb"
+        )
 
 # %% ../nbs/08c_record_files.ipynb #ca2d558d
 def read_tree(path: str | os.PathLike, kind: str, version: int) -> Any:
-    "What `write_tree` wrote. ValueError that names file and fault if it is damaged, truncated, something else, or newer. Nothing in it is executed."
+    """What `write_tree` wrote. ValueError that names file and fault if it is damaged, truncated, something else, or
+    newer. Nothing in it is executed."""
     path = Path(path)
     if path.is_dir(): raise ValueError(f"{path} is a folder, not a {kind} file")
     if not path.exists(): raise FileNotFoundError(f"there is no file {path}")
     header, arrays = _open(path, kind)
     _check_header(path, header, kind, version)
     try:
-        if header["digest"] != _digest(arrays, header["about"]): raise ValueError("its digest does not match its content")
+        if header["digest"] != _digest(arrays, header["about"]):
+            raise ValueError("its digest does not match its content")
         counts = json.loads(header["about"])["counts"]
         pools = {name: unsqueeze(array, _DTYPES.get(name, torch.uint8), counts[name]) for name, array in arrays.items()}
         return put_in(json.loads(pools.pop("tree").numpy().tobytes()), pools)

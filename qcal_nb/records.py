@@ -33,11 +33,28 @@ from . import __version__
 from .attention import attention_classes, attention_faults, attention_modules, hook_attention, hook_kv_cache
 from .calibration import args_in, exclusive, feeding, guarded
 from .calibration_record import About, CalibrationRecord, record_equal, unequal_parts
-from .collector import STATES, Collector, Running, check_mask, conclusions_of, kept_tokens, look_at_weights, mask_in_words
+from qcal_nb.collector import (
+    STATES,
+    Collector,
+    Running,
+    check_mask,
+    conclusions_of,
+    kept_tokens,
+    look_at_weights,
+    mask_in_words,
+)
 from .conclusions import DEFAULT_ARGS, Asked, args_to_ask, asked_in, label_of, name_and_kwargs
 from .experts import tokens_per_expert, unfused_experts
 from .ledger import experts_apart, ledger_of, phase_of
-from .lifecycle import QUANTIZABLE, QuantizationMixin, check_schemes, embeddings_of, reaches_experts, schemes_by_module, warn_unmatched
+from qcal_nb.lifecycle import (
+    QUANTIZABLE,
+    QuantizationMixin,
+    check_schemes,
+    embeddings_of,
+    reaches_experts,
+    schemes_by_module,
+    warn_unmatched,
+)
 from .observers.base import check_policy, each_warning_once, find_observer, warn_once
 from .pipelines import batches, calibration_context, count_tokens, expected_batches, feed
 from .ranks import rank_and_size, together
@@ -58,12 +75,20 @@ def recipe_to_record(scheme: Any = None, ignore: Iterable[str] = ("lm_head",)) -
     return QuantizationMixin(scheme=preset("INT8_STATIC") if scheme is None else scheme, ignore=list(ignore))
 
 
-def modules_to_record(model: Module, scheme: Any = None, ignore: Iterable[str] = ("lm_head",), check: bool = True) -> dict[str, Module]:
-    """The modules that a scheme (a preset's name, a modifier, or None for every Linear) would quantize; ValueError that lists those it does not fit.
-    `check=False`: of a model that has the scheme already, whose modules are wrapped and would not pass."""
+def modules_to_record(
+    model: Module, scheme: Any = None, ignore: Iterable[str] = ("lm_head",), check: bool = True
+) -> dict[str, Module]:
+    """The modules that a scheme (a preset's name, a modifier, or None for every Linear) would quantize; ValueError
+    that lists those it does not fit. `check=False`: of a model that has the scheme already, whose modules are
+    wrapped and would not pass."""
     recipe = recipe_to_record(scheme, ignore)
-    chosen = {n: (m, s) for n, (m, s) in schemes_by_module(model, recipe.resolved_config).items() if isinstance(m, QUANTIZABLE)}
-    if check: check_schemes(model, chosen, recipe.bypass_divisibility_checks)
+    chosen = {
+        n: (m, s)
+        for n, (m, s) in schemes_by_module(model, recipe.resolved_config).items()
+        if isinstance(m, QUANTIZABLE)
+    }
+    if check:
+        check_schemes(model, chosen, recipe.bypass_divisibility_checks)
     return {name: module for name, (module, _) in chosen.items()}
 
 
@@ -75,7 +100,8 @@ def args_by_tensor(model: Module, recipe: QuantizationMixin) -> Any:
 # %% ../nbs/08f_records.ipynb #4ab23ddb
 def check_base_names(base_names: Iterable[str]) -> tuple[str, ...]:
     "The base names that can be recorded, or a ValueError."
-    if not isinstance(base_names, Iterable): raise TypeError(f"base_names={base_names!r} must be some of {', '.join(map(repr, BASE_NAMES))}")
+    if not isinstance(base_names, Iterable):
+        raise TypeError(f"base_names={base_names!r} must be some of {', '.join(map(repr, BASE_NAMES))}")
     names = (base_names,) if isinstance(base_names, str) else tuple(base_names)
     if not names or any(name not in BASE_NAMES for name in names):
         raise ValueError(f"base_names={names!r} must be some of {', '.join(map(repr, BASE_NAMES))}")
@@ -84,9 +110,11 @@ def check_base_names(base_names: Iterable[str]) -> tuple[str, ...]:
 
 def check_observers(observers: Iterable[Asked]) -> list[Asked]:
     "The observers that were asked for. ValueError or TypeError for an unknown name or a bad argument."
-    if not isinstance(observers, Iterable): raise TypeError(f"observers={observers!r} must be names, or pairs of a name and its arguments")
+    if not isinstance(observers, Iterable):
+        raise TypeError(f"observers={observers!r} must be names, or pairs of a name and its arguments")
     asked = [observers] if isinstance(observers, str) else list(observers)
-    for name, kwargs in map(name_and_kwargs, asked): find_observer(name).check_kwargs(kwargs)
+    for name, kwargs in map(name_and_kwargs, asked):
+        find_observer(name).check_kwargs(kwargs)
     return asked
 
 
@@ -94,64 +122,106 @@ USUAL = "static_minmax"  # the observer of those who name none
 
 
 def observers_to_record(observers: Iterable[Asked] | None = None, scheme: Any = None) -> dict[str, list[Asked]]:
-    "By base name (`\"\"`: any other): the observers that were asked for; of None `static_minmax`, and those that a modifier calibrates with."
+    """By base name (`""`: any other): the observers that were asked for; of None `static_minmax`, and those that a
+    modifier calibrates with."""
     if observers is not None: return {"": check_observers(observers)}
     own = asked_in(scheme.resolved_config) if isinstance(scheme, QuantizationMixin) else {"": []}
     return {base: [USUAL, *(one for one in some if label_of(one) != USUAL)] for base, some in own.items()}
 
 # %% ../nbs/08f_records.ipynb #63b788ee
-def tensors_to_record(model: Module, modules: Mapping[str, Module], base_names: Iterable[str]) -> dict[tuple[str, str], Module]:
+def tensors_to_record(
+    model: Module, modules: Mapping[str, Module], base_names: Iterable[str]
+) -> dict[tuple[str, str], Module]:
     "(module, base name) -> module of everything that is to be measured, in model order."
-    head, names, found = embeddings_of(model)[1], set(base_names), {}
+    head = embeddings_of(model)[1]
+    names = set(base_names)
+    found = {}
     for name, module in model.named_modules():
         if name in modules:
             linear = isinstance(module, Linear)  # what an Embedding is fed are token ids
             wanted = dict(input=linear, weight=True, output=linear and module is not head)
-            found |= {(name, base_name): module for base_name in ("input", "weight", "output") if base_name in names and wanted[base_name]}
-        if module is head and "lm_head_output" in names: found[name, "output"] = module
-    found |= {(name, state): module for name, module in attention_modules(model).items() for state in STATES if state in names}
+            found |= {
+                (name, base_name): module
+                for base_name in ("input", "weight", "output")
+                if base_name in names and wanted[base_name]
+            }
+        if module is head and "lm_head_output" in names:
+            found[name, "output"] = module
+    found |= {
+        (name, state): module for name, module in attention_modules(model).items() for state in STATES if state in names
+    }
     return found
 
 # %% ../nbs/08f_records.ipynb #1c6a4bb3
 @contextmanager
 def attention_open(model: Module, states: Iterable[str]) -> Iterator[None]:
-    "Inside the block queries (`q`), keys and values of all attention modules pass a hook; afterwards the model is as before. ValueError if they cannot."
-    states, modules = set(states) & set(STATES), attention_modules(model)
-    if not states: yield; return
-    if not modules: raise ValueError(f"base_names has {sorted(states)}, but no attention of this {type(model).__name__} can be looked into; it has {attention_classes(model)}")
-    probe, queries = QuantizationScheme(targets=["attention"], input_activations=DEFAULT_ARGS), "q" in states
+    """Inside the block queries (`q`), keys and values of all attention modules pass a hook; afterwards the model is
+    as before. ValueError if they cannot."""
+    states = set(states) & set(STATES)
+    modules = attention_modules(model)
+    if not states:
+        yield
+        return
+    if not modules:
+        raise ValueError(
+            f"base_names has {sorted(states)}, but no attention of this {type(model).__name__} can be looked "
+            f"into; it has {attention_classes(model)}"
+        )
+    probe = QuantizationScheme(targets=["attention"], input_activations=DEFAULT_ARGS)
+    queries = "q" in states
     faults = [fault for name, m in modules.items() for fault in attention_faults(model, name, m, probe, queries)]
     if faults: raise ValueError(f"base_names has {sorted(states)}, which cannot be seen: {faults[0]}")
     before = snapshot(model)
     try:
-        for module in modules.values(): (hook_attention if queries else hook_kv_cache)(model, module)
+        for module in modules.values():
+            (hook_attention if queries else hook_kv_cache)(model, module)
         yield
-    finally: restore(model, before)
+    finally:
+        restore(model, before)
 
 
-def new_collector(model: Module, recipe: QuantizationMixin, base_names: Iterable[str] = ("input", "weight"), asked_args: bool = True, check: bool = True,
-                  **options: Any) -> Collector:
-    "A collector for what a recipe is about. `asked_args`: observers get the recipe's arguments, else the default ones. `check`: as in `modules_to_record`."
+def new_collector(
+    model: Module,
+    recipe: QuantizationMixin,
+    base_names: Iterable[str] = ("input", "weight"),
+    asked_args: bool = True,
+    check: bool = True,
+    **options: Any,
+) -> Collector:
+    """A collector for what a recipe is about. `asked_args`: observers get the recipe's arguments, else the default
+    ones. `check`: as in `modules_to_record`."""
     tensors = tensors_to_record(model, modules_to_record(model, recipe, check=check), base_names)
     return Collector(tensors, args=args_by_tensor(model, recipe) if asked_args else None, **options)
 
 
-def new_record(model: Module, collector: Collector, recipe: QuantizationMixin | None = None, mask: Any = None) -> CalibrationRecord:
+def new_record(
+    model: Module, collector: Collector, recipe: QuantizationMixin | None = None, mask: Any = None
+) -> CalibrationRecord:
     "A record before any data: its weights are measured at once, everything else was never seen so far."
     packages = ("torch", "transformers", "compressed-tensors")
-    about = About(type(model).__name__, getattr(getattr(model, "config", None), "name_or_path", "") or "",
-                  None if recipe is None else recipe.resolved_config.model_dump(mode="json"),
-                  dict(qcal_nb=__version__, **{package: version(package) for package in packages}), mask_in_words(mask), phase_of(model))
+    about = About(
+        type(model).__name__,
+        getattr(getattr(model, "config", None), "name_or_path", "") or "",
+        None if recipe is None else recipe.resolved_config.model_dump(mode="json"),
+        dict(qcal_nb=__version__, **{package: version(package) for package in packages}),
+        mask_in_words(mask),
+        phase_of(model),
+    )
     tensors = dict.fromkeys(collector.tensors, TensorStats()) | look_at_weights(collector)
     return CalibrationRecord(tensors, {name: type(m).__name__ for name, m in collector.modules.items()}, about=about)
 
 # %% ../nbs/08f_records.ipynb #4da6cc47
 def _check_indices(indices: Iterable[int], count: int) -> list[int]:
-    if not isinstance(indices, Iterable): raise TypeError(f"batch_indices={indices!r} must be ints, one for each batch, or None")
+    if not isinstance(indices, Iterable):
+        raise TypeError(f"batch_indices={indices!r} must be ints, one for each batch, or None")
     found = list(indices)
     bad = [i for i in found if isinstance(i, bool) or not isinstance(i, int) or i < 0]
-    if bad: raise ValueError(f"batch_indices holds {bad[0]!r}; it must hold ints from 0 on, the place of each batch in the whole")
-    if len(set(found)) < len(found): raise ValueError("batch_indices holds an index twice; each batch needs one of its own")
+    if bad:
+        raise ValueError(
+            f"batch_indices holds {bad[0]!r}; it must hold ints from 0 on, the place of each batch in the whole"
+        )
+    if len(set(found)) < len(found):
+        raise ValueError("batch_indices holds an index twice; each batch needs one of its own")
     if len(found) != count: raise ValueError(f"batch_indices has {len(found)} indices, but data gave {count} batches")
     return found
 
@@ -163,13 +233,15 @@ def numbered(stream: Iterator[Any], batch_indices: Iterable[int] | None = None) 
         stream = list(stream)
         return zip(_check_indices(batch_indices, len(stream)), stream)
     if size == 1: return enumerate(stream)
-    with together("count the batches"): stream = list(stream)
+    with together("count the batches"):
+        stream = list(stream)
     counts: list[int] = [0] * size
     dist.all_gather_object(counts, len(stream))
     return enumerate(stream, sum(counts[:rank]))
 
 # %% ../nbs/08f_records.ipynb #d25576d7
-def reads_two_sequences(model: Module) -> bool: return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+def reads_two_sequences(model: Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def warn_of_padding(batch: Mapping[str, Any]) -> None:
@@ -181,13 +253,16 @@ def warn_of_padding(batch: Mapping[str, Any]) -> None:
 
 
 def running_of(batch: Mapping[str, Any], index: int, mask: Any = None, two_sequences: bool = False) -> Running:
-    "What a collector needs to know of a batch. `two_sequences`: a decoder reads another one, so that a position alone names no token."
-    ids, keep = batch.get("input_ids"), kept_tokens(batch, mask)
+    """What a collector needs to know of a batch. `two_sequences`: a decoder reads another one, so that a position
+    alone names no token."""
+    ids = batch.get("input_ids")
+    keep = kept_tokens(batch, mask)
     known = isinstance(ids, Tensor) and ids.ndim == 2 and not ids.is_floating_point() and not two_sequences
     return Running(index, ids if known else None, keep, count_tokens(batch) if keep is None else int(keep.sum()))
 
 # %% ../nbs/08f_records.ipynb #ed18ad2b
-def _bar(total: int | None, progress: bool) -> tqdm: return tqdm(desc="recording", total=total, unit=" batches", disable=not progress)
+def _bar(total: int | None, progress: bool) -> tqdm:
+    return tqdm(desc="recording", total=total, unit=" batches", disable=not progress)
 
 
 @contextmanager
@@ -195,25 +270,33 @@ def _tokens_from_zero(model: Module) -> Iterator[None]:
     "Experts that were taken apart before count tokens from zero; afterwards they have what they had."
     before = [(experts, experts.tokens) for experts in unfused_experts(model).values()]
     try:
-        for experts, _ in before: experts.tokens = None
+        for experts, _ in before:
+            experts.tokens = None
         yield
     finally:
-        for experts, tokens in before: experts.tokens = tokens
+        for experts, tokens in before:
+            experts.tokens = tokens
 
 
 def one_pass(model: Module, stream: Iterator[tuple[int, Any]], collector: Collector, result: CalibrationRecord,
              mask: Any = None, total: int | None = None, progress: bool = False) -> CalibrationRecord:
-    "Run numbered batches (inside `exclusive`) and return the record that has seen them too; interrupted, those that were finished."
-    done = result, collector.observers.memory  # changes at once: whenever an interrupt comes, both are of the same batches
+    """Run numbered batches (inside `exclusive`) and return the record that has seen them too; interrupted, those
+    that were finished."""
+    # changes at once: whenever an interrupt comes, both are of the same batches
+    done = result, collector.observers.memory
     bar = _bar(total, progress)
     try:
         with collector.attached(), calibration_context(model), guarded(model), _tokens_from_zero(model), bar:
             for index, batch in stream:
-                if mask is None: warn_of_padding(batch)
-                running, began = running_of(batch, index, mask, reads_two_sequences(model)), time.perf_counter()
+                if mask is None:
+                    warn_of_padding(batch)
+                running = running_of(batch, index, mask, reads_two_sequences(model))
+                began = time.perf_counter()
                 collector.begin(running)
-                with feeding(collector.owner): feed(model, batch, index)
-                news, routed = collector.take(), {f"{e.module}.{e.expert}": e.tokens for e in tokens_per_expert(model)}
+                with feeding(collector.owner):
+                    feed(model, batch, index)
+                news = collector.take()
+                routed = {f"{e.module}.{e.expert}": e.tokens for e in tokens_per_expert(model)}
                 seen = done[0].seen(news, index, running.tokens, time.perf_counter() - began)
                 done = replace(seen, expert_tokens=routed), collector.observers.memory
                 bar.update()
@@ -229,15 +312,21 @@ def check_options(model: Module, tokenizer: Any, mask: Any, keep_text: bool, non
     check_policy(nonfinite)
     ledger_of(model)  # a TypeError unless it is a model
     if tokenizer is not None and not (callable(tokenizer) and hasattr(tokenizer, "decode")):
-        raise TypeError(f"tokenizer must be the model's tokenizer (a callable with `decode`) or None, got {type(tokenizer).__name__}")
+        raise TypeError(
+            "tokenizer must be the model's tokenizer (a callable with `decode`) or None, got "
+            f"{type(tokenizer).__name__}"
+        )
     if not isinstance(keep_text, bool): raise TypeError(f"keep_text={keep_text!r} must be True or False")
     if mask is not None and reads_two_sequences(model):
-        raise ValueError(f"mask: {type(model).__name__} reads two sequences, one in its encoder and one in its decoder, "
-                         "and a mask is of one; record without a mask, or the encoder by itself")
+        raise ValueError(
+            f"mask: {type(model).__name__} reads two sequences, one in its encoder and one in its decoder, "
+            "and a mask is of one; record without a mask, or the encoder by itself"
+        )
 
 
 def not_empty(stream: Iterator[tuple[int, Any]], names: tuple[str, ...]) -> Iterator[tuple[int, Any]]:
-    "The same batches, the first of them already made. ValueError if there is none where data is needed; a rank may have none."
+    """The same batches, the first of them already made. ValueError if there is none where data is needed; a rank
+    may have none."""
     first = next(stream, None)
     if first is None and names != ("weight",) and rank_and_size()[1] == 1:
         raise ValueError("data is empty: not a single batch came of it; pass at least one text or batch")
@@ -245,53 +334,76 @@ def not_empty(stream: Iterator[tuple[int, Any]], names: tuple[str, ...]) -> Iter
 
 # %% ../nbs/08f_records.ipynb #5e86eb94
 def record(
-    model: Module,                                          # Any torch model
-    data: Any,                                              # Texts, token ids, tensors, dicts, a DataLoader; None for weights alone
+    model: Module,  # Any torch model
+    data: Any,  # Texts, token ids, tensors, dicts, a DataLoader; None for weights alone
     *,
-    scheme: Any = None,                                     # A preset, a modifier, or None for every Linear but lm_head
-    observers: Iterable[Asked] | None = None,               # Names, or pairs of a name and its arguments; None: static_minmax and a modifier's own
-    tokenizer: Any = None,                                  # Needed for texts; and the largest values get their tokens
-    mask: Any = None,                                       # Token ids to leave out, or a function of the batch -> bool (batch, seq), True = count
-    batch_size: int = 1,                                    # Texts or rows in a batch
-    max_length: int | None = None,                          # Cut longer texts to so many tokens
-    base_names: Iterable[str] = ("input", "weight"),        # What to look at; also "output", "lm_head_output", "q", "k", "v"
-    nonfinite: str = "record",                              # NaN and infinity: "record" where, "skip" the batch for that tensor, or "raise"
-    batch_indices: Iterable[int] | None = None,             # Global indices of these batches, to merge parts with `|`
-    keep_text: bool = True,                                 # Whether tokens of the data may stand in the record
-    progress: bool = True,                                  # Show a bar with tokens per second and the time left
+    scheme: Any = None,  # A preset, a modifier, or None for every Linear but lm_head
+    observers: Iterable[Asked]
+    | None = None,  # Names, or pairs of a name and its arguments; None: static_minmax and a modifier's own
+    tokenizer: Any = None,  # Needed for texts; and the largest values get their tokens
+    mask: Any = None,  # Token ids to leave out, or a function of the batch -> bool (batch, seq), True = count
+    batch_size: int = 1,  # Texts or rows in a batch
+    max_length: int | None = None,  # Cut longer texts to so many tokens
+    base_names: Iterable[str] = ("input", "weight"),  # What to look at; also "output", "lm_head_output", "q", "k", "v"
+    nonfinite: str = "record",  # NaN and infinity: "record" where, "skip" the batch for that tensor, or "raise"
+    batch_indices: Iterable[int] | None = None,  # Global indices of these batches, to merge parts with `|`
+    keep_text: bool = True,  # Whether tokens of the data may stand in the record
+    progress: bool = True,  # Show a bar with tokens per second and the time left
 ) -> CalibrationRecord:
-    """Run data through the model once and keep what was seen: a `CalibrationRecord`. Nothing stays on the model; an interrupt returns the record so far.
+    """Run data through the model once and keep what was seen: a `CalibrationRecord`. Nothing stays on the model; an
+    interrupt returns the record so far.
 
-    `scheme` says which modules (None: every Linear but lm_head) and what observers are asked for; `observers` are names or (name, arguments), None
-    `static_minmax` and those that a modifier calibrates with; `base_names` what to look at: "input", "weight", "output", "lm_head_output", "q", "k", "v".
-    `mask` leaves tokens out: their ids, or a function of the batch that returns bool (batch, seq), True = count. `tokenizer`: for texts, and to name the
-    tokens of the largest values (`keep_text=False`: not in the record). `batch_indices`: global ones, to merge parts with `a | b`. Bad arguments and busy models are refused before anything is run."""
+    `scheme` says which modules (None: every Linear but lm_head) and what observers are asked for; `observers` are
+    names or (name, arguments), None `static_minmax` and those that a modifier calibrates with; `base_names` what to
+    look at: "input", "weight", "output", "lm_head_output", "q", "k", "v". `mask` leaves tokens out: their ids, or a
+    function of the batch that returns bool (batch, seq), True = count. `tokenizer`: for texts, and to name the
+    tokens of the largest values (`keep_text=False`: not in the record). `batch_indices`: global ones, to merge parts
+    with `a | b`. Bad arguments and busy models are refused before anything is run."""
     with together("check what to record"):  # a rank that finds a fault does not leave the others waiting
-        names, asked, mask = check_base_names(base_names), observers_to_record(observers, scheme), check_mask(mask)
+        names = check_base_names(base_names)
+        asked = observers_to_record(observers, scheme)
+        mask = check_mask(mask)
         recipe = recipe_to_record(scheme)
         check_options(model, tokenizer, mask, keep_text, nonfinite)
     stream = iter(()) if data is None and names == ("weight",) else batches(data, tokenizer, batch_size, max_length)
-    options = dict(observers=asked, tokenizer=tokenizer if keep_text else None, nonfinite=nonfinite, owner=f"record {uuid.uuid4().hex}")
-    with (exclusive(model, "record()"), each_warning_once(), experts_apart(model, reaches_experts(model, recipe.resolved_config)),
-          attention_open(model, names)):
+    options = dict(
+        observers=asked,
+        tokenizer=tokenizer if keep_text else None,
+        nonfinite=nonfinite,
+        owner=f"record {uuid.uuid4().hex}",
+    )
+    with (
+        exclusive(model, "record()"),
+        each_warning_once(),
+        experts_apart(model, reaches_experts(model, recipe.resolved_config)),
+        attention_open(model, names),
+    ):
         stream = not_empty(numbered(stream, batch_indices), names)
         collector = new_collector(model, recipe, names, scheme is not None, **options)
         if not collector.tensors:
-            raise ValueError(f"there is nothing to record: {type(model).__name__} has no Linear or Embedding that the scheme matches "
-                             f"and that has any of {', '.join(map(repr, names))}")
-        if scheme is not None: warn_unmatched(model, recipe.resolved_config, schemes_by_module(model, recipe.resolved_config))
+            raise ValueError(
+                f"there is nothing to record: {type(model).__name__} has no Linear or Embedding that the scheme "
+                "matches "
+                f"and that has any of {', '.join(map(repr, names))}"
+            )
+        if scheme is not None:
+            warn_unmatched(model, recipe.resolved_config, schemes_by_module(model, recipe.resolved_config))
         begun = new_record(model, collector, recipe if scheme is not None else None, mask)
         result = one_pass(model, stream, collector, begun, mask, expected_batches(data, batch_size), progress)
-        if result.batches and not result.tokens: warn_once("mask leaves out every token: nothing was seen but weights")
+        if result.batches and not result.tokens:
+            warn_once("mask leaves out every token: nothing was seen but weights")
         return replace(result, conclusions=conclusions_of(collector, model, result.tensors))
 
 # %% ../nbs/08f_records.ipynb #0652a8b7
 def all_ranks(part: CalibrationRecord) -> CalibrationRecord:
-    "Collective: the record of all ranks, from each one's part. Alone: the part itself. RankError if a rank fails or holds another run."
+    """Collective: the record of all ranks, from each one's part. Alone: the part itself. RankError if a rank fails
+    or holds another run."""
     if rank_and_size()[1] == 1: return part
     with together("put their records together"), tempfile.TemporaryDirectory() as folder:
         data = part.save(Path(folder)/"part").read_bytes()  # as it would be read from a file: nothing is unpickled
     parts: list[Any] = [None] * rank_and_size()[1]
     dist.all_gather_object(parts, data)
     with together("put their records together"), tempfile.TemporaryDirectory() as folder:
-        return reduce(or_, (CalibrationRecord.load(write_whole(Path(folder)/str(i), found)) for i, found in enumerate(parts)))
+        return reduce(
+            or_, (CalibrationRecord.load(write_whole(Path(folder) / str(i), found)) for i, found in enumerate(parts))
+        )

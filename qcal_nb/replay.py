@@ -21,7 +21,17 @@ from .analysis import compare_observers, mark_best, same_args
 from .calibration import observer_name, observer_of
 from .calibration_record import CalibrationRecord, ConclusionKey, Key
 from .collector import Attached, Collector, Memory
-from .conclusions import Asked, Conclusion, asked_by, asked_in, counts_of, follows_from_stats, label_of, name_and_kwargs, statistics_from
+from qcal_nb.conclusions import (
+    Asked,
+    Conclusion,
+    asked_by,
+    asked_in,
+    counts_of,
+    follows_from_stats,
+    label_of,
+    name_and_kwargs,
+    statistics_from,
+)
 from .evaluate import weights_compared
 from .lifecycle import QuantizationMixin, observed_names
 from .observers.base import Counts, Observer, find_observer
@@ -32,12 +42,23 @@ COMPARED = {"weight": ("memoryless_minmax", "memoryless_mse", "imatrix_mse", "pe
 
 
 def observers_to_compare(modifier: QuantizationMixin) -> dict[str, list[Asked]]:
-    "By base name (`\"\"`: any other): the observers that a recipe asks for first, then those of `COMPARED`; none twice."
-    config, found = modifier.resolved_config, asked_in(modifier.resolved_config)
-    named = {base: {name_and_kwargs(one)[0] for one in own} for base, own in found.items()}  # of one name the recipe's, with its arguments
-    wanted = {base: [*own, *(one for one in COMPARED.get(base, COMPARED[""]) if one not in named[base])] for base, own in found.items()}
-    granular = any(s.weights is not None and s.weights.strategy in ("channel", "group", "tensor_group") for s in config.config_groups.values())
-    if not granular: wanted["weight"] = [one for one in wanted["weight"] if one != "imatrix_mse"]  # it weighs columns, which one scale has not
+    """By base name (`""`: any other): the observers that a recipe asks for first, then those of `COMPARED`; none
+    twice."""
+    config = modifier.resolved_config
+    found = asked_in(modifier.resolved_config)
+    # of one name the recipe's, with its arguments
+    named = {base: {name_and_kwargs(one)[0] for one in own} for base, own in found.items()}
+    wanted = {
+        base: [*own, *(one for one in COMPARED.get(base, COMPARED[""]) if one not in named[base])]
+        for base, own in found.items()
+    }
+    granular = any(
+        s.weights is not None and s.weights.strategy in ("channel", "group", "tensor_group")
+        for s in config.config_groups.values()
+    )
+    if not granular:
+        # it weighs columns, which one scale has not
+        wanted["weight"] = [one for one in wanted["weight"] if one != "imatrix_mse"]
     return {base: list({label_of(one): one for one in some}.values()) for base, some in wanted.items()}
 
 # %% ../nbs/12b_replay.ipynb #72765ae4
@@ -59,14 +80,16 @@ def known_of(record: CalibrationRecord, key: Key, observer: Observer) -> tuple[d
 
 def _of_tensor(record: CalibrationRecord, key: Key) -> Iterator[tuple[ConclusionKey, Conclusion]]:
     for name in record.observers:
-        if (*key, name) in record.conclusions: yield (*key, name), record.conclusions[(*key, name)]
+        if (*key, name) in record.conclusions:
+            yield (*key, name), record.conclusions[(*key, name)]
 
 # %% ../nbs/12b_replay.ipynb #713f678f
 Known = dict[Observer, tuple[dict[str, Tensor], Counts]]
 
 
 def what_is_known(model: Module, record: CalibrationRecord) -> Known | None:
-    "What every observer on a model that needs data would know after the record's data; None if the record lacks one of them."
+    """What every observer on a model that needs data would know after the record's data; None if the record lacks
+    one of them."""
     found: Known = {}
     for name, module in model.named_modules():
         for base_name in observed_names(module) if hasattr(module, "quantization_scheme") else ():
@@ -81,7 +104,8 @@ def what_is_known(model: Module, record: CalibrationRecord) -> Known | None:
 def remind(found: Known) -> None:
     "Give observers back what they knew."
     for observer, (statistics, counts) in found.items():
-        for name, value in statistics.items(): setattr(observer, name, value)
+        for name, value in statistics.items():
+            setattr(observer, name, value)
         observer.counts = counts
 
 # %% ../nbs/12b_replay.ipynb #397df3d9
@@ -92,7 +116,8 @@ def memory_of(record: CalibrationRecord, collector: Collector) -> dict[Conclusio
         one = collector.observers.of(*key[:2]).get(key[2]) if key[:2] in collector.tensors else None
         if not isinstance(one, Attached) or one.derived or not c.statistics: continue
         observer = one.alone(one.fresh)
-        for name, value in c.statistics.items(): setattr(observer, name, value)
+        for name, value in c.statistics.items():
+            setattr(observer, name, value)
         observer.counts = c.counts
         memory[key] = dict(observer.__dict__)
     return memory
@@ -101,42 +126,60 @@ def memory_of(record: CalibrationRecord, collector: Collector) -> dict[Conclusio
 def _means(target: str, module: str, type_name: str) -> int:
     "How narrowly a target means a module: 3 by name, 2 by pattern, 1 by class, 0 not at all."
     if target == module: return 3
-    return 2 * bool(re.match(target.removeprefix("re:"), module)) if target.startswith("re:") else int(target == type_name)
+    return (
+        2 * bool(re.match(target.removeprefix("re:"), module)) if target.startswith("re:") else int(target == type_name)
+    )
 
 
 def schemes_of_record(record: CalibrationRecord, config: QuantizationConfig) -> dict[str, QuantizationScheme]:
-    "Module -> scheme, by names and classes alone, for a record whose modules are not at hand; as compressed-tensors decides, the narrowest target."
-    by_target, found = {target: scheme for scheme in config.config_groups.values() for target in scheme.targets}, {}
+    """Module -> scheme, by names and classes alone, for a record whose modules are not at hand; as
+    compressed-tensors decides, the narrowest target."""
+    by_target = {target: scheme for scheme in config.config_groups.values() for target in scheme.targets}
+    found = {}
     for module, type_name in record.types.items():
         if any(_means(target, module, type_name) for target in config.ignore or ()): continue
         best = max(by_target, key=lambda target: _means(target, module, type_name), default="")
-        if best and _means(best, module, type_name): found[module] = by_target[best]
+        if best and _means(best, module, type_name):
+            found[module] = by_target[best]
     return found
 
 # %% ../nbs/12b_replay.ipynb #2d2a9fa5
 ArgsOf = Callable[[str, str], QuantizationArgs | None]
 
 
-def _by_args(record: CalibrationRecord, args_of: ArgsOf, base_names: Iterable[str]) -> dict[str, tuple[QuantizationArgs, list[Key]]]:
+def _by_args(
+    record: CalibrationRecord, args_of: ArgsOf, base_names: Iterable[str]
+) -> dict[str, tuple[QuantizationArgs, list[Key]]]:
     "The quantized tensors of a record, by the arguments of their scheme."
     found: dict[str, tuple[QuantizationArgs, list[Key]]] = {}
     for key in record.tensors:
         args = args_of(*key) if key[1] in base_names else None
-        if args is not None and args.dynamic is not True: found.setdefault(args.model_dump_json(), (args, []))[1].append(key)
+        if args is not None and args.dynamic is not True:
+            found.setdefault(args.model_dump_json(), (args, []))[1].append(key)
     return found
 
 
-def comparison(record: CalibrationRecord, args_of: ArgsOf, asked: Mapping[str, Iterable[Asked]], base_names: Iterable[str],
-               weight_of: Callable[[str], Tensor | None] | None = None) -> pd.DataFrame:
-    """`analysis.compare_observers` of the tensors that a recipe quantizes, each with the arguments that the recipe has for it; where it cannot be told
-    which observer is best, the recipe's own is.
-    With `weight_of`, a weight by its module's name, weights of many scales are measured; a record alone cannot tell about them."""
+def comparison(
+    record: CalibrationRecord,
+    args_of: ArgsOf,
+    asked: Mapping[str, Iterable[Asked]],
+    base_names: Iterable[str],
+    weight_of: Callable[[str], Tensor | None] | None = None,
+) -> pd.DataFrame:
+    """`analysis.compare_observers` of the tensors that a recipe quantizes, each with the arguments that the recipe
+    has for it; where it cannot be told which observer is best, the recipe's own is. With `weight_of`, a weight
+    by its module's name, weights of many scales are measured; a record alone cannot tell about them."""
     parts = []
     for args, keys in _by_args(record, args_of, set(base_names)).values():
         for base in dict.fromkeys(b for _, b in keys):
-            part, some = replace(record, tensors={k: record.tensors[k] for k in keys if k[1] == base}), asked.get(base, asked[""])
+            part = replace(record, tensors={k: record.tensors[k] for k in keys if k[1] == base})
+            some = asked.get(base, asked[""])
             measure = base == "weight" and args.strategy != "tensor" and weight_of is not None
-            parts.append(weights_compared(part, [m for m, _ in part.tensors], some, args, weight_of) if measure else compare_observers(part, some, args))
+            parts.append(
+                weights_compared(part, [m for m, _ in part.tensors], some, args, weight_of)
+                if measure
+                else compare_observers(part, some, args)
+            )
     table = pd.concat(parts, ignore_index=True) if parts else compare_observers(CalibrationRecord())
     own = {key: label_of(one) for key in record.tensors for one in asked_by(args_of(*key), key[1])}
     return mark_best(table, own)

@@ -24,8 +24,18 @@ from .analysis import check_record, enough_in_words, extremes, outlier_channels
 from .calibration_record import CalibrationRecord
 from .findings import Finding, Tables, findings_from, tables_of
 from .plot_choices import observer_to_draw
-from .plots import (clips_of, plot_channels, plot_convergence, plot_density, plot_histogram, plot_observers, plot_ranges, plot_scales,
-                           plot_timeline, to_png)
+from qcal_nb.plots import (
+    clips_of,
+    plot_channels,
+    plot_convergence,
+    plot_density,
+    plot_histogram,
+    plot_observers,
+    plot_ranges,
+    plot_scales,
+    plot_timeline,
+    to_png,
+)
 from .record_files import write_whole
 from .schemes import describe
 
@@ -39,16 +49,25 @@ def cell(value: Any) -> str:
 
 def table_html(table: pd.DataFrame, name: str, words: str) -> str:
     "A table under a heading and a line of words, with a field to filter it. `name` is its id."
-    head = "".join(f'<th scope="col" aria-sort="none"><button type="button">{escape(str(c))}</button></th>' for c in table.columns)
-    numeric = [pd.api.types.is_numeric_dtype(table[c]) and not pd.api.types.is_bool_dtype(table[c]) for c in table.columns]
+    head = "".join(
+        f'<th scope="col" aria-sort="none"><button type="button">{escape(str(c))}</button></th>' for c in table.columns
+    )
+    numeric = [
+        pd.api.types.is_numeric_dtype(table[c]) and not pd.api.types.is_bool_dtype(table[c]) for c in table.columns
+    ]
     tags = ['<td class="n">' if n else "<td>" for n in numeric]
     columns = [table[c].astype(object).tolist() for c in table.columns]
-    rows = "\n".join("<tr>" + "".join(tag + cell(v) + "</td>" for tag, v in zip(tags, row)) + "</tr>" for row in zip(*columns))
-    return (f'<section class="table" id="{name}"><h2>{escape(name.replace("-", " ").capitalize())}</h2><p>{words}</p>'
-            f'<p class="tools"><label>Filter <input type="search" placeholder="words, e.g. layers.3 mlp"></label> '
-            f'<output aria-live="polite">{len(table):,} rows</output></p>'
-            f'<div class="scroll" tabindex="0" role="region" aria-label="table {escape(name)}"><table><thead><tr>{head}</tr></thead>\n'
-            f"<tbody>{rows}</tbody></table></div></section>")
+    rows = "\n".join(
+        "<tr>" + "".join(tag + cell(v) + "</td>" for tag, v in zip(tags, row)) + "</tr>" for row in zip(*columns)
+    )
+    return (
+        f'<section class="table" id="{name}"><h2>{escape(name.replace("-", " ").capitalize())}</h2><p>{words}</p>'
+        f'<p class="tools"><label>Filter <input type="search" placeholder="words, e.g. layers.3 mlp"></label> '
+        f'<output aria-live="polite">{len(table):,} rows</output></p>'
+        '<div class="scroll" tabindex="0" role="region" aria-label="table '
+        f'{escape(name)}"><table><thead><tr>{head}</tr></thead>\n'
+        f"<tbody>{rows}</tbody></table></div></section>"
+    )
 
 # %% ../nbs/11f_report.ipynb #c0ae64ba
 SCRIPT = """
@@ -109,7 +128,8 @@ output { margin-left: .6rem; } @media print { .scroll { max-height: none; } .too
 # %% ../nbs/11f_report.ipynb #c8b30679
 def _schemes(config: Any) -> str:
     "A quantization config in words, a line for each group."
-    if not config: return "none given: every Linear; int8, symmetric, one scale per tensor where a question needs a format"
+    if not config:
+        return "none given: every Linear; int8, symmetric, one scale per tensor where a question needs a format"
     lines = []
     for group in config.get("config_groups", {}).values():
         words = describe(QuantizationScheme.model_validate(group))
@@ -121,31 +141,55 @@ def facts(record: CalibrationRecord) -> dict[str, str]:
     "What was run, in words."
     about = record.about
     name = Path(about.name).name if os.path.isabs(about.name) else about.name  # nobody's folders
-    return {"model": " ".join(filter(None, [about.model or "unknown", f"({name})" if name else ""])), "scheme": _schemes(about.config),
-            "observers": ", ".join(record.observers) or "none attached", "data": f"{record.batches:,} batches, {record.tokens:,} tokens",
-            "left out": about.mask or "nothing", "tensors": f"{len(record):,} in {len(record.types):,} modules", "time": f"{record.seconds:.1f} s of recording",
-            "versions": ", ".join(f"{name} {v}" for name, v in about.versions.items()) or "unknown",
-            "page written": date.today().isoformat()}
+    return {
+        "model": " ".join(filter(None, [about.model or "unknown", f"({name})" if name else ""])),
+        "scheme": _schemes(about.config),
+        "observers": ", ".join(record.observers) or "none attached",
+        "data": f"{record.batches:,} batches, {record.tokens:,} tokens",
+        "left out": about.mask or "nothing",
+        "tensors": f"{len(record):,} in {len(record.types):,} modules",
+        "time": f"{record.seconds:.1f} s of recording",
+        "versions": ", ".join(f"{name} {v}" for name, v in about.versions.items()) or "unknown",
+        "page written": date.today().isoformat(),
+    }
 
 # %% ../nbs/11f_report.ipynb #46d6e84d
 def _finding_html(found: Finding) -> str:
-    names = [escape(n) for n in found.tensors[:200]] + ([f"and {len(found.tensors) - 200:,} more"] if len(found.tensors) > 200 else [])
+    names = [escape(n) for n in found.tensors[:200]] + (
+        [f"and {len(found.tensors) - 200:,} more"] if len(found.tensors) > 200 else []
+    )
     words = f"<strong>{escape(found.words)}</strong>" if found.warning else escape(found.words)
     if not names: return f"<li>{words}</li>"
     listed = "".join(f"<li>{n}</li>" for n in names)
-    return f'<li><details{" open" * (found.warning or len(names) <= 5)}><summary>{words}</summary><ul class="list">{listed}</ul></details></li>'
+    return (
+        f"<li><details{' open' * (found.warning or len(names) <= 5)}><summary>{words}</summary><ul "
+        f'class="list">{listed}</ul></details></li>'
+    )
 
 
 def _findings_html(found: Iterable[Finding]) -> str:
     "Warnings in a box of their own, then the rest."
     found = list(found)
-    wrong, told = ("".join(map(_finding_html, part)) for part in ([f for f in found if f.warning], [f for f in found if not f.warning]))
-    fine = '<p class="fine">Nothing is wrong: every value was finite, every tensor was seen, no scale is zero, at eps or saturated.</p>'
-    return f'{f"<ul class=notes>{wrong}</ul>" if wrong else fine}<section id="findings"><h2>Findings</h2><ul>{told or "<li>None.</li>"}</ul></section>'
+    wrong, told = (
+        "".join(map(_finding_html, part))
+        for part in ([f for f in found if f.warning], [f for f in found if not f.warning])
+    )
+    fine = (
+        '<p class="fine">Nothing is wrong: every value was finite, every tensor was seen, no scale is zero, at '
+        "eps or saturated.</p>"
+    )
+    return (
+        f"{f'<ul class=notes>{wrong}</ul>' if wrong else fine}<section "
+        f'id="findings"><h2>Findings</h2><ul>{told or "<li>None.</li>"}</ul></section>'
+    )
 
 
 def _facts_html(told: dict[str, str]) -> str:
-    return "<dl>" + "".join(f"<dt>{escape(k)}</dt><dd>{escape(v).replace(chr(10), '<br>')}</dd>" for k, v in told.items()) + "</dl>"
+    return (
+        "<dl>"
+        + "".join(f"<dt>{escape(k)}</dt><dd>{escape(v).replace(chr(10), '<br>')}</dd>" for k, v in told.items())
+        + "</dl>"
+    )
 
 # %% ../nbs/11f_report.ipynb #886f5012
 CLOSE_UPS = 3
@@ -155,8 +199,12 @@ def _how_far(rows: pd.DataFrame) -> str:
     "The widest tensor, and the one furthest beyond its bulk, for a caption."
     rows = rows[rows.outlier_ratio.notna()].reset_index(drop=True)
     if not len(rows): return ""
-    wide, far = rows.loc[rows.absmax.idxmax()], rows.loc[rows.outlier_ratio.idxmax()]
-    return f"The widest is {wide.module} (up to {wide.absmax:.3g}); furthest beyond its bulk is {far.module} ({far.outlier_ratio:.3g} times)."
+    wide = rows.loc[rows.absmax.idxmax()]
+    far = rows.loc[rows.outlier_ratio.idxmax()]
+    return (
+        f"The widest is {wide.module} (up to {wide.absmax:.3g}); furthest beyond its bulk is {far.module} "
+        f"({far.outlier_ratio:.3g} times)."
+    )
 
 
 def _what_lost(rows: pd.DataFrame) -> str:
@@ -164,15 +212,20 @@ def _what_lost(rows: pd.DataFrame) -> str:
     middle = rows.groupby("observer").sqnr_db.median().dropna().sort_values(ascending=False)
     best = rows[rows.best].sort_values("sqnr_db")
     if not len(best): return "Without any error."
-    return (f"Across tensors {middle.index[0]} does best (median {middle.iloc[0]:.1f} dB); least is left of {best.module.iloc[0]}: "
-            f"{best.sqnr_db.iloc[0]:.1f} dB with its best observer. 6 dB are one bit.")
+    return (
+        f"Across tensors {middle.index[0]} does best (median {middle.iloc[0]:.1f} dB); least is left of "
+        f"{best.module.iloc[0]}: "
+        f"{best.sqnr_db.iloc[0]:.1f} dB with its best observer. 6 dB are one bit."
+    )
 
 
 def _what_scales(record: CalibrationRecord, base_name: str, observer: str) -> str:
     "How many scales, and between what, for a caption."
     rows = [(c.scale.double().min().item(), c.scale.double().max().item(), c.scale.numel())
             for (_, b, n), c in record.conclusions.items() if (b, n) == (base_name, observer) and c.scale is not None]
-    low, high, count = min(r[0] for r in rows), max(r[1] for r in rows), sum(r[2] for r in rows)
+    low = min(r[0] for r in rows)
+    high = max(r[1] for r in rows)
+    count = sum(r[2] for r in rows)
     return f"The {count:,} scales that {observer} chose for {base_name}s, from {low:.3g} to {high:.3g}."
 
 # %% ../nbs/11f_report.ipynb #bfdddaee
@@ -183,11 +236,19 @@ def _model_pictures(record: CalibrationRecord, tables: Tables) -> Iterator[tuple
         said = f" The black marks are the range that {clip} chose." if clip else ""
         yield (f"How far every {base_name} reaches. {_how_far(table)}{said}",
                plot_ranges(tables.ranges, base_name, clips=clips_of(record, clip) if clip else None))
-        yield f"Where the values of every {base_name} are. Faint and far from the dark band: outliers.", plot_density(record, base_name)
+        yield (
+            f"Where the values of every {base_name} are. Faint and far from the dark band: outliers.",
+            plot_density(record, base_name),
+        )
         if costs.sqnr_db.notna().any():
-            yield f"What each observer would lose at every {base_name}. {_what_lost(costs)}", plot_observers(tables.observers, base_name=base_name)
-        if clip: yield _what_scales(record, base_name, clip), plot_scales(record, clip, base_name)
-    if record.batches > 1: yield f"Was it enough data? {enough_in_words(tables.convergence)}.", plot_convergence(tables.convergence)
+            yield (
+                f"What each observer would lose at every {base_name}. {_what_lost(costs)}",
+                plot_observers(tables.observers, base_name=base_name),
+            )
+        if clip:
+            yield _what_scales(record, base_name, clip), plot_scales(record, clip, base_name)
+    if record.batches > 1:
+        yield f"Was it enough data? {enough_in_words(tables.convergence)}.", plot_convergence(tables.convergence)
 
 # %% ../nbs/11f_report.ipynb #923f6083
 def _close_ups(record: CalibrationRecord, table: pd.DataFrame) -> Iterator[tuple[str, Axes]]:
@@ -196,25 +257,61 @@ def _close_ups(record: CalibrationRecord, table: pd.DataFrame) -> Iterator[tuple
     for module, base_name, ratio in zip(worst.module, worst.base_name, worst.outlier_ratio):
         said = f"{base_name} of {module}, whose largest value is {ratio:.3g} times its 99.9th percentile"
         yield f"From near: {said}.", plot_histogram(record, module, base_name)
-        yield f"Batch by batch: the {base_name} of {module}. One batch above all others, or a range that still grows?", plot_timeline(record, module, base_name)
-        yield f"Channel by channel: the {base_name} of {module}. A few far above the line are outlier channels.", plot_channels(record, module, base_name)
+        yield (
+            f"Batch by batch: the {base_name} of {module}. One batch above all others, or a range that still grows?",
+            plot_timeline(record, module, base_name),
+        )
+        yield (
+            f"Channel by channel: the {base_name} of {module}. A few far above the line are outlier channels.",
+            plot_channels(record, module, base_name),
+        )
 
 
 def figure_html(caption: str, ax: Axes) -> str:
     "A picture inside the page, with its caption."
     data = base64.b64encode(to_png(ax)).decode()
-    return f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{data}"><figcaption>{escape(caption)}</figcaption></figure>'
+    return (
+        f'<figure><img alt="{escape(caption)}" '
+        f'src="data:image/png;base64,{data}"><figcaption>{escape(caption)}</figcaption></figure>'
+    )
 
 # %% ../nbs/11f_report.ipynb #df29d704
 def _tables(record: CalibrationRecord, tables: Tables) -> Iterator[tuple[pd.DataFrame, str, str]]:
-    yield tables.ranges, "ranges", "A row per tensor: extremes, percentiles, how far the largest value is beyond the 99.9th percentile, non-finite values."
-    said = "Empty where the record cannot tell; the last column says why. at_limit: its search ended at the smallest range it tries."
-    yield tables.observers, "observers", f"A row per tensor and observer: its scale, and what it costs ({escape(tables.observers.attrs.get('args', ''))}). {said}"
+    yield (
+        tables.ranges,
+        "ranges",
+        "A row per tensor: extremes, percentiles, how far the largest value is beyond the 99.9th percentile, "
+        "non-finite values.",
+    )
+    said = (
+        "Empty where the record cannot tell; the last column says why. at_limit: its search ended at the "
+        "smallest range it tries."
+    )
+    yield (
+        tables.observers,
+        "observers",
+        "A row per tensor and observer: its scale, and what it costs "
+        f"({escape(tables.observers.attrs.get('args', ''))}). {said}",
+    )
     yield extremes(record), "extremes", "The largest values of every tensor, and where they stood."
-    yield outlier_channels(record, 3), "outlier-channels", "The three largest channels of every tensor, and how many times the median channel."
-    yield tables.coverage, "coverage", "A row per observer that was attached: what it saw, and which of its scales are suspicious."
-    yield tables.convergence, "convergence", ("Tokens after which range and quantization error of every activation no longer moved by more than 5 %; "
-                                              "enough: both before the last half of the data.")
+    yield (
+        outlier_channels(record, 3),
+        "outlier-channels",
+        "The three largest channels of every tensor, and how many times the median channel.",
+    )
+    yield (
+        tables.coverage,
+        "coverage",
+        "A row per observer that was attached: what it saw, and which of its scales are suspicious.",
+    )
+    yield (
+        tables.convergence,
+        "convergence",
+        (
+            "Tokens after which range and quantization error of every activation no longer moved by more than 5 %; "
+            "enough: both before the last half of the data."
+        ),
+    )
 
 
 def _policy(kind: str, text: str) -> str:
@@ -226,9 +323,13 @@ def page_html(title: str, body: str) -> str:
     "A whole page: nothing may be loaded but pictures that are inside it, and no script runs but ours."
     ours = _policy("style-src", STYLE), _policy("script-src", SCRIPT)
     policy = "; ".join(["default-src 'none'", "img-src data:", "base-uri 'none'", "form-action 'none'", *ours])
-    return (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
-            f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title><style>{STYLE}</style></head>\n'
-            f"<body>{body}<script>{SCRIPT}</script></body></html>\n")
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" '
+        f'content="{policy}">'
+        '<meta name="viewport" content="width=device-width, '
+        f'initial-scale=1"><title>{escape(title)}</title><style>{STYLE}</style></head>\n'
+        f"<body>{body}<script>{SCRIPT}</script></body></html>\n"
+    )
 
 # %% ../nbs/11f_report.ipynb #a4ce62d4
 def to_html(
@@ -237,7 +338,8 @@ def to_html(
     *,
     title: str | None = None,       # Its heading; "Calibration of <model>" if None
 ) -> Path:
-    "Write one self-contained HTML page about a record: what was run, what is suspicious, pictures, tables. Returns its path."
+    """Write one self-contained HTML page about a record: what was run, what is suspicious, pictures, tables.
+    Returns its path."""
     check_record(record)
     title = title or f"Calibration of {record.model or 'a model'}"
     found = tables_of(record)
@@ -245,7 +347,13 @@ def to_html(
     pictures = "\n".join(figure_html(*shown) for shown in drawn)
     tables = [(part.drop(columns=[c for c in ("token", "context") if c in part and not record.has_text]), name, words)
               for part, name, words in _tables(record, found)]
-    links = "".join(f'<a href="#{name}">{escape(name.replace("-", " "))}</a>' for name in ("findings", "pictures", *(name for _, name, _ in tables)))
-    body = (f"<header><h1>{escape(title)}</h1>{_facts_html(facts(record))}</header>\n<nav>{links}</nav>\n{_findings_html(findings_from(record, found))}\n"
-            f'<section id="pictures"><h2>Pictures</h2>{pictures}</section>\n' + "\n".join(table_html(*part) for part in tables))
+    links = "".join(
+        f'<a href="#{name}">{escape(name.replace("-", " "))}</a>'
+        for name in ("findings", "pictures", *(name for _, name, _ in tables))
+    )
+    body = (
+        f"<header><h1>{escape(title)}</h1>{_facts_html(facts(record))}</header>\n<nav>{links}</nav>\n{_findings_html(findings_from(record, found))}\n"
+        f'<section id="pictures"><h2>Pictures</h2>{pictures}</section>\n'
+        + "\n".join(table_html(*part) for part in tables)
+    )
     return write_whole(path, page_html(title, body).encode("utf-8", "replace"))

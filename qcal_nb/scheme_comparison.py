@@ -24,7 +24,16 @@ from tqdm import tqdm
 
 from .calibration import scheme_args
 from qcal_nb.divergence import (
-    Divergence, Switchboard, borrowed, check_causal, divergence_of, eval_batches, logits_of, modifier_of, name_of, undisturbed,
+    Divergence,
+    Switchboard,
+    borrowed,
+    check_causal,
+    divergence_of,
+    eval_batches,
+    logits_of,
+    modifier_of,
+    name_of,
+    undisturbed,
 )
 from .lifecycle import QuantizationModifier, check_schemes, schemes_by_module
 from .ledger import LifecycleError, ledger_of, phase_of
@@ -42,16 +51,22 @@ def powers(value: Tensor, quantized: Tensor) -> tuple[float, float]:
     "Σx² and Σ(QDQ(x) - x)² over the finite values, in float64."
     signal = noise = 0.0
     for x, q in zip(value.reshape(-1).split(PIECE), quantized.reshape(-1).split(PIECE)):
-        wide, error = x.double(), q.double() - x.double()
+        wide = x.double()
+        error = q.double() - x.double()
         ok = wide.isfinite()
-        if not ok.all(): wide, error = wide[ok], error[ok]
-        signal, noise = signal + wide.square().sum().item(), noise + error.square().sum().item()
+        if not ok.all():
+            wide = wide[ok]
+            error = error[ok]
+        signal = signal + wide.square().sum().item()
+        noise = noise + error.square().sum().item()
     return signal, noise
 
 
 def counted(value: Tensor, mask: Tensor | None, heads: bool = False) -> Tensor:
-    "The rows of an activation that are no padding, where its first dimensions are those of the mask (batch, seq); else all of it."
-    if heads: value = value.transpose(1, 2)  # (batch, heads, seq, head_dim)
+    """The rows of an activation that are no padding, where its first dimensions are those of the mask (batch, seq);
+    else all of it."""
+    if heads:
+        value = value.transpose(1, 2)  # (batch, heads, seq, head_dim)
     return value if mask is None or value.shape[:2] != mask.shape else value[mask.to(value.device) != 0]
 
 # %% ../nbs/10b_scheme_comparison.ipynb #54059e1e
@@ -59,15 +74,20 @@ class Damage:
     "Signal and noise of every quantized tensor of a calibrated model, by `module.base_name`."
 
     def __init__(self, modules: Mapping[str, Module]) -> None:
-        self.modules, self.mask, self.powers = dict(modules), None, {}
+        self.modules = dict(modules)
+        self.mask = None
+        self.powers = {}
         for name, module in self.modules.items():
-            if scheme_args(module, "weight") is not None: self.add(name, module, "weight", module.weight.detach())
+            if scheme_args(module, "weight") is not None:
+                self.add(name, module, "weight", module.weight.detach())
 
     def add(self, name: str, module: Module, base_name: str, value: Any) -> None:
-        "Quantize a tensor as the module would, and count what that does to it. Nothing happens to a tensor that the scheme leaves alone."
+        """Quantize a tensor as the module would, and count what that does to it. Nothing happens to a tensor that
+        the scheme leaves alone."""
         args = scheme_args(module, base_name)
         if args is None or not isinstance(value, Tensor) or not value.numel(): return
-        mask, heads = None if base_name == "weight" else self.mask, base_name in "qkv"
+        mask = None if base_name == "weight" else self.mask
+        heads = base_name in "qkv"
         new = powers(*(counted(x, mask, heads) for x in (value, forward_quantize(module, value, base_name, args))))
         old = self.powers.get(f"{name}.{base_name}", (0.0, 0.0))
         self.powers[f"{name}.{base_name}"] = old[0] + new[0], old[1] + new[1]
@@ -78,7 +98,8 @@ class Damage:
         self.mask = batch.get("attention_mask")
         with ExitStack() as stack:
             for name, module in self.modules.items():
-                for handle in _hooks(self, name, module): stack.callback(handle.remove)
+                for handle in _hooks(self, name, module):
+                    stack.callback(handle.remove)
             yield
 
     def worst(self) -> tuple[float, str]:
@@ -92,53 +113,85 @@ def _hooks(damage: Damage, name: str, module: Module) -> Iterator[Any]:
     def see(base_name: str, value: Any) -> None: damage.add(name, module, base_name, value)
     def before(_: Module, args: Any, kwargs: dict[str, Any]) -> None: see("input", first_tensor(args, kwargs))
     def after(_: Module, args: Any, output: Any) -> None: see("output", output)
-    def query(_: Module, args: Any, kwargs: dict[str, Any]) -> None: see("q", (dict(zip(("module", "query"), args)) | kwargs)["query"])
+    def query(_: Module, args: Any, kwargs: dict[str, Any]) -> None:
+        see("q", (dict(zip(("module", "query"), args)) | kwargs)["query"])
     def cache(_: Module, args: Any, kwargs: dict[str, Any]) -> None:
         bound = dict(zip(("key_states", "value_states"), args)) | kwargs
-        for base_name, key in (("k", "key_states"), ("v", "value_states")): see(base_name, bound[key])
-    inner = {part: module._modules[part] for part in (IMPL_ATTR, KV_CACHE_ATTR) if module._modules.get(part) is not None}
-    if IMPL_ATTR in inner: yield inner[IMPL_ATTR].register_forward_pre_hook(query, with_kwargs=True)
-    if KV_CACHE_ATTR in inner: yield inner[KV_CACHE_ATTR].register_forward_pre_hook(cache, with_kwargs=True)
-    if not inner and scheme_args(module, "input") is not None: yield module.register_forward_pre_hook(before, with_kwargs=True)
-    if not inner and scheme_args(module, "output") is not None: yield module.register_forward_hook(after)
+        for base_name, key in (("k", "key_states"), ("v", "value_states")):
+            see(base_name, bound[key])
+    inner = {
+        part: module._modules[part] for part in (IMPL_ATTR, KV_CACHE_ATTR) if module._modules.get(part) is not None
+    }
+    if IMPL_ATTR in inner:
+        yield inner[IMPL_ATTR].register_forward_pre_hook(query, with_kwargs=True)
+    if KV_CACHE_ATTR in inner:
+        yield inner[KV_CACHE_ATTR].register_forward_pre_hook(cache, with_kwargs=True)
+    if not inner and scheme_args(module, "input") is not None:
+        yield module.register_forward_pre_hook(before, with_kwargs=True)
+    if not inner and scheme_args(module, "output") is not None:
+        yield module.register_forward_hook(after)
 
 # %% ../nbs/10b_scheme_comparison.ipynb #32eb8c52
 def _sizes(tensors: Iterable[Tensor]) -> int:
     "Bytes of tensors, each storage place once."
-    places = {(t.untyped_storage().data_ptr(), t.storage_offset(), t.numel(), id(t) if t.is_meta else 0): t for t in tensors}
+    places = {
+        (t.untyped_storage().data_ptr(), t.storage_offset(), t.numel(), id(t) if t.is_meta else 0): t for t in tensors
+    }
     return sum(t.numel() * t.element_size() for t in places.values())
 
 
 def stored_bytes(model: Module) -> int | None:
-    "Bytes of all tensors of a model as `save_quantized` (or, of an original model, `save_pretrained`) stores them; None if no format can."
+    """Bytes of all tensors of a model as `save_quantized` (or, of an original model, `save_pretrained`) stores
+    them; None if no format can."""
     state = model.state_dict()
     if phase_of(model) != "calibrated": return _sizes(state.values())
-    (stored, skipped), packed = stored_modules(model, ledger_of(model).config), 0
-    for name in skipped: state = {k: v for k, v in state.items() if not (k.startswith(f"{name}.") and k.endswith(("_scale", "_zero_point")))}
+    (stored, skipped) = stored_modules(model, ledger_of(model).config)
+    packed = 0
+    for name in skipped:
+        state = {
+            k: v for k, v in state.items() if not (k.startswith(f"{name}.") and k.endswith(("_scale", "_zero_point")))
+        }
     for name, (module, scheme, form) in stored.items():
         own = {k: state.pop(f"{name}.{k}") for k in (*module._parameters, *module._buffers) if f"{name}.{k}" in state}
-        try: packed += _sizes(packed_tensors(own, scheme, form, name).values())
-        except ValueError: return None
+        try:
+            packed += _sizes(packed_tensors(own, scheme, form, name).values())
+        except ValueError:
+            return None
     return packed + _sizes(state.values())
 
 # %% ../nbs/10b_scheme_comparison.ipynb #7ddc8987
-def evaluated(model: Module, data: list[dict[str, Any]], tick: Any = lambda: None, purpose: str = "compare_schemes()") -> tuple[Divergence, Divergence, Damage]:
+def evaluated(
+    model: Module, data: list[dict[str, Any]], tick: Any = lambda: None, purpose: str = "compare_schemes()"
+) -> tuple[Divergence, Divergence, Damage]:
     "The original and the quantized model on batches, and the damage to tensors. `tick` is called after each batch."
     board = Switchboard(model)
-    damage, before, after = Damage(board.modules), Divergence(), Divergence()
+    damage = Damage(board.modules)
+    before = Divergence()
+    after = Divergence()
     with undisturbed(model, purpose):
         for batch in data:
-            with board.only(), damage.watching(batch): original = logits_of(model, batch)
+            with board.only(), damage.watching(batch):
+                original = logits_of(model, batch)
             plain = divergence_of(original, batch)
-            before, after = before + plain, after + (divergence_of(logits_of(model, batch), batch, original) if board.modules else plain)
+            before = before + plain
+            after = after + (divergence_of(logits_of(model, batch), batch, original) if board.modules else plain)
             tick()
     return before, after, damage
 
 
 def _figures(before: Divergence, after: Divergence, damage: Damage, size: int | None) -> dict[str, Any]:
     sqnr, worst = damage.worst()
-    return dict(loss=after.loss, loss_before=before.loss, perplexity=after.perplexity, perplexity_before=before.perplexity,
-                kl=after.kl, top1=after.top1, worst_sqnr_db=sqnr, worst=worst, weight_bytes=size)
+    return dict(
+        loss=after.loss,
+        loss_before=before.loss,
+        perplexity=after.perplexity,
+        perplexity_before=before.perplexity,
+        kl=after.kl,
+        top1=after.top1,
+        worst_sqnr_db=sqnr,
+        worst=worst,
+        weight_bytes=size,
+    )
 
 # %% ../nbs/10b_scheme_comparison.ipynb #959f30c9
 def evaluate(
@@ -150,10 +203,14 @@ def evaluate(
     max_length: int | None = None,          # Cut longer texts to so many tokens
     progress: bool = True,                  # Show a bar
 ) -> pd.Series:
-    """A calibrated model beside its original: the figures of a row of `compare_schemes`. Each batch runs with quantization off and on, as far as it is
-    on now; the model is left as it was. LifecycleError unless it is calibrated."""
+    """A calibrated model beside its original: the figures of a row of `compare_schemes`. Each batch runs with
+    quantization off and on, as far as it is on now; the model is left as it was. LifecycleError unless it is
+    calibrated."""
     if (phase := phase_of(check_causal(model))) != "calibrated":
-        raise LifecycleError(f"evaluate() needs a calibrated model, but this one is {phase}; calibrate(model, ...) it first, or let compare_schemes(model, ...) do both")
+        raise LifecycleError(
+            f"evaluate() needs a calibrated model, but this one is {phase}; calibrate(model, ...) it first, or "
+            "let compare_schemes(model, ...) do both"
+        )
     data = eval_batches(eval_data, tokenizer, batch_size, max_length)
     with tqdm(desc="evaluating", total=len(data), unit=" batches", disable=not progress) as bar:
         return pd.Series(_figures(*evaluated(model, data, bar.update, "evaluate()"), stored_bytes(model)), dtype=object)
@@ -163,11 +220,13 @@ NEW_TOKENS = 24  # of a continuation
 
 
 def prompt_ids(model: Module, tokenizer: Any, prompt: str) -> Tensor:
-    "Token ids (1, n) of a prompt, short enough to be continued. ValueError without a tokenizer or if it holds no token."
+    """Token ids (1, n) of a prompt, short enough to be continued. ValueError without a tokenizer or if it holds no
+    token."""
     if not isinstance(prompt, str): raise TypeError(f"prompt must be a str, got {type(prompt).__name__}")
     if tokenizer is None: raise ValueError("prompt is a text but tokenizer=None; pass the model's tokenizer")
     ids = list(tokenizer(prompt)["input_ids"])
-    if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id: ids.pop()  # some tokenizers end every text
+    if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+        ids.pop()  # some tokenizers end every text
     if not ids: raise ValueError(f"prompt={prompt!r} holds no token to go on from")
     room = (positions_of(model) or len(ids) + NEW_TOKENS) - NEW_TOKENS
     return torch.tensor([ids[-max(1, room):]])
@@ -179,7 +238,11 @@ def continuation(model: Module, tokenizer: Any, prompt: str, tokens: int = NEW_T
     start = ids.shape[1]
     with undisturbed(model, "continuation()"):
         for _ in range(tokens):
-            best = logits_of(model, dict(input_ids=ids, attention_mask=torch.ones_like(ids)))[:, -1].argmax(-1, keepdim=True).to(ids)
+            best = (
+                logits_of(model, dict(input_ids=ids, attention_mask=torch.ones_like(ids)))[:, -1]
+                .argmax(-1, keepdim=True)
+                .to(ids)
+            )
             if best.item() == tokenizer.eos_token_id: break
             ids = torch.cat([ids, best], 1)
     return tokenizer.decode(ids[0, start:], skip_special_tokens=True)
@@ -190,16 +253,26 @@ _FIELDS = {"weights", "input_activations", "output_activations", "format"}  # of
 
 def named_schemes(schemes: Any) -> dict[str, QuantizationModifier]:
     "Label -> modifier, of a dict or of an iterable of presets and modifiers; a label that comes twice is numbered."
-    fields = isinstance(schemes, Mapping) and schemes and set(schemes) <= _FIELDS and not any(isinstance(v, (str, QuantizationModifier)) for v in schemes.values())
+    fields = (
+        isinstance(schemes, Mapping)
+        and schemes
+        and set(schemes) <= _FIELDS
+        and not any(isinstance(v, (str, QuantizationModifier)) for v in schemes.values())
+    )
     alone = fields or isinstance(schemes, (str, QuantizationModifier)) or hasattr(schemes, "input_activations")
     if not alone and not isinstance(schemes, Iterable):
-        raise TypeError(f"schemes must be an iterable of presets and modifiers, or a dict label -> preset or modifier, got {type(schemes).__name__}")
+        raise TypeError(
+            "schemes must be an iterable of presets and modifiers, or a dict label -> preset or modifier, got "
+            f"{type(schemes).__name__}"
+        )
     if isinstance(schemes, Mapping) and not alone:
-        if bad := [label for label in schemes if not isinstance(label, str)]: raise TypeError(f"schemes has the label {bad[0]!r}; labels are strings")
+        if bad := [label for label in schemes if not isinstance(label, str)]:
+            raise TypeError(f"schemes has the label {bad[0]!r}; labels are strings")
         return {label: modifier_of(scheme) for label, scheme in schemes.items()}
     found: dict[str, QuantizationModifier] = {}
     for scheme in [schemes] if alone else schemes:
-        modifier, name = modifier_of(scheme), name_of(scheme)
+        modifier = modifier_of(scheme)
+        name = name_of(scheme)
         n = sum(label == name or label.startswith(f"{name} (") for label in found)
         found[f"{name} ({n + 1})" if n else name] = modifier
     return found
@@ -208,16 +281,22 @@ def named_schemes(schemes: Any) -> dict[str, QuantizationModifier]:
 def fits(model: Module, modifier: QuantizationModifier, label: str) -> None:
     "ValueError that names the scheme and the modules it does not fit."
     try:
-        with disable_onloading(): check_schemes(model, schemes_by_module(model, modifier.resolved_config), modifier.bypass_divisibility_checks)
-    except ValueError as fault: raise ValueError(f"{label}: {fault}") from None
+        with disable_onloading():
+            check_schemes(
+                model, schemes_by_module(model, modifier.resolved_config), modifier.bypass_divisibility_checks
+            )
+    except ValueError as fault:
+        raise ValueError(f"{label}: {fault}") from None
 
 
 def unfit_schemes(model: Module, modifiers: Mapping[str, QuantizationModifier]) -> dict[str, str]:
     "Label -> why a scheme does not fit the model, of those that do not; ValueError if none does."
     found = {}
     for label, modifier in modifiers.items():
-        try: fits(model, modifier, label)
-        except ValueError as fault: found[label] = fault
+        try:
+            fits(model, modifier, label)
+        except ValueError as fault:
+            found[label] = fault
     if found and len(found) == len(modifiers): raise next(iter(found.values()))
     return {label: str(fault).removeprefix(f"{label}: ") for label, fault in found.items()}
 
@@ -227,62 +306,102 @@ def feeds_of(data: Any, modifiers: Mapping[str, QuantizationModifier], **options
     needy = [label for label, modifier in modifiers.items() if modifier.requires_calibration_data]
     if not needy: return None
     found = [] if data is None else list(batches(data, **options))
-    if not found: raise ValueError(f"data={'None' if data is None else 'empty'}: {', '.join(needy)} cannot be calibrated without data; pass texts or batches")
+    if not found:
+        raise ValueError(
+            f"data={'None' if data is None else 'empty'}: {', '.join(needy)} cannot be calibrated without data; "
+            "pass texts or batches"
+        )
     return found
 
 # %% ../nbs/10b_scheme_comparison.ipynb #2be02547
-SCHEME_COLUMNS = ["scheme", "loss", "loss_before", "perplexity", "perplexity_before", "kl", "top1", "worst_sqnr_db", "worst", "weight_bytes", "why"]
+SCHEME_COLUMNS = [
+    "scheme",
+    "loss",
+    "loss_before",
+    "perplexity",
+    "perplexity_before",
+    "kl",
+    "top1",
+    "worst_sqnr_db",
+    "worst",
+    "weight_bytes",
+    "why",
+]
 ORIGINAL = "original"
 
 
 def _schemes_table(rows: list[dict[str, Any]], texts: bool) -> pd.DataFrame:
-    table = pd.DataFrame(rows, columns=SCHEME_COLUMNS + ["text"] * texts).astype({"weight_bytes": "Int64", "worst": object, "why": object})
+    table = pd.DataFrame(rows, columns=SCHEME_COLUMNS + ["text"] * texts).astype(
+        {"weight_bytes": "Int64", "worst": object, "why": object}
+    )
     return table.fillna({"worst": "", "why": ""})
 
 
-def _compared(model: Module, modifier: QuantizationModifier | None, label: str, feeds: Any, data: list[dict[str, Any]], tick: Callable[[], None],
-              line: Callable[[], str | None]) -> dict[str, Any]:
+def _compared(
+    model: Module,
+    modifier: QuantizationModifier | None,
+    label: str,
+    feeds: Any,
+    data: list[dict[str, Any]],
+    tick: Callable[[], None],
+    line: Callable[[], str | None],
+) -> dict[str, Any]:
     try:
         with borrowed(model, "compare_schemes()"):
-            if modifier is not None: calibrate(model, feeds if modifier.requires_calibration_data else None, modifier, progress=False)
+            if modifier is not None:
+                calibrate(model, feeds if modifier.requires_calibration_data else None, modifier, progress=False)
             return dict(scheme=label, **_figures(*evaluated(model, data, tick), stored_bytes(model)), text=line())
     except Exception as error:
-        if hasattr(error, "add_note"): error.add_note(f"while comparing schemes, at {label!r}")
+        if hasattr(error, "add_note"):
+            error.add_note(f"while comparing schemes, at {label!r}")
         raise
 
 # %% ../nbs/10b_scheme_comparison.ipynb #21869dfc
 def compare_schemes(
-    model: Module,                          # A causal language model that is not quantized
-    data: Any,                              # What to calibrate on, in any form; None if no scheme needs data
-    schemes: Any,                           # Presets and modifiers, or a dict label -> preset or modifier
+    model: Module,  # A causal language model that is not quantized
+    data: Any,  # What to calibrate on, in any form; None if no scheme needs data
+    schemes: Any,  # Presets and modifiers, or a dict label -> preset or modifier
     *,
-    eval_data: Any,                         # What to evaluate on, in any form; text that is not in `data`
-    tokenizer: Any = None,                  # Needed for texts
-    batch_size: int = 1,                    # Texts or rows in a batch; padding does not count in the evaluation
-    max_length: int | None = None,          # Cut longer texts to so many tokens
-    eval_max_length: int | None = None,     # The same for `eval_data`; None: as `max_length`
-    progress: bool = True,                  # Show a bar
-    prompt: str | None = None,              # Adds a column `text`: how each model goes on from here; needs the tokenizer
-    tick: Callable[[], None] | None = None, # Called after each batch; a KeyboardInterrupt raised in it ends the comparison
+    eval_data: Any,  # What to evaluate on, in any form; text that is not in `data`
+    tokenizer: Any = None,  # Needed for texts
+    batch_size: int = 1,  # Texts or rows in a batch; padding does not count in the evaluation
+    max_length: int | None = None,  # Cut longer texts to so many tokens
+    eval_max_length: int | None = None,  # The same for `eval_data`; None: as `max_length`
+    progress: bool = True,  # Show a bar
+    prompt: str | None = None,  # Adds a column `text`: how each model goes on from here; needs the tokenizer
+    tick: Callable[[], None]
+    | None = None,  # Called after each batch; a KeyboardInterrupt raised in it ends the comparison
 ) -> pd.DataFrame:
-    """A row per scheme, the unquantized model first: loss and KL in nats per token, shares, dB and bytes; of a scheme that does not fit the model `why`
-    instead. `worst_sqnr_db` sets all error of a tensor against all its signal, so it does not see what is lost in small channels beside outlier channels.
-    Works on the one model and leaves it as it was, also after errors; an interrupt gives the rows so far."""
-    if prompt is not None: prompt_ids(check_causal(model), tokenizer, prompt)  # or a ValueError
-    with borrowed(check_causal(model), "compare_schemes()"): pass  # or a LifecycleError
-    modifiers, options = named_schemes(schemes), dict(tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
+    """A row per scheme, the unquantized model first: loss and KL in nats per token, shares, dB and bytes; of a
+    scheme that does not fit the model `why` instead. `worst_sqnr_db` sets all error of a tensor against all its
+    signal, so it does not see what is lost in small channels beside outlier channels. Works on the one model and
+    leaves it as it was, also after errors; an interrupt gives the rows so far."""
+    if prompt is not None:
+        prompt_ids(check_causal(model), tokenizer, prompt)  # or a ValueError
+    with borrowed(check_causal(model), "compare_schemes()"):
+        pass  # or a LifecycleError
+    modifiers = named_schemes(schemes)
+    options = dict(tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
     unfit = unfit_schemes(model, modifiers)
     fitting = {label: modifier for label, modifier in modifiers.items() if label not in unfit}
-    evals, feeds, rows = eval_batches(eval_data, **options, eval_max_length=eval_max_length), feeds_of(data, fitting, **options), []
+    evals = eval_batches(eval_data, **options, eval_max_length=eval_max_length)
+    feeds = feeds_of(data, fitting, **options)
+    rows = []
     def line() -> str | None: return None if prompt is None else continuation(model, tokenizer, prompt)
     with tqdm(desc="comparing", total=len(evals) * (1 + len(fitting)), unit=" batches", disable=not progress) as bar:
         def done() -> None:
             bar.update()
-            if tick is not None: tick()
+            if tick is not None:
+                tick()
         try:
             for label, modifier in {ORIGINAL: None, **modifiers}.items():
                 bar.set_postfix_str(label)
-                rows.append(dict(scheme=label, why=unfit[label]) if label in unfit else _compared(model, modifier, label, feeds, evals, done, line))
+                rows.append(
+                    dict(scheme=label, why=unfit[label])
+                    if label in unfit
+                    else _compared(model, modifier, label, feeds, evals, done, line)
+                )
         except KeyboardInterrupt:
-            if progress: bar.write(f"interrupted: the table holds the {len(rows)} rows that were finished")
+            if progress:
+                bar.write(f"interrupted: the table holds the {len(rows)} rows that were finished")
     return _schemes_table(rows, prompt is not None)

@@ -23,7 +23,8 @@ PARTS = {"weights": "Weights", "input_activations": "Inputs (activations)"}
 STRATEGIES = {"weights": ("tensor", "channel", "group", "tensor_group", "block"),
               "input_activations": ("tensor", "token", "group", "tensor_group")}
 STARTS = {"weights": dict(num_bits=8, type="int", symmetric=True, strategy="channel"),
-          "input_activations": dict(num_bits=8, type="int", symmetric=True, strategy="tensor")}  # when a part is switched on
+          # when a part is switched on
+          "input_activations": dict(num_bits=8, type="int", symmetric=True, strategy="tensor")}
 FLOAT_BITS = (4, 8)
 
 
@@ -45,14 +46,20 @@ def parts_of(config: QuantizationConfig) -> dict[str, Fields | None] | None:
 # %% ../nbs/14c_scheme_fields.ipynb #974b1917
 def _with_strategy(part: str, fields: Fields) -> Fields:
     "What a strategy needs, and nothing of what another one needed."
-    size, strategy = fields.get("group_size"), fields["strategy"]
+    size = fields.get("group_size")
+    strategy = fields["strategy"]
     kept = {k: v for k, v in fields.items() if k not in ("group_size", "block_structure", "actorder")}
-    if strategy in ("group", "tensor_group"): kept["group_size"] = size or (16 if strategy == "tensor_group" else 128)
-    if strategy == "block": kept["block_structure"] = [128, 128]
+    if strategy in ("group", "tensor_group"):
+        kept["group_size"] = size or (16 if strategy == "tensor_group" else 128)
+    if strategy == "block":
+        kept["block_structure"] = [128, 128]
     dynamic = kept.get("dynamic", False)
-    if strategy == "token" or (strategy == "group" and part != "weights"): dynamic = True
-    elif strategy == "tensor_group" and part != "weights": dynamic = "local"
-    elif strategy in ("channel", "block") or dynamic == "local": dynamic = False
+    if strategy == "token" or (strategy == "group" and part != "weights"):
+        dynamic = True
+    elif strategy == "tensor_group" and part != "weights":
+        dynamic = "local"
+    elif strategy in ("channel", "block") or dynamic == "local":
+        dynamic = False
     return kept | dict(dynamic=dynamic)
 
 
@@ -60,30 +67,62 @@ def edited(part: str, fields: Fields | None, name: str, value: Any) -> Fields | 
     "Fields after one was changed, with what must follow. The name `on` switches a whole part on and off."
     if name == "on": return (fields or dict(STARTS[part])) if value else None
     new = {**(fields or STARTS[part]), name: value}
-    if name == "strategy": new = _with_strategy(part, new)
-    if name == "type" and value == "float": new |= dict(symmetric=True, num_bits=new["num_bits"] if new["num_bits"] in FLOAT_BITS else 8)
-    if name in ("type", "num_bits", "strategy"): new.pop("scale_dtype", None)  # belonged to the format that was
-    if name == "observer": new.pop("observer_kwargs", None)
-    if new.get("dynamic") is True: new = {k: v for k, v in new.items() if k not in ("observer", "observer_kwargs")}
+    if name == "strategy":
+        new = _with_strategy(part, new)
+    if name == "type" and value == "float":
+        new |= dict(symmetric=True, num_bits=new["num_bits"] if new["num_bits"] in FLOAT_BITS else 8)
+    if name in ("type", "num_bits", "strategy"):
+        new.pop("scale_dtype", None)  # belonged to the format that was
+    if name == "observer":
+        new.pop("observer_kwargs", None)
+    if new.get("dynamic") is True:
+        new = {k: v for k, v in new.items() if k not in ("observer", "observer_kwargs")}
     return {k: v for k, v in new.items() if k == "symmetric" or v not in (None, "", False)}
 
 # %% ../nbs/14c_scheme_fields.ipynb #7258fa7d
 def _faults(part: str, f: Fields) -> list[str]:
-    strategy, dynamic, size = f["strategy"], f.get("dynamic", False), f.get("group_size")
+    strategy = f["strategy"]
+    dynamic = f.get("dynamic", False)
+    size = f.get("group_size")
     grouped = strategy in ("group", "tensor_group")
-    return [words for wrong, words in (
-        (f["type"] == "float" and f["num_bits"] not in FLOAT_BITS,
-         f"floating point is there with 4 bits (fp4) and 8 (fp8), not with {f['num_bits']}; choose one of these, or type int"),
-        (f["type"] == "float" and not f["symmetric"], "floating point is always symmetric; choose type int for a zero point of its own"),
-        (f["type"] == "int" and not 1 <= f["num_bits"] <= 16, f"int has 1 to 16 bits, not {f['num_bits']}"),
-        (grouped and (not isinstance(size, int) or size < 1), f"strategy {strategy} needs a group size of at least 1"),
-        (strategy not in STRATEGIES[part] and strategy != "attn_head", f"strategy {strategy} is not there; use {', '.join(STRATEGIES[part])}"),
-        (strategy == "token" and dynamic is not True, "scales per token are found while the model runs; strategy token goes with dynamic only"),
-        (part != "weights" and grouped and not dynamic, f"groups of an activation get their scales while the model runs; "
-                                                        f"strategy {strategy} goes with dynamic only"),
-        (dynamic and strategy in ("channel", "block"), f"dynamic scales go with tensor, token or groups, not with strategy {strategy}"),
-        (dynamic == "local" and strategy != "tensor_group", "dynamic “local” goes with strategy tensor_group only"),
-    ) if wrong]
+    return [
+        words
+        for wrong, words in (
+            (
+                f["type"] == "float" and f["num_bits"] not in FLOAT_BITS,
+                f"floating point is there with 4 bits (fp4) and 8 (fp8), not with {f['num_bits']}; choose one of "
+                "these, or type int",
+            ),
+            (
+                f["type"] == "float" and not f["symmetric"],
+                "floating point is always symmetric; choose type int for a zero point of its own",
+            ),
+            (f["type"] == "int" and not 1 <= f["num_bits"] <= 16, f"int has 1 to 16 bits, not {f['num_bits']}"),
+            (
+                grouped and (not isinstance(size, int) or size < 1),
+                f"strategy {strategy} needs a group size of at least 1",
+            ),
+            (
+                strategy not in STRATEGIES[part] and strategy != "attn_head",
+                f"strategy {strategy} is not there; use {', '.join(STRATEGIES[part])}",
+            ),
+            (
+                strategy == "token" and dynamic is not True,
+                "scales per token are found while the model runs; strategy token goes with dynamic only",
+            ),
+            (
+                part != "weights" and grouped and not dynamic,
+                f"groups of an activation get their scales while the model runs; "
+                f"strategy {strategy} goes with dynamic only",
+            ),
+            (
+                dynamic and strategy in ("channel", "block"),
+                f"dynamic scales go with tensor, token or groups, not with strategy {strategy}",
+            ),
+            (dynamic == "local" and strategy != "tensor_group", "dynamic “local” goes with strategy tensor_group only"),
+        )
+        if wrong
+    ]
 
 
 def check_fields(parts: dict[str, Fields | None]) -> dict[str, Fields | None]:
@@ -92,16 +131,30 @@ def check_fields(parts: dict[str, Fields | None]) -> dict[str, Fields | None]:
         faults = _faults(part, fields) if fields and part in PARTS else []
         if faults: raise ValueError(f"{PARTS[part]}: {'; '.join(faults)}. Nothing was changed")
     with in_plain_words():
-        try: QuantizationScheme(targets=["Linear"], **parts)
-        except NotImplementedError as error: raise ValueError(f"{error}. Nothing was changed") from None
+        try:
+            QuantizationScheme(targets=["Linear"], **parts)
+        except NotImplementedError as error:
+            raise ValueError(f"{error}. Nothing was changed") from None
     return parts
 
 # %% ../nbs/14c_scheme_fields.ipynb #e8c44a0d
 BITS = tuple(range(2, 9))
-DYNAMIC = (("no: found once, from data", False), ("yes: found while running", True), ("local: groups while running", "local"))
+DYNAMIC = (
+    ("no: found once, from data", False),
+    ("yes: found while running", True),
+    ("local: groups while running", "local"),
+)
 DEFAULT_OBSERVER = ("default", "")
-_WORDS = dict(on="quantize", num_bits="bits", type="type", symmetric="symmetric", strategy="strategy", group_size="group size",
-              dynamic="dynamic", observer="observer")
+_WORDS = dict(
+    on="quantize",
+    num_bits="bits",
+    type="type",
+    symmetric="symmetric",
+    strategy="strategy",
+    group_size="group size",
+    dynamic="dynamic",
+    observer="observer",
+)
 
 
 def _with(options: tuple, value: Any) -> tuple:
@@ -111,19 +164,33 @@ def _with(options: tuple, value: Any) -> tuple:
 
 
 class PartFields(w.VBox):
-    "The fields of weights or of inputs. `edit(part, name, value)` is called when a person changes one; `show` fills them."
+    """The fields of weights or of inputs. `edit(part, name, value)` is called when a person changes one; `show`
+    fills them."""
 
     def __init__(self, part: str, edit: Callable[[str, str, Any], None]) -> None:
-        self.part, self._showing = part, False
+        self.part = part
+        self._showing = False
         wide = dict(style=dict(description_width="84px"), layout=w.Layout(width="330px"))
         self.fields = dict(
-            on=w.Checkbox(description=f"Quantize {PARTS[part].split()[0].lower()}", indent=False, layout=w.Layout(width="auto")),
-            num_bits=w.Dropdown(options=BITS, description="Bits", **wide), type=w.Dropdown(options=("int", "float"), description="Type", **wide),
-            symmetric=w.Dropdown(options=(("yes: zero in the middle", True), ("no: with a zero point", False)), description="Symmetric", **wide),
+            on=w.Checkbox(
+                description=f"Quantize {PARTS[part].split()[0].lower()}", indent=False, layout=w.Layout(width="auto")
+            ),
+            num_bits=w.Dropdown(options=BITS, description="Bits", **wide),
+            type=w.Dropdown(options=("int", "float"), description="Type", **wide),
+            symmetric=w.Dropdown(
+                options=(("yes: zero in the middle", True), ("no: with a zero point", False)),
+                description="Symmetric",
+                **wide,
+            ),
             strategy=w.Dropdown(options=STRATEGIES[part], description="Strategy", **wide),
             group_size=w.BoundedIntText(min=0, max=65536, description="Group size", **wide),
             dynamic=w.Dropdown(options=DYNAMIC, description="Dynamic", **wide),
-            observer=w.Dropdown(options=(DEFAULT_OBSERVER, *((n, n) for n in Registry.registered_names())), description="Observer", **wide))
+            observer=w.Dropdown(
+                options=(DEFAULT_OBSERVER, *((n, n) for n in Registry.registered_names())),
+                description="Observer",
+                **wide,
+            ),
+        )
         for name, field in self.fields.items():
             field.observe(lambda change, name=name: self._showing or edit(part, name, change.new), names=["value"])
             field.add_class(f"qcal-{part.split('_')[0]}-{name.replace('_', '-')}")
@@ -132,13 +199,17 @@ class PartFields(w.VBox):
     def show(self, fields: Fields | None, why_not: str = "") -> None:
         "Fill the fields with what is set; `why_not` says why they cannot be edited now."
         self._showing = True
-        try: _fill(self.fields, fields, why_not)
-        finally: self._showing = False
+        try:
+            _fill(self.fields, fields, why_not)
+        finally:
+            self._showing = False
 
 # %% ../nbs/14c_scheme_fields.ipynb #7d0664d9
 def _fill(widgets: dict[str, Any], fields: Fields | None, why_not: str) -> None:
     "Bring the widgets of one part to what is set. A field without a meaning now is off, and its tooltip says why."
-    set_now = dict(num_bits=8, type="int", symmetric=True, strategy="tensor", group_size=0, dynamic=False, observer="") | (fields or {})
+    set_now = dict(
+        num_bits=8, type="int", symmetric=True, strategy="tensor", group_size=0, dynamic=False, observer=""
+    ) | (fields or {})
     set_now["group_size"] = set_now["group_size"] or 0
     grouped = set_now["strategy"] in ("group", "tensor_group")
     unused = {"group_size": "" if grouped else "only strategy group and tensor_group have a group size",
@@ -148,11 +219,15 @@ def _fill(widgets: dict[str, Any], fields: Fields | None, why_not: str) -> None:
         reason = why_not or ("" if name == "on" or fields else "this part is not quantized") or unused.get(name, "")
         field.disabled = bool(reason)
         field.tooltip = f"{GLOSSARY[_WORDS[name]]}" + (f" Not now: {reason}." if reason else "")
-        if hasattr(field, "options"): _choose(field, value)
-        elif field.value != value: field.value = value
+        if hasattr(field, "options"):
+            _choose(field, value)
+        elif field.value != value:
+            field.value = value
 
 
 def _choose(field: w.Dropdown, value: Any) -> None:
     options = _with(field.options, value)
-    if options is not field.options: field.options = options
-    if field.value != value: field.value = value
+    if options is not field.options:
+        field.options = options
+    if field.value != value:
+        field.value = value

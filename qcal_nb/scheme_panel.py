@@ -28,8 +28,15 @@ from .state import WorkbenchState
 # %% ../nbs/14g_scheme_panel.ipynb #8981f179
 OWN = "the recipe now"
 USUAL = ("FP8", "INT8_STATIC", "W8A8", "W4A16", "NVFP4")  # at the top of the list
-_SCHEME_HEADS = dict(perplexity_before="perplexity before", perplexity="after", kl="KL (nats per token)", top1="same next token",
-                     worst_sqnr_db="worst SQNR (dB)", worst="whose", weight_bytes="bytes")
+_SCHEME_HEADS = dict(
+    perplexity_before="perplexity before",
+    perplexity="after",
+    kl="KL (nats per token)",
+    top1="same next token",
+    worst_sqnr_db="worst SQNR (dB)",
+    worst="whose",
+    weight_bytes="bytes",
+)
 
 
 def size_words(count: Any) -> str:
@@ -41,8 +48,12 @@ def size_words(count: Any) -> str:
 def _lines_html(table: pd.DataFrame) -> str:
     "The generated lines below each other."
     if "text" not in table or not table.text.notna().any(): return ""
-    rows = "".join(f"<tr><td>{escape(name)}</td><td style='white-space: normal'>{escape(str(text)).replace(chr(10), ' ↵ ')}</td></tr>"
-                   for name, text in zip(table.scheme, table.text) if isinstance(text, str))
+    rows = "".join(
+        f"<tr><td>{escape(name)}</td><td style='white-space: "
+        f"normal'>{escape(str(text)).replace(chr(10), ' ↵ ')}</td></tr>"
+        for name, text in zip(table.scheme, table.text)
+        if isinstance(text, str)
+    )
     return f"<table style='margin-top: 8px'><tr><th>scheme</th><th>goes on with</th></tr>{rows}</table>"
 
 
@@ -51,7 +62,10 @@ def schemes_html(table: pd.DataFrame) -> str:
     unfit = table[table.why != ""]
     table = table[table.why == ""]
     shown = table[["scheme", *_SCHEME_HEADS]].copy()
-    shown["top1"], shown["weight_bytes"] = [f"{100 * v:.1f} %" for v in table.top1], [size_words(v) for v in table.weight_bytes]
+    shown["top1"], shown["weight_bytes"] = (
+        [f"{100 * v:.1f} %" for v in table.top1],
+        [size_words(v) for v in table.weight_bytes],
+    )
     shown["worst_sqnr_db"] = [_db(v) for v in table.worst_sqnr_db]
     reasons = "".join(warning_html(f"{name} was not measured: {why}") for name, why in zip(unfit.scheme, unfit.why))
     return block(table_html(shown.rename(columns=_SCHEME_HEADS)) + _lines_html(table)) + reasons
@@ -59,39 +73,60 @@ def schemes_html(table: pd.DataFrame) -> str:
 
 def winners_html(table: pd.DataFrame) -> str:
     "Which scheme stays closest to the original and which is smallest, in a sentence each."
-    rest, first = table[table.scheme != "original"], table[table.scheme == "original"]
+    rest = table[table.scheme != "original"]
+    first = table[table.scheme == "original"]
     rest = rest[np.isfinite(rest.kl.astype(float))]
     if not len(rest) or not len(first): return ""
     near = rest.loc[rest.kl.idxmin()]
-    text = f"Closest to the original: <b>{escape(near.scheme)}</b>, the same next token at {100 * near.top1:.1f} % of positions (KL {near.kl:.2g}). "
+    text = (
+        f"Closest to the original: <b>{escape(near.scheme)}</b>, the same next token at {100 * near.top1:.1f} % "
+        f"of positions (KL {near.kl:.2g}). "
+    )
     sized = rest[rest.weight_bytes.notna()]
     if len(sized):
         small = sized.loc[sized.weight_bytes.astype(float).idxmin()]
-        text += (f"Smallest: <b>{escape(small.scheme)}</b>, {size_words(small.weight_bytes)} instead of {size_words(first.weight_bytes.iloc[0])}; "
-                 f"perplexity {small.perplexity_before:.4g} → {small.perplexity:.4g}.")
+        text += (
+            f"Smallest: <b>{escape(small.scheme)}</b>, {size_words(small.weight_bytes)} instead of "
+            f"{size_words(first.weight_bytes.iloc[0])}; "
+            f"perplexity {small.perplexity_before:.4g} → {small.perplexity:.4g}."
+        )
     return block(text)
 
 # %% ../nbs/14g_scheme_panel.ipynb #d639e1f2
 def why_not_compare(session: Session) -> str:
     "Why schemes cannot be compared now, with the remedy; empty if they can."
     if getattr(session, "model", None) is None:
-        return "this shows a saved record. Comparing schemes runs the model: make a Workbench(model, data, tokenizer) with it"
-    try: check_causal(session.model)
-    except TypeError as error: return str(error)
+        return (
+            "this shows a saved record. Comparing schemes runs the model: make a Workbench(model, data, "
+            "tokenizer) with it"
+        )
+    try:
+        check_causal(session.model)
+    except TypeError as error:
+        return str(error)
     if session.running: return f"{session.running} is running; stop it or wait for it"
     if session.phase != "original":
-        return f"the model is {PHASES_IN_WORDS[session.phase]}; schemes start from the original. Press Back or Reset first (the record is kept)"
+        return (
+            f"the model is {PHASES_IN_WORDS[session.phase]}; schemes start from the original. Press Back or Reset "
+            "first (the record is kept)"
+        )
     if (reason := session.why_not("compare_schemes")) is not None: return reason
-    try: nothing = session.eval_data is None and session.replay.get(0) is None
-    except Exception as error: return f"the data cannot be read: {error}"
+    try:
+        nothing = session.eval_data is None and session.replay.get(0) is None
+    except Exception as error:
+        return f"the data cannot be read: {error}"
     return "there is no text to measure on; pass data=" if nothing else ""
 
 
 def measured_on_html(session: Session) -> str:
     "What the figures are measured on; with a warning if it is what the scales were made from."
-    if getattr(session, "eval_data", None) is not None: return block('<span class="faint">Measured on the text that was held back (<code>eval_data</code>).</span>')
-    return block('<div class="warning">Measured on the calibration data itself, which flatters. For honest figures hold some text back: '
-                 "<code>Workbench(…, eval_data=texts)</code>, or <code>wb.session.eval_data = texts</code>.</div>")
+    if getattr(session, "eval_data", None) is not None:
+        return block('<span class="faint">Measured on the text that was held back (<code>eval_data</code>).</span>')
+    return block(
+        '<div class="warning">Measured on the calibration data itself, which flatters. For honest figures hold '
+        "some text back: "
+        "<code>Workbench(…, eval_data=texts)</code>, or <code>wb.session.eval_data = texts</code>.</div>"
+    )
 
 # %% ../nbs/14g_scheme_panel.ipynb #eb876a31
 def chosen_schemes(session: Session, names: tuple[str, ...]) -> dict[str, QuantizationModifier]:
@@ -104,25 +139,40 @@ def chosen_schemes(session: Session, names: tuple[str, ...]) -> dict[str, Quanti
 def _make_scheme_widgets(panel: "SchemeComparison") -> None:
     tip = "Ctrl or Shift selects several"
     options = list(dict.fromkeys([OWN, *USUAL, *preset_names()]))
-    panel.names = w.SelectMultiple(options=options, value=[OWN, "W8A8", "W4A16"], rows=8, description="Schemes", tooltip=tip)
-    panel.prompt = w.Text(description="Prompt", placeholder="optional: a beginning that each model continues", layout=w.Layout(width="480px"),
-                          tooltip="Each quantized model goes on from here, most likely token by most likely token")
+    panel.names = w.SelectMultiple(
+        options=options, value=[OWN, "W8A8", "W4A16"], rows=8, description="Schemes", tooltip=tip
+    )
+    panel.prompt = w.Text(
+        description="Prompt",
+        placeholder="optional: a beginning that each model continues",
+        layout=w.Layout(width="480px"),
+        tooltip="Each quantized model goes on from here, most likely token by most likely token",
+    )
     panel.go = w.Button(description="Compare schemes", icon="play", layout=w.Layout(width="auto"))
-    panel.halt = w.Button(description="Stop", tooltip="End after the batch in hand; the rows that are finished stay", layout=w.Layout(width="auto"))
+    panel.halt = w.Button(
+        description="Stop",
+        tooltip="End after the batch in hand; the rows that are finished stay",
+        layout=w.Layout(width="auto"),
+    )
     panel.bar = w.FloatProgress(min=0, max=1, layout=w.Layout(width="220px"))
-    for part in (panel.go, panel.halt, panel.bar): part.layout.flex = "0 0 auto"
-    for name in ("names", "prompt", "go", "halt"): getattr(panel, name).add_class(f"qcal-schemes-{name}")
+    for part in (panel.go, panel.halt, panel.bar):
+        part.layout.flex = "0 0 auto"
+    for name in ("names", "prompt", "go", "halt"):
+        getattr(panel, name).add_class(f"qcal-schemes-{name}")
     panel.names.observe(lambda _: panel.refresh(), names=["value"])
     panel.go.on_click(lambda _: panel.compare())
     panel.halt.on_click(lambda _: sessions.stop(panel.session))
 
 # %% ../nbs/14g_scheme_panel.ipynb #5f2016fd
 class SchemeComparison(Panel):
-    "Calibrates the model with each of the chosen schemes, measures what each costs, and puts the model back. In the background; can be stopped."
+    """Calibrates the model with each of the chosen schemes, measures what each costs, and puts the model back. In
+    the background; can be stopped."""
 
     def __init__(self, session: Session, state: WorkbenchState | None = None) -> None:
         super().__init__(session, state)
-        self._busy, self._beats, self._fault = False, 0, None
+        self._busy = False
+        self._beats = 0
+        self._fault = None
         for name in ("note", "problem", "result"):
             setattr(self, name, w.HTML())
             getattr(self, name).add_class(f"qcal-schemes-{name}")
@@ -133,18 +183,22 @@ class SchemeComparison(Panel):
 
     def compare(self) -> Any:
         "What the button does; returns the thread. An error is shown in the panel."
-        self._fault, self._beats = None, 0
+        self._fault = None
+        self._beats = 0
         try:
             schemes = chosen_schemes(self.session, self.names.value)
             if reason := why_not_compare(self.session): raise sessions.SessionError(f"cannot compare schemes: {reason}")
             self._busy = True
             self.refresh()
             return sessions.run_in_background(self.session, lambda: self._work(schemes))
-        except Exception as error: self._busy, self._fault = False, error
+        except Exception as error:
+            self._busy = False
+            self._fault = error
         self.refresh()
 
     def _work(self, schemes: dict[str, QuantizationModifier]) -> None:
-        try: self.session.compare_schemes(schemes, prompt=self.prompt.value or None)
+        try:
+            self.session.compare_schemes(schemes, prompt=self.prompt.value or None)
         except Exception as error:
             self._fault = error  # shown here, where it happened
             raise
@@ -158,10 +212,14 @@ class SchemeComparison(Panel):
 # %% ../nbs/14g_scheme_panel.ipynb #ade56be0
 def _scheme_note(panel: SchemeComparison, why: str) -> str:
     "Where the comparison stands, or why it cannot begin."
-    session, progress = panel.session, panel.session.progress
+    session = panel.session
+    progress = panel.session.progress
     if panel._busy or session.running == "compare_schemes":
         total = f" of {progress.total:,}" if progress.total else ""
-        return f"{progress.done if progress.total else panel._beats:,}{total} batches evaluated. Stop keeps the schemes that are finished."
+        return (
+            f"{progress.done if progress.total else panel._beats:,}{total} batches evaluated. Stop keeps the "
+            "schemes that are finished."
+        )
     if why: return f"Not now: {why}."
     return "" if panel.names.value else "Choose at least one scheme."
 
@@ -178,10 +236,14 @@ def _refresh_schemes(panel: SchemeComparison, what: str) -> None:
         return
     why = "" if running else why_not_compare(session)
     panel.note.value = block(f'<span role="status">{escape(_scheme_note(panel, why))}</span>')
-    panel.go.disabled, panel.halt.disabled = bool(running or why or not panel.names.value), not running
-    panel.go.tooltip = f"Not now: {why}" if why else "Calibrate the model with each scheme, measure perplexity, and put it back"
+    panel.go.disabled = bool(running or why or not panel.names.value)
+    panel.halt.disabled = not running
+    panel.go.tooltip = (
+        f"Not now: {why}" if why else "Calibrate the model with each scheme, measure perplexity, and put it back"
+    )
     panel.prompt.disabled = session.tokenizer is None
-    if not running: panel.bar.value = 0.0
+    if not running:
+        panel.bar.value = 0.0
     panel.problem.value = error_html(panel._fault)
     found = getattr(session, "compared", None)
     table = "" if found is None or not len(found) else winners_html(found) + schemes_html(found)

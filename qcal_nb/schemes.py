@@ -43,7 +43,10 @@ def preset(
     "A fresh `QuantizationScheme` for a preset; an unknown name is a ValueError that lists the known ones."
     if not is_preset(name):
         near = difflib.get_close_matches(str(name).upper(), preset_names(), 3)
-        raise ValueError(f"scheme={name!r} is not a preset; choose one of {', '.join(preset_names())}" + f" (close to it: {', '.join(near)})" * bool(near))
+        raise ValueError(
+            f"scheme={name!r} is not a preset; choose one of {', '.join(preset_names())}"
+            + f" (close to it: {', '.join(near)})" * bool(near)
+        )
     targets = [targets] if isinstance(targets, str) else list(targets)
     parts = {part: args.model_copy(deep=True) for part, args in _PRESETS[name.upper()].items()}
     return QuantizationScheme(targets=targets, **parts)
@@ -77,7 +80,8 @@ def describe(scheme: QuantizationScheme) -> dict[str, str]:
 
 def needs_data(scheme: QuantizationScheme) -> bool:
     "Whether the scale of an activation can only be found by running text through the model."
-    inputs, outputs = scheme.input_activations, scheme.output_activations
+    inputs = scheme.input_activations
+    outputs = scheme.output_activations
     return (inputs is not None and inputs.dynamic is not True) or (outputs is not None and not outputs.dynamic)
 
 # %% ../nbs/01_schemes.ipynb #bfbab93f
@@ -85,22 +89,30 @@ def faults_of(error: ValidationError) -> Iterator[str]:
     "What pydantic found, a line each, without its links."
     for fault in error.errors():
         inner = fault.get("ctx", {}).get("error")
-        if isinstance(inner, ValidationError): yield from faults_of(inner)
-        else: yield ": ".join(p for p in (".".join(map(str, fault["loc"])), fault["msg"].removeprefix("Value error, ")) if p)
+        if isinstance(inner, ValidationError):
+            yield from faults_of(inner)
+        else:
+            yield ": ".join(
+                p for p in (".".join(map(str, fault["loc"])), fault["msg"].removeprefix("Value error, ")) if p
+            )
 
 
 @contextmanager
 def in_plain_words() -> Iterator[None]:
     "Inside the block what pydantic refuses is a ValueError of one line."
-    try: yield
-    except ValidationError as error: fault = "; ".join(faults_of(error))
-    else: return
+    try:
+        yield
+    except ValidationError as error:
+        fault = "; ".join(faults_of(error))
+    else:
+        return
     raise ValueError(fault)
 
 # %% ../nbs/01_schemes.ipynb #59820cc6
 def code_points(args: QuantizationArgs) -> torch.Tensor:
-    """Every value that the format of `args` can hold before scaling (OCP FP8 and MX specifications): ascending, distinct, float32.
-    Values, not codes: 0.0 and -0.0, two codes of a floating-point format, are one value and stand here once, as 0.0."""
+    """Every value that the format of `args` can hold before scaling (OCP FP8 and MX specifications): ascending,
+    distinct, float32. Values, not codes: 0.0 and -0.0, two codes of a floating-point format, are one value and
+    stand here once, as 0.0."""
     low, high = (int(v) for v in calculate_range(args, "cpu"))
     if args.type == "int": return torch.arange(low, high + 1, dtype=torch.float32)
     if args.num_bits == 4:

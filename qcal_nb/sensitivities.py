@@ -23,7 +23,16 @@ from tqdm import tqdm
 
 from .analysis import layer_of
 from qcal_nb.divergence import (
-    Divergence, Switchboard, borrowed, check_causal, divergence_of, eval_batches, logits_of, modifier_of, name_of, undisturbed,
+    Divergence,
+    Switchboard,
+    borrowed,
+    check_causal,
+    divergence_of,
+    eval_batches,
+    logits_of,
+    modifier_of,
+    name_of,
+    undisturbed,
 )
 from .lifecycle import QuantizationModifier
 from .observers.base import fused_layers
@@ -38,10 +47,12 @@ def _shares(module: Module | None) -> bool:
 
 def units_of(model: Module, modules: Mapping[str, Module]) -> list[tuple[str, ...]]:
     "The quantized modules in model order, by name; those that share a global scale together."
-    names, groups = {id(m): name for name, m in modules.items()}, {}
+    names = {id(m): name for name, m in modules.items()}
+    groups = {}
     for _, layers in fused_layers(model):
         group = tuple(name for name in modules if any(modules[name] is m and _shares(m) for m in layers.values()))
-        for name in group: groups[name] = group
+        for name in group:
+            groups[name] = group
     return list(dict.fromkeys(groups.get(name, (name,)) for name in names.values()))
 
 
@@ -55,33 +66,41 @@ KEPT_BYTES = 1 << 28  # of the original's logits
 
 
 class Probe:
-    "Measures states of a calibrated model, each named by the modules that are switched on, against the original on the same batches."
+    """Measures states of a calibrated model, each named by the modules that are switched on, against the original
+    on the same batches."""
 
     def __init__(self, model: Module, data: list[dict[str, Any]]) -> None:
-        self.model, self.data, self.board = model, data, Switchboard(model)
+        self.model = model
+        self.data = data
+        self.board = Switchboard(model)
         self._kept: dict[int, Tensor] = {}
         self._room = KEPT_BYTES
 
     def original(self, index: int) -> Tensor:
         "The original's logits on a batch."
         if index in self._kept: return self._kept[index]
-        with self.board.only(): logits = logits_of(self.model, self.data[index])
+        with self.board.only():
+            logits = logits_of(self.model, self.data[index])
         if (size := logits.numel() * logits.element_size()) <= self._room:
-            self._kept[index], self._room = logits, self._room - size
+            self._kept[index] = logits
+            self._room = self._room - size
         return logits
 
     def __call__(self, names: Iterable[str], tick: Callable[[], Any] = lambda: None) -> Divergence:
         "With exactly these modules quantized."
-        names, total = list(names), Divergence()
+        names = list(names)
+        total = Divergence()
         with undisturbed(self.model, "sensitivity()"):
             for index, batch in enumerate(self.data):
                 original = self.original(index)
-                with self.board.only(names): total += divergence_of(logits_of(self.model, batch), batch, original)
+                with self.board.only(names):
+                    total += divergence_of(logits_of(self.model, batch), batch, original)
                 tick()
         return total
 
 # %% ../nbs/10c_sensitivities.ipynb #0afd58cc
-FORMAT, VERSION = "qcal_nb sensitivity", 1
+FORMAT = "qcal_nb sensitivity"
+VERSION = 1
 
 
 def _hashed(named: Iterable[tuple[str, Any]]) -> str:
@@ -90,23 +109,37 @@ def _hashed(named: Iterable[tuple[str, Any]]) -> str:
         if isinstance(value, Tensor):
             found.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
             found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        else: found.update(f"{name} {value!r}\n".encode())
+        else:
+            found.update(f"{name} {value!r}\n".encode())
     return found.hexdigest()
 
 
-def fingerprint(model: Module, modifier: QuantizationModifier, data: list[dict] | None, eval_data: list[dict]) -> dict[str, Any]:
+def fingerprint(
+    model: Module, modifier: QuantizationModifier, data: list[dict] | None, eval_data: list[dict]
+) -> dict[str, Any]:
     "What the rows of a table depend on: scheme, model class, hashes of weights and data."
-    def of(batches: list[dict] | None) -> str: return _hashed((f"{i} {key}", b[key]) for i, b in enumerate(batches or []) for key in sorted(b))
-    return dict(format=FORMAT, version=VERSION, scheme=modifier.resolved_config.model_dump(mode="json"), model=type(model).__name__,
-                weights=_hashed(sorted(model.state_dict().items())), data=of(data), eval_data=of(eval_data))
+    def of(batches: list[dict] | None) -> str:
+        return _hashed((f"{i} {key}", b[key]) for i, b in enumerate(batches or []) for key in sorted(b))
+    return dict(
+        format=FORMAT,
+        version=VERSION,
+        scheme=modifier.resolved_config.model_dump(mode="json"),
+        model=type(model).__name__,
+        weights=_hashed(sorted(model.state_dict().items())),
+        data=of(data),
+        eval_data=of(eval_data),
+    )
 
 # %% ../nbs/10c_sensitivities.ipynb #11bacc88
-def _foreign(path: Path) -> ValueError: return ValueError(f"{path} holds no table of sensitivity(); choose another path")
+def _foreign(path: Path) -> ValueError:
+    return ValueError(f"{path} holds no table of sensitivity(); choose another path")
 
 
 def _parsed(path: Path, line: bytes, number: int) -> dict[str, Any]:
-    try: found = json.loads(line)
-    except ValueError: found = None
+    try:
+        found = json.loads(line)
+    except ValueError:
+        found = None
     if isinstance(found, dict): return found
     if number == 1: raise _foreign(path)
     raise ValueError(f"{path} is damaged: line {number} is no JSON object; remove that line to compute its row again")
@@ -115,20 +148,27 @@ def _parsed(path: Path, line: bytes, number: int) -> dict[str, Any]:
 def _check_run(path: Path, first: Mapping[str, Any], run: Mapping[str, Any]) -> None:
     "ValueError that says what differs, unless a file begins as a table of this run does."
     if first.get("format") != FORMAT: raise _foreign(path)
-    if first.get("version") != VERSION: raise ValueError(f"{path} has version {first.get('version')!r} of its format, this program knows {VERSION}")
+    if first.get("version") != VERSION:
+        raise ValueError(f"{path} has version {first.get('version')!r} of its format, this program knows {VERSION}")
     if other := [name for name in run if first.get(name) != run[name]]:
         said = f" ({first.get('model')}, not {run['model']})" if "model" in other else ""
-        raise ValueError(f"{path} is of another run: {', '.join(other)} differ{'s' * (len(other) == 1)}{said}; choose another path, or remove it")
+        raise ValueError(
+            f"{path} is of another run: {', '.join(other)} differ{'s' * (len(other) == 1)}{said}; choose another "
+            "path, or remove it"
+        )
 
 # %% ../nbs/10c_sensitivities.ipynb #3c61fae9
 class Journal:
-    "Finished rows in a file, a JSON object a line. Opening reads what is there; ValueError if that is something else, of another run, or damaged."
+    """Finished rows in a file, a JSON object a line. Opening reads what is there; ValueError if that is something
+    else, of another run, or damaged."""
 
     def __init__(self, path: str | os.PathLike, run: Mapping[str, Any]) -> None:
-        self.path, self._first = Path(path), json.dumps(run)
+        self.path = Path(path)
+        self._first = json.dumps(run)
         lines = self._read() if self.path.exists() else []
         if not lines:
-            with open(self.path, "wb"): pass
+            with open(self.path, "wb"):
+                pass
             self._write(self._first)
         self.lines = lines[1:]
 
@@ -138,8 +178,10 @@ class Journal:
         whole = content.rfind(b"\n") + 1
         if not whole and not self._first.encode().startswith(content): raise _foreign(self.path)
         lines = [_parsed(self.path, line, n) for n, line in enumerate(content[:whole].split(b"\n")[:-1], 1)]
-        if lines: _check_run(self.path, lines[0], json.loads(self._first))
-        if whole < len(content): os.truncate(self.path, whole)
+        if lines:
+            _check_run(self.path, lines[0], json.loads(self._first))
+        if whole < len(content):
+            os.truncate(self.path, whole)
         return lines
 
     def _write(self, line: str) -> None:
@@ -160,33 +202,51 @@ _COMMON = ("loss_original", "loss_quantized", "kl_quantized")
 
 
 class Findings:
-    "What is known so far: `common` to all units, and the `rows` of those that are done; in a file as well if there is a path."
+    """What is known so far: `common` to all units, and the `rows` of those that are done; in a file as well if
+    there is a path."""
 
     def __init__(self, journal: Journal | None) -> None:
-        self.journal, self.common, self.rows = journal, {}, {}
-        for n, line in enumerate(journal.lines if journal else [], 2): self._take(line, n)
+        self.journal = journal
+        self.common = {}
+        self.rows = {}
+        for n, line in enumerate(journal.lines if journal else [], 2):
+            self._take(line, n)
 
     def _take(self, line: dict[str, Any], number: int) -> None:
-        expected, numbers = ((*_NUMBERS, "modules", "type"), _NUMBERS) if self.common else ((*_COMMON, "units"), _COMMON)
+        expected, numbers = (
+            ((*_NUMBERS, "modules", "type"), _NUMBERS) if self.common else ((*_COMMON, "units"), _COMMON)
+        )
         good = set(line) == set(expected) and all(isinstance(line[name], float) for name in numbers)
-        if good and self.common: good = line["modules"] in self.common["units"]
-        if not good: raise ValueError(f"{self.journal.path} is damaged: line {number} holds {sorted(line)}, no row of this run")
-        if not self.common: self.common = line
-        else: self.rows[tuple(line["modules"])] = line
+        if good and self.common:
+            good = line["modules"] in self.common["units"]
+        if not good:
+            raise ValueError(f"{self.journal.path} is damaged: line {number} holds {sorted(line)}, no row of this run")
+        if not self.common:
+            self.common = line
+        else:
+            self.rows[tuple(line["modules"])] = line
 
     def add(self, line: dict[str, Any]) -> None:
         "To the file first: what is lost with the process was never said to be done."
-        if self.journal: self.journal.add(line)
+        if self.journal:
+            self.journal.add(line)
         self._take(line, 0)
 
     @property
-    def missing(self) -> list[tuple[str, ...]]: return [unit for unit in map(tuple, self.common["units"]) if unit not in self.rows]
+    def missing(self) -> list[tuple[str, ...]]:
+        return [unit for unit in map(tuple, self.common["units"]) if unit not in self.rows]
 
     def table(self) -> pd.DataFrame:
         "In model order."
         rows = [self.rows[unit] for unit in map(tuple, self.common.get("units", ())) if unit in self.rows]
-        full = [row | dict(module=unit_name(row["modules"]), modules=tuple(row["modules"]), layer=layer_of(row["modules"][0])) for row in rows]
-        table = pd.DataFrame(full, columns=SENSITIVITY_COLUMNS).astype({"layer": "Int64", **dict.fromkeys(_NUMBERS, float)})
+        full = [
+            row
+            | dict(module=unit_name(row["modules"]), modules=tuple(row["modules"]), layer=layer_of(row["modules"][0]))
+            for row in rows
+        ]
+        table = pd.DataFrame(full, columns=SENSITIVITY_COLUMNS).astype(
+            {"layer": "Int64", **dict.fromkeys(_NUMBERS, float)}
+        )
         table.attrs |= {name: self.common.get(name, math.nan) for name in _COMMON}
         return table
 
@@ -197,15 +257,31 @@ def _measure(model: Module, data: list[dict[str, Any]], found: Findings, progres
     names = list(probe.board.modules)
     with tqdm(desc=f"sensitivity, {label}", unit=" states", disable=not progress) as bar:
         if not found.common:
-            original, whole = probe([]), probe(names)
-            found.add(dict(zip(_COMMON, (original.loss, whole.loss, whole.kl))) | dict(units=[list(u) for u in units_of(model, probe.board.modules)]))
+            original = probe([])
+            whole = probe(names)
+            found.add(
+                dict(zip(_COMMON, (original.loss, whole.loss, whole.kl)))
+                | dict(units=[list(u) for u in units_of(model, probe.board.modules)])
+            )
         if sorted(name for unit in found.common["units"] for name in unit) != sorted(names):
-            raise ValueError(f"{found.journal.path} is damaged: its second line lists other modules than those that are quantized; remove it")
+            raise ValueError(
+                f"{found.journal.path} is damaged: its second line lists other modules than those that are "
+                "quantized; remove it"
+            )
         bar.reset(2 * len(found.missing))
         for unit in found.missing:
-            only, without = _measured(probe, bar, unit), _measured(probe, bar, [n for n in names if n not in unit])
-            found.add(dict(modules=list(unit), type=type(probe.board.modules[unit[0]]).__name__, loss_only=only.loss, kl_only=only.kl,
-                           loss_without=without.loss, kl_without=without.kl))
+            only = _measured(probe, bar, unit)
+            without = _measured(probe, bar, [n for n in names if n not in unit])
+            found.add(
+                dict(
+                    modules=list(unit),
+                    type=type(probe.board.modules[unit[0]]).__name__,
+                    loss_only=only.loss,
+                    kl_only=only.kl,
+                    loss_without=without.loss,
+                    kl_without=without.kl,
+                )
+            )
 
 
 def _measured(probe: Probe, bar: tqdm, names: Iterable[str]) -> Divergence:
@@ -228,18 +304,23 @@ def sensitivity(
     path: str | os.PathLike | None = None,  # Where to keep finished rows, to go on after an interruption
     progress: bool = True,                  # Show a bar
 ) -> pd.DataFrame:
-    """A row per quantized module (or modules that share a global scale), in model order: loss and KL, nats per token, with only this one quantized
-    and with all but this one. `attrs`: loss_original, loss_quantized, kl_quantized. Leaves the model as it was; an interrupt gives the rows so far."""
-    with borrowed(check_causal(model), "sensitivity()"): pass  # or a LifecycleError
-    modifier, options = modifier_of(scheme), dict(tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
+    """A row per quantized module (or modules that share a global scale), in model order: loss and KL, nats per
+    token, with only this one quantized and with all but this one. `attrs`: loss_original, loss_quantized,
+    kl_quantized. Leaves the model as it was; an interrupt gives the rows so far."""
+    with borrowed(check_causal(model), "sensitivity()"):
+        pass  # or a LifecycleError
+    modifier = modifier_of(scheme)
+    options = dict(tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
     label = name_of(modifier)
     fits(model, modifier, label)
-    evals, feeds = eval_batches(eval_data, **options, eval_max_length=eval_max_length), feeds_of(data, {label: modifier}, **options)
+    evals = eval_batches(eval_data, **options, eval_max_length=eval_max_length)
+    feeds = feeds_of(data, {label: modifier}, **options)
     found = Findings(None if path is None else Journal(path, fingerprint(model, modifier, feeds, evals)))
     if found.common and not found.missing: return found.table()
     try:
         with borrowed(model, "sensitivity()"):
             calibrate(model, feeds, modifier, progress=False)
             _measure(model, evals, found, progress, label)
-    except KeyboardInterrupt: print(f"interrupted: the table holds the {len(found.rows)} rows that were finished")
+    except KeyboardInterrupt:
+        print(f"interrupted: the table holds the {len(found.rows)} rows that were finished")
     return found.table()

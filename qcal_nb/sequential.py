@@ -28,8 +28,8 @@ def _outermost(found: Mapping[str, Module]) -> dict[str, Module]:
 
 
 def blocks_of(model: Module) -> dict[str, Module]:
-    """Name -> module of the blocks of a model, in model order: those of the classes in `_no_split_modules`, else the members of every
-    ModuleList with at least two members, all of one class. Empty for a model that has none."""
+    """Name -> module of the blocks of a model, in model order: those of the classes in `_no_split_modules`, else
+    the members of every ModuleList with at least two members, all of one class. Empty for a model that has none."""
     classes = set(getattr(model, "_no_split_modules", None) or ())
     found = {name: m for name, m in model.named_modules() if type(m).__name__ in classes and m is not model}
     if not found:
@@ -44,10 +44,13 @@ class _Enough(BaseException):
 
 
 class Relay:
-    "Stands in for the forwards of blocks; `handle(k, compute, inputs)` says what the k-th block call of a pass returns."
+    """Stands in for the forwards of blocks; `handle(k, compute, inputs)` says what the k-th block call of a pass
+    returns."""
 
     def __init__(self, blocks: Mapping[str, Module]) -> None:
-        self.blocks, self.calls, self.names = dict(blocks), 0, list[str]()
+        self.blocks = dict(blocks)
+        self.calls = 0
+        self.names = list[str]()
         self.handle: Callable[[int, Callable[[], Any], Any], Any] = lambda k, compute, inputs: compute()
 
     def _stand_in(self, name: str, forward: Callable) -> Callable:
@@ -62,24 +65,33 @@ class Relay:
     def attached(self) -> Iterator["Relay"]:
         "Stand in for the blocks inside the `with` block; afterwards their forwards are what they were."
         own = {name: m.__dict__["forward"] for name, m in self.blocks.items() if "forward" in m.__dict__}
-        for name, m in self.blocks.items(): m.__dict__["forward"] = self._stand_in(name, m.forward)
-        try: yield self
+        for name, m in self.blocks.items():
+            m.__dict__["forward"] = self._stand_in(name, m.forward)
+        try:
+            yield self
         finally:
             for name, m in self.blocks.items():
                 del m.__dict__["forward"]
-                if name in own: m.__dict__["forward"] = own[name]
+                if name in own:
+                    m.__dict__["forward"] = own[name]
 
     def run(self, feed: Callable[[], Any], handle: Callable[[int, Callable[[], Any], Any], Any]) -> bool:
-        "One pass, its block calls answered by `handle`. True if the pass reached its end, False if it was ended before."
-        self.calls, self.names, self.handle = 0, [], handle
-        try: feed()
-        except _Enough: return False
+        """One pass, its block calls answered by `handle`. True if the pass reached its end, False if it was ended
+        before."""
+        self.calls = 0
+        self.names = []
+        self.handle = handle
+        try:
+            feed()
+        except _Enough:
+            return False
         return True
 
 # %% ../nbs/05b_sequential.ipynb #7b62f936
 @dataclass(frozen=True)
 class Plan:
-    "The order of block calls in a pass, the segment in which every other module is first called, and whether old outputs are needed."
+    """The order of block calls in a pass, the segment in which every other module is first called, and whether old
+    outputs are needed."""
 
     calls: tuple[str, ...]
     segments: Mapping[str, int]
@@ -95,10 +107,14 @@ def _hollow(value: Any) -> Any: return tree_map(lambda v: v.to("meta") if isinst
 def _is_hollow(value: Any) -> bool: return tree_any(lambda v: isinstance(v, Tensor) and v.is_meta, value)
 
 
-def _first_calls(model: Module, blocks: Mapping[str, Module], relay: Relay, feed: Callable[[], Any]) -> tuple[list, dict[str, int]]:
-    "What each block call of a pass returned, and after how many block calls each module outside of blocks was first called."
+def _first_calls(
+    model: Module, blocks: Mapping[str, Module], relay: Relay, feed: Callable[[], Any]
+) -> tuple[list, dict[str, int]]:
+    """What each block call of a pass returned, and after how many block calls each module outside of blocks was
+    first called."""
     inside = {id(m) for block in blocks.values() for m in block.modules()}
-    outputs, segments = [], {}
+    outputs = []
+    segments = {}
     def note(name: str) -> Callable:
         def hook(*_: Any) -> None: segments.setdefault(name, relay.calls)
         return hook
@@ -106,9 +122,11 @@ def _first_calls(model: Module, blocks: Mapping[str, Module], relay: Relay, feed
     def keep(k: int, compute: Callable[[], Any], inputs: Any) -> Any:
         outputs.append(compute())
         return _clone(outputs[-1])
-    try: relay.run(feed, keep)
+    try:
+        relay.run(feed, keep)
     finally:
-        for handle in handles: handle.remove()
+        for handle in handles:
+            handle.remove()
     return outputs, segments
 
 # %% ../nbs/05b_sequential.ipynb #0dcde13b
@@ -121,8 +139,10 @@ def _needs_old(relay: Relay, feed: Callable[[], Any], outputs: Sequence[Any]) ->
                 if _is_hollow(inputs): raise ValueError("an older output is needed")
                 raise _Enough
             return _clone(outputs[k]) if k == t - 1 else hollow[k]
-        try: relay.run(feed, answer)
-        except Exception: return True  # whatever went wrong without the values: with all of them kept it cannot
+        try:
+            relay.run(feed, answer)
+        except Exception:
+            return True  # whatever went wrong without the values: with all of them kept it cannot
     return False
 
 
@@ -136,70 +156,99 @@ PROPAGATE = ("float", "quantized")
 
 
 class BlockByBlock:
-    "All batches through one block after the other. `feed(batch, index)` runs the model on one batch and returns its tokens."
+    """All batches through one block after the other. `feed(batch, index)` runs the model on one batch and returns
+    its tokens."""
 
     def __init__(self, model: Module, batches: Sequence[Any], feed: Callable[[Any, int], int], owner: str) -> None:
-        self.model, self.batches, self.feed, self.owner = model, batches, feed, owner
-        self.blocks, self.outputs, self.total = blocks_of(model), [[] for _ in batches], 0
+        self.model = model
+        self.batches = batches
+        self.feed = feed
+        self.owner = owner
+        self.blocks = blocks_of(model)
+        self.outputs = [[] for _ in batches]
+        self.total = 0
         self.relay = Relay(self.blocks)
 
     def modules(self, plan: Plan, t: int, last: bool) -> list[Module]:
-        "The modules of segment `t`: what runs first in it (in the last one: or after it), and the block, if it is not called again later."
-        outside = [self.model.get_submodule(name) for name, segment in plan.segments.items() if segment == t or (last and segment > t)]
+        """The modules of segment `t`: what runs first in it (in the last one: or after it), and the block, if it is
+        not called again later."""
+        outside = [
+            self.model.get_submodule(name)
+            for name, segment in plan.segments.items()
+            if segment == t or (last and segment > t)
+        ]
         again = t >= len(plan.calls) or plan.calls[t] in plan.calls[t + 1:]
         return outside if again else [*outside, *self.blocks[plan.calls[t]].modules()]
 
     def one(self, index: int, t: int, last: bool, heard: bool, keep_all: bool = False) -> Any:
         "What block call `t` returns for one batch (None without blocks). `heard`: observers listen to this segment."
-        kept, result, earlier = self.outputs[index], [], feeding(self.owner if heard and t == 0 else NOBODY)
+        kept = self.outputs[index]
+        result = []
+        earlier = feeding(self.owner if heard and t == 0 else NOBODY)
         def answer(k: int, compute: Callable[[], Any], inputs: Any) -> Any:
-            if k == t - 1 and heard: current_feed.set(self.owner)
-            if k < t: return _clone(kept[k]) if keep_all or k == t - 1 else kept[k]  # hollow: nothing in it can be changed
+            if k == t - 1 and heard:
+                current_feed.set(self.owner)
+            if k < t:
+                return _clone(kept[k]) if keep_all or k == t - 1 else kept[k]  # hollow: nothing in it can be changed
             if k > t: raise self.astray(index)
             result.append(compute())
             if not last: raise _Enough
             return result[-1]
-        with earlier: self.relay.run(lambda: self.feed(self.batches[index], index), answer)
+        with earlier:
+            self.relay.run(lambda: self.feed(self.batches[index], index), answer)
         if self.relay.calls < min(t + 1, self.total): raise self.astray(index)
         return result[-1] if result else None
 
     def astray(self, index: int) -> ValueError:
         way = ", ".join(self.relay.names) or "none"
-        return ValueError(f"batch {index} takes another way through the blocks than the first one: {way}; pipeline='basic' does not mind")
+        return ValueError(
+            f"batch {index} takes another way through the blocks than the first one: {way}; pipeline='basic' does "
+            "not mind"
+        )
 
     def keep(self, index: int, output: Any, keep_all: bool) -> None:
         "Remember what a block returned for a batch; what the block before it returned is no longer needed, as a rule."
-        if (kept := self.outputs[index]) and not keep_all: kept[-1] = _hollow(kept[-1])
+        if (kept := self.outputs[index]) and not keep_all:
+            kept[-1] = _hollow(kept[-1])
         kept.append(output)
 
 # %% ../nbs/05b_sequential.ipynb #52303af1
 def run_blocks(
-    model: Module,                                   # In calibration; inside the calibration context
-    batches: Sequence[Any],                          # All of them: each is needed again for every block
-    feed: Callable[[Any, int], int],                 # Runs the model on one batch (given its index), returns its tokens
-    owner: str,                                      # Whose observers hear the passes
-    after: Callable[[list[Module]], None],           # Called with the modules of a segment that has seen all batches
-    propagate: str = "float",                        # What the next block is fed: "float" or "quantized" outputs of this one
-    progress: bool = False,                          # Show a bar with blocks
+    model: Module,  # In calibration; inside the calibration context
+    batches: Sequence[Any],  # All of them: each is needed again for every block
+    feed: Callable[[Any, int], int],  # Runs the model on one batch (given its index), returns its tokens
+    owner: str,  # Whose observers hear the passes
+    after: Callable[[list[Module]], None],  # Called with the modules of a segment that has seen all batches
+    propagate: str = "float",  # What the next block is fed: "float" or "quantized" outputs of this one
+    progress: bool = False,  # Show a bar with blocks
 ) -> None:
-    "All batches through one block after the other. The model's forwards and `quantization_enabled` flags are what they were afterwards."
+    """All batches through one block after the other. The model's forwards and `quantization_enabled` flags are what
+    they were afterwards."""
     way = BlockByBlock(model, batches, feed, owner)
     with way.relay.attached():
-        with feeding(NOBODY): plan = look_ahead(model, way.blocks, way.relay, lambda: feed(batches[0], 0))
+        with feeding(NOBODY):
+            plan = look_ahead(model, way.blocks, way.relay, lambda: feed(batches[0], 0))
         way.total = len(plan.calls)
-        total = max(way.total + (propagate == "quantized"), 1)  # what comes after the last block is to see it quantized, too
+        # what comes after the last block is to see it quantized, too
+        total = max(way.total + (propagate == "quantized"), 1)
         try:
             for t in tqdm(range(total), desc="calibrating", unit=" blocks", disable=not progress):
-                with disable_offloading(): _one_block(way, plan, t, t == total - 1, after, propagate == "quantized")
-        finally: model.apply(disable_quantization)
+                with disable_offloading():
+                    _one_block(way, plan, t, t == total - 1, after, propagate == "quantized")
+        finally:
+            model.apply(disable_quantization)
 
 
 def _one_block(way: BlockByBlock, plan: Plan, t: int, last: bool, after: Callable, quantized: bool) -> None:
     for index in range(len(way.batches)):
-        with all_or_nothing(): output = way.one(index, t, last, True, plan.keep_all)
-        if not quantized and not last: way.keep(index, output, plan.keep_all)
+        with all_or_nothing():
+            output = way.one(index, t, last, True, plan.keep_all)
+        if not quantized and not last:
+            way.keep(index, output, plan.keep_all)
     modules = way.modules(plan, t, last)
     after(modules)
     if not quantized or last: return
-    for module in modules: enable_quantization(module)
-    for index in range(len(way.batches)): way.keep(index, way.one(index, t, last, False, plan.keep_all), plan.keep_all)
+    for module in modules:
+        enable_quantization(module)
+    for index in range(len(way.batches)):
+        way.keep(index, way.one(index, t, last, False, plan.keep_all), plan.keep_all)

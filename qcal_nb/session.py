@@ -28,8 +28,19 @@ from .calibration_record import About, CalibrationRecord
 from .collector import Collector, Conclusions
 from .conclusions import Asked, asked_by, label_of
 from qcal_nb.lifecycle import (
-    Match, ModuleChange, QuantizationModifier, State, changes, lacking_data, ledger_of, match_report, phase_of, reset_quantization, restore,
-    schemes_by_module, snapshot,
+    Match,
+    ModuleChange,
+    QuantizationModifier,
+    State,
+    changes,
+    lacking_data,
+    ledger_of,
+    match_report,
+    phase_of,
+    reset_quantization,
+    restore,
+    schemes_by_module,
+    snapshot,
 )
 from .models import positions_of
 from .observers.base import all_or_nothing
@@ -37,11 +48,30 @@ from .pipelines import batches, calibration_context, expected_batches, feed
 from .provenance import data_code, model_code
 from .recipes import from_config, override
 from .records import new_collector, new_record, running_of
-from .replay import best_observers, comparison, memory_of, observers_to_compare, remind, schemes_of_record, what_is_known
+from qcal_nb.replay import (
+    best_observers,
+    comparison,
+    memory_of,
+    observers_to_compare,
+    remind,
+    schemes_of_record,
+    what_is_known,
+)
 from .scheme_comparison import compare_schemes, named_schemes, unfit_schemes
 from .session_code import production_of, script_of
 from qcal_nb.session_parts import (
-    PHASES_IN_WORDS, SCALE_COLUMNS, Past, Progress, Replay, SessionError, ended_in_time, module_statuses, options_code, read_recipe, scale_row, scales_table,
+    PHASES_IN_WORDS,
+    SCALE_COLUMNS,
+    Past,
+    Progress,
+    Replay,
+    SessionError,
+    ended_in_time,
+    module_statuses,
+    options_code,
+    read_recipe,
+    scale_row,
+    scales_table,
 )
 
 _all_ = ["Past", "Progress", "Replay", "SessionError", "module_statuses", "scales_table"]
@@ -59,7 +89,8 @@ def _why_not(session: "Session", step: str) -> str | None:
                 "call reset_quantization(model) and make a new session or workbench")
     if session.running: return f"{session.running} is running; stop it or wait for it"
     words = PHASES_IN_WORDS[phase]
-    if step == "initialize": return None if phase == "original" else f"the model is {words} already; go back or reset first"
+    if step == "initialize":
+        return None if phase == "original" else f"the model is {words} already; go back or reset first"
     if step == "start":
         if phase == "original": return "initialize the model first"
         return None if phase == "initialized" else f"calibration has started already (the model is {words})"
@@ -72,8 +103,10 @@ def _why_not(session: "Session", step: str) -> str | None:
 def _why_not_feed(session: "Session", phase: str) -> str | None:
     if phase in ("original", "initialized"): return "start the calibration first, so that observers are attached"
     if phase == "ended": return "the calibration has ended; go back to feed more"
-    try: batch = session.replay.get(session.fed)
-    except Exception as error: return f"the data cannot be read: {error}"
+    try:
+        batch = session.replay.get(session.fed)
+    except Exception as error:
+        return f"the data cannot be read: {error}"
     if batch is None: return "all batches are fed" if session.fed else "there is no data; pass data= to feed some"
     return None
 
@@ -87,20 +120,28 @@ def _why_not_end(session: "Session", phase: str) -> str | None:
 # %% ../nbs/12e_session.ipynb #abcb231b
 def _made_of(options: Mapping[str, Any]) -> QuantizationModifier:
     "The modifier that options stand for; a ValueError if there is none."
-    recipe, rest = options["recipe"], {k: v for k, v in options.items() if k != "recipe"}
+    recipe = options["recipe"]
+    rest = {k: v for k, v in options.items() if k != "recipe"}
     if recipe is not None: return recipe.model_copy()
     if isinstance(rest["scheme"], QuantizationModifier):
-        raise ValueError(f"scheme is a {type(rest['scheme']).__name__}, which says targets and ignore itself; pass it as recipe= instead")
-    try: return QuantizationModifier(**rest)
-    except NotImplementedError as error: raise ValueError(str(error)) from None  # compressed-tensors', for some formats
+        raise ValueError(
+            f"scheme is a {type(rest['scheme']).__name__}, which says targets and ignore itself; pass it as "
+            "recipe= instead"
+        )
+    try:
+        return QuantizationModifier(**rest)
+    except NotImplementedError as error:
+        raise ValueError(str(error)) from None  # compressed-tensors', for some formats
 
 # %% ../nbs/12e_session.ipynb #7db8ffff
 class _Options:
-    "The part of a session that says what to quantize: `scheme`, `targets` and `ignore`, or a whole `recipe`; and the modifier made of them."
+    """The part of a session that says what to quantize: `scheme`, `targets` and `ignore`, or a whole `recipe`; and
+    the modifier made of them."""
 
     @property
     def scheme(self) -> Any:
-        "What to quantize to: a preset's name or anything that QuantizationModifier takes. Can be set before `initialize`."
+        """What to quantize to: a preset's name or anything that QuantizationModifier takes. Can be set before
+        `initialize`."""
         return self._options["scheme"] if self._options["recipe"] is None else self._options["recipe"]
 
     @scheme.setter
@@ -110,22 +151,30 @@ class _Options:
     def targets(self) -> list[str]: return self._options["targets"]
 
     @property
-    def ignore(self) -> list[str]: return self._options["ignore"] if self._options["recipe"] is None else list(self.modifier.ignore)
+    def ignore(self) -> list[str]:
+        return self._options["ignore"] if self._options["recipe"] is None else list(self.modifier.ignore)
 
     def recipe(self) -> QuantizationModifier:
         "The recipe as it stands; `recipes.to_yaml` writes it for llm-compressor."
         return self.modifier.model_copy()
 
-    def _take(self, recipe: QuantizationModifier) -> None: self._options, self.modifier = {**self._options, "recipe": recipe}, recipe.model_copy()
+    def _take(self, recipe: QuantizationModifier) -> None:
+        self._options, self.modifier = {**self._options, "recipe": recipe}, recipe.model_copy()
 
     def configure(self, **options: Any) -> None:
-        "Set `scheme`, `targets`, `ignore`, or a whole `recipe`. Only in the original phase; a bad value is a ValueError and changes nothing."
+        """Set `scheme`, `targets`, `ignore`, or a whole `recipe`. Only in the original phase; a bad value is a
+        ValueError and changes nothing."""
         if self.phase != "original":
-            raise SessionError(f"the scheme is in use (the model is {PHASES_IN_WORDS[self.phase]}); go back to the original first")
+            raise SessionError(
+                f"the scheme is in use (the model is {PHASES_IN_WORDS[self.phase]}); go back to the original first"
+            )
         if unknown := sorted(set(options) - set(self._options)):
             raise ValueError(f"unknown options {unknown}; there are scheme, targets, ignore and recipe")
         new = {**self._options, "recipe": None, **options}
-        self.modifier, self._options = _made_of(new | {"recipe": read_recipe(new["recipe"])}), new | {"recipe": read_recipe(new["recipe"])}
+        self.modifier, self._options = (
+            _made_of(new | {"recipe": read_recipe(new["recipe"])}),
+            new | {"recipe": read_recipe(new["recipe"])},
+        )
         self._log(f"configure({options_code(options, self.modifier)})", "configured")
 
 # %% ../nbs/12e_session.ipynb #7d549881
@@ -164,8 +213,10 @@ class _Views(_PerTensor):
     def next_step(self) -> str | None:
         "The step that usually comes next; None when nothing is left to do."
         step = _NEXT.get(self.phase)
-        if self.phase == "started" and _why_not(self, "end") is None: step = "end"
-        if self.phase == "fed" and _why_not(self, "feed_all") is None: step = "feed_all"
+        if self.phase == "started" and _why_not(self, "end") is None:
+            step = "end"
+        if self.phase == "fed" and _why_not(self, "feed_all") is None:
+            step = "feed_all"
         return step if step and _why_not(self, step) is None else None
 
     def listen(self, listener: Callable[[str], None]) -> Callable[[], None]:
@@ -177,7 +228,8 @@ class _Views(_PerTensor):
     def paused(self) -> bool: return not self._go.is_set()
 
     def tell(self, what: str) -> None:
-        for listener in list(self._listeners): listener(what)
+        for listener in list(self._listeners):
+            listener(what)
 
     def _log(self, line: str, what: str) -> None:
         self.code = [*self.code, line]
@@ -197,7 +249,8 @@ class _Steps:
         "Attach the scheme: every matched module gets parameters for its scales, not computed yet."
         _run_step(self, "initialize", _initialize)
     def start(self, replay: bool = True) -> None:
-        "Attach observers and hooks. Where the record holds all that they would have seen of its data, they know it at once, unless `replay=False`."
+        """Attach observers and hooks. Where the record holds all that they would have seen of its data, they know
+        it at once, unless `replay=False`."""
         _run_step(self, "start", _start if replay else _start_anew, "" if replay else "replay=False")
     def feed_all(self) -> None:
         "Feed all batches that are left."
@@ -217,7 +270,8 @@ class _Answers:
     "The part of a session that compares, decides, and writes down what was done."
 
     def comparison(self, base_names: Iterable[str] = ("input", "weight")) -> pd.DataFrame:
-        "`analysis.compare_observers` of the record, each tensor with the arguments that the recipe has for it; weights of many scales are measured."
+        """`analysis.compare_observers` of the record, each tensor with the arguments that the recipe has for it;
+        weights of many scales are measured."""
         return comparison(self.record, _args_of(self), observers_to_compare(self.modifier), base_names, weight_of(self))
 
     def why_not(self, what: str) -> str | None:
@@ -227,13 +281,15 @@ class _Answers:
         return _NO_MODEL if self.model is None else _why_not(self, "initialize")
 
     def use_best(self, base_names: Iterable[str] = ("input", "weight")) -> dict[str, dict[str, Asked]]:
-        """Give each tensor the observer that loses least there, where another than the recipe's is known to; the model goes back to the original, the
-        record stays. Returns what was changed, module -> base name -> observer; if nothing is better nothing happens. SessionError if nothing is known."""
+        """Give each tensor the observer that loses least there, where another than the recipe's is known to; the
+        model goes back to the original, the record stays. Returns what was changed, module -> base name ->
+        observer; if nothing is better nothing happens. SessionError if nothing is known."""
         return _use_best(self, [base_names] if isinstance(base_names, str) else list(base_names))
 
     def compare_schemes(self, schemes: Any, *, eval_data: Any = None, prompt: str | None = None) -> pd.DataFrame:
-        """`evaluate.compare_schemes` on the session's model and data, kept as `compared`. `eval_data` None: the session's, else the data itself,
-        which flatters; texts are cut at the model's positions unless the session has a `max_length`. Only in the original phase; `stop` ends it with the rows so far."""
+        """`evaluate.compare_schemes` on the session's model and data, kept as `compared`. `eval_data` None: the
+        session's, else the data itself, which flatters; texts are cut at the model's positions unless the
+        session has a `max_length`. Only in the original phase; `stop` ends it with the rows so far."""
         return _compare_schemes(self, schemes, self.eval_data if eval_data is None else eval_data, prompt)
 
     @cached_property
@@ -242,7 +298,8 @@ class _Answers:
         return [*model_code(self.model, self.tokenizer), *data_code(self.made.data)]
 
     def script(self) -> str:
-        "The Python that repeats this session in a fresh kernel, bit for bit; `...` stands where it cannot be told what was passed."
+        """The Python that repeats this session in a fresh kernel, bit for bit; `...` stands where it cannot be told
+        what was passed."""
         return script_of(self)
 
     def production(self) -> str:
@@ -263,41 +320,79 @@ class _Made:
 
 def read_record(record: Any, model: Module) -> CalibrationRecord:
     "A record itself, or from its file. TypeError for anything else, ValueError if it is of another model."
-    if isinstance(record, (str, os.PathLike)): record = CalibrationRecord.load(record)
-    if not isinstance(record, CalibrationRecord): raise TypeError(f"record must be a CalibrationRecord or the path of one, got {type(record).__name__}")
+    if isinstance(record, (str, os.PathLike)):
+        record = CalibrationRecord.load(record)
+    if not isinstance(record, CalibrationRecord):
+        raise TypeError(f"record must be a CalibrationRecord or the path of one, got {type(record).__name__}")
     known = {name for name, _ in model.named_modules()}
     strange = [name for name in record.types if name not in known and ".experts." not in name]
-    if strange: raise ValueError(f"record is of another model: this {type(model).__name__} has no {strange[0]!r}, one of {len(strange):,} modules of the record")
+    if strange:
+        raise ValueError(
+            f"record is of another model: this {type(model).__name__} has no {strange[0]!r}, one of "
+            f"{len(strange):,} modules of the record"
+        )
     return record
 
 # %% ../nbs/12e_session.ipynb #7bcf3e31
 class Session(_Options, _Views, _Steps, _Answers):
-    """Walks one model through a calibration. `phase` says where it is; `initialize start feed feed_all end back reset` move it; `configure` and
-    `use_best` say what to quantize; `record` is what was seen; `script()` is the Python that repeats it."""
+    """Walks one model through a calibration. `phase` says where it is; `initialize start feed feed_all end back
+    reset` move it; `configure` and `use_best` say what to quantize; `record` is what was seen; `script()` is the
+    Python that repeats it."""
 
-    def __init__(self, model: Module, data: Any = None, tokenizer: Any = None, scheme: Any = "FP8", *,
-                 ignore: Iterable[str] = ("lm_head",), targets: Iterable[str] = ("Linear",), batch_size: int = 1, max_length: int | None = None,
-                 record: CalibrationRecord | str | os.PathLike | None = None, recipe: Any = None, eval_data: Any = None) -> None:
+    def __init__(
+        self,
+        model: Module,
+        data: Any = None,
+        tokenizer: Any = None,
+        scheme: Any = "FP8",
+        *,
+        ignore: Iterable[str] = ("lm_head",),
+        targets: Iterable[str] = ("Linear",),
+        batch_size: int = 1,
+        max_length: int | None = None,
+        record: CalibrationRecord | str | os.PathLike | None = None,
+        recipe: Any = None,
+        eval_data: Any = None,
+    ) -> None:
         if phase_of(model) != "original":
-            raise ValueError(f"this model is {phase_of(model)}; a session starts with an original one. Go back with reset() "
-                             "of the session or workbench that has it, or with qcal_nb.lifecycle.reset_quantization(model)")
-        self.model, self.tokenizer, self.owner = model, tokenizer, f"session {uuid.uuid4().hex[:8]}"
+            raise ValueError(
+                f"this model is {phase_of(model)}; a session starts with an original one. Go back with reset() "
+                "of the session or workbench that has it, or with qcal_nb.lifecycle.reset_quantization(model)"
+            )
+        self.model = model
+        self.tokenizer = tokenizer
+        self.owner = f"session {uuid.uuid4().hex[:8]}"
         self._options = dict(scheme=scheme, ignore=list(ignore), targets=list(targets), recipe=read_recipe(recipe))
         self.modifier = _made_of(self._options)
-        self.record = CalibrationRecord(about=About(type(model).__name__)) if record is None else read_record(record, model)
+        self.record = (
+            CalibrationRecord(about=About(type(model).__name__)) if record is None else read_record(record, model)
+        )
         stream = batches([] if data is None else data, tokenizer, batch_size, max_length)
-        self.replay, self.eval_data = Replay(stream, 0 if data is None else expected_batches(data, batch_size)), eval_data
-        if isinstance(data, (list, tuple, str)): self.replay.get(0)  # data at hand that nothing can be made of is said now; a stream is not touched
-        self.made = _Made(data, record, dict(batch_size=batch_size, max_length=max_length), dict(self._options), self.modifier)
-        self.phase, self.fed, self.memory, self.replayed = "original", 0, {}, False
+        self.replay = Replay(stream, 0 if data is None else expected_batches(data, batch_size))
+        self.eval_data = eval_data
+        if isinstance(data, (list, tuple, str)):
+            self.replay.get(0)  # data at hand that nothing can be made of is said now; a stream is not touched
+        self.made = _Made(
+            data, record, dict(batch_size=batch_size, max_length=max_length), dict(self._options), self.modifier
+        )
+        self.phase = "original"
+        self.fed = 0
+        self.memory = {}
+        self.replayed = False
         self.history: list[Past] = []
         self.code: list[str] = []
         self.changes: list[ModuleChange] = []
         self.compared: pd.DataFrame | None = None
-        self.progress, self.running, self.error, self.warnings = Progress(), "", None, []
-        self.ledger = None  # what the lifecycle noted on the model after our last step; another one means that somebody else was there
+        self.progress = Progress()
+        self.running = ""
+        self.error = None
+        self.warnings = []
+        # what the lifecycle noted on the model after our last step; another one means that somebody else was there
+        self.ledger = None
         self._listeners: list[Callable[[str], None]] = []
-        self._stop, self._go, self._thread = threading.Event(), threading.Event(), None
+        self._stop = threading.Event()
+        self._go = threading.Event()
+        self._thread = None
         self._go.set()
         self._lock = threading.Lock()
 
@@ -308,7 +403,9 @@ def _require(session: Session, step: str) -> None:
 
 
 def _remember(session: Session) -> Past:
-    return Past(session.phase, snapshot(session.model), session.record, session.fed, tuple(session.code), session.memory)
+    return Past(
+        session.phase, snapshot(session.model), session.record, session.fed, tuple(session.code), session.memory
+    )
 
 
 def _run_step(session: Session, step: str, action: Callable[[Session], str], arguments: str = "") -> None:
@@ -316,16 +413,21 @@ def _run_step(session: Session, step: str, action: Callable[[Session], str], arg
     _require(session, step)
     past = _remember(session)
     with exclusive(session.model, session.owner), warnings.catch_warnings(record=True) as caught:
-        try: phase = action(session)
+        try:
+            phase = action(session)
         except BaseException:
             restore(session.model, past.model)
-            session.record, session.fed, session.memory = past.record, past.fed, past.memory
+            session.record = past.record
+            session.fed = past.fed
+            session.memory = past.memory
             raise
     session.warnings = [str(w.message) for w in caught]
-    for w in caught: warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
+    for w in caught:
+        warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
     session.history.append(past)
     session.ledger = ledger_of(session.model)
-    session.phase, session.error = phase, None
+    session.phase = phase
+    session.error = None
     session.changes = changes(past.model, snapshot(session.model))
     session._log(f"{step}({arguments})", step)
 
@@ -341,7 +443,8 @@ def _start(session: Session) -> str:
     known = what_is_known(session.model, session.record) if session.record.batches else None
     if not known: return _begin(session)
     remind(known)
-    session.fed, session.replayed = session.record.spans[-1][1], True
+    session.fed = session.record.spans[-1][1]
+    session.replayed = True
     return "fed"
 
 
@@ -359,7 +462,8 @@ def _attach(session: Session) -> None:
 def _begin(session: Session) -> str:
     "Nothing was fed. Weights can be looked at already; a record of another run stays until the first batch."
     session.replayed = False
-    if not session.record.batches: session.record = new_record(session.model, _new_collector(session, {}), session.modifier)
+    if not session.record.batches:
+        session.record = new_record(session.model, _new_collector(session, {}), session.modifier)
     return "started"
 
 
@@ -376,7 +480,8 @@ def _claim_feed(session: Session, n: int | None, line: str) -> Past:
     past = _remember(session)
     session._stop.clear()
     session._go.set()
-    session.progress, session.error = Progress(total=_to_do(session, n)), None
+    session.progress = Progress(total=_to_do(session, n))
+    session.error = None
     return past
 
 
@@ -399,7 +504,15 @@ def _base_names(session: Session) -> list[str]:
 
 def _new_collector(session: Session, observers: Any) -> Collector:
     names = _base_names(session)
-    return new_collector(session.model, session.modifier, names, check=False, observers=observers, owner=session.owner, tokenizer=session.tokenizer)
+    return new_collector(
+        session.model,
+        session.modifier,
+        names,
+        check=False,
+        observers=observers,
+        owner=session.owner,
+        tokenizer=session.tokenizer,
+    )
 
 
 def _collector(session: Session) -> Collector:
@@ -414,17 +527,23 @@ def _collector(session: Session) -> Collector:
 
 # %% ../nbs/12e_session.ipynb #e97b7903
 def _run_claimed(session: Session, n: int | None, line: str, past: Past) -> None:
-    model, collector = session.model, None
+    model = session.model
+    collector = None
     try:
         with exclusive(model, f"the {session.owner} ({line})"), calibration_context(model), guarded(model):
             collector = _collector(session)
-            with collector.attached(): _feed_batches(session, n, collector)
+            with collector.attached():
+                _feed_batches(session, n, collector)
     except Exception as error:
         session.error = error
         raise
     finally:
-        if session.fed == past.fed: session.record, session.memory = past.record, past.memory  # nothing was fed
-        elif collector is not None: _conclude(session, collector)
+        if session.fed == past.fed:
+            # nothing was fed
+            session.record = past.record
+            session.memory = past.memory
+        elif collector is not None:
+            _conclude(session, collector)
         session.running = ""
         session._go.set()
         _finish_feed(session, past, line)
@@ -437,7 +556,9 @@ def _conclude(session: Session, collector: Collector) -> None:
 
 # %% ../nbs/12e_session.ipynb #a0d44b6a
 def _feed_batches(session: Session, n: int | None, collector: Collector) -> None:
-    first, tokens, seconds = session.fed, 0, 0.0
+    first = session.fed
+    tokens = 0
+    seconds = 0.0
     while (n is None or session.fed - first < n) and (batch := session.replay.get(session.fed)) is not None:
         session._go.wait()
         if session._stop.is_set(): return
@@ -450,8 +571,10 @@ def _feed_batches(session: Session, n: int | None, collector: Collector) -> None
 
 def _feed_one(session: Session, batch: dict, collector: Collector) -> int:
     collector.begin(running_of(batch, session.fed))
-    with feeding(session.owner), all_or_nothing(): tokens = feed(session.model, batch, session.fed)
-    session.record, session.fed = session.record.seen(collector.take(), session.fed, tokens), session.fed + 1
+    with feeding(session.owner), all_or_nothing():
+        tokens = feed(session.model, batch, session.fed)
+    session.record = session.record.seen(collector.take(), session.fed, tokens)
+    session.fed = session.fed + 1
     return tokens
 
 # %% ../nbs/12e_session.ipynb #3c74a2aa
@@ -467,12 +590,21 @@ def _finish_feed(session: Session, past: Past, line: str) -> None:
 def _step_back(session: Session) -> None:
     "Undo the last step: model, observers, record and position in the data are as before it."
     _require(session, "back")
-    past, now = session.history[-1], snapshot(session.model)
-    with exclusive(session.model, session.owner): restore(session.model, past.model)
+    past = session.history[-1]
+    now = snapshot(session.model)
+    with exclusive(session.model, session.owner):
+        restore(session.model, past.model)
     session.history.pop()
     session._stop.clear()
-    session.ledger, session.warnings = ledger_of(session.model), []
-    session.phase, session.record, session.fed, session.code, session.memory = past.phase, past.record, past.fed, list(past.code), past.memory
+    session.ledger = ledger_of(session.model)
+    session.warnings = []
+    session.phase, session.record, session.fed, session.code, session.memory = (
+        past.phase,
+        past.record,
+        past.fed,
+        list(past.code),
+        past.memory,
+    )
     session.changes, session.error, session.progress = changes(now, snapshot(session.model)), None, Progress()
     session.tell("back")
 
@@ -481,9 +613,12 @@ def _reset_session(session: Session) -> None:
     "The model as it was at the very start. The record is kept, and data starts over."
     _require(session, "reset")
     now = snapshot(session.model)
-    with exclusive(session.model, session.owner): reset_quantization(session.model)
+    with exclusive(session.model, session.owner):
+        reset_quantization(session.model)
     session._stop.clear()
-    session.ledger, session.warnings, session.replayed = None, [], False
+    session.ledger = None
+    session.warnings = []
+    session.replayed = False
     session.phase, session.fed, session.history, session.error, session.progress = "original", 0, [], None, Progress()
     session.changes = changes(now, snapshot(session.model))
     session._log("reset()", "reset")
@@ -492,10 +627,14 @@ def _reset_session(session: Session) -> None:
 def run_in_background(session: Session, work: Callable[[], Any]) -> threading.Thread:
     "Run something in a thread and return it. An error ends up in `session.error`; listeners hear `idle` at the end."
     def run() -> None:
-        try: work()
-        except Exception as error: session.error = error  # kept for the view, which shows it; nobody could catch it here
+        try:
+            work()
+        except Exception as error:
+            session.error = error  # kept for the view, which shows it; nobody could catch it here
         session.tell("idle")
-    session._thread = ended_in_time(threading.Thread(target=run, name=session.owner, daemon=True), lambda: stop(session))
+    session._thread = ended_in_time(
+        threading.Thread(target=run, name=session.owner, daemon=True), lambda: stop(session)
+    )
     session._thread.start()
     return session._thread
 
@@ -526,9 +665,11 @@ def stop(session: Session) -> None:
 def _args_of(session: "Session") -> Callable[[str, str], Any]:
     "What the recipe says about a tensor: its arguments, or None."
     schemes = {}
-    if session.model is not None: schemes = {n: s for n, (_, s) in schemes_by_module(session.model, session.modifier.resolved_config).items()}
+    if session.model is not None:
+        schemes = {n: s for n, (_, s) in schemes_by_module(session.model, session.modifier.resolved_config).items()}
     recorded = {name for name, _ in session.record.tensors} - schemes.keys()
-    by_name = schemes_of_record(session.record, session.modifier.resolved_config) if recorded else {}  # experts that are fused now, or a saved record
+    # experts that are fused now, or a saved record
+    by_name = schemes_of_record(session.record, session.modifier.resolved_config) if recorded else {}
     schemes |= {n: s for n, s in by_name.items() if n in recorded}
     return lambda name, base_name: args_in(schemes.get(name), base_name)
 
@@ -546,11 +687,15 @@ def _use_best(session: "Session", base_names: list[str]) -> dict[str, dict[str, 
     if reason := session.why_not("use_best"): raise SessionError(f"cannot use best: {reason}")
     best = best_observers(session.comparison(base_names), observers_to_compare(session.modifier))
     if not best:
-        raise SessionError("cannot use best: no tensor's SQNR is known from the record (a histogram of a whole tensor tells only about one scale "
-                           "per tensor); evaluate.compare_observers measures any granularity")
+        raise SessionError(
+            "cannot use best: no tensor's SQNR is known from the record (a histogram of a whole tensor tells "
+            "only about one scale "
+            "per tensor); evaluate.compare_observers measures any granularity"
+        )
     if not (choices := _other_than_now(session, best)): return {}
     recipe = _overridden(session, choices)
-    if session.phase not in ("original", "saved"): session.reset()
+    if session.phase not in ("original", "saved"):
+        session.reset()
     session._take(recipe)
     session._log(f"use_best({base_names!r})", "configured")
     return choices
@@ -559,7 +704,10 @@ def _use_best(session: "Session", base_names: list[str]) -> dict[str, dict[str, 
 def _other_than_now(session: "Session", best: dict[str, dict[str, Asked]]) -> dict[str, dict[str, Asked]]:
     "What of it the recipe does not say already."
     now = {key: label_of(one) for key, one in session.own_observers().items()}
-    left = {name: {base: one for base, one in by_base.items() if label_of(one) != now.get((name, base))} for name, by_base in best.items()}
+    left = {
+        name: {base: one for base, one in by_base.items() if label_of(one) != now.get((name, base))}
+        for name, by_base in best.items()
+    }
     return {name: by_base for name, by_base in left.items() if by_base}
 
 
@@ -577,57 +725,101 @@ def _alone(session: "Session", what: str) -> Iterator[None]:
         session.running = what
     session._stop.clear()
     session._go.set()
-    session.progress, session.error = Progress(), None
-    try: yield
-    finally: session.running = ""
+    session.progress = Progress()
+    session.error = None
+    try:
+        yield
+    finally:
+        session.running = ""
 
 
 def _compare_schemes(session: "Session", schemes: Any, eval_data: Any, prompt: str | None) -> pd.DataFrame:
     options = dict(tokenizer=session.tokenizer, **session.made.rest)
     with _alone(session, "compare_schemes"):
-        data, wanted = session.replay.all(), named_schemes(schemes)
+        data = session.replay.all()
+        wanted = named_schemes(schemes)
         longest = positions_of(session.model)  # beyond, a perplexity means nothing
-        evals = data if eval_data is None else list(batches(eval_data, **options | dict(max_length=options["max_length"] or longest)))
+        evals = (
+            data
+            if eval_data is None
+            else list(batches(eval_data, **options | dict(max_length=options["max_length"] or longest)))
+        )
         session.progress = Progress(total=len(evals) * (1 + len(wanted) - len(unfit_schemes(session.model, wanted))))
-        session.compared = compare_schemes(session.model, data or None, wanted, eval_data=evals, prompt=prompt, tick=_ticker(session),
-                                           progress=False, tokenizer=session.tokenizer)
+        session.compared = compare_schemes(
+            session.model,
+            data or None,
+            wanted,
+            eval_data=evals,
+            prompt=prompt,
+            tick=_ticker(session),
+            progress=False,
+            tokenizer=session.tokenizer,
+        )
     session.tell("compared")
     return session.compared
 
 
 def _ticker(session: "Session") -> Callable[[], None]:
-    "What a comparison calls after each batch: it counts, waits while paused, and ends with the rows so far when stopped."
+    """What a comparison calls after each batch: it counts, waits while paused, and ends with the rows so far when
+    stopped."""
     began = time.perf_counter()
     def tick() -> None:
         session._go.wait()
         if session._stop.is_set(): raise KeyboardInterrupt
-        session.progress = replace(session.progress, done=session.progress.done + 1, seconds=time.perf_counter() - began)
+        session.progress = replace(
+            session.progress, done=session.progress.done + 1, seconds=time.perf_counter() - began
+        )
         session.tell("compare")
     return tick
 
 # %% ../nbs/12e_session.ipynb #0e1a71c9
-_NO_MODEL = "this is a saved record without its model; pass the model to go on: Workbench(model, data, tokenizer, record=path)"
+_NO_MODEL = (
+    "this is a saved record without its model; pass the model to go on: Workbench(model, data, tokenizer, record=path)"
+)
 
 
 def recorded_scales(session: "Saved") -> pd.DataFrame:
     "As `scales_table`, of what the recipe's own observers concluded while recording."
-    args_of, rows = _args_of(session), []
+    args_of = _args_of(session)
+    rows = []
     for (name, base_name), _ in session.record.tensors.items():
         args = args_of(name, base_name)
-        own = None if args is None or not args.observer else label_of((args.observer, args.observer_kwargs) if args.observer_kwargs else args.observer)
+        own = (
+            None
+            if args is None or not args.observer
+            else label_of((args.observer, args.observer_kwargs) if args.observer_kwargs else args.observer)
+        )
         c = session.record.conclusions.get((name, base_name, own))
-        if c is not None and c.scale is not None: rows.append(scale_row(name, base_name, c.args, c.scale, c.zero_point, c.global_scale))
+        if c is not None and c.scale is not None:
+            rows.append(scale_row(name, base_name, c.args, c.scale, c.zero_point, c.global_scale))
     return pd.DataFrame(rows, columns=SCALE_COLUMNS)
 
 
 def _saved_script(session: "Saved") -> str:
-    path = "...  # where the record is; record.save(path) wrote it" if session.path is None else repr(os.fspath(session.path))
+    path = (
+        "...  # where the record is; record.save(path) wrote it"
+        if session.path is None
+        else repr(os.fspath(session.path))
+    )
     steps = [f"session.{line}" for line in session.code]
-    return "\n".join(["from qcal_nb.session import Saved", "", f"record = {path}", "session = Saved(record)", *steps, "session.scales()"]) + "\n"
+    return (
+        "\n".join(
+            [
+                "from qcal_nb.session import Saved",
+                "",
+                f"record = {path}",
+                "session = Saved(record)",
+                *steps,
+                "session.scales()",
+            ]
+        )
+        + "\n"
+    )
 
 # %% ../nbs/12e_session.ipynb #1fd8a041
 class Saved(_Views, _Answers):
-    "A record by itself, in the place of a session: `phase` is `saved`, no step is legal, and what panels ask is answered from the record."
+    """A record by itself, in the place of a session: `phase` is `saved`, no step is legal, and what panels ask is
+    answered from the record."""
 
     def __init__(self, record: CalibrationRecord | str | os.PathLike) -> None:
         self.path = record if isinstance(record, (str, os.PathLike)) else None
@@ -635,10 +827,20 @@ class Saved(_Views, _Answers):
         if not isinstance(self.record, CalibrationRecord):
             raise TypeError(f"record must be a CalibrationRecord or the path of one, got {type(record).__name__}")
         config = self.record.about.config
-        self.modifier = from_config(dict(config)) if config else QuantizationModifier(scheme="INT8_STATIC", ignore=["lm_head"])
+        self.modifier = (
+            from_config(dict(config)) if config else QuantizationModifier(scheme="INT8_STATIC", ignore=["lm_head"])
+        )
         self.model = self.tokenizer = self.eval_data = self.compared = self.error = self.ledger = self._thread = None
-        self.phase, self.running, self.fed, self.replayed, self.progress = "saved", "", self.record.batches, False, Progress()
-        self.history, self.code, self.changes, self.warnings, self._listeners = [], [], [], [], []
+        self.phase = "saved"
+        self.running = ""
+        self.fed = self.record.batches
+        self.replayed = False
+        self.progress = Progress()
+        self.history = []
+        self.code = []
+        self.changes = []
+        self.warnings = []
+        self._listeners = []
 
     paused = False
 
@@ -648,7 +850,8 @@ class Saved(_Views, _Answers):
     def recipe(self) -> QuantizationModifier: return self.modifier.model_copy()
     def scales(self) -> pd.DataFrame: return recorded_scales(self)
     def legal(self) -> dict[str, str | None]: return dict.fromkeys(STEPS, _NO_MODEL)
-    def compare_schemes(self, schemes: Any, **options: Any) -> pd.DataFrame: raise SessionError(f"cannot compare schemes: {_NO_MODEL}")
+    def compare_schemes(self, schemes: Any, **options: Any) -> pd.DataFrame:
+        raise SessionError(f"cannot compare schemes: {_NO_MODEL}")
     def script(self) -> str: return _saved_script(self)
     def _take(self, recipe: QuantizationModifier) -> None: self.modifier = recipe.model_copy()
 

@@ -30,16 +30,21 @@ from .recipes import from_yaml, to_yaml
 
 # %% ../nbs/12c_session_parts.ipynb #011b4ca3
 class Replay:
-    "Batches by number, prepared when first asked for and kept. Data that fails while it is read fails again when asked again."
+    """Batches by number, prepared when first asked for and kept. Data that fails while it is read fails again when
+    asked again."""
 
     def __init__(self, stream: Iterator[dict], expected: int | None = None) -> None:
-        self._stream, self._kept, self._failed, self.total = stream, [], None, expected
+        self._stream = stream
+        self._kept = []
+        self._failed = None
+        self.total = expected
 
     def get(self, index: int) -> dict | None:
         "Batch `index`, or None if there are not that many; then `total` is known."
         while len(self._kept) <= index:
             if self._failed is not None: raise self._failed
-            try: item = next(self._stream, None)
+            try:
+                item = next(self._stream, None)
             except Exception as error:
                 self._failed = error
                 raise
@@ -51,7 +56,8 @@ class Replay:
 
     def all(self) -> list[dict]:
         "All batches."
-        while self.get(len(self._kept)) is not None: pass
+        while self.get(len(self._kept)) is not None:
+            pass
         return list(self._kept)
 
 # %% ../nbs/12c_session_parts.ipynb #57a13cd1
@@ -59,19 +65,29 @@ SCALE_COLUMNS = ["module", "base_name", "scale", "zero_point", "clip_min", "clip
 
 
 def _scale_row(name: str, module: Module, base_name: str) -> dict[str, Any] | None:
-    scale, args = getattr(module, f"{base_name}_scale", None), scheme_args(module, base_name)
+    scale = getattr(module, f"{base_name}_scale", None)
+    args = scheme_args(module, base_name)
     if scale is None or scale.isnan().any(): return None
     zero, shared = (getattr(module, f"{base_name}_{part}", None) for part in ("zero_point", "global_scale"))
     return scale_row(name, base_name, args, scale, zero, shared)
 
 
-def scale_row(name: str, base_name: str, args: Any, scale: Tensor, zero_point: Tensor | None, global_scale: Tensor | None) -> dict[str, Any]:
+def scale_row(
+    name: str, base_name: str, args: Any, scale: Tensor, zero_point: Tensor | None, global_scale: Tensor | None
+) -> dict[str, Any]:
     "What the scales of a tensor are, in the middle, and what they can represent at the widest."
     low, high = calculate_range(args, scale.device)
     zero = (scale.new_zeros(1) if zero_point is None else zero_point).to(scale.dtype)
     unit = scale if global_scale is None else scale / global_scale
-    return dict(module=name, base_name=base_name, scale=unit.median().item(), zero_point=zero.median().item(),
-                clip_min=((low - zero) * unit).min().item(), clip_max=((high - zero) * unit).max().item(), scales=scale.numel())
+    return dict(
+        module=name,
+        base_name=base_name,
+        scale=unit.median().item(),
+        zero_point=zero.median().item(),
+        clip_min=((low - zero) * unit).min().item(),
+        clip_max=((high - zero) * unit).max().item(),
+        scales=scale.numel(),
+    )
 
 
 def scales_table(model: Module) -> pd.DataFrame:
@@ -90,13 +106,15 @@ def module_statuses(model: Module) -> list[tuple[str, str]]:
 # %% ../nbs/12c_session_parts.ipynb #488b045c
 def is_plain(value: Any) -> bool:
     "Whether `repr` of a value is Python that makes it again."
-    if isinstance(value, Mapping): return type(value) is dict and all(isinstance(k, str) and is_plain(v) for k, v in value.items())
+    if isinstance(value, Mapping):
+        return type(value) is dict and all(isinstance(k, str) and is_plain(v) for k, v in value.items())
     if isinstance(value, (list, tuple)): return all(map(is_plain, value))
     return type(value) in (str, int, float, bool, type(None))
 
 
 def options_code(options: Mapping[str, Any], modifier: QuantizationModifier) -> str:
-    "Options as keyword arguments in Python; those that cannot be written are said as the recipe that they come down to."
+    """Options as keyword arguments in Python; those that cannot be written are said as the recipe that they come
+    down to."""
     if all(map(is_plain, options.values())): return ", ".join(f"{k}={v!r}" for k, v in options.items())
     return f"recipe=from_yaml({to_yaml(modifier)!r})"
 
@@ -105,7 +123,9 @@ def read_recipe(recipe: Any) -> QuantizationModifier | None:
     "A modifier itself, or of a recipe's path or text. TypeError for anything else."
     if recipe is None or isinstance(recipe, QuantizationModifier): return recipe
     if isinstance(recipe, (str, os.PathLike)): return from_yaml(recipe)
-    raise TypeError(f"recipe must be a QuantizationModifier, or the path or text of a recipe, got {type(recipe).__name__}")
+    raise TypeError(
+        f"recipe must be a QuantizationModifier, or the path or text of a recipe, got {type(recipe).__name__}"
+    )
 
 # %% ../nbs/12c_session_parts.ipynb #94ce0163
 _running: "weakref.WeakKeyDictionary[threading.Thread, Callable[[], Any]]" = weakref.WeakKeyDictionary()
@@ -121,13 +141,21 @@ def ended_in_time(thread: threading.Thread, stop: Callable[[], Any]) -> threadin
 def _end_all() -> None:
     threads = list(_running.items())
     for thread, stop in threads:
-        if thread.is_alive(): stop()
+        if thread.is_alive():
+            stop()
     for thread, _ in threads:
-        if thread.is_alive(): thread.join(10)
+        if thread.is_alive():
+            thread.join(10)
 
 # %% ../nbs/12c_session_parts.ipynb #2896ed0f
-PHASES_IN_WORDS = {"original": "original", "initialized": "initialized", "started": "in calibration", "fed": "in calibration", "ended": "frozen",
-                   "saved": "not at hand"}
+PHASES_IN_WORDS = {
+    "original": "original",
+    "initialized": "initialized",
+    "started": "in calibration",
+    "fed": "in calibration",
+    "ended": "frozen",
+    "saved": "not at hand",
+}
 
 
 class SessionError(RuntimeError):

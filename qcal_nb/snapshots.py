@@ -38,7 +38,8 @@ _MISSING = _Missing.MISSING
 
 
 def _opened(obj: Any, key: str) -> dict[str, Any] | None:
-    "What lies in one of torch's dictionaries of parameters, submodules or hooks. Of an offloaded module: as it lies there, unmoved."
+    """What lies in one of torch's dictionaries of parameters, submodules or hooks. Of an offloaded module: as it
+    lies there, unmoved."""
     value = obj.__dict__.get(key)
     if isinstance(value, OffloadCache): return value.offloaded_values
     return value if key in _STORES and isinstance(value, dict) else None
@@ -49,7 +50,8 @@ def _places(obj: Any) -> dict[Place, Any]:
     places: dict[Place, Any] = {}
     for key, value in obj.__dict__.items():
         lies_in_it = _opened(obj, key)
-        if lies_in_it is None or key in _REPLACED: places[(key,)] = value
+        if lies_in_it is None or key in _REPLACED:
+            places[(key,)] = value
         places.update({(key, name): v for name, v in (lies_in_it or {}).items()})
     return places
 
@@ -73,7 +75,8 @@ def configs_of(model: Module) -> list[Any]:
 # %% ../nbs/04b_snapshots.ipynb #0e128782
 @dataclass(frozen=True)
 class Snapshot:
-    "Which object stood where in a model's modules and configs, and the scales that were computed by then (None where not yet)."
+    """Which object stood where in a model's modules and configs, and the scales that were computed by then (None
+    where not yet)."""
 
     names: dict[int, str]                       # id of a module -> its name in the model
     places: dict[int, tuple[Any, dict[Place, Any]]]
@@ -83,7 +86,11 @@ class Snapshot:
 def qparams_of(module: Module) -> dict[str, Parameter]:
     "The parameters of a module that hold scales and zero points. A user's own `temperature_scale` is not among them."
     if "quantization_scheme" not in module.__dict__: return {}
-    return {name: module._parameters[name] for name, p in stored_parameters(module).items() if p is not None and name in QPARAMS}
+    return {
+        name: module._parameters[name]
+        for name, p in stored_parameters(module).items()
+        if p is not None and name in QPARAMS
+    }
 
 
 def _saved(param: Parameter) -> torch.Tensor | None:
@@ -126,7 +133,8 @@ def edits(before: Snapshot, after: Snapshot) -> list[Edit]:
     "The places that differ, in the objects that existed before, with what stood there."
     found = []
     for key, (obj, old) in before.places.items():
-        new = after.places[key][1] if key in after.places else _places(obj)  # an observer that was taken off, say: as it is now
+        # an observer that was taken off, say: as it is now
+        new = after.places[key][1] if key in after.places else _places(obj)
         found += [Edit(obj, p, old.get(p, _MISSING)) for p in old.keys() | new.keys()
                   if not _same(old.get(p, _MISSING), new.get(p, _MISSING))]
     return sorted(found, key=lambda edit: -len(edit.place))  # a dictionary is put back before what lies in it
@@ -135,7 +143,8 @@ def edits(before: Snapshot, after: Snapshot) -> list[Edit]:
 def empty_cache(value: Any) -> None:
     "An offload cache that leaves the model takes its files with it. Anything else is left alone."
     if not isinstance(value, OffloadCache): return
-    for name in [n for n, stored in value.offloaded_values.items() if stored is not None]: del value[name]
+    for name in [n for n, stored in value.offloaded_values.items() if stored is not None]:
+        del value[name]
 
 
 def undo(done: Iterable[Edit]) -> None:
@@ -143,17 +152,23 @@ def undo(done: Iterable[Edit]) -> None:
     for edit in reversed(list(done)):
         *store, key = edit.place
         target = _opened(edit.obj, store[0]) if store else edit.obj.__dict__
-        if not store: empty_cache(target.get(key))
-        if edit.old is not _MISSING: target[key] = edit.old
-        elif key in target: del (edit.obj.__dict__[store[0]] if store else target)[key]  # an offload cache drops its file, too
+        if not store:
+            empty_cache(target.get(key))
+        if edit.old is not _MISSING:
+            target[key] = edit.old
+        elif key in target:
+            del (edit.obj.__dict__[store[0]] if store else target)[key]  # an offload cache drops its file, too
 
 # %% ../nbs/04b_snapshots.ipynb #4caf7c36
 def _reorder(obj: Any, places: Iterable[Place]) -> None:
     "Bring parameters, submodules and hooks back into the order in which they stood; hooks run in it."
     for store in {p[0] for p in places if len(p) == 2}:
-        target, wanted = _opened(obj, store), [p[1] for p in places if p[0] == store and len(p) == 2]
+        target = _opened(obj, store)
+        wanted = [p[1] for p in places if p[0] == store and len(p) == 2]
         if list(target) == wanted: continue
-        items = {key: target[key] for key in (*(k for k in wanted if k in target), *(k for k in target if k not in wanted))}
+        items = {
+            key: target[key] for key in (*(k for k in wanted if k in target), *(k for k in target if k not in wanted))
+        }
         target.clear()
         target.update(items)
 
@@ -162,9 +177,11 @@ def _reorder(obj: Any, places: Iterable[Place]) -> None:
 def restore(model: Module, state: Snapshot) -> None:
     "Bring the model back to a snapshot: the same objects in the same places and order, and scales as they were."
     undo(edits(state, snapshot(model)))
-    for obj, places in state.places.values(): _reorder(obj, places)
+    for obj, places in state.places.values():
+        _reorder(obj, places)
     for module, name, value in state.scales.values():
-        if value is None: value = torch.full_like(module._parameters[name], torch.nan)
+        if value is None:
+            value = torch.full_like(module._parameters[name], torch.nan)
         update_offload_parameter(module, name, value)
 
 # %% ../nbs/04b_snapshots.ipynb #02005f22
@@ -199,10 +216,20 @@ def _change(name: str, a: dict[Place, Any], b: dict[Place, Any], before: Snapsho
         return tuple(sorted(p[1] for p in places if len(p) == 2 and p[0] == store and str(p[1]).endswith(end)))
     def hooks(places: Iterable[Place]) -> int:
         return sum(p[0] in ("_forward_pre_hooks", "_forward_hooks") for p in places)
-    added, gone = b.keys() - a.keys(), a.keys() - b.keys()
-    return ModuleChange(name, _status(a), _status(b), names(added, "_modules", "_observer"), names(gone, "_modules", "_observer"),
-                        hooks(added), hooks(gone), names(added, "_parameters"), names(gone, "_parameters"),
-                        tuple(sorted(_computed(after, b) - _computed(before, a))))
+    added = b.keys() - a.keys()
+    gone = a.keys() - b.keys()
+    return ModuleChange(
+        name,
+        _status(a),
+        _status(b),
+        names(added, "_modules", "_observer"),
+        names(gone, "_modules", "_observer"),
+        hooks(added),
+        hooks(gone),
+        names(added, "_parameters"),
+        names(gone, "_parameters"),
+        tuple(sorted(_computed(after, b) - _computed(before, a))),
+    )
 
 
 def changes(before: Snapshot, after: Snapshot) -> list[ModuleChange]:
@@ -211,5 +238,6 @@ def changes(before: Snapshot, after: Snapshot) -> list[ModuleChange]:
     for key, (_, old) in before.places.items():
         if key not in before.names or key not in after.places: continue
         row = _change(before.names[key], old, after.places[key][1], before, after)
-        if row != ModuleChange(row.module, row.status_before, row.status_before): rows.append(row)
+        if row != ModuleChange(row.module, row.status_before, row.status_before):
+            rows.append(row)
     return rows

@@ -25,7 +25,8 @@ def args_for(format: str, symmetric: bool = True) -> QuantizationArgs:
 
 # %% ../nbs/13_state.ipynb #52c5cfd9
 class WorkbenchState(HasTraits):
-    "What is selected in a workbench. Every trait can be set from Python; a wrong value is a TraitError and changes nothing."
+    """What is selected in a workbench. Every trait can be set from Python; a wrong value is a TraitError and
+    changes nothing."""
 
     selected = Unicode("", help="Module path of the tensor that is pointed out; empty for none")
     base_name = Enum(SHOWN, "input", help="Which tensor of each module is shown")
@@ -46,8 +47,10 @@ class WorkbenchState(HasTraits):
 
     @validate("pattern")
     def _valid_pattern(self, proposal: dict[str, Any]) -> str:
-        try: compile_pattern(proposal["value"])
-        except ValueError as error: raise TraitError(str(error)) from None
+        try:
+            compile_pattern(proposal["value"])
+        except ValueError as error:
+            raise TraitError(str(error)) from None
         return proposal["value"]
 
     @validate("clip")

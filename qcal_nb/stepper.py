@@ -36,21 +36,52 @@ from .session_parts import PHASES_IN_WORDS
 from .state import WorkbenchState
 
 # %% ../nbs/14c_stepper.ipynb #7ee7ee24
-WORDS = ("quantize", "scheme", "preset", "targets", "ignore", "weights", "input activations", "bits", "type", "symmetric", "strategy", "group size",
-         "dynamic", "observer", "scale", "zero point", "calibrate", "batch", "token", "hook", "freeze", "fake quantize", "status", "parameters", "record")
+WORDS = (
+    "quantize",
+    "scheme",
+    "preset",
+    "targets",
+    "ignore",
+    "weights",
+    "input activations",
+    "bits",
+    "type",
+    "symmetric",
+    "strategy",
+    "group size",
+    "dynamic",
+    "observer",
+    "scale",
+    "zero point",
+    "calibrate",
+    "batch",
+    "token",
+    "hook",
+    "freeze",
+    "fake quantize",
+    "status",
+    "parameters",
+    "record",
+)
 LABELS = {"initialize": "Initialize", "start": "Start", "feed": "Feed a batch", "feed_all": "Feed all", "end": "End",
           "back": "Back", "reset": "Reset"}
-TIPS = {"initialize": "Attach the scheme: every matched module gets places for its scales, not computed yet (NaN)",
-        "start": "Attach observers and hooks: from then on every batch you feed is measured",
-        "feed": "Run the next batch of data through the model", "feed_all": "Run all remaining batches through the model",
-        "end": "Compute the scales and take the observers off; from then on the model rounds as the quantized one would",
-        "back": "Undo the last step", "reset": "The model as it was before the first step"}
+TIPS = {
+    "initialize": "Attach the scheme: every matched module gets places for its scales, not computed yet (NaN)",
+    "start": "Attach observers and hooks: from then on every batch you feed is measured",
+    "feed": "Run the next batch of data through the model",
+    "feed_all": "Run all remaining batches through the model",
+    "end": "Compute the scales and take the observers off; from then on the model rounds as the quantized one would",
+    "back": "Undo the last step",
+    "reset": "The model as it was before the first step",
+}
 
 
 def _call(session: Session, step: str) -> None:
     "What a button does: feeding runs in the background, so that the page stays alive."
-    if step in ("feed", "feed_all"): in_background(session, 1 if step == "feed" else None)
-    else: getattr(session, step)()
+    if step in ("feed", "feed_all"):
+        in_background(session, 1 if step == "feed" else None)
+    else:
+        getattr(session, step)()
 
 
 def _buttons(press: Callable[[str], None]) -> dict[str, w.Button]:
@@ -65,7 +96,9 @@ def _buttons(press: Callable[[str], None]) -> dict[str, w.Button]:
 def _make_feeding(panel: "LifecycleStepper") -> w.HBox:
     "The progress bar with its two buttons and the note beside it."
     auto = w.Layout(width="auto")
-    panel.bar = w.FloatProgress(min=0, max=1, layout=w.Layout(width="220px"), tooltip="Share of the batches that are fed")
+    panel.bar = w.FloatProgress(
+        min=0, max=1, layout=w.Layout(width="220px"), tooltip="Share of the batches that are fed"
+    )
     panel.hold = w.Button(description="Pause", tooltip="Hold after this batch", layout=auto)
     panel.halt = w.Button(description="Stop", tooltip="End after this batch; what was fed stays", layout=auto)
     panel.halt.add_class("qcal-stop")
@@ -77,11 +110,15 @@ def _make_feeding(panel: "LifecycleStepper") -> w.HBox:
 
 def _make_tabs(panel: "LifecycleStepper") -> w.Tab:
     "What the last step changed, which modules match, and the module tree."
-    panel.order = w.Dropdown(options=CHANGE_ORDERS, description="Sort by", layout=w.Layout(width="220px"), tooltip="Order of the rows below")
+    panel.order = w.Dropdown(
+        options=CHANGE_ORDERS, description="Sort by", layout=w.Layout(width="220px"), tooltip="Order of the rows below"
+    )
     panel.order.observe(lambda _: _show_changes(panel), names=["value"])
     pages = [w.VBox([panel.order, panel.changes]), panel.matches, panel.tree]
     tabs = w.Tab(pages, titles=["What the step changed", "Which modules match", "Module tree"], selected_index=1)
-    panel.fold = w.Accordion([tabs.add_class("qcal-tabs")], selected_index=0).add_class("qcal-editor").add_class("qcal-fold")
+    panel.fold = (
+        w.Accordion([tabs.add_class("qcal-tabs")], selected_index=0).add_class("qcal-editor").add_class("qcal-fold")
+    )
     return tabs
 
 # %% ../nbs/14c_stepper.ipynb #43bfb01d
@@ -101,8 +138,11 @@ def split_names(text: str) -> list[str]:
 
 def _make_scheme_fields(panel: "LifecycleStepper") -> None:
     "Fields for scheme, targets and ignore, and the scheme field by field."
-    narrow, auto = dict(description_width="60px"), w.Layout(width="260px")
-    panel.scheme = w.Dropdown(options=[*preset_names(), CUSTOM], description="Scheme", style=narrow, layout=w.Layout(width="240px"))
+    narrow = dict(description_width="60px")
+    auto = w.Layout(width="260px")
+    panel.scheme = w.Dropdown(
+        options=[*preset_names(), CUSTOM], description="Scheme", style=narrow, layout=w.Layout(width="240px")
+    )
     panel.targets = w.Text(description="Targets", continuous_update=False, style=narrow, layout=auto)
     panel.ignore = w.Text(description="Ignore", continuous_update=False, style=narrow, layout=auto)
     for name in ("scheme", "targets", "ignore"):
@@ -112,24 +152,34 @@ def _make_scheme_fields(panel: "LifecycleStepper") -> None:
     panel.why = w.HTML()
     panel.part_fields = w.HBox(list(panel.parts.values())).add_class("qcal-row")
     inside = w.VBox([panel.why, panel.part_fields])
-    panel.editor = w.Accordion([inside], titles=["Edit the scheme field by field"], selected_index=None).add_class("qcal-editor")
+    panel.editor = w.Accordion([inside], titles=["Edit the scheme field by field"], selected_index=None).add_class(
+        "qcal-editor"
+    )
 
 # %% ../nbs/14c_stepper.ipynb #9e45e174
 def _say_scheme(session: Session) -> str:
     "What is set, in words: a line for each part of each group, and what will not fit."
     groups = list(session.modifier.resolved_config.config_groups.values())
     if not groups: return block("Nothing is quantized by this scheme")
-    shown, more = groups[:4], f"<br>… and {len(groups) - 4:,} more groups of modules" if len(groups) > 4 else ""
+    shown = groups[:4]
+    more = f"<br>… and {len(groups) - 4:,} more groups of modules" if len(groups) > 4 else ""
     words = dict(weights="weights", inputs="input activations")
     def line(parts: dict[str, str]) -> str:
-        return "; ".join(f"{term(words[k], k) if k in words else k} {escape(v)}" for k, v in parts.items()) or "nothing is quantized"
+        return (
+            "; ".join(f"{term(words[k], k) if k in words else k} {escape(v)}" for k, v in parts.items())
+            or "nothing is quantized"
+        )
     alike = _but_for_observers([_parts(group) for group in groups])
-    lines = [line(alike)] if alike is not None else [f"<b>{escape(_few(g.targets))}</b>: {line(_parts(g))}" for g in shown]
-    if alike is not None: more = ""
+    lines = (
+        [line(alike)] if alike is not None else [f"<b>{escape(_few(g.targets))}</b>: {line(_parts(g))}" for g in shown]
+    )
+    if alike is not None:
+        more = ""
     return block(f"{term('scheme', scheme_label(session.scheme))}: " + "<br>".join(lines) + more)
 
 
-def _parts(group: Any) -> dict[str, str]: return {k: v for k, v in describe(group).items() if k != "targets" and v != "not quantized"}
+def _parts(group: Any) -> dict[str, str]:
+    return {k: v for k, v in describe(group).items() if k != "targets" and v != "not quantized"}
 
 
 def _but_for_observers(groups: list[dict[str, str]]) -> dict[str, str] | None:
@@ -137,28 +187,44 @@ def _but_for_observers(groups: list[dict[str, str]]) -> dict[str, str] | None:
     cut = [{k: v.partition(", observer ")[::2] for k, v in parts.items()} for parts in groups]
     if any({k: v[0] for k, v in c.items()} != {k: v[0] for k, v in cut[0].items()} for c in cut): return None
     names = {k: list(dict.fromkeys(c[k][1] for c in cut if c[k][1])) for k in cut[0]}
-    many = {k: f", observers {', '.join(found)} (by module)" if len(found) > 1 else f", observer {found[0]}" if found else "" for k, found in names.items()}
+    many = {
+        k: f", observers {', '.join(found)} (by module)"
+        if len(found) > 1
+        else f", observer {found[0]}"
+        if found
+        else ""
+        for k, found in names.items()
+    }
     return {k: v[0] + many[k] for k, v in cut[0].items()}
 
 
-def _few(names: list[str]) -> str: return ", ".join(names[:2]) + (f" and {len(names) - 2:,} more" if len(names) > 2 else "")
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:2]) + (f" and {len(names) - 2:,} more" if len(names) > 2 else "")
 
 
 def _unfit(session: Session) -> str:
     "What Initialize would refuse, said before; empty if the scheme fits the model."
-    try: check_schemes(session.model, schemes_by_module(session.model, session.modifier.resolved_config))
-    except ValueError as error: return f"Initialize will refuse this: {error}"
+    try:
+        check_schemes(session.model, schemes_by_module(session.model, session.modifier.resolved_config))
+    except ValueError as error:
+        return f"Initialize will refuse this: {error}"
     return ""
 
 # %% ../nbs/14c_stepper.ipynb #5587e4d2
 def _fed_words(session: Session) -> str:
-    total, tokens = session.replay.total, f"{session.record.tokens:,} tokens"
+    total = session.replay.total
+    tokens = f"{session.record.tokens:,} tokens"
     if session.replayed and session.fed == session.record.batches and not session.progress.done:
-        more = "" if total is None or total <= session.fed else f"; Feed goes on with batch {session.fed + 1:,} of {total:,}"
+        more = (
+            ""
+            if total is None or total <= session.fed
+            else f"; Feed goes on with batch {session.fed + 1:,} of {total:,}"
+        )
         return f"Taken up from the record, {session.fed:,} batches · {tokens}: nothing has to be fed again{more}"
     of = "" if total is None else f" of {total:,}"
     if total is None or session.fed < total:
-        if session._stop.is_set(): return f"Stopped after {session.fed:,}{of} batches · {tokens}. Feed all goes on from there"
+        if session._stop.is_set():
+            return f"Stopped after {session.fed:,}{of} batches · {tokens}. Feed all goes on from there"
         return f"{session.fed:,}{of} batches fed · {tokens}"
     return f"{session.fed:,}{of} batches fed · {tokens}: all data was seen"
 
@@ -166,7 +232,8 @@ def _fed_words(session: Session) -> str:
 def _note(session: Session, legal: dict[str, str | None]) -> str:
     "A sentence on where feeding stands."
     if session.running: return ("Paused after " if session.paused else "") + progress_text(session.progress)
-    reason, observing = legal["feed"] or "", session.phase in ("started", "fed")
+    reason = legal["feed"] or ""
+    observing = session.phase in ("started", "fed")
     if observing and "cannot be read" in reason: return f"Cannot feed: {reason}"
     if session.fed: return _fed_words(session)
     if observing and not session.modifier.requires_calibration_data:
@@ -175,29 +242,47 @@ def _note(session: Session, legal: dict[str, str | None]) -> str:
     if not session.record.tokens and session.replay.total == 0 and session.modifier.requires_calibration_data:
         return "There is no data to feed, and this scheme needs some: pass texts or batches as data="
     if not session.record.tokens: return "No data was fed yet"
-    return f"{session.record.batches:,} batches in the record, {session.record.tokens:,} tokens; Start takes them up if they hold what the scheme needs"
+    return (
+        f"{session.record.batches:,} batches in the record, {session.record.tokens:,} tokens; Start takes them up "
+        "if they hold what the scheme needs"
+    )
 
 
 def _remedy(session: Session) -> str:
     "What to do after an error: what it left as it was, and the ways on."
     if isinstance(session.error, SessionError): return ""
     if session.phase == "original":
-        return "" if "Nothing was changed" in str(session.error) else "The model is as it was. Choose another scheme, or put modules under Ignore."
+        return (
+            ""
+            if "Nothing was changed" in str(session.error)
+            else "The model is as it was. Choose another scheme, or put modules under Ignore."
+        )
     if session.phase not in ("started", "fed"): return "The model is as it was before this step."
     kept = f"{session.fed:,} batches before it are kept" if session.fed else "Nothing was fed"
-    return f"The batch was taken back; {kept}. End uses what was fed, Back undoes it; for other data, make a new session after Reset."
+    return (
+        f"The batch was taken back; {kept}. End uses what was fed, Back undoes it; for other data, make a new "
+        "session after Reset."
+    )
 
 # %% ../nbs/14c_stepper.ipynb #6edcb778
 def _next_html(session: Session, step: str | None, legal: dict[str, str | None]) -> str:
     "What usually comes next, and what it will do."
     if session.running:
-        return f"{'Paused' if session.paused else 'Running'}: {escape(session.running)}. <i>Stop</i> ends it after the batch in hand."
+        return (
+            f"{'Paused' if session.paused else 'Running'}: {escape(session.running)}. <i>Stop</i> ends it after "
+            "the batch in hand."
+        )
     if session.phase == "ended":
         n = len({row.module for row in session.modifier.coverage})
-        done = f"{n:,} modules now compute with quantized values ({term('fake quantize')})" if n else "<b>Nothing is quantized</b>: no module matched a scheme with content"
+        done = (
+            f"{n:,} modules now compute with quantized values ({term('fake quantize')})"
+            if n
+            else "<b>Nothing is quantized</b>: no module matched a scheme with content"
+        )
         return f"Done: {done}. <i>Back</i> undoes the last step, <i>Reset</i> all of them."
     if step: return f"Next: <b>{LABELS[step]}</b>. {TIPS[step]}."
-    if session.phase in ("started", "fed") and legal["feed"]: return f"Stuck: {escape(legal['feed'])}. <i>Back</i> undoes the last step."
+    if session.phase in ("started", "fed") and legal["feed"]:
+        return f"Stuck: {escape(legal['feed'])}. <i>Back</i> undoes the last step."
     return "<i>Back</i> undoes the last step."
 
 
@@ -211,7 +296,8 @@ def _refresh_buttons(panel: "LifecycleStepper", marked: str | None, legal: dict[
     for step, reason in legal.items():
         if step not in panel.buttons: continue
         button = panel.buttons[step]
-        button.disabled, button.tooltip = reason is not None, TIPS[step] if reason is None else f"Not now: {reason}"
+        button.disabled = reason is not None
+        button.tooltip = TIPS[step] if reason is None else f"Not now: {reason}"
         button.button_style = "primary" if step == marked else ""
     s = panel.session
     panel.hold.disabled = panel.halt.disabled = not s.running
@@ -220,22 +306,33 @@ def _refresh_buttons(panel: "LifecycleStepper", marked: str | None, legal: dict[
 
 def _refresh_scheme(panel: "LifecycleStepper") -> None:
     "All fields show what is really set, also after an edit that was refused."
-    s, label = panel.session, scheme_label(panel.session.scheme)
-    why_not = "" if s.phase == "original" else f"the scheme is in use (the model is {PHASES_IN_WORDS[s.phase]}); Reset, or go Back to the original"
+    s = panel.session
+    label = scheme_label(panel.session.scheme)
+    why_not = (
+        ""
+        if s.phase == "original"
+        else f"the scheme is in use (the model is {PHASES_IN_WORDS[s.phase]}); Reset, or go Back to the original"
+    )
     parts = parts_of(s.modifier.resolved_config)
     many = "" if parts else "groups of modules have schemes of their own here; choose a preset to edit its fields"
     options = (*preset_names(), *dict.fromkeys([CUSTOM, label] if not is_preset(label) else [CUSTOM]))
     panel._filling = True
     try:
-        if panel.scheme.options != options: panel.scheme.options = options
+        if panel.scheme.options != options:
+            panel.scheme.options = options
         panel.scheme.value, panel.targets.value, panel.ignore.value = label, ", ".join(s.targets), ", ".join(s.ignore)
         for name in ("scheme", "targets", "ignore"):
             field = getattr(panel, name)
-            field.disabled, field.tooltip = bool(why_not), GLOSSARY[name] + (f" Not now: {why_not}." if why_not else "")
-        for part, fields in panel.parts.items(): fields.show((parts or {}).get(part), why_not or many)
+            field.disabled = bool(why_not)
+            field.tooltip = GLOSSARY[name] + (f" Not now: {why_not}." if why_not else "")
+        for part, fields in panel.parts.items():
+            fields.show((parts or {}).get(part), why_not or many)
         panel.part_fields.layout.display = "none" if many else None  # they could show one group only
-    finally: panel._filling = False
-    panel.why.value = block(f'<span class="faint">Cannot be edited now: {escape(why_not or many)}</span>') if why_not or many else ""
+    finally:
+        panel._filling = False
+    panel.why.value = (
+        block(f'<span class="faint">Cannot be edited now: {escape(why_not or many)}</span>') if why_not or many else ""
+    )
     unfit = "" if why_not else _unfit(s)
     panel.words.value = _say_scheme(s) + (warning_html(unfit) if unfit else "")
 
@@ -247,7 +344,8 @@ def _show_changes(panel: "LifecycleStepper") -> None:
 
 def _fold_title(session: Session, report: list[Match]) -> str:
     "What the tables hold, in a line that is also seen while they are folded away."
-    matched, done = f"{sum(m.matched for m in report):,} of {len(report):,} modules match", len(session.changes)
+    matched = f"{sum(m.matched for m in report):,} of {len(report):,} modules match"
+    done = len(session.changes)
     if session.phase == "original" and not done: return f"Modules: {matched}"
     return f"Modules: {matched}; the last step changed {f'{done:,} of them' if done else 'none of them'}"
 
@@ -256,7 +354,8 @@ def _refresh_progress(panel: "LifecycleStepper") -> None:
     "The cheap part: how far a running feed is."
     s = panel.session
     panel.bar.value = s.fed / s.replay.total if s.replay.total else 0.0
-    if s.running: panel.note.value = block(escape(_note(s, {})))
+    if s.running:
+        panel.note.value = block(escape(_note(s, {})))
 
 
 def _refresh_stepper(panel: "LifecycleStepper", what: str) -> None:
@@ -264,7 +363,8 @@ def _refresh_stepper(panel: "LifecycleStepper", what: str) -> None:
     s = panel.session
     _refresh_progress(panel)
     if what == "batch": return
-    legal, marked = s.legal(), s.next_step()
+    legal = s.legal()
+    marked = s.next_step()
     panel.note.value = block(escape(_note(s, legal)))
     _refresh_buttons(panel, marked, legal)
     elsewhere = "" if s.running else _elsewhere(legal)
@@ -288,27 +388,38 @@ class _Pressed(Panel):
     def press(self, step: str) -> None:
         "What clicking a button does. An error is shown in the panel."
         self._try(lambda: _call(self.session, step))
-        if step in ("feed", "feed_all") and self.session.error is None: self.fold.selected_index = None  # feeding changes no module: make room for what is seen
-        if step == "initialize" and self.session.phase == "initialized": self.tabs.selected_index = 0  # now what changed tells more
+        if step in ("feed", "feed_all") and self.session.error is None:
+            self.fold.selected_index = None  # feeding changes no module: make room for what is seen
+        if step == "initialize" and self.session.phase == "initialized":
+            self.tabs.selected_index = 0  # now what changed tells more
         self.refresh(step)
 
     def set(self, name: str, value: str) -> None:
-        "Hand one of `scheme`, `targets`, `ignore` to the session. A bad value is explained in the panel and changes nothing."
-        if name == "scheme" and not is_preset(value): self.editor.selected_index = 0  # custom: where one says what
-        else: self._try(lambda: self.session.configure(**{name: value if name == "scheme" else split_names(value)}))
+        """Hand one of `scheme`, `targets`, `ignore` to the session. A bad value is explained in the panel and
+        changes nothing."""
+        if name == "scheme" and not is_preset(value):
+            self.editor.selected_index = 0  # custom: where one says what
+        else:
+            self._try(lambda: self.session.configure(**{name: value if name == "scheme" else split_names(value)}))
         self.refresh("configured")
 
     def edit(self, part: str, name: str, value: Any) -> None:
         "Change one field of one part of the scheme. What cannot be is explained in the panel and changes nothing."
         parts = parts_of(self.session.modifier.resolved_config) or {}
-        self._try(lambda: self.session.configure(scheme=check_fields(parts | {part: edited(part, parts.get(part), name, value)})))
+        self._try(
+            lambda: self.session.configure(
+                scheme=check_fields(parts | {part: edited(part, parts.get(part), name, value)})
+            )
+        )
         self.refresh("configured")
 
     def _try(self, action: Callable[[], None]) -> None:
         "Run what a click asks for."
         self.session.error = None
-        try: action()
-        except Exception as error: self.session.error = error  # shown by refresh
+        try:
+            action()
+        except Exception as error:
+            self.session.error = error  # shown by refresh
 
     def pause_or_resume(self) -> None:
         "Hold a running feed, or let it go on."
@@ -318,25 +429,40 @@ class _Pressed(Panel):
 
 # %% ../nbs/14c_stepper.ipynb #75556362
 class LifecycleStepper(_Pressed):
-    "Steps a session through its calibration: legal steps are enabled, the next one is marked, and each shows what it changed."
+    """Steps a session through its calibration: legal steps are enabled, the next one is marked, and each shows what
+    it changed."""
 
     def __init__(self, session: Session, state: WorkbenchState | None = None) -> None:
         super().__init__(session, state)
-        self._filling, self._lock = False, threading.RLock()
+        self._filling = False
+        self._lock = threading.RLock()
         self.buttons = _buttons(self.press)
         for name in ("phase", "words", "note", "error", "code", "changes", "matches", "tree"):
             setattr(self, name, w.HTML().add_class(f"qcal-{name}"))
         _make_scheme_fields(self)
-        feeding, self.tabs = _make_feeding(self), _make_tabs(self)
+        feeding = _make_feeding(self)
+        self.tabs = _make_tabs(self)
         fields = w.HBox([self.scheme, self.targets, self.ignore]).add_class("qcal-row")
         steps = w.HBox(list(self.buttons.values())).add_class("qcal-row")
-        self.children = [self._style, self.phase, steps, feeding, self.error, fields, self.words, self.editor, self.code, self.fold,
-                         w.HTML(glossary_html(WORDS))]
+        self.children = [
+            self._style,
+            self.phase,
+            steps,
+            feeding,
+            self.error,
+            fields,
+            self.words,
+            self.editor,
+            self.code,
+            self.fold,
+            w.HTML(glossary_html(WORDS)),
+        ]
         self.add_class("qcal-panel").add_class("qcal-stepper")
         self.refresh()
 
     def refresh(self, what: str = "") -> None:
         "Show what the session is now."
-        with self._lock: _refresh_stepper(self, what)
+        with self._lock:
+            _refresh_stepper(self, what)
 
     def static_png(self) -> bytes: return static_picture(self.session)

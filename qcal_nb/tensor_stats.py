@@ -21,18 +21,29 @@ from numba import njit
 from torch import Tensor
 
 from .compiled import in_parts, shared_out
-from .histogram import N_BUCKETS, Histogram, bucket_counts, by_sign, count_buckets, is_bfloat16, only_finite, representatives
+from qcal_nb.histogram import (
+    N_BUCKETS,
+    Histogram,
+    bucket_counts,
+    by_sign,
+    count_buckets,
+    is_bfloat16,
+    only_finite,
+    representatives,
+)
 from .observers.base import NonFinite
 
 # %% ../nbs/08a_tensor_stats.ipynb #7bb71e21
 _VALUES = torch.from_numpy(np.concatenate([representatives(np.arange(0x7F80), True), np.zeros(0x80)]))
 
 
-@njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})  # in whatever order: in float64 it shows in the sixteenth digit
+# in whatever order: in float64 it shows in the sixteenth digit
+@njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
 def two_sums(x):
     "Σx and Σx² of float32 values, in float64."
     total = squares = 0.0
-    for i in range(len(x)):  # over the places, not the values: so it is made into vector instructions, ten times as fast
+    # over the places, not the values: so it is made into vector instructions, ten times as fast
+    for i in range(len(x)):
         wide = np.float64(x[i])
         total += wide
         squares += wide * wide
@@ -40,16 +51,20 @@ def two_sums(x):
 
 
 def sums(value: Tensor, counts: Tensor) -> tuple[Fraction, Fraction]:
-    "Σx and Σx² of a finite contiguous tensor, each rounded to float64 once or a few times. Of bfloat16 the counts tell, without another read."
+    """Σx and Σx² of a finite contiguous tensor, each rounded to float64 once or a few times. Of bfloat16 the counts
+    tell, without another read."""
     if value.dtype == torch.bfloat16:
         negative, positive = counts.cpu().view(2, -1).double()
-        return Fraction((positive - negative).dot(_VALUES).item()), Fraction((positive + negative).dot(_VALUES.square()).item())
+        return Fraction((positive - negative).dot(_VALUES).item()), Fraction(
+            (positive + negative).dot(_VALUES.square()).item()
+        )
     if value.dtype == torch.float32 and value.device.type == "cpu":
         return tuple(Fraction(sum(part)) for part in zip(*shared_out(two_sums, in_parts(value.view(-1).numpy()))))
     total = squares = 0.0
     for piece in value.view(-1).split(1 << 16):  # 512 kB each in float64: they stay in the cache
         wide = piece.double()
-        total, squares = total + wide.sum().item(), squares + wide.dot(wide).item()
+        total = total + wide.sum().item()
+        squares = squares + wide.dot(wide).item()
     return Fraction(total), Fraction(squares)
 
 # %% ../nbs/08a_tensor_stats.ipynb #6478f2c6
@@ -62,7 +77,8 @@ class Extreme:
 
     value: float
     batch: int                      # global index of the batch; -1 for a weight
-    position: tuple[int, ...]       # index in every dimension but the last: (row, token) of an activation, (output,) of a weight
+    # index in every dimension but the last: (row, token) of an activation, (output,) of a weight
+    position: tuple[int, ...]
     channel: int                    # index in the last dimension
     token: str | None = None        # the token at that position, if a tokenizer told
     context: str | None = None      # the text around it
@@ -77,30 +93,43 @@ def first_extremes(extremes: Iterable[Extreme]) -> tuple[Extreme, ...]:
 # %% ../nbs/08a_tensor_stats.ipynb #2f0f065f
 @njit(nogil=True, cache=True)
 def keep_largest(block, columns, first, sizes, places):
-    """Go through some columns of `block` (rows, channels), whose first row has the number `first`, and keep in `sizes` (n,), descending, and
-    `places` (n, 2) the largest |x| that came so far; of equals those that came first."""
+    """Go through some columns of `block` (rows, channels), whose first row has the number `first`, and keep in
+    `sizes` (n,), descending, and `places` (n, 2) the largest |x| that came so far; of equals those that came
+    first."""
     for row in range(len(block)):
         for column in columns:
-            size, at = abs(block[row, column]), len(sizes)
-            while at > 0 and size > sizes[at - 1]: at -= 1
+            size = abs(block[row, column])
+            at = len(sizes)
+            while at > 0 and size > sizes[at - 1]:
+                at -= 1
             if at == len(sizes): continue
-            for later in range(len(sizes) - 1, at, -1):  # not by slices, whose assignment takes numba seconds to compile
-                sizes[later], places[later, 0], places[later, 1] = sizes[later - 1], places[later - 1, 0], places[later - 1, 1]
-            sizes[at], places[at, 0], places[at, 1] = size, first + row, column
+            # not by slices, whose assignment takes numba seconds to compile
+            for later in range(len(sizes) - 1, at, -1):
+                sizes[later] = sizes[later - 1]
+                places[later, 0] = places[later - 1, 0]
+                places[later, 1] = places[later - 1, 1]
+            sizes[at] = size
+            places[at, 0] = first + row
+            places[at, 1] = column
 
 
 def largest_places(
     flat: Tensor,        # (rows, channels), finite
     absmax: Tensor,      # (channels,), of each column
 ) -> list[tuple[int, int]]:
-    "Row and channel of the `N_EXTREMES` largest values by size, largest first, of equals the first. Zeros are no extremes."
+    """Row and channel of the `N_EXTREMES` largest values by size, largest first, of equals the first. Zeros are no
+    extremes."""
     least = absmax.topk(N_EXTREMES).values[-1] if len(absmax) >= N_EXTREMES else absmax.new_zeros(())
     columns = (absmax.ge(least) & absmax.gt(0)).nonzero()[:, 0]
-    sizes, places = np.zeros(N_EXTREMES), np.zeros((N_EXTREMES, 2), np.int64)
-    if flat.dtype == torch.float32 and flat.device.type == "cpu": keep_largest(flat.numpy(), columns.numpy(), 0, sizes, places)
+    sizes = np.zeros(N_EXTREMES)
+    places = np.zeros((N_EXTREMES, 2), np.int64)
+    if flat.dtype == torch.float32 and flat.device.type == "cpu":
+        keep_largest(flat.numpy(), columns.numpy(), 0, sizes, places)
     else:  # numpy knows no bfloat16: the columns in question, some rows at a time
-        step, every = max(1, (1 << 17) // max(1, len(columns))), np.arange(len(columns))
-        for start in range(0, len(flat), step): keep_largest(flat[start:start + step][:, columns].double().cpu().numpy(), every, start, sizes, places)
+        step = max(1, (1 << 17) // max(1, len(columns)))
+        every = np.arange(len(columns))
+        for start in range(0, len(flat), step):
+            keep_largest(flat[start:start + step][:, columns].double().cpu().numpy(), every, start, sizes, places)
         places[:, 1] = columns.cpu().numpy()[places[:, 1]] if len(columns) else 0
     return [(row, column) for size, (row, column) in zip(sizes, places.tolist()) if size]
 
@@ -133,7 +162,8 @@ MAX_POINTS = 256
 
 @dataclass(frozen=True)
 class Timeline:
-    "Smallest and largest finite value of single batches by global index; only of indices divisible by `stride`, a power of two."
+    """Smallest and largest finite value of single batches by global index; only of indices divisible by `stride`, a
+    power of two."""
 
     points: Mapping[int, tuple[float, float]] = field(default_factory=dict)
     stride: int = 1
@@ -147,7 +177,8 @@ class Timeline:
 
 
 def thinned(points: Mapping[int, tuple[float, float]], stride: int = 1) -> Timeline:
-    "The timeline with at most `MAX_POINTS` of these points: with the smallest stride, from `stride` on, that leaves so few."
+    """The timeline with at most `MAX_POINTS` of these points: with the smallest stride, from `stride` on, that
+    leaves so few."""
     points = {i: p for i, p in sorted(points.items()) if i % stride == 0}
     while len(points) > MAX_POINTS:
         stride *= 2
@@ -170,7 +201,8 @@ class _Answers:
         "Of the batches with index < 2^level."
         total = Level()
         for k, part in self.levels.items():
-            if k <= level: total = total | part
+            if k <= level:
+                total = total | part
         return total
 
     @property
@@ -192,7 +224,8 @@ class _Answers:
 # %% ../nbs/08a_tensor_stats.ipynb #91825eed
 @dataclass(frozen=True, eq=False, repr=False)
 class TensorStats(_Answers):
-    "What is known of one tensor. A value: it never changes, and `a | b` is what one pass over the data of both would have given."
+    """What is known of one tensor. A value: it never changes, and `a | b` is what one pass over the data of both
+    would have given."""
 
     levels: Mapping[int, Level] = field(default_factory=dict)
     sum: Fraction = Fraction(0)             # Σx over the finite values
@@ -200,7 +233,8 @@ class TensorStats(_Answers):
     first_nonfinite: NonFinite | None = None
     dtypes: frozenset[str] = frozenset()
     shapes: tuple[tuple[int, ...], ...] = ()    # ascending; of more than `MAX_SHAPES` the smallest
-    channels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))  # absmax over everything but the last dimension
+    # absmax over everything but the last dimension
+    channels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
     top: tuple[Extreme, ...] = ()
     timeline: Timeline = Timeline()
     calls: int = 0                          # tensors looked at
@@ -226,7 +260,8 @@ class TensorStats(_Answers):
             first_extremes((*self.top, *other.top)), self.timeline | other.timeline,
             self.calls + other.calls, self.batches + other.batches, self.skipped + other.skipped)
 
-    def __eq__(self, other: object) -> bool: return same_stats(self, other) if isinstance(other, TensorStats) else NotImplemented
+    def __eq__(self, other: object) -> bool:
+        return same_stats(self, other) if isinstance(other, TensorStats) else NotImplemented
     def __hash__(self) -> int: return hash((self.min, self.max, self.calls))
     def __repr__(self) -> str:
         return f"TensorStats({self.count:,} values, {self.min:.4g} … {self.max:.4g}, std {self.std:.4g})"
@@ -254,12 +289,25 @@ def first_place(a: NonFinite | None, b: NonFinite | None) -> NonFinite | None:
 def same_stats(a: TensorStats, b: TensorStats) -> bool:
     "Whether two are the same: everything bit for bit, mean and standard deviation to 1e-12."
     def parts(s: TensorStats) -> tuple:
-        return (dict(s.levels), repr(s.first_nonfinite), s.dtypes, s.shapes, s.channels.tobytes(), s.channels.dtype, s.top, s.timeline, s.calls, s.batches, s.skipped)
+        return (
+            dict(s.levels),
+            repr(s.first_nonfinite),
+            s.dtypes,
+            s.shapes,
+            s.channels.tobytes(),
+            s.channels.dtype,
+            s.top,
+            s.timeline,
+            s.calls,
+            s.batches,
+            s.skipped,
+        )
     close = [math.isclose(x, y, rel_tol=1e-12) or x != x and y != y for x, y in ((a.mean, b.mean), (a.std, b.std))]
     return parts(a) == parts(b) and all(close)
 
 # %% ../nbs/08a_tensor_stats.ipynb #4486a418
-Reading = tuple[Tensor, Tensor, Tensor, Fraction, Fraction]  # dense counts; smallest and largest finite value of each column; Σx, Σx²
+# dense counts; smallest and largest finite value of each column; Σx, Σx²
+Reading = tuple[Tensor, Tensor, Tensor, Fraction, Fraction]
 
 
 def _as_rows(value: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -281,7 +329,9 @@ def _finite(flat: Tensor) -> Tensor:
 
 def _channel_ranges(flat: Tensor, clean: bool) -> tuple[Tensor, Tensor]:
     "Smallest and largest finite value of every column."
-    if clean: return flat.amin(0), flat.amax(0)  # each at the speed of memory; torch.aminmax(dim=0) takes twenty times as long
+    if clean:
+        # each at the speed of memory; torch.aminmax(dim=0) takes twenty times as long
+        return flat.amin(0), flat.amax(0)
     ok = _finite(flat)
     return torch.where(ok, flat, torch.inf).amin(0), torch.where(ok, flat, -torch.inf).amax(0)
 
@@ -310,26 +360,36 @@ def _widen(row, low, high):
 
 @njit(nogil=True, cache=True)
 def read_rows(rows, words, counts, low, high):
-    "Count finite float32 `rows` (n, channels), whose bits are `words`, in `counts`; widen `low` and `high` (channels,) to hold them; return Σx and Σx²."
+    """Count finite float32 `rows` (n, channels), whose bits are `words`, in `counts`; widen `low` and `high`
+    (channels,) to hold them; return Σx and Σx²."""
     total = squares = 0.0
     for i in range(len(rows)):
         count_buckets(words[i], 16, counts)
         _widen(rows[i], low, high)
         more = two_sums(rows[i])
-        total, squares = total + more[0], squares + more[1]
+        total = total + more[0]
+        squares = squares + more[1]
     return total, squares
 
 
 def _read_once(flat: Tensor) -> Reading | None:
     "The same as `_read` in one look, by all threads; None for a tensor that it is not made for."
     if flat.dtype != torch.float32 or flat.device.type != "cpu" or not flat.is_contiguous(): return None
-    rows, channels = flat.numpy(), flat.shape[1]
+    rows = flat.numpy()
+    channels = flat.shape[1]
     parts = in_parts(rows)
-    counts, low = np.zeros((len(parts), N_BUCKETS), np.int64), np.full((len(parts), channels), np.inf, np.float32)
+    counts = np.zeros((len(parts), N_BUCKETS), np.int64)
+    low = np.full((len(parts), channels), np.inf, np.float32)
     high = -low
-    sums, dense = shared_out(read_rows, parts, in_parts(rows.view(np.uint32)), counts, low, high), by_sign(counts)
+    sums = shared_out(read_rows, parts, in_parts(rows.view(np.uint32)), counts, low, high)
+    dense = by_sign(counts)
     if not only_finite(dense): return None
-    return dense, torch.from_numpy(low.min(0)), torch.from_numpy(high.max(0)), *(Fraction(sum(each)) for each in zip(*sums))
+    return (
+        dense,
+        torch.from_numpy(low.min(0)),
+        torch.from_numpy(high.max(0)),
+        *(Fraction(sum(each)) for each in zip(*sums)),
+    )
 
 
 # %% ../nbs/08a_tensor_stats.ipynb #6a028b93
@@ -337,7 +397,9 @@ class _Places:
     "From a row of the flattened tensor back to where it stood."
 
     def __init__(self, leading: tuple[int, ...], rows: Tensor | None, batch: int | None) -> None:
-        self.leading, self.rows, self.batch = leading or (1,), rows, batch
+        self.leading = leading or (1,)
+        self.rows = rows
+        self.batch = batch
 
     def position(self, row: int) -> tuple[int, ...]:
         row = row if self.rows is None else int(self.rows[row])
@@ -345,7 +407,10 @@ class _Places:
 
     def extremes(self, flat: Tensor, absmax: Tensor) -> tuple[Extreme, ...]:
         found = ((flat[row, channel].item(), row, channel) for row, channel in largest_places(flat, absmax))
-        return tuple(Extreme(v, -1 if self.batch is None else self.batch, self.position(row), channel) for v, row, channel in found)
+        return tuple(
+            Extreme(v, -1 if self.batch is None else self.batch, self.position(row), channel)
+            for v, row, channel in found
+        )
 
     def nonfinite(self, flat: Tensor, count: int) -> NonFinite:
         row, channel = divmod(int((~_finite(flat)).reshape(-1).to(torch.uint8).argmax()), flat.shape[1])
@@ -354,12 +419,14 @@ class _Places:
 # %% ../nbs/08a_tensor_stats.ipynb #f52f2612
 @torch.no_grad()
 def measure(
-    value: Tensor,                  # Any shape and floating dtype; the last dimension is that of channels
-    batch: int | None = 0,          # Global index of the batch; None for a weight
-    keep: Tensor | None = None,     # bool, of all dimensions but the last: which positions count; None for all
-    leading: tuple[int, ...] | None = None,  # what the dimensions before the last stand for, if something else than their shape
+    value: Tensor,  # Any shape and floating dtype; the last dimension is that of channels
+    batch: int | None = 0,  # Global index of the batch; None for a weight
+    keep: Tensor | None = None,  # bool, of all dimensions but the last: which positions count; None for all
+    leading: tuple[int, ...]
+    | None = None,  # what the dimensions before the last stand for, if something else than their shape
 ) -> TensorStats:
-    "The statistics of one tensor. Non-finite elements are counted and left out of everything else. TypeError unless floating point."
+    """The statistics of one tensor. Non-finite elements are counted and left out of everything else. TypeError
+    unless floating point."""
     value = value.detach()
     flat, rows = _as_rows(value, keep)
     seen = dict(dtypes=frozenset({str(value.dtype).removeprefix("torch.")}), shapes=(tuple(value.shape),))
@@ -369,10 +436,18 @@ def measure(
     places = _Places(tuple(value.shape[:-1]) if leading is None else leading, rows, batch)
     histogram = Histogram.from_dense(counts, is_bfloat16(flat))
     bad = histogram.nan + histogram.pos_inf + histogram.neg_inf
-    if bad: seen["first_nonfinite"] = places.nonfinite(flat, bad)
+    if bad:
+        seen["first_nonfinite"] = places.nonfinite(flat, bad)
     absmax = torch.maximum(-low, high).clamp_(min=0).abs_()  # -0.0 becomes 0.0
     least, most = (low.min().item() + 0.0, high.max().item() + 0.0) if histogram.count else (math.inf, -math.inf)
     clean = flat if not bad else torch.where(_finite(flat), flat, 0)
     line = Timeline({batch: (least, most)}) if batch is not None and histogram.count else Timeline()
-    return TensorStats({level_of(batch or 0): Level(least, most, histogram)}, total, squares, top=places.extremes(clean, absmax), timeline=line,
-                       channels=absmax.to(torch.float64 if value.dtype == torch.float64 else torch.float32).cpu().numpy(), **seen)
+    return TensorStats(
+        {level_of(batch or 0): Level(least, most, histogram)},
+        total,
+        squares,
+        top=places.extremes(clean, absmax),
+        timeline=line,
+        channels=absmax.to(torch.float64 if value.dtype == torch.float64 else torch.float32).cpu().numpy(),
+        **seen,
+    )

@@ -13,4 +13,11 @@ from .inspector import HistogramInspector
 from .scheme_panel import SchemeComparison
 from .stepper import LifecycleStepper
 
-_all_ = ["CodePanel", "HistogramInspector", "LifecycleStepper", "ObserverComparison", "RangeExplorer", "SchemeComparison"]
+_all_ = [
+    "CodePanel",
+    "HistogramInspector",
+    "LifecycleStepper",
+    "ObserverComparison",
+    "RangeExplorer",
+    "SchemeComparison",
+]

@@ -67,7 +67,8 @@ class _Choices(_Remote):
         return self.session.use_best(base_names)
 
     def compare_schemes(self, schemes: Any, *, eval_data: Any = None, prompt: str | None = None) -> pd.DataFrame:
-        "Schemes side by side on the session's model: perplexity, divergence, bytes, and what each writes after `prompt`."
+        """Schemes side by side on the session's model: perplexity, divergence, bytes, and what each writes after
+        `prompt`."""
         return self.session.compare_schemes(schemes, eval_data=eval_data, prompt=prompt)
 
     def recipe(self) -> QuantizationModifier:
@@ -116,14 +117,22 @@ class _Values(_Choices):
 # %% ../nbs/15_workbench.ipynb #b1681e7d
 def _title(session: Session | Saved) -> w.HTML:
     "What is on the bench, in a line."
-    if session.model is None: words = f"<b>{session.record.model or 'A record'}</b> · a saved run: {session.record.batches:,} batches, {session.record.tokens:,} tokens"
-    else: words = f"<b>{type(session.model).__name__}</b> · {sum(p.numel() for p in session.model.parameters()):,} parameters"
+    if session.model is None:
+        words = (
+            f"<b>{session.record.model or 'A record'}</b> · a saved run: {session.record.batches:,} batches, "
+            f"{session.record.tokens:,} tokens"
+        )
+    else:
+        words = (
+            f"<b>{type(session.model).__name__}</b> · {sum(p.numel() for p in session.model.parameters()):,} parameters"
+        )
     return w.HTML(STYLE + block(words))
 
 
 def _make_panels(bench: "Workbench") -> dict[str, Panel]:
     "The panels behind tabs, by title."
-    session, state = bench.session, bench.state
+    session = bench.session
+    state = bench.state
     bench.explorer, bench.inspector = RangeExplorer(session, state), HistogramInspector(session, state)
     bench.comparison, bench.code = ObserverComparison(session, state, visible=False), CodePanel(session, state)
     return {"Ranges": bench.explorer, "Histogram": bench.inspector, "Compare": bench.comparison, "Code": bench.code}
@@ -134,21 +143,47 @@ def _make_tabs(panels: dict[str, Panel]) -> w.Tab:
     tabs = w.Tab(list(panels.values()), titles=list(panels))
     tabs.add_class("qcal-tabs")
     def choose(_: Any = None) -> None:
-        for i, panel in enumerate(panels.values()): panel.show(i == tabs.selected_index)
+        for i, panel in enumerate(panels.values()):
+            panel.show(i == tabs.selected_index)
     tabs.observe(choose, names=["selected_index"])
     choose()
     return tabs
 
 # %% ../nbs/15_workbench.ipynb #161d79be
 class Workbench(_Values):
-    """Calibrate a model step by step and see what every step does. `data` takes all that `qcal_nb.calibrate` takes; `record` and `recipe` (values or paths)
-    take up a saved run; `eval_data` is what schemes are compared on."""
+    """Calibrate a model step by step and see what every step does. `data` takes all that `qcal_nb.calibrate` takes;
+    `record` and `recipe` (values or paths) take up a saved run; `eval_data` is what schemes are compared on."""
 
-    def __init__(self, model: Module, data: Any = None, tokenizer: Any = None, scheme: Any = "FP8", *,
-                 ignore: Iterable[str] = ("lm_head",), targets: Iterable[str] = ("Linear",), batch_size: int = 1, max_length: int | None = None,
-                 record: Any = None, recipe: Any = None, eval_data: Any = None) -> None:
-        self._build(Session(model, data, tokenizer, scheme, ignore=ignore, targets=targets, batch_size=batch_size, max_length=max_length,
-                            record=record, recipe=recipe, eval_data=eval_data))
+    def __init__(
+        self,
+        model: Module,
+        data: Any = None,
+        tokenizer: Any = None,
+        scheme: Any = "FP8",
+        *,
+        ignore: Iterable[str] = ("lm_head",),
+        targets: Iterable[str] = ("Linear",),
+        batch_size: int = 1,
+        max_length: int | None = None,
+        record: Any = None,
+        recipe: Any = None,
+        eval_data: Any = None,
+    ) -> None:
+        self._build(
+            Session(
+                model,
+                data,
+                tokenizer,
+                scheme,
+                ignore=ignore,
+                targets=targets,
+                batch_size=batch_size,
+                max_length=max_length,
+                record=record,
+                recipe=recipe,
+                eval_data=eval_data,
+            )
+        )
 
     @classmethod
     def from_record(cls, record: CalibrationRecord | str | os.PathLike) -> "Workbench":
@@ -169,7 +204,8 @@ class Workbench(_Values):
 
     def close(self) -> None:
         "Stop what runs, take observers and hooks off the model (a finished calibration stays), and remove the panels."
-        if self._unlisten is not None: close_workbench(self)
+        if self._unlisten is not None:
+            close_workbench(self)
         super().close()
 
 # %% ../nbs/15_workbench.ipynb #d3842b87
@@ -178,7 +214,10 @@ def close_workbench(workbench: Workbench) -> None:
     session = workbench.session
     if session.model is not None:
         stop(session)
-        if session._thread is not None: session._thread.join()
-        if session.phase in ("initialized", "started", "fed") and session.legal()["reset"] is None: session.reset()
+        if session._thread is not None:
+            session._thread.join()
+        if session.phase in ("initialized", "started", "fed") and session.legal()["reset"] is None:
+            session.reset()
     for panel in (workbench.stepper, *workbench.panels.values()):
-        if panel is not None: panel.close()
+        if panel is not None:
+            panel.close()

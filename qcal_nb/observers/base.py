@@ -49,7 +49,10 @@ def check_base_name(base_name: str) -> str:
 def check_args(args: QuantizationArgs) -> QuantizationArgs:
     "`args` themselves, or a TypeError."
     if not isinstance(args, QuantizationArgs):
-        raise TypeError(f"args must be QuantizationArgs, got {type(args).__name__}; e.g. QuantizationArgs(num_bits=8, strategy='tensor')")
+        raise TypeError(
+            f"args must be QuantizationArgs, got {type(args).__name__}; e.g. QuantizationArgs(num_bits=8, "
+            "strategy='tensor')"
+        )
     return args
 
 # %% ../../nbs/03a_observers_base.ipynb #5c10534b
@@ -62,7 +65,9 @@ def _flatten_weight(value: Tensor, args: QuantizationArgs) -> Tensor:
     if args.strategy == "channel": return value.unsqueeze(-2).unsqueeze(0)
     if args.strategy in ("group", "tensor_group"): return value.unflatten(-1, (-1, args.group_size)).unsqueeze(0)
     if args.strategy != "block":
-        raise _no(args.strategy, "weight", "it belongs to activations; use tensor, channel, group, tensor_group or block")
+        raise _no(
+            args.strategy, "weight", "it belongs to activations; use tensor, channel, group, tensor_group or block"
+        )
     height, width = args.block_structure
     value = maybe_pad_tensor_for_block_quant(value, args.block_structure)  # zeros, which never widen a range
     blocks = value.unflatten(1, (-1, width)).unflatten(0, (-1, height))
@@ -87,9 +92,9 @@ def _flatten_attention(value: Tensor, base_name: str, args: QuantizationArgs) ->
 
 # %% ../../nbs/03a_observers_base.ipynb #e06cd510
 def flatten_for_calibration(
-    value: Tensor,            # Weight (rows, cols), activation (..., hidden) or attention state (batch, heads, seq, head_dim)
-    base_name: str,           # One of `weight input output q k v`
-    args: QuantizationArgs,   # Only strategy, group size, block structure and `dynamic` are read
+    value: Tensor,  # Weight (rows, cols), activation (..., hidden) or attention state (batch, heads, seq, head_dim)
+    base_name: str,  # One of `weight input output q k v`
+    args: QuantizationArgs,  # Only strategy, group size, block structure and `dynamic` are read
 ) -> Tensor:
     """A view (a padded copy for uneven blocks) of shape (num_observations, *qparam_shape, group_size).
     ValueError if the strategy is not legal."""
@@ -116,7 +121,8 @@ class Registry:
             known = cls._classes.get(observer_key(name))
             if known is not None and known.__qualname__ != observer.__qualname__:
                 raise ValueError(f"observer name {name!r} is taken by {known.__qualname__}; choose another")
-            cls._classes[observer_key(name)], cls._names[observer_key(name)] = observer, name
+            cls._classes[observer_key(name)] = observer
+            cls._names[observer_key(name)] = name
             return observer
         return add
 
@@ -187,8 +193,8 @@ def find_nonfinite(value: Tensor) -> NonFinite | None:
 
 # %% ../../nbs/03a_observers_base.ipynb #617c4e9a
 def without_nonfinite(observed: Tensor) -> Tensor:
-    """A copy of a flattened tensor in which each non-finite element is replaced by a finite one of the same qparam element,
-    so that no range widens."""
+    """A copy of a flattened tensor in which each non-finite element is replaced by a finite one of the same qparam
+    element, so that no range widens."""
     ok = torch.isfinite(observed)
     least = torch.where(ok, observed, torch.inf).amin(dim=(0, -1), keepdim=True)
     least = torch.where(torch.isfinite(least), least, 0)  # a group without any finite element: as if it were all zeros
@@ -196,11 +202,13 @@ def without_nonfinite(observed: Tensor) -> Tensor:
 
 # %% ../../nbs/03a_observers_base.ipynb #06bea108
 class Statistics(InternalModule):
-    "The part of an observer that holds statistics. An InternalModule: never matched as a target, never in a checkpoint."
+    """The part of an observer that holds statistics. An InternalModule: never matched as a target, never in a
+    checkpoint."""
 
     statistics: ClassVar[tuple[str, ...]] = ("min_vals", "max_vals")
     sync_ops: ClassVar[dict[str, Any]] = {}
-    keep_finite: ClassVar[Callable[[Tensor], Tensor]] = staticmethod(without_nonfinite)  # what `record` leaves of a tensor
+    # what `record` leaves of a tensor
+    keep_finite: ClassVar[Callable[[Tensor], Tensor]] = staticmethod(without_nonfinite)
 
     def __init__(self) -> None:
         super().__init__()
@@ -218,13 +226,15 @@ class Statistics(InternalModule):
         return {name: value for name in self.statistics if (value := getattr(self, name, None)) is not None}
 
     def clip_range(self) -> tuple[Tensor, Tensor]:
-        "The range that the scale is made for, `qparam_shape` each: `min_vals` and `max_vals`, unless a class chooses another."
+        """The range that the scale is made for, `qparam_shape` each: `min_vals` and `max_vals`, unless a class
+        chooses another."""
         stats = self.get_statistics()
         return stats["min_vals"], stats["max_vals"]
 
     def delete_statistics(self) -> None:
         "Forget everything that was observed."
-        for name in self.statistics: self.__dict__.pop(name, None)
+        for name in self.statistics:
+            self.__dict__.pop(name, None)
         self.consumed = False
 
     def sync_stats(self) -> list[tuple[Tensor, Any]]:
@@ -253,7 +263,15 @@ class Counts:
         "After one more call. Calls outside of a feed (no batch index) count as a batch each."
         batch = current_batch.get()
         new = batch is None or batch != self.last_batch
-        return Counts(self.observations + 1, self.elements + elements, self.batches + new, self.skipped, self.nonfinite, self.first_nonfinite, batch)
+        return Counts(
+            self.observations + 1,
+            self.elements + elements,
+            self.batches + new,
+            self.skipped,
+            self.nonfinite,
+            self.first_nonfinite,
+            batch,
+        )
 
     def found(self, bad: NonFinite, skipped: bool) -> "Counts":
         "After non-finite values were kept out."
@@ -270,13 +288,20 @@ class QParamsDict(TypedDict):
 
 
 def same_tensor(value: Tensor) -> tuple:
-    "What tells one state of a tensor from another: storage, place in it, and the count of in-place changes (inference tensors have none)."
-    version = object() if value.is_inference() else value._version  # without a count no two looks are known to be of the same state
+    """What tells one state of a tensor from another: storage, place in it, and the count of in-place changes
+    (inference tensors have none)."""
+    # without a count no two looks are known to be of the same state
+    version = object() if value.is_inference() else value._version
     storage = StorageWeakRef(value.untyped_storage())  # an address alone may have been taken by another tensor since
     return storage, value.storage_offset(), value.shape, value.stride(), value.dtype, version
 
 # %% ../../nbs/03a_observers_base.ipynb #11d776cc
-FUSED_LAYERS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"), ("w1", "w3"))
+FUSED_LAYERS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("w1", "w3"),
+)
 
 
 class Fusable(Statistics):
@@ -304,15 +329,20 @@ class Fusable(Statistics):
         self._read = True
         group = [self, *self.partners()]
         if all(o._read for o in group):
-            for o in group: o.consumed, o._read = True, False
+            for o in group:
+                o.consumed = True
+                o._read = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Fusable":
         "Copied together with its model, an observer belongs to the copied module and shares with the copied partners."
         new = memo[id(self)] = type(self).__new__(type(self))
-        new.__dict__.update({name: None if name == "_seen" else deepcopy(value, memo) for name, value in self.__dict__.items()})
+        new.__dict__.update(
+            {name: None if name == "_seen" else deepcopy(value, memo) for name, value in self.__dict__.items()}
+        )
         if (twin := memo.get(id(self._module()))) is None: return new
         new._module = weakref.ref(twin)
-        for partner in self.partners(): deepcopy(partner._module(), memo)
+        for partner in self.partners():
+            deepcopy(partner._module(), memo)
         new._partners = tuple(weakref.ref(deepcopy(partner, memo)) for partner in self.partners())
         return new
 
@@ -323,16 +353,18 @@ _changed: ContextVar[dict[int, tuple["Observer", dict[str, Any]]] | None] = Cont
 def about_to_change(self: "Observer") -> None:
     "Called before an observer changes: inside `all_or_nothing` what it knew before its first change is remembered."
     changed = _changed.get()
-    if changed is not None and id(self) not in changed: changed[id(self)] = (self, dict(self.__dict__))
+    if changed is not None and id(self) not in changed:
+        changed[id(self)] = (self, dict(self.__dict__))
 
 
 @contextmanager
 def all_or_nothing(*observers: "Observer") -> Iterator[None]:
-    """If the block fails or is interrupted, every observer that looked at something in it, and each of `observers`, knows what it knew before.
-    References suffice: an update makes new tensors."""
+    """If the block fails or is interrupted, every observer that looked at something in it, and each of `observers`,
+    knows what it knew before. References suffice: an update makes new tensors."""
     changed = {id(o): (o, dict(o.__dict__)) for o in observers}
     token = _changed.set(changed)
-    try: yield
+    try:
+        yield
     except BaseException:
         for observer, before in changed.values():
             observer.__dict__.clear()
@@ -340,7 +372,8 @@ def all_or_nothing(*observers: "Observer") -> Iterator[None]:
         raise
     finally:
         _changed.reset(token)
-        if (around := _changed.get()) is not None: around.update(changed | around)  # a block around this one may still fail
+        if (around := _changed.get()) is not None:
+            around.update(changed | around)  # a block around this one may still fail
 
 # %% ../../nbs/03a_observers_base.ipynb #1cf710c4
 def _remember(self: "Observer") -> dict[str, Any]:
@@ -356,34 +389,44 @@ def _pass_over(self: "Observer", observed: Tensor, batch: int | None) -> bool:
 
 
 def _finite(x: Tensor) -> bool:
-    "Whether every element is. A single number, which most statistics are, is asked for without three more operations of torch."
+    """Whether every element is. A single number, which most statistics are, is asked for without three more
+    operations of torch."""
     return math.isfinite(x.item()) if x.numel() == 1 else bool(torch.isfinite(x).all())
 
 
 def _look_at(self: "Observer", observed: Tensor) -> "Observer":
-    "One observation: pass over what is empty or unchanged, start anew after consumption, update, keep non-finite values out."
+    """One observation: pass over what is empty or unchanged, start anew after consumption, update, keep non-finite
+    values out."""
     batch = current_batch.get()
     if _pass_over(self, observed, batch): return self
     about_to_change(self)
     before = _remember(self)
-    if batch is None or batch != self._batch[0]: self._batch = (batch, before)
-    if self.consumed: self.delete_statistics()
-    start, flat = _remember(self), flatten_for_calibration(observed.detach(), self.base_name, self.args)
+    if batch is None or batch != self._batch[0]:
+        self._batch = (batch, before)
+    if self.consumed:
+        self.delete_statistics()
+    start = _remember(self)
+    flat = flatten_for_calibration(observed.detach(), self.base_name, self.args)
     self.update_statistics_from_observed(flat)
     if not all(_finite(s) for s in self.get_statistics().values() if s.is_floating_point()):
         self.__dict__.update(before)
         _keep_out(self, observed, flat, start)
     seen = same_tensor(observed) if self.base_name == "weight" else None
-    # what was read before is not what is there now. Not one by one: after a matrix product an assignment to a Module takes as long as a small operation
+    # what was read before is not what is there now. Not one by one: after a matrix product an assignment to a Module
+    # takes as long as a small operation
     self.__dict__.update(_seen=seen, _read=False, counts=self.counts.seen(observed.numel()))
     return self
 
 # %% ../../nbs/03a_observers_base.ipynb #a3d57778
 def _keep_out(self: "Observer", observed: Tensor, flat: Tensor, start: dict[str, Any]) -> None:
-    "Apply the policy to a tensor that holds non-finite values. `start`: the statistics that this tensor would have been added to."
-    found, where = find_nonfinite(observed), f"{self.module_name or 'unnamed module'}, {self.base_name}"
+    """Apply the policy to a tensor that holds non-finite values. `start`: the statistics that this tensor would
+    have been added to."""
+    found = find_nonfinite(observed)
+    where = f"{self.module_name or 'unnamed module'}, {self.base_name}"
     if found is None:
-        raise NonFiniteError(f"{where}: the values are finite but their statistics overflow {observed.dtype}; use a wider dtype")
+        raise NonFiniteError(
+            f"{where}: the values are finite but their statistics overflow {observed.dtype}; use a wider dtype"
+        )
     if self.nonfinite == "raise":
         raise NonFiniteError(f"{where}: {found}. Mend the data or the model, or calibrate with nonfinite='skip' "
                              "(leave such batches out) or 'record' (leave such elements out)")
@@ -397,14 +440,16 @@ def _keep_out(self: "Observer", observed: Tensor, flat: Tensor, start: dict[str,
 
 # %% ../../nbs/03a_observers_base.ipynb #12a509a3
 def _absmax(self: "Observer") -> Tensor:
-    if not self.has_statistics and (module := self._module()) is not None: self(getattr(module, self.base_name))
+    if not self.has_statistics and (module := self._module()) is not None:
+        self(getattr(module, self.base_name))
     stats = self.get_statistics()
     return torch.max(stats["max_vals"].max(), -stats["min_vals"].min())
 
 
 @torch.no_grad()
 def qparams_for(self: "Observer", low: Tensor, high: Tensor) -> QParamsDict:
-    "The scale for a range (`qparam_shape` each), by compressed-tensors' own arithmetic. NonFiniteError if it overflows."
+    """The scale for a range (`qparam_shape` each), by compressed-tensors' own arithmetic. NonFiniteError if it
+    overflows."""
     global_scale = None
     if self.args.strategy == "tensor_group":
         absmax = torch.stack([_absmax(o) for o in (self, *self.partners())]).max().reshape(1)
@@ -417,57 +462,70 @@ def qparams_for(self: "Observer", low: Tensor, high: Tensor) -> QParamsDict:
 
 
 def _checked(cls: type["Observer"], kwargs: dict[str, Any]) -> dict[str, Any]:
-    kwargs = {k: v for k, v in kwargs.items() if k != "triton_error_buffer"}  # in the reference's recipes; without effect
+    # in the reference's recipes; without effect
+    kwargs = {k: v for k, v in kwargs.items() if k != "triton_error_buffer"}
     for unknown in kwargs.keys() - cls.defaults.keys():
         raise ValueError(f"observer argument {unknown}={kwargs[unknown]!r} is unknown to {cls.__name__}; "
                          f"valid arguments: {', '.join(cls.defaults) or 'none'}")
     complete = {**cls.defaults, **kwargs}
-    for check in cls.checks: check(complete)
+    for check in cls.checks:
+        check(complete)
     return complete
 
 # %% ../../nbs/03a_observers_base.ipynb #25515f8e
 class Observer(Fusable, Registry, ABC):
-    "Watches one tensor of one module (`base_name`), concludes `scale` and `zero_point` as `args` ask. Never writes to `args`."
+    """Watches one tensor of one module (`base_name`), concludes `scale` and `zero_point` as `args` ask. Never
+    writes to `args`."""
 
     defaults: ClassVar[dict[str, Any]] = {}  # keyword arguments that the class accepts, with their defaults
-    checks: ClassVar[tuple[Callable[[dict[str, Any]], None], ...]] = ()  # each is shown all of them; ValueError if one makes no sense
+    # each is shown all of them; ValueError if one makes no sense
+    checks: ClassVar[tuple[Callable[[dict[str, Any]], None], ...]] = ()
     needs_data: ClassVar[bool] = False       # whether even a weight's range follows from what runs through the model
 
     def __init__(self, base_name: str, args: QuantizationArgs, **observer_kwargs: Any) -> None:
         super().__init__()
-        self.base_name, self.args = check_base_name(base_name), check_args(args)
+        self.base_name = check_base_name(base_name)
+        self.args = check_args(args)
         self.kwargs = self.check_kwargs({**(args.observer_kwargs or {}), **observer_kwargs})
-        self.counts, self.module_name, self.nonfinite, self.owner = Counts(), "", "raise", None
+        self.counts = Counts()
+        self.module_name = ""
+        self.nonfinite = "raise"
+        self.owner = None
         self._seen = self._left_out = None  # the state of the weight that was looked at; a batch that `skip` took out
         self._batch: tuple[int | None, dict] = (None, {})  # the batch in hand, and the statistics before it
 
     @classmethod
     def check_kwargs(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
-        "Defaults overlaid with `kwargs`; a name that the class does not know, or a value that a check refuses, is a ValueError."
+        """Defaults overlaid with `kwargs`; a name that the class does not know, or a value that a check refuses, is
+        a ValueError."""
         return _checked(cls, kwargs)
 
     def forward(self, observed: Tensor) -> "Observer":
         "Look at one tensor. An empty one, or a weight that did not change since, is passed over."
         if not torch.is_grad_enabled(): return _look_at(self, observed)
-        with torch.no_grad(): return _look_at(self, observed)
+        with torch.no_grad():
+            return _look_at(self, observed)
 
     @abstractmethod
     def update_statistics_from_observed(self, observed: Tensor) -> None:
         "Update the statistics from a tensor of shape (num_observations, *qparam_shape, group_size)."
 
     def get_qparams(self) -> QParamsDict:
-        "`scale`, `zero_point` (of the scale's shape), `global_scale` (1,) or None. Reads only; RuntimeError without statistics."
+        """`scale`, `zero_point` (of the scale's shape), `global_scale` (1,) or None. Reads only; RuntimeError
+        without statistics."""
         return qparams_for(self, *self.clip_range())
 
     def hears(self) -> bool:
-        "Whether the forward pass that runs in this thread is meant for this observer: its owner's, or without an owner nobody's."
+        """Whether the forward pass that runs in this thread is meant for this observer: its owner's, or without an
+        owner nobody's."""
         return self.owner == current_feed.get()
 
     def extra_repr(self) -> str: return f"{self.module_name or '(free)'}, {self.base_name}"
 
 # %% ../../nbs/03a_observers_base.ipynb #442936bb
 def first_tensor(args: Any, kwargs: dict[str, Any] | None = None) -> Tensor | None:
-    "The first tensor that a module was called with: among the positional arguments, then among the named ones. None without any."
+    """The first tensor that a module was called with: among the positional arguments, then among the named ones.
+    None without any."""
     values = args if isinstance(args, (tuple, list)) else (args,)
     return next((v for v in (*values, *(kwargs or {}).values()) if isinstance(v, Tensor)), None)
 
@@ -479,17 +537,35 @@ _said: ContextVar[set[str] | None] = ContextVar("qcal_nb_said", default=None)
 def each_warning_once() -> Iterator[None]:
     "Inside the block `warn_once` says the same thing only once."
     token = _said.set(set() if _said.get() is None else _said.get())  # an outer block's, also while it is empty
-    try: yield
-    finally: _said.reset(token)
+    try:
+        yield
+    finally:
+        _said.reset(token)
 
 
-_INNER = {"qcal_nb", "torch", "compressed_tensors", "transformers", "pydantic", "contextlib", "functools", "concurrent", "threading", "ipywidgets", "traitlets"}
+_INNER = {
+    "qcal_nb",
+    "torch",
+    "compressed_tensors",
+    "transformers",
+    "pydantic",
+    "contextlib",
+    "functools",
+    "concurrent",
+    "threading",
+    "ipywidgets",
+    "traitlets",
+}
 
 
 def _level_outside() -> int:
-    "The `stacklevel`, for the function that asks, of the first line that is the user's: beyond this package and what calls it back."
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _INNER: frame, level = frame.f_back, level + 1
+    """The `stacklevel`, for the function that asks, of the first line that is the user's: beyond this package and
+    what calls it back."""
+    frame = sys._getframe(1)
+    level = 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _INNER:
+        frame = frame.f_back
+        level = level + 1
     return level
 
 
@@ -497,21 +573,26 @@ def warn_once(message: str) -> None:
     "A warning that points at the user's line; inside `each_warning_once` not a second time."
     said = _said.get()
     if said is not None and message in said: return
-    if said is not None: said.add(message)
+    if said is not None:
+        said.add(message)
     warnings.warn(message, stacklevel=_level_outside())
 
 # %% ../../nbs/03a_observers_base.ipynb #21883716
 class Once:
-    "Answers questions about tensors, each once for the last `size` tensors that passed. Answers are held so long, the tensors are not."
+    """Answers questions about tensors, each once for the last `size` tensors that passed. Answers are held so long,
+    the tensors are not."""
 
     def __init__(self, size: int = 4) -> None:
-        self.size, self._answers = size, OrderedDict()
+        self.size = size
+        self._answers = OrderedDict()
 
     def __call__(self, value: Tensor, question: Hashable, answer: Callable[[], T]) -> T:
         key = same_tensor(value)
         answers = self._answers[key] = self._answers.pop(key, {})  # to the end: the most recent
-        while len(self._answers) > self.size: self._answers.popitem(last=False)
-        if question not in answers: answers[question] = answer()
+        while len(self._answers) > self.size:
+            self._answers.popitem(last=False)
+        if question not in answers:
+            answers[question] = answer()
         return answers[question]
 
     def clear(self) -> None:
@@ -523,10 +604,13 @@ _once: ContextVar[Once | None] = ContextVar("qcal_nb_once", default=None)
 
 @contextmanager
 def sharing() -> Iterator[None]:
-    "Inside the block, observers of one tensor share what is the same for all of them (`shared`); a block inside another shares with it."
+    """Inside the block, observers of one tensor share what is the same for all of them (`shared`); a block inside
+    another shares with it."""
     token = _once.set(_once.get() or Once())
-    try: yield
-    finally: _once.reset(token)
+    try:
+        yield
+    finally:
+        _once.reset(token)
 
 
 def shared(value: Tensor, question: Hashable, answer: Callable[[], T]) -> T:
@@ -536,19 +620,22 @@ def shared(value: Tensor, question: Hashable, answer: Callable[[], T]) -> T:
 
 # %% ../../nbs/03a_observers_base.ipynb #6ecd71ba
 def fuse(observers: Sequence[Observer | None]) -> None:
-    "Make observers share one `global_scale`. A layer that is missing (None) is left out; ValueError unless all are tensor_group."
+    """Make observers share one `global_scale`. A layer that is missing (None) is left out; ValueError unless all
+    are tensor_group."""
     group = [o for o in observers if o is not None]
     for o in group:
         if o.args.strategy != "tensor_group":
             raise ValueError(f"only tensor_group observers share a global scale; {o} has strategy {o.args.strategy!r}")
-    for o in group: o._partners = tuple(weakref.ref(other) for other in group if other is not o)
+    for o in group:
+        o._partners = tuple(weakref.ref(other) for other in group if other is not o)
 
 
 Observer.fuse = staticmethod(fuse)
 
 
 def fused_layers(model: Module) -> Iterable[tuple[str, dict[str, Module | None]]]:
-    "Each parent in `model` that holds a whole fused group, with the group's layers by name (None where a layer is absent)."
+    """Each parent in `model` that holds a whole fused group, with the group's layers by name (None where a layer is
+    absent)."""
     for path, parent in model.named_modules():
         for names in FUSED_LAYERS:
             if all(hasattr(parent, name) for name in names):

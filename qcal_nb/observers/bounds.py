@@ -23,8 +23,23 @@ from torch import Tensor
 from ..compiled import bits_of, in_parts, shared_out
 from ..histogram import N_BUCKETS, count_buckets
 from qcal_nb.observers.kernels import (
-    AT_ONCE, BLOCK, MANY, MOST, bfloat16_errors, column_errors, fits_kernel, form_of, nearest, power, power_coefficients, power_table,
-    remembered, row_search, shrunk, to_bfloat16, tolerance_of,
+    AT_ONCE,
+    BLOCK,
+    MANY,
+    MOST,
+    bfloat16_errors,
+    column_errors,
+    fits_kernel,
+    form_of,
+    nearest,
+    power,
+    power_coefficients,
+    power_table,
+    remembered,
+    row_search,
+    shrunk,
+    to_bfloat16,
+    tolerance_of,
 )
 from .base import shared, sharing
 from .minmax import range_seen
@@ -50,7 +65,8 @@ def counted(observed: Tensor) -> tuple[Tensor, np.ndarray]:
 @njit(nogil=True, cache=True)
 def add_counted(values, counts, scales, zero_points, form, table, totals):
     "Add to the total of each candidate Σ count·term over bfloat16 `values`, whose errors' terms stand in `table`."
-    error, ones = np.empty_like(values), np.ones_like(values)
+    error = np.empty_like(values)
+    ones = np.ones_like(values)
     for candidate in range(len(totals)):
         bfloat16_errors(values, ones * scales[candidate], ones * zero_points[candidate], form, error)
         for i in range(len(values)):
@@ -59,17 +75,28 @@ def add_counted(values, counts, scales, zero_points, form, table, totals):
 
 # %% ../../nbs/03bd_observers_bounds.ipynb #6338258c
 def counted_errors(observed: Tensor, args: QuantizationArgs, norm: float) -> Callable[[Tensor, Tensor], list[float]]:
-    "`search_error` of a bfloat16 or float16 tensor with one scale, as a function of ranges (candidates,); every different value is quantized once."
+    """`search_error` of a bfloat16 or float16 tensor with one scale, as a function of ranges (candidates,); every
+    different value is quantized once."""
     values, counts = shared(observed, "counted", lambda: counted(observed))
     def one_by_one(low: Tensor, high: Tensor) -> list[float]:
-        quantized = (quantize_with_range(values.reshape(1, 1, -1), *ends, args) for ends in zip(low.split(1), high.split(1)))
-        totals = [(q.to(values.dtype) - values).abs_().pow_(norm).double().mul_(torch.from_numpy(counts)).sum() for q in quantized]
+        quantized = (
+            quantize_with_range(values.reshape(1, 1, -1), *ends, args) for ends in zip(low.split(1), high.split(1))
+        )
+        totals = [
+            (q.to(values.dtype) - values).abs_().pow_(norm).double().mul_(torch.from_numpy(counts)).sum()
+            for q in quantized
+        ]
         return torch.stack(totals).float().tolist()
 
-    form, table, wide = form_of(args.type, args.num_bits), power_table(norm), values.float().numpy()
+    form = form_of(args.type, args.num_bits)
+    table = power_table(norm)
+    wide = values.float().numpy()
     def compiled(low: Tensor, high: Tensor) -> list[float]:
         totals = np.zeros(len(low))
-        shared_out(lambda *some: add_counted(wide, counts, *some[:2], form, table, some[2]), *map(in_parts, (*scales_of(low, high, args), totals)))
+        shared_out(
+            lambda *some: add_counted(wide, counts, *some[:2], form, table, some[2]),
+            *map(in_parts, (*scales_of(low, high, args), totals)),
+        )
         return torch.from_numpy(totals).to(values.dtype).tolist()
     return compiled if values.dtype == torch.bfloat16 else one_by_one
 
@@ -77,20 +104,27 @@ def counted_errors(observed: Tensor, args: QuantizationArgs, norm: float) -> Cal
 # %% ../../nbs/03bd_observers_bounds.ipynb #1d5f3ef6
 BINS = 1 << 16                # and one more, at most
 _ROUNDING = 2.0 ** -21        # of |x|: code points, differences and means are rounded to float32
-_COUNT, _MOST = 40, 1 << 23   # where the count begins in a bin's word; values that one thread packs, fewer than a count can hold
+# where the count begins in a bin's word; values that one thread packs, fewer than a count can hold
+_COUNT = 40
+_MOST = 1 << 23
 _SOME = 1 << 10               # values that become units before they are counted
 
 
 @njit(nogil=True, cache=True)
 def pack_bins(x, per_unit, shift, first, words):
-    "Add float32 values to the bins' `words`: 1 to the upper part, to the lower one how many units the value lies above the edge."
-    places, lower, one = np.empty(_SOME, np.uint32), np.uint64((1 << shift) - 1), np.uint64(1) << np.uint64(_COUNT)
+    """Add float32 values to the bins' `words`: 1 to the upper part, to the lower one how many units the value lies
+    above the edge."""
+    places = np.empty(_SOME, np.uint32)
+    lower = np.uint64((1 << shift) - 1)
+    one = np.uint64(1) << np.uint64(_COUNT)
     shift, start = np.uint32(shift), np.int32(first << shift)
     even = len(x) // _SOME * _SOME
     for begin in range(0, even, _SOME):
-        for i in range(_SOME): places[i] = np.int32(x[begin + i] * per_unit) - start
+        for i in range(_SOME):
+            places[i] = np.int32(x[begin + i] * per_unit) - start
         for i in range(0, _SOME, 8):
-            for place in places[i:i + 8]: words[place >> shift] += one + (np.uint64(place) & lower)
+            for place in places[i:i + 8]:
+                words[place >> shift] += one + (np.uint64(place) & lower)
     for value in x[even:]:
         place = np.uint32(np.int32(value * per_unit) - start)
         words[place >> shift] += one + (np.uint64(place) & lower)
@@ -98,7 +132,8 @@ def pack_bins(x, per_unit, shift, first, words):
 
 @njit(nogil=True, cache=True)
 def unpack_bins(words, counts, above):
-    "Add what each thread packed (threads, bins) to the counts and to the sums of units above the bins' lower edges, float64."
+    """Add what each thread packed (threads, bins) to the counts and to the sums of units above the bins' lower
+    edges, float64."""
     for own in words:
         for i in range(len(own)):
             counts[i] += np.float64(own[i] >> np.uint64(_COUNT))
@@ -113,7 +148,8 @@ def means_of(counts, above, first, width, unit, edges, means):
     for i in range(len(counts)):
         edge = (first + i) * width
         mean = edge + above[i] * unit / max(counts[i], 1.0)
-        edges[i], means[i] = edge, mean
+        edges[i] = edge
+        means[i] = mean
         squares += counts[i] * (abs(mean) + width) ** 2
     edges[len(counts)] = (first + len(counts)) * width
     return squares
@@ -123,17 +159,26 @@ class Binned:
     "A float32 tensor sorted into bins between its extremes: how many values are in each, and their mean."
 
     def __init__(self, observed: Tensor, low: float, high: float) -> None:
-        flat, threads, self.total, self.reach = observed.reshape(-1).numpy(), torch.get_num_threads(), observed.numel(), max(-low, high)
+        flat = observed.reshape(-1).numpy()
+        threads = torch.get_num_threads()
+        self.total = observed.numel()
+        self.reach = max(-low, high)
         self.unit = unit = 2.0 ** (math.frexp(self.reach)[1] - 30)  # what means may be off
-        lowest, highest = int(low / unit), int(high / unit)
+        lowest = int(low / unit)
+        highest = int(high / unit)
         shift = max(0, (highest - lowest).bit_length() - BINS.bit_length() + 1)
-        self.width, first = unit * 2**shift, lowest >> shift
+        self.width = unit * 2**shift
+        first = lowest >> shift
         self.counts, above = np.zeros((2, (highest >> shift) - first + 1))
         for part in np.array_split(flat, math.ceil(len(flat) / (_MOST * threads))):
             words = np.zeros((threads, len(above)), np.uint64)
-            shared_out(lambda some, own: pack_bins(some, np.float32(1 / unit), shift, first, own), in_parts(part), words)
+            shared_out(
+                lambda some, own: pack_bins(some, np.float32(1 / unit), shift, first, own), in_parts(part), words
+            )
             unpack_bins(words, self.counts, above)
-        self.edges, self.means = np.empty(len(above) + 1, np.float32), np.empty(len(above), np.float32)  # edges are exact: few bits and a power of two
+        # edges are exact: few bits and a power of two
+        self.edges = np.empty(len(above) + 1, np.float32)
+        self.means = np.empty(len(above), np.float32)
         self.squares = means_of(self.counts, above, first, self.width, unit, self.edges, self.means)
 
     def size(self, norm: float) -> float:
@@ -146,7 +191,8 @@ class Binned:
 def quantize_edges(edges, scale, zero_point, form, codes):
     "QDQ of the edges of the bins, into `codes`."
     inverse = np.float32(1) / scale
-    for i in range(len(edges)): codes[i] = (nearest(edges[i] * inverse + zero_point, form) - zero_point) * scale
+    for i in range(len(edges)):
+        codes[i] = (nearest(edges[i] * inverse + zero_point, form) - zero_point) * scale
 
 
 @njit(nogil=True, cache=True, fastmath={"contract", "nsz", "reassoc"})  # its sum may be taken in any order
@@ -162,8 +208,10 @@ def smooth_error(codes, means, counts, norm, coefficients):
 # %% ../../nbs/03bd_observers_bounds.ipynb #b766bc27
 @njit(nogil=True, cache=True)
 def changes(codes, places):
-    "Write to `places` the bins in which the code point changes; how many there are. Code points ascend: equal ends, nothing between."
-    found, last = 0, len(codes) - 1
+    """Write to `places` the bins in which the code point changes; how many there are. Code points ascend: equal
+    ends, nothing between."""
+    found = 0
+    last = len(codes) - 1
     for start in range(0, last, 16):
         stop = min(start + 16, last)
         if codes[start] == codes[stop]: continue
@@ -179,8 +227,10 @@ def kinked_error(codes, edges, counts, places, width, norm, coefficients):
     "The least and the largest sum of the errors in the bins `places`, where the code point changes."
     least = most = 0.0
     for i in places:
-        left, right = abs(codes[i] - edges[i]), abs(codes[i + 1] - edges[i + 1])
-        lower = min(left, right) if codes[i + 1] - codes[i] > np.float32(2.5) * width else np.float32(0)  # a code point may lie inside
+        left = abs(codes[i] - edges[i])
+        right = abs(codes[i + 1] - edges[i + 1])
+        # a code point may lie inside
+        lower = min(left, right) if codes[i + 1] - codes[i] > np.float32(2.5) * width else np.float32(0)
         least += counts[i] * power(lower, norm, coefficients)
         most += counts[i] * power((left + right + width) / np.float32(2), norm, coefficients)
     return least, most
@@ -190,7 +240,8 @@ def kinked_error(codes, edges, counts, places, width, norm, coefficients):
 @njit(nogil=True, cache=True)
 def errors_in_bins(edges, means, counts, width, scales, zero_points, form, norm, coefficients, found):
     "Of each candidate the smooth error, and the least and the largest kinked one, into `found` (candidates, 3)."
-    codes, places = np.empty_like(edges), np.empty(len(edges), np.int32)
+    codes = np.empty_like(edges)
+    places = np.empty(len(edges), np.int32)
     for candidate in range(len(found)):
         quantize_edges(edges, scales[candidate], zero_points[candidate], form, codes)
         found[candidate, 0] = smooth_error(codes, means, counts, norm, coefficients)
@@ -198,20 +249,31 @@ def errors_in_bins(edges, means, counts, width, scales, zero_points, form, norm,
         found[candidate, 1], found[candidate, 2] = kinked_error(codes, edges, counts, kinks, width, norm, coefficients)
 
 
-def _bounds(binned: Binned, norm: float, smooth: np.ndarray, least: np.ndarray, most: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    w, root = binned.width, binned.total ** (1 / norm)
-    size = (smooth + most) ** (1 / norm) + w * root  # at least the norm of all errors, each as large as it can be in its bin
+def _bounds(
+    binned: Binned, norm: float, smooth: np.ndarray, least: np.ndarray, most: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    w = binned.width
+    root = binned.total ** (1 / norm)
+    # at least the norm of all errors, each as large as it can be in its bin
+    size = (smooth + most) ** (1 / norm) + w * root
     convex = norm * (norm - 1) / 8 * w**2 * root**2 * size ** (norm - 2)
     slip = _ROUNDING * binned.size(norm) + binned.unit * root
-    rounding = norm * slip * (size + slip) ** (norm - 1) + 8e-6 * (smooth + most)  # the last: powers and sums in float32
+    # the last: powers and sums in float32
+    rounding = norm * slip * (size + slip) ** (norm - 1) + 8e-6 * (smooth + most)
     return smooth + least - rounding, smooth + most + convex + rounding
 
 
-def error_bounds(binned: Binned, low: Tensor, high: Tensor, args: QuantizationArgs, norm: float) -> list[tuple[float, float]]:
-    "For ranges (`low` and `high` of shape (candidates,)): between which two numbers `search_error` of the tensor lies. `norm`: at least 2."
-    bins, how = (binned.edges, binned.means, binned.counts, np.float32(binned.width)), (np.float32(norm), power_coefficients(norm))
-    found, form = np.empty((len(low), 3)), form_of(args.type, args.num_bits)
-    def some(scales: np.ndarray, zero_points: np.ndarray, own: np.ndarray) -> None: errors_in_bins(*bins, scales, zero_points, form, *how, own)
+def error_bounds(
+    binned: Binned, low: Tensor, high: Tensor, args: QuantizationArgs, norm: float
+) -> list[tuple[float, float]]:
+    """For ranges (`low` and `high` of shape (candidates,)): between which two numbers `search_error` of the tensor
+    lies. `norm`: at least 2."""
+    bins = (binned.edges, binned.means, binned.counts, np.float32(binned.width))
+    how = (np.float32(norm), power_coefficients(norm))
+    found = np.empty((len(low), 3))
+    form = form_of(args.type, args.num_bits)
+    def some(scales: np.ndarray, zero_points: np.ndarray, own: np.ndarray) -> None:
+        errors_in_bins(*bins, scales, zero_points, form, *how, own)
     shared_out(some, *map(in_parts, (*scales_of(low, high, args), found)))
     return list(zip(*(ends.tolist() for ends in _bounds(binned, norm, *found.T))))
 
@@ -220,40 +282,72 @@ def error_bounds(binned: Binned, low: Tensor, high: Tensor, args: QuantizationAr
 WIDE = 1 << 10  # columns of a kernel's block
 
 
-def error_by_kernel(observed: Tensor, low: Tensor, high: Tensor, args: QuantizationArgs, norm: float) -> tuple[float, float]:
-    "Between which two numbers `search_error` of a float32 tensor with one scale lies: closer than by bins, for it looks at every value."
+def error_by_kernel(
+    observed: Tensor, low: Tensor, high: Tensor, args: QuantizationArgs, norm: float
+) -> tuple[float, float]:
+    """Between which two numbers `search_error` of a float32 tensor with one scale lies: closer than by bins, for it
+    looks at every value."""
     (scale,), (zero_point,) = scales_of(low, high, args)
-    form, flat = form_of(args.type, args.num_bits), observed.reshape(-1).numpy()
+    form = form_of(args.type, args.num_bits)
+    flat = observed.reshape(-1).numpy()
     even = len(flat) // WIDE * WIDE
 
     def total(block: np.ndarray) -> float:
-        same, errors = np.ones((1, block.shape[1]), np.float32), np.zeros((1, block.shape[1]))
-        column_errors(block, None, same * scale, same * zero_point, None, form, np.float32(norm), power_coefficients(norm), None, np.inf, errors)
+        same = np.ones((1, block.shape[1]), np.float32)
+        errors = np.zeros((1, block.shape[1]))
+        column_errors(
+            block,
+            None,
+            same * scale,
+            same * zero_point,
+            None,
+            form,
+            np.float32(norm),
+            power_coefficients(norm),
+            None,
+            np.inf,
+            errors,
+        )
         return float(errors.sum())
     error = sum(shared_out(total, [*in_parts(flat[:even].reshape(-1, WIDE)), flat[None, even:]]))
     slip = error * tolerance_of(form, norm)
     return error - slip, error + slip
 
 
-def error_in_pieces(observed: Tensor, low: Tensor, high: Tensor, args: QuantizationArgs, norm: float) -> tuple[float, float]:
+def error_in_pieces(
+    observed: Tensor, low: Tensor, high: Tensor, args: QuantizationArgs, norm: float
+) -> tuple[float, float]:
     "`search_error` of a float32 tensor with one scale, twice; a piece at a time."
-    pieces = observed.reshape(1, 1, -1).split(30_000, -1)  # so small that torch works on each in one thread, without waiting for others
-    error = torch.tensor([search_error(piece, low, high, args, norm).item() for piece in pieces], dtype=torch.float64).sum().float().item()
+    # so small that torch works on each in one thread, without waiting for others
+    pieces = observed.reshape(1, 1, -1).split(30_000, -1)
+    error = (
+        torch.tensor([search_error(piece, low, high, args, norm).item() for piece in pieces], dtype=torch.float64)
+        .sum()
+        .float()
+        .item()
+    )
     return error, error
 
 # %% ../../nbs/03bd_observers_bounds.ipynb #1183f0a7
 def bounded_search(shrinks: Iterable[float], bounds: Iterable[tuple[float, float]], patience: float, worst: float,
                    looks: Sequence[Callable[[float], tuple[float, float]]] = ()) -> float:
-    """The shrink that `shrink_search` takes for one scale, 1 if it takes none. `bounds`: of their errors, which must be less than `worst`. `looks`
-    bound one more closely, each closer than the one before, the last exactly; they are asked only about shrinks that cannot be told apart."""
-    best, there, idle = None, (worst, worst), 0
+    """The shrink that `shrink_search` takes for one scale, 1 if it takes none. `bounds`: of their errors, which
+    must be less than `worst`. `looks` bound one more closely, each closer than the one before, the last exactly;
+    they are asked only about shrinks that cannot be told apart."""
+    best = None
+    there = (worst, worst)
+    idle = 0
     def better(p: float, here: tuple[float, float], there: tuple[float, float]) -> bool:
         for look in looks if best else ():
             if here[1] < there[0] or here[0] >= there[1]: break
-            here, there = look(p), look(best)
+            here = look(p)
+            there = look(best)
         return here[1] < there[0]
     for p, here in zip(shrinks, bounds):
-        if better(p, here, there): best, there, idle = p, here, 0
+        if better(p, here, there):
+            best = p
+            there = here
+            idle = 0
         else:
             idle += 1
             if idle >= patience: break
@@ -266,24 +360,44 @@ T = TypeVar("T")
 
 def some_at_a_time(function: Callable[[Tensor, Tensor], list[T]], low: Tensor, high: Tensor, shrinks: list[float],
                    known: dict[float, T]) -> Iterator[T]:
-    "What `function` says of the ranges `shrinks` times (low, high), asked once for each and only as far as somebody wants to know."
+    """What `function` says of the ranges `shrinks` times (low, high), asked once for each and only as far as
+    somebody wants to know."""
     def find(new: list[float]) -> list[T]: return function(*(shrunk(end, torch.tensor(new)) for end in (low, high)))
-    for start in range(0, len(shrinks), AT_ONCE): yield from remembered(known, shrinks[start:start + AT_ONCE], find)
+    for start in range(0, len(shrinks), AT_ONCE):
+        yield from remembered(known, shrinks[start:start + AT_ONCE], find)
 
 
-def bounded_range(observed: Tensor, low: Tensor, high: Tensor, args: QuantizationArgs, shrinks: list[float], patience: float, norm: float,
-                  known: dict[Any, Any]) -> float:
+def bounded_range(
+    observed: Tensor,
+    low: Tensor,
+    high: Tensor,
+    args: QuantizationArgs,
+    shrinks: list[float],
+    patience: float,
+    norm: float,
+    known: dict[Any, Any],
+) -> float:
     "The best shrink of `low` and `high` for a float32 tensor with one scale."
     binned = shared(observed, "binned", lambda: Binned(observed, *(extreme.item() for extreme in range_seen(observed))))
     bounds = some_at_a_time(lambda lo, hi: error_bounds(binned, lo, hi, args, norm), low, high, shrinks, known)
     def remembering(look: Callable[..., tuple[float, float]]) -> Callable[[float], tuple[float, float]]:
-        return lambda p: remembered(known, [(look.__name__, p)], lambda _: [look(observed, low * p, high * p, args, norm)])[0]
+        return lambda p: remembered(
+            known, [(look.__name__, p)], lambda _: [look(observed, low * p, high * p, args, norm)]
+        )[0]
     looks = [remembering(look) for look in (error_by_kernel, error_in_pieces)]
     return bounded_search(shrinks, bounds, patience, torch.finfo(torch.float32).max, looks)
 
 
-def counted_range(observed: Tensor, low: Tensor, high: Tensor, args: QuantizationArgs, shrinks: list[float], patience: float, norm: float,
-                  known: dict[Any, Any]) -> float:
+def counted_range(
+    observed: Tensor,
+    low: Tensor,
+    high: Tensor,
+    args: QuantizationArgs,
+    shrinks: list[float],
+    patience: float,
+    norm: float,
+    known: dict[Any, Any],
+) -> float:
     "The best shrink of `low` and `high` for a bfloat16 or float16 tensor with one scale."
     errors = some_at_a_time(counted_errors(observed, args, norm), low, high, shrinks, known)
     worst = torch.finfo(torch.float32 if observed.dtype == torch.float16 else observed.dtype).max
@@ -295,7 +409,8 @@ def way_for(observed: Tensor, low: Tensor, high: Tensor, norm: float) -> Callabl
     if observed.device.type != "cpu": return None
     if observed.dtype in (torch.bfloat16, torch.float16): return counted_range
     if observed.dtype != torch.float32 or not 2 <= norm <= 4: return None
-    return bounded_range if 1e-6 < (high - low).item() and max(-low.item(), high.item()) < MOST else None  # not for NaN either
+    # not for NaN either
+    return bounded_range if 1e-6 < (high - low).item() and max(-low.item(), high.item()) < MOST else None
 
 
 # %% ../../nbs/03bd_observers_bounds.ipynb #a0f8a743
@@ -311,19 +426,30 @@ def error_in_blocks(observed: Tensor, args: QuantizationArgs, norm: float) -> Ca
 
 
 # %% ../../nbs/03bd_observers_bounds.ipynb #3b0ba773
-def best_range(observed: Tensor, args: QuantizationArgs, maxshrink: float = 0.20, patience: float = 5, grid: float = 100.0,
-               norm: float = 2.4, expand: float = 1.0) -> tuple[Tensor, Tensor]:
+def best_range(
+    observed: Tensor,
+    args: QuantizationArgs,
+    maxshrink: float = 0.20,
+    patience: float = 5,
+    grid: float = 100.0,
+    norm: float = 2.4,
+    expand: float = 1.0,
+) -> tuple[Tensor, Tensor]:
     "What `mse_range` finds (two tensors of shape `qparam_shape`), the fastest way there is for this tensor."
     shrinks = [1 - i / grid for i in range(int(maxshrink * grid))]
-    with sharing(): return _found(observed, args, shrinks, patience, norm, expand)  # the bins ask for the extremes again
+    with sharing():
+        return _found(observed, args, shrinks, patience, norm, expand)  # the bins ask for the extremes again
 
 
-def _found(observed: Tensor, args: QuantizationArgs, shrinks: list[float], patience: float, norm: float, expand: float) -> tuple[Tensor, Tensor]:
+def _found(
+    observed: Tensor, args: QuantizationArgs, shrinks: list[float], patience: float, norm: float, expand: float
+) -> tuple[Tensor, Tensor]:
     low, high = (extreme * expand for extreme in range_seen(observed))
     known = shared(observed, ("errors", repr(args), norm, expand), dict)
     if fits_kernel(observed, low, high, args, norm):
         rows = observed.flatten(1, -2)
-        def error_of(some: Tensor, lo: Tensor, hi: Tensor) -> Tensor: return search_error(rows[:, some], lo, hi, args, norm)
+        def error_of(some: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
+            return search_error(rows[:, some], lo, hi, args, norm)
         return row_search(observed, low, high, args, shrinks, patience, norm, error_of, known=known)
     if low.numel() == 1 and observed.numel() >= MANY and args.scale_dtype is None:
         way = way_for(observed, low, high, norm)

@@ -26,7 +26,8 @@ from ..schemes import code_points, format_name
 
 # %% ../../nbs/03e_observers_histogram.ipynb #ce6880da
 class HistogramObserver(Observer):
-    "Counts every value of everything seen; a subclass chooses the range. Per tensor only, else ValueError. Over ranks by SUM."
+    """Counts every value of everything seen; a subclass chooses the range. Per tensor only, else ValueError. Over
+    ranks by SUM."""
 
     statistics: ClassVar[tuple[str, ...]] = ("min_vals", "max_vals", "buckets", "inexact")
     sync_ops: ClassVar[dict[str, Any]] = {"min_vals": dist.ReduceOp.MIN, "max_vals": dist.ReduceOp.MAX,
@@ -34,8 +35,10 @@ class HistogramObserver(Observer):
 
     def __init__(self, base_name: str, args: QuantizationArgs, **observer_kwargs: Any) -> None:
         if args.strategy != "tensor":
-            raise ValueError(f"strategy={args.strategy!r}: {type(self).__name__} keeps one histogram per tensor; use strategy "
-                             "'tensor', or another observer, such as minmax, mse or their memoryless forms for weights")
+            raise ValueError(
+                f"strategy={args.strategy!r}: {type(self).__name__} keeps one histogram per tensor; use strategy "
+                "'tensor', or another observer, such as minmax, mse or their memoryless forms for weights"
+            )
         super().__init__(base_name, args, **observer_kwargs)
 
     @staticmethod
@@ -47,9 +50,14 @@ class HistogramObserver(Observer):
         (low, high), buckets = min_max(observed), bucket_counts(observed)
         inexact = torch.tensor([not is_bfloat16(observed)], dtype=torch.int64, device=observed.device)
         if self.has_statistics and self.base_name != "weight":
-            low, high = torch.min(low, self.min_vals), torch.max(high, self.max_vals)
-            buckets, inexact = self.buckets + buckets, torch.max(self.inexact, inexact)
-        self.min_vals, self.max_vals, self.buckets, self.inexact = low, high, buckets, inexact
+            low = torch.min(low, self.min_vals)
+            high = torch.max(high, self.max_vals)
+            buckets = self.buckets + buckets
+            inexact = torch.max(self.inexact, inexact)
+        self.min_vals = low
+        self.max_vals = high
+        self.buckets = buckets
+        self.inexact = inexact
 
     def histogram(self) -> Histogram:
         "What was seen, as a value. RuntimeError before the first observation."
@@ -79,7 +87,8 @@ def check_percentile(kwargs: dict[str, Any]) -> None:
 
 @Observer.register("percentile")
 class PercentileObserver(HistogramObserver):
-    "The range that holds `percentile` percent: of |x| if symmetric, else up to that percentile at each end. In (50, 100]."
+    """The range that holds `percentile` percent: of |x| if symmetric, else up to that percentile at each end. In
+    (50, 100]."""
 
     defaults: ClassVar[dict[str, Any]] = {"percentile": 99.99}
     checks: ClassVar[tuple[Any, ...]] = (check_percentile,)
@@ -97,7 +106,8 @@ def level_cuts(args: QuantizationArgs) -> np.ndarray:
     The range is that of |x| if symmetric. Equal for int; at half the way between code points for floats."""
     if args.type == "int": return np.linspace(0, 1, 2 ** (args.num_bits - args.symmetric) + 1)
     points = code_points(args).double().numpy()
-    if args.symmetric: points = np.unique(abs(points))
+    if args.symmetric:
+        points = np.unique(abs(points))
     places = (points - points[0]) / (points[-1] - points[0])
     return np.concatenate([[0], (places[1:] + places[:-1]) / 2, [1]])
 
@@ -110,9 +120,14 @@ def _times_log(p: np.ndarray, q: np.ndarray) -> np.ndarray: return p * np.log(np
 
 def _end(count: np.ndarray, clipped: np.ndarray, level: np.ndarray, least: np.ndarray) -> tuple[np.ndarray, ...]:
     "What clipping into an outermost bin changes: in Σ p log p, in Σ p log q, and in Σ q."
-    p, before = count + clipped, np.where(count > 0, level, 0)
+    p = count + clipped
+    before = np.where(count > 0, level, 0)
     after = np.maximum(before, least)
-    changes = _times_log(p, p) - _times_log(count, count), _times_log(p, after) - _times_log(count, before), after - before
+    changes = (
+        _times_log(p, p) - _times_log(count, count),
+        _times_log(p, after) - _times_log(count, before),
+        after - before,
+    )
     return tuple(np.where(clipped > 0, change, 0) for change in changes)
 
 # %% ../../nbs/03e_observers_histogram.ipynb #106506ab
@@ -123,16 +138,23 @@ def divergences(
     beyond: tuple[float, float] = (0.0, 0.0),   # Counts to the left and right of the bins, which every range clips
 ) -> np.ndarray:
     "D(P‖Q) in nats of every range. Infinite where no value lies inside."
-    mass, filled, plogp = _running(bins), _running(bins > 0), _running(_times_log(bins, bins))
-    left, right, inside = mass[first] + beyond[0], mass[-1] - mass[last] + beyond[1], mass[last] - mass[first]
-    ends = first[:, None] + np.ceil((last - first)[:, None] * cuts - 0.5).astype(np.int64)  # a bin belongs where its middle lies
-    group, width = np.diff(mass[ends]), np.diff(filled[ends])
+    mass = _running(bins)
+    filled = _running(bins > 0)
+    plogp = _running(_times_log(bins, bins))
+    left = mass[first] + beyond[0]
+    right = mass[-1] - mass[last] + beyond[1]
+    inside = mass[last] - mass[first]
+    # a bin belongs where its middle lies
+    ends = first[:, None] + np.ceil((last - first)[:, None] * cuts - 0.5).astype(np.int64)
+    group = np.diff(mass[ends])
+    width = np.diff(filled[ends])
     level = group / np.maximum(width, 1)  # what Q says of each filled bin of a group, but for the norm
     total = mass[-1] + sum(beyond)
     with np.errstate(divide="ignore", invalid="ignore"):
         outer = (bins[first], left, level[:, 0]), (bins[last - 1], right, level[:, -1])
         p, q, norm = (a + b for a, b in zip(*(_end(*end, inside / total) for end in outer)))
-        p, q = p + plogp[last] - plogp[first], q + _times_log(group, level).sum(axis=1)
+        p = p + plogp[last] - plogp[first]
+        q = q + _times_log(group, level).sum(axis=1)
         found = (p - q) / total + np.log((inside + norm) / total)
     return np.where(inside > 0, found, np.inf)
 
@@ -140,28 +162,40 @@ def divergences(
 def draw_bins(
     seen: Histogram, n: int, start: float, end: float, levels: int,
 ) -> tuple[np.ndarray, np.ndarray, tuple[float, float]]:
-    "`n` equal bins over as much of `start` ≤ 0 ≤ `end` as they can resolve; counts (n,), edges (n + 1,), and counts beyond them."
-    (bins, edges), beyond = seen.linear(n, start, end), (0.0, 0.0)
+    """`n` equal bins over as much of `start` ≤ 0 ≤ `end` as they can resolve; counts (n,), edges (n + 1,), and
+    counts beyond them."""
+    (bins, edges) = seen.linear(n, start, end)
+    beyond = (0.0, 0.0)
     while True:
         start, end = (start, end / 2) if end >= -start else (start / 2, end)
-        inner, width = bins[(edges[:-1] >= start) & (edges[1:] <= end)], (end - start) / n
+        inner = bins[(edges[:-1] >= start) & (edges[1:] <= end)]
+        width = (end - start) / n
         counts, wider = seen.linear(n + 2, start - width, end + width)
         if (inner > 0).sum() >= levels or counts[0] + counts[-1] > seen.count / 1000: return bins, edges, beyond
-        bins, edges, beyond = counts[1:-1], wider[1:-1], (counts[0], counts[-1])
+        bins = counts[1:-1]
+        edges = wider[1:-1]
+        beyond = (counts[0], counts[-1])
 
 
 def least_divergence(seen: Histogram, n: int, start: float, end: float, cuts: np.ndarray) -> tuple[float, float]:
-    "The range inside `start` ≤ 0 ≤ `end` with the least divergence, from `n` equal bins. The widest of those equal to 1e-12."
+    """The range inside `start` ≤ 0 ≤ `end` with the least divergence, from `n` equal bins. The widest of those
+    equal to 1e-12."""
     levels = max(len(cuts) - 1, 2)
     bins, edges, beyond = draw_bins(seen, n, start, end, levels)
     zero = int(np.searchsorted(edges, 0.0, side="right")) - 1  # the bin that begins at or before zero
-    a, b = 0, n
+    a = 0
+    b = n
     for side in ("right", "left") if edges[-1] >= -edges[0] else ("left", "right"):
-        if side == "right": last = np.arange(max(a + levels, zero), n + 1); first = np.full_like(last, a)
-        else: first = np.arange(min(b - levels, zero), -1, -1); last = np.full_like(first, b)
+        if side == "right":
+            last = np.arange(max(a + levels, zero), n + 1)
+            first = np.full_like(last, a)
+        else:
+            first = np.arange(min(b - levels, zero), -1, -1)
+            last = np.full_like(first, b)
         lost = divergences(bins, first, last, cuts, beyond)
         best = np.flatnonzero(lost <= lost.min() + 1e-12)[-1]
-        a, b = first[best], last[best]
+        a = first[best]
+        b = last[best]
     return float(edges[a]), float(edges[b])
 
 
@@ -173,22 +207,26 @@ def without_zeros(seen: Histogram) -> Histogram:
 # %% ../../nbs/03e_observers_histogram.ipynb #04cd674f
 @Observer.register("entropy")
 class EntropyObserver(HistogramObserver):
-    """The range with the least Kullback-Leibler divergence between the clipped and the quantized distribution (Migacz 2017).
-    `num_bins`: equal bins over the range, more than the format has levels."""
+    """The range with the least Kullback-Leibler divergence between the clipped and the quantized distribution
+    (Migacz 2017). `num_bins`: equal bins over the range, more than the format has levels."""
 
     defaults: ClassVar[dict[str, Any]] = {"num_bins": 2048}
 
     def __init__(self, base_name: str, args: QuantizationArgs, **observer_kwargs: Any) -> None:
         super().__init__(base_name, args, **observer_kwargs)
-        bins, self._cuts = self.kwargs["num_bins"], level_cuts(args)
+        bins = self.kwargs["num_bins"]
+        self._cuts = level_cuts(args)
         if isinstance(bins, bool) or not isinstance(bins, int) or bins < len(self._cuts):
             kind = ("" if args.symmetric else "a") + "symmetric"
             raise ValueError(f"num_bins={bins!r} must be an int of at least {len(self._cuts)}, more than the "
                              f"{len(self._cuts) - 1} levels of {format_name(args)} {kind}")
 
     def choose_range(self, seen: Histogram, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        seen, start, end = without_zeros(seen), min(low.item(), 0.0), max(high.item(), 0.0)
-        if self.args.symmetric: seen, start, end = seen.abs(), 0.0, max(-start, end)
+        seen = without_zeros(seen)
+        start = min(low.item(), 0.0)
+        end = max(high.item(), 0.0)
+        if self.args.symmetric:
+            seen, start, end = seen.abs(), 0.0, max(-start, end)
         if len(seen.codes) < len(self._cuts): return low, high
         a, b = least_divergence(seen, self.kwargs["num_bins"], start, end, self._cuts)
         return within(low, high, (-b, b) if self.args.symmetric else (a, b))
@@ -196,14 +234,16 @@ class EntropyObserver(HistogramObserver):
 # %% ../../nbs/03e_observers_histogram.ipynb #ceeb8113
 @Observer.register("histogram_mse")
 class HistogramMSEObserver(HistogramObserver):
-    """The range with the least Σ|QDQ(x) - x|^norm over everything seen (`norm` is 2.4 as in the reference, 2.0 is the squared error), by the shrink
-    search of `memoryless_mse`. Only `expand` > 1 lets it be wider than what was observed."""
+    """The range with the least Σ|QDQ(x) - x|^norm over everything seen (`norm` is 2.4 as in the reference, 2.0 is
+    the squared error), by the shrink search of `memoryless_mse`. Only `expand` > 1 lets it be wider than what
+    was observed."""
 
     defaults: ClassVar[dict[str, Any]] = SEARCH
     checks: ClassVar[tuple[Any, ...]] = (check_search,)
 
     def choose_range(self, seen: Histogram, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        ends, kw = (low.cpu(), high.cpu()), self.kwargs
+        ends = (low.cpu(), high.cpu())
+        kw = self.kwargs
         def error_of(lo: Tensor, hi: Tensor) -> Tensor:
             return torch.tensor([quantization_error(seen, self.args, lo, hi, ends, kw["norm"])], dtype=torch.float64)
         shrinks = (1 - i / kw["grid"] for i in range(int(kw["maxshrink"] * kw["grid"])))
@@ -213,9 +253,10 @@ class HistogramMSEObserver(HistogramObserver):
 
 def quantization_error(
     seen: Histogram,
-    args: QuantizationArgs,              # Per tensor
-    low: Tensor, high: Tensor,           # The range that the scale is made for, (1,) each; their dtype is that of the arithmetic
-    ends: tuple[Tensor, Tensor],         # The extremes of what was seen: no value lies beyond them
+    args: QuantizationArgs,  # Per tensor
+    low: Tensor,
+    high: Tensor,  # The range that the scale is made for, (1,) each; their dtype is that of the arithmetic
+    ends: tuple[Tensor, Tensor],  # The extremes of what was seen: no value lies beyond them
     norm: float = 2.0,
 ) -> float:
     "Σ|QDQ(x) - x|^norm over all values, in float64: exact where the histogram is, else to within 1 %."

@@ -16,7 +16,16 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationStrate
 from torch import Tensor
 from torch.nn import Module
 
-from .base import NonFiniteError, Observer, about_to_change, current_batch, find_nonfinite, first_tensor, flatten_for_calibration, warn_once
+from qcal_nb.observers.base import (
+    NonFiniteError,
+    Observer,
+    about_to_change,
+    current_batch,
+    find_nonfinite,
+    first_tensor,
+    flatten_for_calibration,
+    warn_once,
+)
 from .kernels import fits_kernel, row_search
 from .minmax import min_max
 from .search import check_search, quantize_with_range, shrink_search
@@ -26,18 +35,30 @@ def weighted_error(observed: Tensor, low: Tensor, high: Tensor, args: Quantizati
                    importance: Tensor | None) -> Tensor:
     "Σ importance·|QDQ(x) − x|^norm per qparam element, in float32; `importance` is shaped as `observed`, None means 1."
     terms = quantize_with_range(observed, low, high, args).float().sub_(observed.float()).abs_().pow_(norm)
-    if importance is not None: terms.mul_(importance)
+    if importance is not None:
+        terms.mul_(importance)
     return terms.sum(dim=(0, -1))
 
 
-def importance_range(observed: Tensor, args: QuantizationArgs, importance: Tensor | None = None, maxshrink: float = 0.95,
-                     patience: float = 5, grid: float = 20, norm: float = 3.0, expand: float = 1.0) -> tuple[Tensor, Tensor]:
+def importance_range(
+    observed: Tensor,
+    args: QuantizationArgs,
+    importance: Tensor | None = None,
+    maxshrink: float = 0.95,
+    patience: float = 5,
+    grid: float = 20,
+    norm: float = 3.0,
+    expand: float = 1.0,
+) -> tuple[Tensor, Tensor]:
     """The range (two tensors of shape `qparam_shape`) with the least weighted error. `patience` 0 never gives up;
     at least p = 1 and one step further are tried."""
     low, high = (extreme * expand for extreme in min_max(observed))
-    shrinks, patience = [1 - i / grid for i in range(max(1, int(maxshrink * grid)) + 1)], patience or math.inf
+    shrinks = [1 - i / grid for i in range(max(1, int(maxshrink * grid)) + 1)]
+    patience = patience or math.inf
     if not fits_kernel(observed, low, high, args, norm):
-        return shrink_search(low, high, shrinks, patience, lambda lo, hi: weighted_error(observed, lo, hi, args, norm, importance))
+        return shrink_search(
+            low, high, shrinks, patience, lambda lo, hi: weighted_error(observed, lo, hi, args, norm, importance)
+        )
 
     def error_of(scales: Tensor, low: Tensor, high: Tensor) -> Tensor:
         at = (slice(None), *torch.unravel_index(scales, observed.shape[1:-1]))
@@ -48,20 +69,27 @@ def importance_range(observed: Tensor, args: QuantizationArgs, importance: Tenso
 def sum_of_squares(value: Tensor) -> tuple[Tensor, int]:
     "Σx² over all tokens, one float32 per channel (the last dimension), and the number of tokens."
     value = value.detach().float()
-    if value.ndim == 1: value = value[None]
+    if value.ndim == 1:
+        value = value[None]
     return value.pow(2).sum(dim=tuple(range(value.ndim - 1))), math.prod(value.shape[:-1])
 
 
 def importance_hook(module: Module, args: Any, kwargs: dict[str, Any] | None = None) -> None:
     "Forward-pre hook: let the module's weight observer hear what the module is fed."
-    value, observer = first_tensor(args, kwargs), module.weight_observer
-    if value is not None and value.numel() and observer.hears(): observer.hear(value)
+    value = first_tensor(args, kwargs)
+    observer = module.weight_observer
+    if value is not None and value.numel() and observer.hears():
+        observer.hear(value)
 
 # %% ../../nbs/03d_observers_imatrix.ipynb #de419136
 def _why_unusable(self: "IMatrixMSEObserver", columns: int) -> str | None:
     "Why there are no weights for the error; None if there are."
     if self.base_name != "weight": return f"importance belongs to weights, not to base name {self.base_name!r}"
-    if self.args.strategy not in (QuantizationStrategy.CHANNEL, QuantizationStrategy.GROUP, QuantizationStrategy.TENSOR_GROUP):
+    if self.args.strategy not in (
+        QuantizationStrategy.CHANNEL,
+        QuantizationStrategy.GROUP,
+        QuantizationStrategy.TENSOR_GROUP,
+    ):
         return f"strategy {str(self.args.strategy)!r} has none; use channel, group or tensor_group"
     if self.importance_count is None or not self.importance_count: return "no data reached the module"
     if self.importance_sum.numel() != columns:
@@ -70,10 +98,12 @@ def _why_unusable(self: "IMatrixMSEObserver", columns: int) -> str | None:
 
 
 def importance_of(self: "IMatrixMSEObserver", observed: Tensor) -> Tensor | None:
-    "E[x²] over its mean, in the shape of a flattened weight. None (and a warning, or with `strict` a ValueError) if unusable."
+    """E[x²] over its mean, in the shape of a flattened weight. None (and a warning, or with `strict` a ValueError)
+    if unusable."""
     columns = observed.shape[-1] * (observed.shape[-2] if observed.ndim == 4 else 1)
     if why := _why_unusable(self, columns):
-        if self.kwargs["strict"]: raise ValueError(f"{self.module_name or 'unnamed module'}: imatrix with strict=True: {why}")
+        if self.kwargs["strict"]:
+            raise ValueError(f"{self.module_name or 'unnamed module'}: imatrix with strict=True: {why}")
         warn_once(f"imatrix: {why}; every channel counts the same")
         return None
     mean = self.importance_sum / self.importance_count.float()
@@ -88,11 +118,19 @@ def check_strict(kwargs: dict[str, Any]) -> None:
 
 @Observer.register("imatrix_mse")
 class IMatrixMSEObserver(Observer):
-    "A weight's range with the least error, each column weighted with E[x²] of the channel that it is fed. Over ranks by SUM."
+    """A weight's range with the least error, each column weighted with E[x²] of the channel that it is fed. Over
+    ranks by SUM."""
 
     statistics: ClassVar[tuple[str, ...]] = ("min_vals", "max_vals", "importance_sum", "importance_count")
     sync_ops: ClassVar[dict[str, Any]] = {"importance_sum": dist.ReduceOp.SUM, "importance_count": dist.ReduceOp.SUM}
-    defaults: ClassVar[dict[str, Any]] = {"maxshrink": 0.95, "patience": 5, "grid": 20, "norm": 3.0, "expand": 1.0, "strict": False}
+    defaults: ClassVar[dict[str, Any]] = {
+        "maxshrink": 0.95,
+        "patience": 5,
+        "grid": 20,
+        "norm": 3.0,
+        "expand": 1.0,
+        "strict": False,
+    }
     checks: ClassVar[tuple[Any, ...]] = (check_search, check_strict)
     needs_data: ClassVar[bool] = True
     importance_sum: Tensor | None = None     # (in_features,) float32
@@ -105,7 +143,8 @@ class IMatrixMSEObserver(Observer):
 
     def attach(self, module: Module) -> None:
         super().attach(module)
-        if self.base_name == "weight": module.register_forward_pre_hook(importance_hook, with_kwargs=True)
+        if self.base_name == "weight":
+            module.register_forward_pre_hook(importance_hook, with_kwargs=True)
 
     def detach(self, module: Module) -> None:
         for key in [k for k, hook in module._forward_pre_hooks.items() if hook is importance_hook]:
@@ -120,13 +159,16 @@ class IMatrixMSEObserver(Observer):
 # %% ../../nbs/03d_observers_imatrix.ipynb #6c172ea7
 @torch.no_grad()
 def hear_input(self: IMatrixMSEObserver, value: Tensor) -> None:
-    "Add one input's squares. Non-finite values meet the observer's policy: an error, the batch left out, or these elements left out."
+    """Add one input's squares. Non-finite values meet the observer's policy: an error, the batch left out, or these
+    elements left out."""
     batch = current_batch.get()
     if batch is not None and batch == self._left_out: return
     about_to_change(self)
-    if self.consumed: self.delete_statistics()
+    if self.consumed:
+        self.delete_statistics()
     before = {name: self.__dict__.get(name) for name in self.sync_ops}
-    if batch is None or batch != self._batch[0]: self._batch = (batch, before)
+    if batch is None or batch != self._batch[0]:
+        self._batch = (batch, before)
     total, tokens = sum_of_squares(value)
     if not torch.isfinite(total).all():
         total, tokens = _finite_part(self, value)
@@ -137,7 +179,8 @@ def hear_input(self: IMatrixMSEObserver, value: Tensor) -> None:
 
 
 def _finite_part(self: IMatrixMSEObserver, value: Tensor) -> tuple[Tensor | None, int]:
-    found, where = find_nonfinite(value), f"{self.module_name or 'unnamed module'}, input (for the weight)"
+    found = find_nonfinite(value)
+    where = f"{self.module_name or 'unnamed module'}, input (for the weight)"
     if found is None: raise NonFiniteError(f"{where}: the values are finite but their squares overflow float32")
     if self.nonfinite == "raise":
         raise NonFiniteError(f"{where}: {found}. Mend the data or the model, or calibrate with nonfinite='skip' "
@@ -151,8 +194,14 @@ def _finite_part(self: IMatrixMSEObserver, value: Tensor) -> tuple[Tensor | None
 # %% ../../nbs/03d_observers_imatrix.ipynb #55c6c64b
 @Observer.register("nvfp4_expanded_imatrix")
 class NVFP4ExpandedIMatrixObserver(IMatrixMSEObserver):
-    "`imatrix_mse` that also tries wider ranges, from 1.8 times the data down to 0.8, for formats with uneven steps (fp4)."
+    """`imatrix_mse` that also tries wider ranges, from 1.8 times the data down to 0.8, for formats with uneven
+    steps (fp4)."""
 
     defaults: ClassVar[dict[str, Any]] = {
-        **IMatrixMSEObserver.defaults, "expand": 1.8, "maxshrink": 1 - 0.8 / 1.8, "grid": 200, "norm": 2.4, "patience": 1000,
+        **IMatrixMSEObserver.defaults,
+        "expand": 1.8,
+        "maxshrink": 1 - 0.8 / 1.8,
+        "grid": 200,
+        "norm": 2.4,
+        "patience": 1000,
     }

@@ -27,7 +27,8 @@ from ..compiled import bits_of, float_of, shared_out
 
 # %% ../../nbs/03bc_observers_kernels.ipynb #3da97344
 class Form(NamedTuple):
-    "What a kernel must know of a format: its range, whether the code points are whole numbers, and if not, exponent and mantissa of its floats."
+    """What a kernel must know of a format: its range, whether the code points are whole numbers, and if not,
+    exponent and mantissa of its floats."""
 
     low: np.float32
     high: np.float32
@@ -39,7 +40,9 @@ class Form(NamedTuple):
 @functools.lru_cache
 def form_of(kind: str, num_bits: int) -> Form:
     "The `Form` of a format of compressed-tensors, by type (\"int\", \"float\") and number of bits."
-    low, high = (np.float32(end) for end in calculate_range(QuantizationArgs(type=kind, num_bits=num_bits), torch.device("cpu")))
+    low, high = (
+        np.float32(end) for end in calculate_range(QuantizationArgs(type=kind, num_bits=num_bits), torch.device("cpu"))
+    )
     if kind == "int": return Form(low, high, True, np.int32(127), np.int32(0))
     data = {8: FP8_E4M3_DATA, 4: FP4_E2M1_DATA}[num_bits]
     return Form(low, high, False, np.int32(129 - 2 ** (data.exponent - 1)), np.int32(data.mantissa))
@@ -63,12 +66,16 @@ MOST_NORM = 6.0  # up to here the polynomials are exact enough
 
 @functools.lru_cache
 def power_coefficients(norm: float) -> tuple[np.float32, ...]:
-    "Coefficients of m^norm on [1, 2], degree 6, and of 2^f on [-1/2, 1/2], degree 5, highest first; norm in two parts, the first of few bits."
+    """Coefficients of m^norm on [1, 2], degree 6, and of 2^f on [-1/2, 1/2], degree 5, highest first; norm in two
+    parts, the first of few bits."""
     def through(function: Callable[[Any], Any], low: float, high: float, degree: int) -> Any:
         points = np.cos(np.pi * (np.arange(degree + 1) + 0.5) / (degree + 1)) * (high - low) / 2 + (high + low) / 2
         return np.polyfit(points, function(points), degree)
     coarse = round(norm * 1024) / 1024
-    return tuple(np.float32(c) for c in (*through(lambda m: m**norm, 1, 2, 6), *through(np.exp2, -0.5, 0.5, 5), coarse, norm - coarse))
+    return tuple(
+        np.float32(c)
+        for c in (*through(lambda m: m**norm, 1, 2, 6), *through(np.exp2, -0.5, 0.5, 5), coarse, norm - coarse)
+    )
 
 
 @njit(nogil=True, cache=True, fastmath={"contract", "nsz"})
@@ -109,7 +116,8 @@ def power_table(norm: float) -> np.ndarray:
 # %% ../../nbs/03bc_observers_kernels.ipynb #93b37bfe
 @njit(nogil=True, cache=True)
 def add_errors(x, weight, scale, inverse, zero_point, form, norm, coefficients, total):
-    "Add the errors of one row of float32 values to the `total` of each column; `weight`: what an error counts, or None."
+    """Add the errors of one row of float32 values to the `total` of each column; `weight`: what an error counts, or
+    None."""
     for c in range(len(x)):
         q = nearest(x[c] * inverse[c] + zero_point[c], form) - zero_point[c]
         term = power_of(abs(q * scale[c] - x[c]), norm, coefficients)
@@ -126,10 +134,13 @@ def bfloat16_errors(x, scale, zero_point, form, error):
 
 @njit(nogil=True, cache=True)
 def add_terms(error, weight, norm, coefficients, table, total):
-    "Add the powers of a row of errors. With a `table` error and term are bfloat16, as in `mse`; without they are float32, as in `imatrix_mse`."
+    """Add the powers of a row of errors. With a `table` error and term are bfloat16, as in `mse`; without they are
+    float32, as in `imatrix_mse`."""
     for c in range(len(error)):
-        if table is None: term = power_of(error[c], norm, coefficients)
-        else: term = table[np.uint32(bits_of(to_bfloat16(error[c]))) >> np.uint32(16)]
+        if table is None:
+            term = power_of(error[c], norm, coefficients)
+        else:
+            term = table[np.uint32(bits_of(to_bfloat16(error[c]))) >> np.uint32(16)]
         total[c] += term if weight is None else term * weight[c]
 
 # %% ../../nbs/03bc_observers_kernels.ipynb #b70381c9
@@ -143,27 +154,37 @@ def all_beyond(errors, limits):
 
 @njit(nogil=True, cache=True)
 def column_errors(x, weights, scales, zero_points, half, form, norm, coefficients, table, hopeless, errors):
-    """Add Σ|QDQ(x) − x|^norm of each column of `x` (values, columns) to `errors` (candidates, columns), float64, for the candidates'
-    `scales` and `zero_points` (candidates, columns). `half`: None, or the values are bfloat16. `hopeless`: how many times the least
-    error of its column makes an error one that need not be known (infinity: none); a candidate is left off where all columns have come so far."""
-    total, error, limits = np.empty(x.shape[1], np.float32), np.empty(x.shape[1], np.float32), np.full(x.shape[1], np.inf)
+    """Add Σ|QDQ(x) − x|^norm of each column of `x` (values, columns) to `errors` (candidates, columns), float64,
+    for the candidates' `scales` and `zero_points` (candidates, columns). `half`: None, or the values are
+    bfloat16. `hopeless`: how many times the least error of its column makes an error one that need not be known
+    (infinity: none); a candidate is left off where all columns have come so far."""
+    total = np.empty(x.shape[1], np.float32)
+    error = np.empty(x.shape[1], np.float32)
+    limits = np.full(x.shape[1], np.inf)
     step = 32 if hopeless < np.inf else 256
     for candidate in range(len(scales)):
-        scale, zero_point = scales[candidate], zero_points[candidate]
+        scale = scales[candidate]
+        zero_point = zero_points[candidate]
         inverse = np.float32(1) / scale
         for start in range(0, len(x), step):
             if hopeless < np.inf and all_beyond(errors[candidate], limits): break
             total[:] = 0
             for i in range(start, min(start + step, len(x))):
                 if half is None:
-                    if weights is None: add_errors(x[i], None, scale, inverse, zero_point, form, norm, coefficients, total)
-                    else: add_errors(x[i], weights[i], scale, inverse, zero_point, form, norm, coefficients, total)
+                    if weights is None:
+                        add_errors(x[i], None, scale, inverse, zero_point, form, norm, coefficients, total)
+                    else:
+                        add_errors(x[i], weights[i], scale, inverse, zero_point, form, norm, coefficients, total)
                 else:
                     bfloat16_errors(x[i], scale, zero_point, form, error)
-                    if weights is None: add_terms(error, None, norm, coefficients, table, total)
-                    else: add_terms(error, weights[i], norm, coefficients, table, total)
-            for c in range(len(total)): errors[candidate, c] += total[c]
-        if hopeless < np.inf: limits = np.minimum(limits, errors[candidate] * hopeless)
+                    if weights is None:
+                        add_terms(error, None, norm, coefficients, table, total)
+                    else:
+                        add_terms(error, weights[i], norm, coefficients, table, total)
+            for c in range(len(total)):
+                errors[candidate, c] += total[c]
+        if hopeless < np.inf:
+            limits = np.minimum(limits, errors[candidate] * hopeless)
 
 # %% ../../nbs/03bc_observers_kernels.ipynb #f67679d9
 FAINT = 1e-30  # errors below are not trusted
@@ -172,25 +193,34 @@ FAINT = 1e-30  # errors below are not trusted
 def tolerance_of(form: Form, norm: float) -> np.float32:
     "How far an error from the kernel may be from the definition's, relative to it."
     steps = float(form.high - form.low) if form.whole else 2.0 ** (form.mantissa + 2)
-    rounding = 2.0**-23  # of a value, and so of its position: a value in the middle between two code points may go to the other one
+    # of a value, and so of its position: a value in the middle between two code points may go to the other one
+    rounding = 2.0**-23
     return np.float32(2e-6 + norm * steps * rounding)  # 2e-6: the polynomial, and sums in float32
 
 
 @njit(nogil=True, cache=True)
 def keep_best(errors, tolerance, first, half, least, most, at, doubtful, improved):
-    """Compare the `errors` (candidates, scales) of candidates `first`, `first` + 1, … with the best so far.
-    Changed in place, an entry a scale: `least` and `most` (the best interval), `at` (its candidate), `doubtful`; and of each candidate whether it `improved` anything for sure."""
+    """Compare the `errors` (candidates, scales) of candidates `first`, `first` + 1, … with the best so far. Changed
+    in place, an entry a scale: `least` and `most` (the best interval), `at` (its candidate), `doubtful`; and of
+    each candidate whether it `improved` anything for sure."""
     for candidate in range(len(errors)):
         for scale in range(len(at)):
             if doubtful[scale]: continue
             total = errors[candidate, scale]
-            low, high = np.float32(total * (1 - tolerance)), np.float32(total * (1 + tolerance))
-            if half is not None: low, high = to_bfloat16(low), to_bfloat16(high)
+            low = np.float32(total * (1 - tolerance))
+            high = np.float32(total * (1 + tolerance))
+            if half is not None:
+                low = to_bfloat16(low)
+                high = to_bfloat16(high)
             if high < least[scale]:
-                least[scale], most[scale], at[scale] = low, high, first + candidate
+                least[scale] = low
+                most[scale] = high
+                at[scale] = first + candidate
                 improved[first + candidate] = True
-            elif low < most[scale]: doubtful[scale] = True
-            if 0 < total < FAINT: doubtful[scale] = True
+            elif low < most[scale]:
+                doubtful[scale] = True
+            if 0 < total < FAINT:
+                doubtful[scale] = True
 
 # %% ../../nbs/03bc_observers_kernels.ipynb #649f61d3
 @njit(nogil=True, cache=True)
@@ -205,18 +235,24 @@ def laid_out(flat, starts, stops, length, half):
     "The runs of `flat` from `starts` to `stops` as columns (length, runs), filled up with zeros, which have no error."
     columns = np.zeros((length, len(starts)), np.float32)
     for left in range(0, len(starts), 8):  # eight columns at a time: neighbours in memory are written together
-        some, ends, shortest = starts[left:left + 8], stops[left:left + 8], length
-        for c in range(len(some)): shortest = min(shortest, ends[c] - some[c])
+        some = starts[left:left + 8]
+        ends = stops[left:left + 8]
+        shortest = length
+        for c in range(len(some)):
+            shortest = min(shortest, ends[c] - some[c])
         for i in range(shortest):
             row = columns[i, left:left + 8]
-            for c in range(len(row)): row[c] = as_number(flat[some[c] + i], half)
+            for c in range(len(row)):
+                row[c] = as_number(flat[some[c] + i], half)
         for c in range(len(some)):
-            for i in range(shortest, ends[c] - some[c]): columns[i, left + c] = as_number(flat[some[c] + i], half)
+            for i in range(shortest, ends[c] - some[c]):
+                columns[i, left + c] = as_number(flat[some[c] + i], half)
     return columns
 
 
 def runs_of(rows: np.ndarray, many: int, pieces: int) -> tuple[np.ndarray, np.ndarray]:
-    "Where the runs of some rows (their numbers) of `many` values, each in `pieces`, start and stop in the flattened array."
+    """Where the runs of some rows (their numbers) of `many` values, each in `pieces`, start and stop in the
+    flattened array."""
     cuts = np.minimum(np.arange(pieces + 1) * -(-many // pieces), many) + many * rows[:, None]
     return cuts[:, :-1].reshape(-1), cuts[:, 1:].reshape(-1)
 
@@ -231,18 +267,21 @@ AT_ONCE = 20          # candidates between two looks at patience
 
 
 class Sure:
-    "What the kernel knows for sure of a search: of each scale the best candidate's interval and number, and whether it is doubtful."
+    """What the kernel knows for sure of a search: of each scale the best candidate's interval and number, and
+    whether it is doubtful."""
 
     def __init__(self, scales: int) -> None:
         self.least, self.most = np.full((2, scales), np.inf, np.float32)
-        self.at, self.doubtful = np.full(scales, -1, np.int16), np.zeros(scales, bool)
+        self.at = np.full(scales, -1, np.int16)
+        self.doubtful = np.zeros(scales, bool)
 
     def copy(self) -> "Sure":
         new = Sure(0)
         new.__dict__ = {name: value.copy() for name, value in self.__dict__.items()}
         return new
 
-    def of(self, part: slice) -> tuple[np.ndarray, ...]: return self.least[part], self.most[part], self.at[part], self.doubtful[part]
+    def of(self, part: slice) -> tuple[np.ndarray, ...]:
+        return self.least[part], self.most[part], self.at[part], self.doubtful[part]
 
 # %% ../../nbs/03bc_observers_kernels.ipynb #1e53622e
 T = TypeVar("T")
@@ -287,19 +326,23 @@ def shrunk(end: Tensor, share: Tensor) -> Tensor:
 # %% ../../nbs/03bc_observers_kernels.ipynb #65dac1ec
 def own_rows(importance: Tensor) -> np.ndarray:
     "Of what errors count, (1, rows, …, values), the rows that are not repeated: (scales, values)."
-    if importance.stride(1) == 0: importance = importance[:, :1]  # expanded: one row for all
+    if importance.stride(1) == 0:
+        importance = importance[:, :1]  # expanded: one row for all
     return np.ascontiguousarray(importance.numpy().reshape(-1, importance.shape[-1]))
 
 
 def rows_of(x: Tensor, part: slice) -> np.ndarray:
-    "Of (observations, scales, values) the values of some scales, flat: float32, or the bits of bfloat16. A view, where the values lie that way."
+    """Of (observations, scales, values) the values of some scales, flat: float32, or the bits of bfloat16. A view,
+    where the values lie that way."""
     some = x[:, part].movedim(0, 1).reshape(-1)
     return some.numpy() if some.dtype == torch.float32 else some.view(torch.int16).numpy()
 
 
 def qparams_of(problem: Problem, part: slice, shrinks: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    "Scales and zero points (candidates, scales) of the scales of `part`, so few at a time that torch works in one thread."
-    share, step = torch.tensor(shrinks)[:, None], max(1, ALONE // len(shrinks))
+    """Scales and zero points (candidates, scales) of the scales of `part`, so few at a time that torch works in one
+    thread."""
+    share = torch.tensor(shrinks)[:, None]
+    step = max(1, ALONE // len(shrinks))
     pairs = zip(problem.low[part].split(step), problem.high[part].split(step))
     found = [calculate_qparams(shrunk(low, share), shrunk(high, share), problem.args) for low, high in pairs]
     return tuple(torch.cat([q.float() for q in each], 1).numpy() for each in zip(*found))
@@ -307,35 +350,61 @@ def qparams_of(problem: Problem, part: slice, shrinks: Sequence[float]) -> tuple
 
 # %% ../../nbs/03bc_observers_kernels.ipynb #3a6d9f95
 @njit(nogil=True, cache=True)
-def errors_of_runs(flat, runs, importance, own, length, half, scales, zero_points, form, norm, coefficients, table, hopeless, errors):
-    """Add the errors of the `runs` (starts, stops) of `flat` to `errors` (candidates, runs), a block at a time. `own`: where what they count is found
-    in `importance`, flat or None; the other arguments are those of `column_errors`."""
-    width, laid = max(1, BLOCK // length), 0
+def errors_of_runs(
+    flat, runs, importance, own, length, half, scales, zero_points, form, norm, coefficients, table, hopeless, errors
+):
+    """Add the errors of the `runs` (starts, stops) of `flat` to `errors` (candidates, runs), a block at a time.
+    `own`: where what they count is found in `importance`, flat or None; the other arguments are those of
+    `column_errors`."""
+    width = max(1, BLOCK // length)
+    laid = 0
     for left in range(0, len(runs[0]), width):
         block = slice(left, min(left + width, len(runs[0])))
-        columns, found = laid_out(flat, runs[0][block], runs[1][block], length, half), errors[:, block].copy()
-        scale, zero_point = scales[:, block].copy(), zero_points[:, block].copy()
-        if importance is None: column_errors(columns, None, scale, zero_point, half, form, norm, coefficients, table, hopeless, found)
+        columns = laid_out(flat, runs[0][block], runs[1][block], length, half)
+        found = errors[:, block].copy()
+        scale = scales[:, block].copy()
+        zero_point = zero_points[:, block].copy()
+        if importance is None:
+            column_errors(columns, None, scale, zero_point, half, form, norm, coefficients, table, hopeless, found)
         else:
-            if left == 0 or own[0][left] != own[0][laid]: weights, laid = laid_out(importance, own[0][block], own[1][block], length, None), left
+            if left == 0 or own[0][left] != own[0][laid]:
+                weights = laid_out(importance, own[0][block], own[1][block], length, None)
+                laid = left
             column_errors(columns, weights, scale, zero_point, half, form, norm, coefficients, table, hopeless, found)
         for candidate in range(len(found)):  # not `errors[:, block] = found`, which takes numba four seconds to compile
-            for c in range(found.shape[1]): errors[candidate, left + c] = found[candidate, c]
+            for c in range(found.shape[1]):
+                errors[candidate, left + c] = found[candidate, c]
 
 
 def errors_of(problem: Problem, part: slice, shrinks: Sequence[float]) -> np.ndarray:
     "Errors (candidates, scales) of the scales of `part` with their ranges times `shrinks`."
-    flat, many, pieces, norm, tolerance = rows_of(problem.observed, part), problem.many, problem.pieces, problem.norm, float(problem.tolerance)
-    hopeless = (1 + 1.01 * tolerance) / (1 - 1.01 * tolerance) if pieces == 1 else np.inf  # its interval lies above that of the best; 1.01: the ends of both are rounded
-    how = problem.form, np.float32(norm), None if norm == 3 else power_coefficients(norm), power_table(norm) if problem.compared_in_half else None, hopeless
-    flat_importance, rows = (None, 1) if problem.importance is None else (problem.importance.reshape(-1), len(problem.importance))
+    flat = rows_of(problem.observed, part)
+    many = problem.many
+    pieces = problem.pieces
+    norm = problem.norm
+    tolerance = float(problem.tolerance)
+    # its interval lies above that of the best; 1.01: the ends of both are rounded
+    hopeless = (1 + 1.01 * tolerance) / (1 - 1.01 * tolerance) if pieces == 1 else np.inf
+    how = (
+        problem.form,
+        np.float32(norm),
+        None if norm == 3 else power_coefficients(norm),
+        power_table(norm) if problem.compared_in_half else None,
+        hopeless,
+    )
+    flat_importance, rows = (
+        (None, 1) if problem.importance is None else (problem.importance.reshape(-1), len(problem.importance))
+    )
 
     def some(numbers: np.ndarray, scales: np.ndarray, zero_points: np.ndarray) -> np.ndarray:
-        runs, own = runs_of(numbers - part.start, many, pieces), runs_of(numbers % rows, many, pieces)
-        found, qparams = np.zeros((len(shrinks), len(numbers) * pieces)), (np.repeat(q, pieces, axis=1) for q in (scales, zero_points))
+        runs = runs_of(numbers - part.start, many, pieces)
+        own = runs_of(numbers % rows, many, pieces)
+        found = np.zeros((len(shrinks), len(numbers) * pieces))
+        qparams = (np.repeat(q, pieces, axis=1) for q in (scales, zero_points))
         errors_of_runs(flat, runs, flat_importance, own, -(-many // pieces), problem.half, *qparams, *how, found)
         return found if pieces == 1 else found.reshape(len(shrinks), len(numbers), pieces).sum(-1)
-    numbers, many_parts = np.arange(part.start, part.stop), min(torch.get_num_threads(), part.stop - part.start)
+    numbers = np.arange(part.start, part.stop)
+    many_parts = min(torch.get_num_threads(), part.stop - part.start)
     parts = (np.array_split(x, many_parts, axis=-1) for x in (numbers, *qparams_of(problem, part, shrinks)))
     return np.concatenate(shared_out(some, *parts), axis=1)
 
@@ -344,18 +413,22 @@ def errors_of(problem: Problem, part: slice, shrinks: Sequence[float]) -> np.nda
 def remembered(known: dict[Any, T], keys: Sequence[Any], find: Callable[[list[Any]], Iterable[T]]) -> list[T]:
     "What `known` says of each of the `keys`. Of those it does not know `find` tells, and it knows them from then on."
     new = [key for key in keys if key not in known]
-    if new: known.update(zip(new, find(new)))
+    if new:
+        known.update(zip(new, find(new)))
     return [known[key] for key in keys]
 
 
 # %% ../../nbs/03bc_observers_kernels.ipynb #4a510b13
 def look(problem: Problem, first: int, shrinks: Sequence[float], sure: Sure) -> list[bool]:
-    "Show candidates to all scales; of each, whether it improved any for sure. Errors that are not cut short are remembered."
-    scales, improved = problem.observed.shape[1], np.zeros(first + len(shrinks), bool)
+    """Show candidates to all scales; of each, whether it improved any for sure. Errors that are not cut short are
+    remembered."""
+    scales = problem.observed.shape[1]
+    improved = np.zeros(first + len(shrinks), bool)
     step = max(1, min(CHUNK // problem.many, MANY_SCALES))
     for start in range(0, scales, step):
         part = slice(start, min(start + step, scales))
-        def find(keys: list[Any], part: slice = part) -> np.ndarray: return errors_of(problem, part, [p for *_, p in keys])
+        def find(keys: list[Any], part: slice = part) -> np.ndarray:
+            return errors_of(problem, part, [p for *_, p in keys])
         keys = [(part.start, part.stop, p) for p in shrinks]
         errors = find(keys) if problem.pieces == 1 else np.stack(remembered(problem.known, keys, find))
         keep_best(errors, problem.tolerance, first, problem.compared_in_half, *sure.of(part), improved)
@@ -364,8 +437,10 @@ def look(problem: Problem, first: int, shrinks: Sequence[float], sure: Sure) -> 
 
 # %% ../../nbs/03bc_observers_kernels.ipynb #dee26d97
 def settle(problem: Problem, scales: Tensor, shrinks: Sequence[float]) -> Tensor:
-    "For some scales (their numbers) the definition: which candidates are better than all before, bool (candidates, scales). All candidates are asked about in one call."
-    many, share = len(shrinks), torch.tensor(shrinks)[:, None]
+    """For some scales (their numbers) the definition: which candidates are better than all before, bool
+    (candidates, scales). All candidates are asked about in one call."""
+    many = len(shrinks)
+    share = torch.tensor(shrinks)[:, None]
     better = torch.empty(many, len(scales), dtype=torch.bool)
     step = max(1, BLOCK // (problem.many * many))
     for start in range(0, len(scales), step):
@@ -388,10 +463,13 @@ def ended(improved: Sequence[bool], patience: float) -> int | None:
 # %% ../../nbs/03bc_observers_kernels.ipynb #3462b462
 def best_candidates(problem: Problem, shrinks: Sequence[float], patience: float) -> np.ndarray:
     "Of each scale the number of the candidate that `shrink_search` would take; -1 where none is better than nothing."
-    sure, improved, end = Sure(len(problem.low)), [], None
+    sure = Sure(len(problem.low))
+    improved = []
+    end = None
     at_once = AT_ONCE // 2 if len(problem.low) < FEW_SCALES else AT_ONCE
     while end is None and len(improved) < len(shrinks):
-        first, before = len(improved), sure.copy() if improved else None
+        first = len(improved)
+        before = sure.copy() if improved else None
         improved += look(problem, first, shrinks[first:first + at_once], sure)
         if ended(improved, patience) is None and len(improved) < len(shrinks): continue
         scales = torch.from_numpy(sure.doubtful).nonzero()[:, 0]
@@ -404,16 +482,38 @@ def best_candidates(problem: Problem, shrinks: Sequence[float], patience: float)
     return sure.at
 
 
-def row_search(observed: Tensor, low: Tensor, high: Tensor, args: QuantizationArgs, shrinks: Sequence[float], patience: float, norm: float,
-               error_of: Callable[[Tensor, Tensor, Tensor], Tensor], importance: Tensor | None = None, wide: bool = False,
-               known: dict[Any, np.ndarray] | None = None) -> tuple[Tensor, Tensor]:
-    """What `shrink_search` finds, for a float32 or bfloat16 tensor (num_observations, *qparam_shape, group_size) with many scales. `error_of`: the
-    definition of some scales' errors, given their numbers, low and high. `wide`: errors are float32 for bfloat16 too. `known`: what earlier searches
-    of this tensor, with this range, format and norm, have found out; added to."""
+def row_search(
+    observed: Tensor,
+    low: Tensor,
+    high: Tensor,
+    args: QuantizationArgs,
+    shrinks: Sequence[float],
+    patience: float,
+    norm: float,
+    error_of: Callable[[Tensor, Tensor, Tensor], Tensor],
+    importance: Tensor | None = None,
+    wide: bool = False,
+    known: dict[Any, np.ndarray] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What `shrink_search` finds, for a float32 or bfloat16 tensor (num_observations, *qparam_shape, group_size)
+    with many scales. `error_of`: the definition of some scales' errors, given their numbers, low and high.
+    `wide`: errors are float32 for bfloat16 too. `known`: what earlier searches of this tensor, with this range,
+    format and norm, have found out; added to."""
     if not shrinks: return low, high
-    if args.strategy == QuantizationStrategy.TENSOR_GROUP: args = args.model_copy(update={"scale_dtype": None})
+    if args.strategy == QuantizationStrategy.TENSOR_GROUP:
+        args = args.model_copy(update={"scale_dtype": None})
     rows = None if importance is None else own_rows(importance)
-    problem = Problem(observed.flatten(1, -2), low.flatten(), high.flatten(), args, norm, rows, wide, error_of, {} if known is None else known)
+    problem = Problem(
+        observed.flatten(1, -2),
+        low.flatten(),
+        high.flatten(),
+        args,
+        norm,
+        rows,
+        wide,
+        error_of,
+        {} if known is None else known,
+    )
     at = torch.from_numpy(best_candidates(problem, shrinks, patience)).long().reshape(low.shape)
     share = torch.tensor([*shrinks, 1.0])[at]  # the last for -1
     return shrunk(low, share), shrunk(high, share)
@@ -426,6 +526,12 @@ MANY = 1 << 15   # values of a single scale from which on there are better ways
 def fits_kernel(observed: Tensor, low: Tensor, high: Tensor, args: QuantizationArgs, norm: float) -> bool:
     "May `row_search` be asked for these? `low` and `high`: the widest range tried."
     rounded = args.scale_dtype is not None and args.strategy != QuantizationStrategy.TENSOR_GROUP
-    if rounded or norm > MOST_NORM or observed.device.type != "cpu" or observed.dtype not in (torch.float32, torch.bfloat16): return False
+    if (
+        rounded
+        or norm > MOST_NORM
+        or observed.device.type != "cpu"
+        or observed.dtype not in (torch.float32, torch.bfloat16)
+    ):
+        return False
     if low.numel() == 1 and observed.numel() >= MANY: return False
     return bool((low > -MOST).all() and (high < MOST).all())

@@ -17,7 +17,8 @@ from .base import Observer, shared
 
 # %% ../../nbs/03b_observers_minmax.ipynb #49ad2af6
 def min_max(observed: Tensor) -> tuple[Tensor, Tensor]:
-    "Smallest and largest value per qparam element, from (num_observations, *qparam_shape, group_size) to `qparam_shape` each."
+    """Smallest and largest value per qparam element, from (num_observations, *qparam_shape, group_size) to
+    `qparam_shape` each."""
     shape = observed.shape[1:-1]
     if shape.numel() == 1: return tuple(extreme.reshape(shape) for extreme in torch.aminmax(observed))
     return observed.amin(dim=(0, -1)), observed.amax(dim=(0, -1))
@@ -75,9 +76,12 @@ class MinMaxObserver(Observer):
         low, high = self.range_of(observed)
         c = self.kwargs["averaging_constant"]
         old = (self.min_vals, self.max_vals) if self.has_statistics and c != 1 else None
-        self.min_vals, self.max_vals = own(low, high) if old is None else (moving_average(*ends, c) for ends in zip(old, (low, high)))
+        self.min_vals, self.max_vals = (
+            own(low, high) if old is None else (moving_average(*ends, c) for ends in zip(old, (low, high)))
+        )
 
 
 def moving_average(average: Tensor, value: Tensor, c: float) -> Tensor:
-    "(1 - c) · average + c · value, rounded in the tensors' own dtype; order and form of the products decide the last bit."
+    """(1 - c) · average + c · value, rounded in the tensors' own dtype; order and form of the products decide the
+    last bit."""
     return average * (1.0 - c) + value * c

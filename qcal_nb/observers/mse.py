@@ -30,7 +30,8 @@ class MemorylessMSEObserver(Observer):
 # %% ../../nbs/03c_observers_mse.ipynb #516c4cec
 @Observer.register("mse")
 class MSEObserver(MinMaxObserver):
-    "An exponential moving average of each batch's best range. Depends on the order of the batches; over ranks by the mean."
+    """An exponential moving average of each batch's best range. Depends on the order of the batches; over ranks by
+    the mean."""
 
     defaults: ClassVar[dict[str, Any]] = {**SEARCH, **MinMaxObserver.defaults}
     checks: ClassVar[tuple[Any, ...]] = (*MinMaxObserver.checks, check_search)
@@ -38,14 +39,25 @@ class MSEObserver(MinMaxObserver):
     def range_of(self, observed: Tensor) -> tuple[Tensor, Tensor]:
         "The best range of one batch, two tensors of shape `qparam_shape`, which may be shared."
         search = {name: self.kwargs[name] for name in SEARCH}
-        return shared(observed, ("best_range", repr(self.args), *search.values()), lambda: best_range(observed, self.args, **search))
+        return shared(
+            observed,
+            ("best_range", repr(self.args), *search.values()),
+            lambda: best_range(observed, self.args, **search),
+        )
 
 # %% ../../nbs/03c_observers_mse.ipynb #684de07d
 @Observer.register("nvfp4_expanded_mse")
 class NVFP4ExpandedMSEObserver(MemorylessMSEObserver):
-    "`memoryless_mse` that also tries wider ranges, from 1.8 times the data down to 0.8, for formats with uneven steps (fp4)."
+    """`memoryless_mse` that also tries wider ranges, from 1.8 times the data down to 0.8, for formats with uneven
+    steps (fp4)."""
 
-    defaults: ClassVar[dict[str, Any]] = {**SEARCH, "expand": 1.8, "maxshrink": 1 - 0.8 / 1.8, "grid": 200.0, "patience": 1000}
+    defaults: ClassVar[dict[str, Any]] = {
+        **SEARCH,
+        "expand": 1.8,
+        "maxshrink": 1 - 0.8 / 1.8,
+        "grid": 200.0,
+        "patience": 1000,
+    }
 
 
 @Observer.register("fouroversix")
@@ -53,5 +65,7 @@ class FourOverSixObserver(NVFP4ExpandedMSEObserver):
     "Another name of `nvfp4_expanded_mse`, which is what it is called in the recipes of today."
 
     def __init__(self, base_name: str, args: QuantizationArgs, **observer_kwargs: Any) -> None:
-        warn_once("observer 'fouroversix' is another name of 'nvfp4_expanded_mse'; it still works, the longer name is current")
+        warn_once(
+            "observer 'fouroversix' is another name of 'nvfp4_expanded_mse'; it still works, the longer name is current"
+        )
         super().__init__(base_name, args, **observer_kwargs)

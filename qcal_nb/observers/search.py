@@ -39,8 +39,10 @@ def check_search(kwargs: dict[str, Any]) -> None:
 
 # %% ../../nbs/03bb_observers_search.ipynb #cdd8286c
 def quantize_with_range(observed: Tensor, low: Tensor, high: Tensor, args: QuantizationArgs) -> Tensor:
-    "`observed` (num_observations, *qparam_shape, group_size) after QDQ with the scales of `low` and `high` (`qparam_shape`)."
-    if args.strategy == QuantizationStrategy.TENSOR_GROUP: args = args.model_copy(update={"scale_dtype": None})
+    """`observed` (num_observations, *qparam_shape, group_size) after QDQ with the scales of `low` and `high`
+    (`qparam_shape`)."""
+    if args.strategy == QuantizationStrategy.TENSOR_GROUP:
+        args = args.model_copy(update={"scale_dtype": None})
     scale, zero_point = calculate_qparams(low, high, args)
     one_scale_a_row = args.model_copy(update={"strategy": QuantizationStrategy.TOKEN})  # broadcasts over the group
     return fake_quantize(observed, scale.unsqueeze(-1), zero_point.unsqueeze(-1), one_scale_a_row)
@@ -56,26 +58,42 @@ def search_error(observed: Tensor, low: Tensor, high: Tensor, args: Quantization
 # %% ../../nbs/03bb_observers_search.ipynb #3905d4b3
 def shrink_search(low: Tensor, high: Tensor, shrinks: Iterable[float], patience: float,
                   error_of: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Of the ranges `shrinks` times (low, high), each of shape `qparam_shape`, the one with the least `error_of(low, high)`,
-    element by element; the first of equals. Ends after `patience` candidates in a row that improve nothing."""
-    best_low, best_high, best, idle = low, high, None, 0
+    """Of the ranges `shrinks` times (low, high), each of shape `qparam_shape`, the one with the least
+    `error_of(low, high)`, element by element; the first of equals. Ends after `patience` candidates in a row
+    that improve nothing."""
+    best_low = low
+    best_high = high
+    best = None
+    idle = 0
     for p in shrinks:
-        candidate_low, candidate_high = low * p, high * p
+        candidate_low = low * p
+        candidate_high = high * p
         error = error_of(candidate_low, candidate_high)
-        if best is None: best = torch.full_like(error, torch.finfo(error.dtype).max)
+        if best is None:
+            best = torch.full_like(error, torch.finfo(error.dtype).max)
         better = error < best
         if better.any():
-            best, idle = torch.where(better, error, best), 0
-            best_low, best_high = torch.where(better, candidate_low, best_low), torch.where(better, candidate_high, best_high)
+            best = torch.where(better, error, best)
+            idle = 0
+            best_low = torch.where(better, candidate_low, best_low)
+            best_high = torch.where(better, candidate_high, best_high)
         else:
             idle += 1
             if idle >= patience: break
     return best_low, best_high
 
 # %% ../../nbs/03bb_observers_search.ipynb #471519e0
-def mse_range(observed: Tensor, args: QuantizationArgs, maxshrink: float = 0.20, patience: float = 5, grid: float = 100.0,
-              norm: float = 2.4, expand: float = 1.0) -> tuple[Tensor, Tensor]:
-    "The range (two tensors of shape `qparam_shape`) that quantizes `observed` with the least error, found by `shrink_search`."
+def mse_range(
+    observed: Tensor,
+    args: QuantizationArgs,
+    maxshrink: float = 0.20,
+    patience: float = 5,
+    grid: float = 100.0,
+    norm: float = 2.4,
+    expand: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """The range (two tensors of shape `qparam_shape`) that quantizes `observed` with the least error, found by
+    `shrink_search`."""
     low, high = (extreme * expand for extreme in min_max(observed))
     shrinks = (1 - i / grid for i in range(int(maxshrink * grid)))
     return shrink_search(low, high, shrinks, patience, lambda lo, hi: search_error(observed, lo, hi, args, norm))
