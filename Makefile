@@ -72,8 +72,7 @@ NEXT        ?= compressed-tensors==0.20.*
 NEXT_VENV   := .venv-next
 NEXT_STAMP  := $(NEXT_VENV)/.installed
 NEXT_BIN    := $(abspath $(NEXT_VENV))/bin
-ENGINE      := stored_scales observers bounds histogram histogram_observers lifecycle properties presets bad_input pipelines attention sequential offload \
-               experts recipes session replay records record_files record_attention analysis findings evaluate
+ENGINE      := schemes stats observers calibration modeling lifecycle pipelines recipes records analysis evaluate session
 
 $(NEXT_STAMP): settings.ini setup.py pyproject.toml constraints.txt Makefile
 	@echo "setting up $(NEXT_VENV): about a minute"
@@ -84,7 +83,7 @@ $(NEXT_STAMP): settings.ini setup.py pyproject.toml constraints.txt Makefile
 
 test-next: $(NEXT_STAMP) ## the engine's tests on the next compressed-tensors, in an environment of its own
 	@PATH="$(NEXT_BIN):$$PATH" HF_HUB_OFFLINE=1 python -c 'import compressed_tensors as c; print("compressed-tensors", c.__version__)'
-	@PATH="$(NEXT_BIN):$$PATH" HF_HUB_OFFLINE=1 python -m pytest -q -m 'not browser and not parity and not slow' $(ENGINE:%=tests/test_%.py)
+	@PATH="$(NEXT_BIN):$$PATH" HF_HUB_OFFLINE=1 python -m pytest -q -m 'not browser and not parity and not slow' $(ENGINE:%=tests/%)
 
 test-fast: export lint drift ## under a minute: export, drift, and the tests that need no browser and no reference
 	@$(RUN) python -m pytest -m 'not browser and not parity and not slow' $(ARGS)
@@ -99,11 +98,11 @@ docs: $(STAMP) ## a site of all notebooks in _docs/, with search and an index of
 
 screenshots: $(STAMP) ## pictures of the workbench in Chromium, in build/shots/; that of the README in nbs/images/
 	@mkdir -p build/shots
-	@QCAL_SHOTS="$(CURDIR)/build/shots" $(RUN) python -m pytest -q tests/test_browser_panels.py
+	@QCAL_SHOTS="$(CURDIR)/build/shots" $(RUN) python -m pytest -q tests/widgets/test_panels_browser.py
 	@cp build/shots/readme.png nbs/images/workbench.png
 
 latency: $(STAMP) ## how fast the workbench answers in Chromium, on the embedded model and on 1,000 tensors
-	@$(RUN) python -m pytest -q tests/test_latency.py
+	@$(RUN) python -m pytest -q tests/widgets/test_latency.py
 
 bench: $(STAMP) ## speed, memory and growth beside llm-compressor, about ten minutes, for nbs/benchmarks.ipynb; some rows: ROWS='imatrix six'
 	@PYTHONPATH=tests $(RUN) python -m benchmarks $(ROWS)

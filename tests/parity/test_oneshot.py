@@ -2,7 +2,6 @@
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationScheme
-from harness import one_thread as at_one_thread
 from harness import ours, reference, unequal
 from helpers import make_batches, make_model, qparams
 
@@ -31,15 +30,6 @@ SCHEMES = {
 }
 EXTRA_PRESETS = ["FP8_BLOCK", "W4A16", "W4A16_ASYM", "NVFP4", "MXFP4"]
 ARCHITECTURES = ["llama_gqa", "llama_tied", "qwen3", "opt", "phi", "gpt_neox", "bert"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    with at_one_thread(): yield
-
-
-@pytest.fixture(scope="module")
-def tokenizer(): return load_tiny_llama()[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

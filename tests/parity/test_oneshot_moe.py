@@ -1,12 +1,12 @@
 """Mixtures of experts: scales and zero points are those of `oneshot`, which takes experts apart and shows them every token, as we do."""
 import pytest
 import torch
+from harness import reference, unequal
 from helpers import make_batches, qparams
-from test_experts import make
-from test_oneshot import one_thread, reference, tokenizer, unequal  # noqa: F401  fixtures among them
 
 from qcal_nb.lifecycle import QuantizationModifier
 from qcal_nb.pipelines import calibrate
+from tests.modeling.mixtures import make
 
 pytestmark = pytest.mark.parity
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.parity
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("scheme", ["FP8", "W8A8", "NVFP4"])
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "nemotron_h"])
-def test_scales_of_experts(name, scheme, dtype, tokenizer):  # noqa: F811
+def test_scales_of_experts(name, scheme, dtype, tokenizer):
     ours, theirs, data, recipe = make(name, dtype), make(name, dtype), make_batches(), dict(scheme=scheme, ignore=["lm_head"])
     theirs.config.dtype = dtype  # the reference makes its Linears in the config's dtype
     calibrate(ours, data, QuantizationModifier(**recipe), progress=False)
@@ -22,7 +22,7 @@ def test_scales_of_experts(name, scheme, dtype, tokenizer):  # noqa: F811
     assert sum(".experts." in key for key in right) >= 12 and unequal(right, qparams(ours)) == []
 
 
-def test_scales_depend_on_who_sees_what(tokenizer):  # noqa: F811
+def test_scales_depend_on_who_sees_what(tokenizer):
     "An expert that sees only its own tokens has other input scales: the comparison above can fail."
     ours, theirs, data, recipe = make("mixtral"), make("mixtral"), make_batches(), dict(scheme="FP8", ignore=["lm_head"])
     theirs.config.dtype = torch.float32

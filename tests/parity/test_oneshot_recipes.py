@@ -25,18 +25,6 @@ UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj"
 FP8 = dict(scheme="FP8", ignore=["lm_head"])
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(): return load_tiny_llama()[1]
-
-
 def their_recipe(source):
     from llmcompressor.recipe import Recipe
     return Recipe.create_instance(source)

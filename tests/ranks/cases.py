@@ -1,4 +1,4 @@
-"""What ranks do, for tests/test_ranks.py. Under torchrun, or as one process:
+"""What ranks do, for tests/calibration/test_ranks.py. Under torchrun, or as one process:
 
     python cases.py FOLDER SECONDS CASE [CASE ...]
 

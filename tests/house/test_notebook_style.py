@@ -1,0 +1,156 @@
+"""What keeps the notebooks readable, as numbers: budgets on size and prose, one lesson after each definition, outputs that anyone can see.
+
+Each rule is a function from a notebook to complaints, and each has an example below that it must complain about.
+"""
+import ast
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+spec = importlib.util.spec_from_file_location("qcal_tools_drift", ROOT/"tools"/"drift.py")
+drift = importlib.util.module_from_spec(spec); spec.loader.exec_module(drift)
+
+MAX_CELLS, MAX_BYTES, MAX_LINES = 80, 150_000, 40
+MIN_PROSE, MAX_HIDDEN, MIN_SHOWN = 0.25, 0.10, 0.90
+SHOW_WITHIN = 3                                                           # cells after a definition
+EXPORTS = {"export", "exports", "exporti"}
+PRIVATE_PATH = re.compile(r"(?<![\w.~/-])/(?:work|tmp|root|home|Users|opt|mnt|var)/[\w.-]")
+
+def source(cell): return "".join(cell["source"])
+
+def directives(cell): return {m.split(":")[0] for m in re.findall(r"^#\|\s*([\w:]+)", source(cell), re.M)} if cell["cell_type"] == "code" else set()
+
+def code(cell): return re.sub(r"^#\|.*$", "", source(cell), flags=re.M)
+
+def exported(nb): return [c for c in nb["cells"] if directives(c) & EXPORTS]
+
+def names(cell):
+    "Public functions and classes that a cell defines."
+    defined = (n.name for n in ast.parse(code(cell)).body if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef))
+    return [n for n in defined if not n.startswith("_")]
+
+def shows_something(cell):
+    "Is it a cell that a reader sees run: neither exported nor hidden nor imports alone?"
+    if cell["cell_type"] != "code" or directives(cell) & (EXPORTS | {"hide"}): return False
+    return any(not isinstance(n, ast.Import | ast.ImportFrom) for n in ast.parse(plain(cell)).body)
+
+def plain(cell):
+    "A cell's code as Python alone: magics and shell lines are comments"
+    return re.sub(r"^(\s*)([%!])", r"\1pass # \2", code(cell), flags=re.M)
+
+def data_of(nb): return [(c, o) for c in nb["cells"] for o in c.get("outputs", [])]
+
+# --- the rules ---
+
+def size(nb):
+    n, b = len(nb["cells"]), len(json.dumps(nb, indent=1, ensure_ascii=False).encode())
+    return [f"{n} cells, at most {MAX_CELLS}"]*(n > MAX_CELLS) + [f"{b:,} bytes, at most {MAX_BYTES:,}"]*(b > MAX_BYTES)
+
+def prose(nb):
+    share = sum(c["cell_type"] == "markdown" for c in nb["cells"])/len(nb["cells"])
+    return [f"{share:.0%} of the cells are prose, at least {MIN_PROSE:.0%}"]*(share < MIN_PROSE)
+
+def hiding(nb):
+    n = sum("hide" in directives(c) for c in nb["cells"])                 # one is always allowed: a short notebook may need it
+    return [f"{n} of {len(nb['cells'])} cells are hidden, at most {MAX_HIDDEN:.0%}"]*(n > max(1, MAX_HIDDEN*len(nb["cells"])))
+
+def title(nb):
+    first = nb["cells"][0]
+    good = first["cell_type"] == "markdown" and re.match(r"# \S.*\n\n> \S", source(first))
+    return [] if good else ["does not begin with `# title`, an empty line and `> what it is`"]
+
+def cell_lines(nb):
+    counts = [(len(code(c).strip("\n").splitlines()), c) for c in exported(nb)]
+    return [f"cell {c['id']} exports {n} lines, at most {MAX_LINES}" for n, c in counts if n > MAX_LINES]
+
+def function_lines(nb):
+    found = [(n.end_lineno-n.lineno+1, n.name) for c in exported(nb) for n in ast.walk(ast.parse(code(c)))
+             if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    return [f"{name} has {n} lines, at most {MAX_LINES}" for n, name in found if n > MAX_LINES]
+
+def shown(nb):
+    cells = nb["cells"]
+    defining = [(i, ", ".join(names(c))) for i, c in enumerate(cells) if directives(c) & {"export", "exports"} and names(c)]
+    missing = [n for i, n in defining if not any(map(shows_something, cells[i+1:i+1+SHOW_WITHIN]))]
+    if len(missing) <= (1-MIN_SHOWN)*len(defining): return []
+    return [f"{len(missing)} of {len(defining)} definitions without a demonstration within {SHOW_WITHIN} cells: {'; '.join(missing)}"]
+
+def output_kinds(nb):
+    kinds = {mime for _, o in data_of(nb) for mime in o.get("data", {})}
+    bad = sorted(k for k in kinds if not k.startswith("text/") and k != "image/png")
+    errors = [o["ename"] for _, o in data_of(nb) if o["output_type"] == "error"]
+    state = ["saved widget state in the metadata"]*("widgets" in nb["metadata"])
+    return [f"output of kind {k}" for k in bad] + [f"a cell failed with {e}" for e in errors] + state
+
+def private_paths(nb):
+    texts = ("".join(t) for _, o in data_of(nb) for t in [o.get("text", ""), *(v for k, v in o.get("data", {}).items() if k.startswith("text/"))])
+    return [f"output shows a path of one machine: {text[max(0, m.start()-20):m.end()+30]!r}" for text in texts for m in PRIVATE_PATH.finditer(text)]
+
+def folded(nb):
+    "JupyterLab folds a solution, and what it prints: both would answer the exercise above them."
+    solutions = [c for c in nb["cells"] if "solution" in c["metadata"].get("tags", [])]
+    shows = [(c["id"], part) for c in solutions for part in ("source", "outputs") if not c["metadata"].get("jupyter", {}).get(f"{part}_hidden")]
+    return [f"the solution {cell} shows its {part}" for cell, part in shows]
+
+RULES = [size, prose, hiding, title, cell_lines, function_lines, shown, output_kinds, private_paths, folded]
+
+# --- our notebooks ---
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda r: r.__name__)
+@pytest.mark.parametrize("path", drift.notebooks(ROOT), ids=lambda p: p.relative_to(ROOT/"nbs").as_posix().removesuffix(".ipynb"))
+def test_style(path, rule):
+    assert rule(json.loads(path.read_text(encoding="utf-8"))) == []
+
+def test_one_notebook_one_module(): assert {m: n for m, n in drift.modules(ROOT).items() if len(n) > 1} == {}
+
+def test_numbered_notebooks_export_and_others_do_not():
+    numbered = {p.name: (bool(re.match(r"\d", p.name)), drift.default_exp(p) is not None) for p in drift.notebooks(ROOT)}
+    assert {n: v for n, v in numbered.items() if v[0] != v[1]} == {}
+
+# --- the rules can complain ---
+
+def md(text): return dict(cell_type="markdown", id="m", metadata={}, source=[text])
+
+def py(text, *outputs): return dict(md(text), cell_type="code", id="c", execution_count=None, outputs=list(outputs))
+
+def book(*cells, **metadata): return dict(cells=[md("# name\n\n> One line."), *cells], metadata=metadata, nbformat=4, nbformat_minor=5)
+
+def out(**data): return dict(output_type="display_data", metadata={}, data={k.replace("_", "/", 1): v for k, v in data.items()})
+
+LONG = "def f():\n" + "    x = 1\n"*MAX_LINES
+BAD = [
+    (size, book(*[md("x")]*MAX_CELLS), "81 cells"),
+    (size, book(md("x"*MAX_BYTES)), "bytes"),
+    (prose, book(*[py("1")]*4), "20% of the cells are prose"),
+    (hiding, book(md("x"), py("#| hide\n1"), py("#| hide\n2")), "2 of 4"),
+    (title, dict(book(), cells=[py("1")]), "does not begin"),
+    (title, dict(book(), cells=[md("# name")]), "does not begin"),
+    (title, dict(book(), cells=[md("## name\n\n> line")]), "does not begin"),
+    (cell_lines, book(py("#| export\n" + "x = 1\n"*(MAX_LINES+1))), "exports 41 lines"),
+    (function_lines, book(py("#| export\n" + LONG)), "f has 41 lines"),
+    (function_lines, book(py("#| exporti\nclass A:\n    def f(self):\n" + "        x = 1\n"*MAX_LINES)), "f has 41 lines"),
+    (shown, book(py("#| export\ndef f(): pass"), py("from a import b")), "1 of 1"),
+    (shown, book(py("#| export\nclass A: pass"), md("prose"), md("prose"), md("prose"), py("A()")), "A"),
+    (shown, book(py("#| export\ndef f(): pass"), py("#| hide\nf()")), "f"),
+    (shown, book(py("#| export\ndef f(): pass"), py("#| export\ndef g(): pass"), *[md("prose")]*2, py("f()")), "1 of 2"),
+    (output_kinds, book(py("w", out(**{"application_vnd.jupyter.widget-view+json": {}}))), "widget-view"),
+    (output_kinds, book(py("w", out(image_jpeg="x"))), "image/jpeg"),
+    (output_kinds, book(widgets={}), "widget state"),
+    (output_kinds, book(py("1/0", dict(output_type="error", ename="ZeroDivisionError", evalue="", traceback=[]))), "ZeroDivisionError"),
+    (private_paths, book(py("p", out(text_plain=["'/home/me/x'"]))), "/home/me"),
+    (folded, book(dict(py("42"), metadata=dict(tags=["solution"], jupyter=dict(source_hidden=True)))), "the solution c shows its outputs"),
+    (private_paths, book(py("p", dict(output_type="stream", name="stdout", text=["in /tmp/abc"]))), "/tmp/abc"),
+]
+
+@pytest.mark.parametrize("rule, nb, complaint", BAD, ids=[f"{r.__name__}-{c}" for r, _, c in BAD])
+def test_a_bad_notebook_is_seen(rule, nb, complaint):
+    assert complaint in " ".join(rule(nb))
+
+def test_a_good_notebook_passes():
+    good = book(md("Why."), py("#| default_exp name"), py("#| export\ndef f(x): return x"), md("It returns x."), py("f(1)", out(text_plain=["1"])),
+                md("Relative paths and addresses are fine."), py("p", out(text_html=["<a href='https://a.org/opt/x'>"], image_png="iVBO")))
+    assert [c for rule in RULES for c in rule(good)] == []
