@@ -1,4 +1,5 @@
-"README.md and CONTRIBUTING.md: what they link to exists, and what they tell one to type is understood. That the README is current: test_generated."
+"""README.md, CONTRIBUTING.md, index and walkthroughs: what they link to exists, what they tell you to type is understood, and the README is short.
+That the README is current: test_generated."""
 import json
 import re
 import shlex
@@ -13,26 +14,30 @@ from qcal_nb.cli import parser
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md"]
+WALKTHROUGHS = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "nbs" / "tutorials").glob("*.ipynb"))
+MAX_BYTES = 12_000
 
 
-def text_of(page: str) -> str:
-    if page != "index": return (ROOT / page).read_text(encoding="utf-8")
-    cells = json.loads((ROOT / "nbs" / "index.ipynb").read_text(encoding="utf-8"))["cells"]
-    return "\n\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+def prose(path: Path) -> str:
+    "The text of a markdown file, or of the markdown cells of a notebook."
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".ipynb": return text
+    return "\n\n".join("".join(c["source"]) for c in json.loads(text)["cells"] if c["cell_type"] == "markdown")
+
+
+def text_of(page: str) -> str: return prose(ROOT / ("nbs/index.ipynb" if page == "index" else page))
 
 
 def headings(path: Path) -> set[str]:
     "Anchors of a markdown file or a notebook, as GitHub (markdown) and JupyterLab (notebook) make them."
     if path.suffix == ".ipynb":
-        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        titles = re.findall(r"^#+ (.+)$", "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown"), re.M)
-        return {t.replace("`", "").replace(" ", "-") for t in titles}
-    return {re.sub(r"[^\w\- ]", "", t.lower()).replace(" ", "-") for t in re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.M)}
+        return {t.replace("`", "").replace(" ", "-") for t in re.findall(r"^#+ (.+)$", prose(path), re.M)}
+    return {re.sub(r"[^\w\- ]", "", t.lower()).replace(" ", "-") for t in re.findall(r"^#+ (.+)$", prose(path), re.M)}
 
 
 def broken(page: Path) -> list[str]:
-    "Relative links and pictures of a markdown file that lead nowhere."
-    links = re.findall(r"\]\(([^)\s]+)", re.sub(r"(?s)```.*?```|`[^`\n]*`", "", page.read_text(encoding="utf-8")))
+    "Relative links and pictures of a markdown file or a notebook that lead nowhere."
+    links = re.findall(r"\]\(([^)\s]+)", re.sub(r"(?s)```.*?```|`[^`\n]*`", "", prose(page)))
     wrong = []
     for link in (x for x in links if not re.match(r"\w+:", x)):
         path, _, anchor = unquote(link).partition("#")
@@ -60,13 +65,29 @@ def unknown(command: str) -> list[str]:
     return [w for w in words if ("=" in w and w.split("=")[0] not in known["variables"]) or ("=" not in w and w not in known["targets"])]
 
 
-@pytest.mark.parametrize("page", PAGES)
+def test_the_readme_is_short():
+    size = (ROOT / "README.md").stat().st_size
+    assert size < MAX_BYTES, f"{size:,} bytes: what teaches belongs into nbs/tutorials/quickstart.ipynb"
+
+
+def test_the_readme_names_every_walkthrough():
+    linked = re.findall(r"\]\((nbs/tutorials/[^)#]+)\)", text_of("README.md"))
+    assert sorted(linked) == WALKTHROUGHS and len(WALKTHROUGHS) > 8
+
+
+@pytest.mark.parametrize("page", [*PAGES, "nbs/index.ipynb", *WALKTHROUGHS])
 def test_links_lead_somewhere(page): assert broken(ROOT / page) == []
 
 
 def test_a_broken_link_is_seen(tmp_path):
     (tmp_path / "a.md").write_text("# One two\n\n[x](#one-two) [y](#three) ![p](no.png) [z](https://x.org) `[c](no.md)`")
     assert broken(tmp_path / "a.md") == ["#three", "no.png"]
+
+
+def test_a_broken_link_of_a_notebook_is_seen(tmp_path):
+    words = dict(cell_type="markdown", source=["# One `two`\n\n[x](a.ipynb#One-two) [y](a.ipynb#one-two)"])
+    (tmp_path / "a.ipynb").write_text(json.dumps(dict(cells=[words, dict(cell_type="code", source=["[z](no.md)"])])))
+    assert broken(tmp_path / "a.ipynb") == ["a.ipynb#one-two"]
 
 
 @pytest.mark.parametrize("page", [*PAGES, "index"])
@@ -98,10 +119,10 @@ def test_an_unknown_flag_is_seen(capsys):
 
 
 @pytest.mark.slow
-def test_the_first_example_runs_as_it_stands_and_prints_what_is_shown(tmp_path):
-    "By itself, in a process of its own, elsewhere."
-    code, shown = re.search(r"(?s)```python\n(.*?)\n```\n\n```text\n(.*?)\n```", text_of("README.md")).groups()
-    assert len([line for line in code.splitlines() if line and "import" not in line]) <= 10
-    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+def test_the_code_runs_as_it_stands_and_prints_what_is_shown(tmp_path):
+    "All of the README's Python, in one process of its own, elsewhere. Ten lines for your own model, imports not counted."
+    blocks, shown = (re.findall(rf"(?s)```{kind}\n(.*?)\n```", text_of("README.md")) for kind in ("python", "text"))
+    assert len([line for line in blocks[0].splitlines() if line and "import" not in line]) <= 10
+    ran = subprocess.run([sys.executable, "-c", "\n".join(blocks)], cwd=tmp_path, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.rstrip() == shown
+    assert ran.stdout.rstrip() == "\n".join(shown) and not list(tmp_path.iterdir())
