@@ -3,6 +3,9 @@
 `open_nb("index.ipynb")` opens a notebook of nbs/ in a real JupyterLab in a real Chromium, runs it and returns the page. One server and one
 browser serve the whole session; each notebook gets a fresh tab and a fresh kernel of this very environment. Chromium comes from the
 system (`apt-get install chromium`, or $QCAL_CHROMIUM); without it these tests are skipped, except in CI.
+
+`make pytest` runs two workers (pytest-xdist). A file stays on one of them, so that what it builds once is built once; all that needs the
+browser is one group, whatever its file.
 """
 import json
 import os
@@ -18,6 +21,8 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")                             # before torch is imported; holds for programs that tests start, too
 
 hypothesis.settings.register_profile("no times", deadline=None)           # machines are shared; no test asserts a time
 hypothesis.settings.load_profile("no times")
@@ -45,6 +50,32 @@ def pytest_runtest_makereport(item, call):
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_make_collect_report(collector):
     return skip_fails((yield))
+
+# --- workers ---
+
+@pytest.hookimpl(tryfirst=True)                                           # xdist reads the groups in a hook of this name
+def pytest_collection_modifyitems(items):
+    "The longest groups come first, so that no worker is left with one at the end: the browser's, then files that have slow tests, then others."
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    def in_browser(item): return "browser" in item.fixturenames
+    items.sort(key=lambda item: (not in_browser(item), item.path not in slow))      # a stable sort: files stay together
+    for item in items:
+        group = "browser" if in_browser(item) else item.path.relative_to(item.config.rootpath).as_posix()
+        if not item.get_closest_marker("xdist_group"): item.add_marker(pytest.mark.xdist_group(group))
+
+def pytest_terminal_summary(terminalreporter):
+    "What tests tell by `record_property('tell', ...)`; what workers print is lost."
+    passed = terminalreporter.getreports("passed")
+    for told in dict.fromkeys(value for report in passed for key, value in report.user_properties if key == "tell"): terminalreporter.write_line(told)
+
+@pytest.fixture(autouse=True)
+def number_of_threads(request):
+    "One thread a test, whatever the machine: bits of sums depend on their number. `@pytest.mark.threads(2)` says that a test needs two."
+    import torch
+    marker = request.node.get_closest_marker("threads")
+    torch.set_num_threads(marker.args[0] if marker else 1)
+    yield
+    torch.set_num_threads(1)
 
 # --- observers ---
 
@@ -77,7 +108,7 @@ class Lab:
     def api(self, path: str, method: str = "GET"):
         "JSON answer of the server's REST interface; None where it answers nothing"
         request = urllib.request.Request(f"{self.base}/api/{path}?token={self.token}", method=method)
-        with urllib.request.urlopen(request, timeout=20) as answer: body = answer.read()
+        with urllib.request.urlopen(request, timeout=60) as answer: body = answer.read()
         return json.loads(body) if body else None
 
 def free_port() -> int:
@@ -105,7 +136,7 @@ def lab_command(lab: Lab, work: Path, port: int) -> list[str]:
                "LabApp.expose_app_in_browser": True, "LabApp.extension_manager": "readonly"}
     return [sys.executable, "-m", "jupyterlab", *(f"--{k}={v}" for k, v in options.items())]
 
-def wait_until_up(process: subprocess.Popen, lab: Lab, seconds: float = 60) -> None:
+def wait_until_up(process: subprocess.Popen, lab: Lab, seconds: float = 180) -> None:
     deadline = time.monotonic()+seconds
     while time.monotonic() < deadline:
         if process.poll() is not None: break
@@ -139,6 +170,7 @@ def browser():
     sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install -e '.[browser]'")
     program = os.environ.get("QCAL_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
     if not program: pytest.skip(NO_CHROMIUM)
+    sync_api.expect.set_options(timeout=60_000)
     with sync_api.sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"])
         yield chromium
@@ -159,7 +191,7 @@ READY = """async seconds => {
   };
   return Promise.race([ready(), new Promise(resolve => setTimeout(() => resolve(false), 1000*seconds))]);
 }"""
-READY_SECONDS = 60
+READY_SECONDS = 180                                                       # a machine that does other work, too, is slow
 RUN_ALL = """async () => {
   await window.jupyterapp.commands.execute('notebook:run-all-cells');
   return window.jupyterapp.shell.currentWidget.content.widgets.filter(c => c.model.type === 'code').map(c => ({
@@ -176,7 +208,7 @@ def run_all(page) -> None:
 def new_page(browser, viewport):
     "A tab of its own; `page.console_errors` collects what the page throws"
     page = browser.new_context(viewport=viewport).new_page()
-    page.set_default_timeout(30_000)
+    page.set_default_timeout(120_000)
     page.console_errors = []
     page.on("pageerror", lambda error: page.console_errors.append(str(error)))
     return page

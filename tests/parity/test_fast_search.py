@@ -4,7 +4,7 @@ from harness import ARCHITECTURES, applies, measure
 
 from qcal_nb.observers import bounds, kernels
 
-pytestmark = [pytest.mark.parity, pytest.mark.slow]
+pytestmark = [pytest.mark.parity, pytest.mark.slow, pytest.mark.xdist_group("matrix")]  # it asks the reference what the matrix asks
 SEARCHING = ("FP8 mse", "A mse, averaging_constant 0.3, grid 50", "W8 tensor asym mse, A static_minmax asym", "KV cache mse")
 CELLS = [(a, c) for a in ARCHITECTURES for c in SEARCHING if applies(a, c)]
 

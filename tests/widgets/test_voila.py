@@ -23,7 +23,7 @@ def app(tmp_path, browser):
     with open(tmp_path / "voila.log", "w") as log:
         process = subprocess.Popen(command, env=lab_environment(tmp_path), stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
-            address, deadline = f"http://127.0.0.1:{port}/{token}/", time.monotonic() + 60
+            address, deadline = f"http://127.0.0.1:{port}/{token}/", time.monotonic() + 180
             while True:
                 try: urllib.request.urlopen(f"{address}static/voila.js", timeout=5); break
                 except urllib.error.HTTPError: break  # it answers
