@@ -62,15 +62,15 @@ clean-notebooks: $(STAMP) ## take out of the notebooks what does not belong in g
 lint: $(STAMP) ## ruff
 	@$(BIN)/ruff check --quiet .
 
-# Two workers; groups of tests stay together and keep the order that tests/conftest.py gives them.
+# Two workers; files stay together, in the order that tests/conftest.py gives them.
 WORKERS ?= 2
-PARALLEL = -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+PARALLEL = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 pytest: $(STAMP) ## all of tests/, browser and parity included; ARGS='-k drift'
 	@$(RUN) python -m pytest $(PARALLEL) $(ARGS)
 
 parity: $(STAMP) ## every cell of the parity matrix, of which `make test` compares a sample
-	@QCAL_MATRIX=whole $(RUN) python -m pytest -q $(PARALLEL) tests/parity $(ARGS)
+	@QCAL_MATRIX=whole $(RUN) python -m pytest -q -n $(WORKERS) --dist worksteal tests/parity $(ARGS)
 
 test: lint drift notebooks pytest ## everything that CI runs
 
@@ -109,7 +109,7 @@ screenshots: $(STAMP) ## pictures of the workbench in Chromium, in build/shots/;
 	@cp build/shots/readme.png nbs/images/workbench.png
 
 latency: $(STAMP) ## how fast the workbench answers in Chromium, on the embedded model and on 1,000 tensors
-	@QCAL_ROUNDS=9 $(RUN) python -m pytest -q tests/widgets/test_latency.py
+	@QCAL_ROUNDS=9 $(RUN) python -m pytest -q tests/widgets/test_latency_browser.py
 
 bench: $(STAMP) ## speed, memory and growth beside llm-compressor, about ten minutes, for nbs/benchmarks.ipynb; some rows: ROWS='imatrix six'
 	@PYTHONPATH=tests $(RUN) python -m benchmarks $(ROWS)

@@ -4,8 +4,8 @@
 browser serve the whole session; each notebook gets a fresh tab and a fresh kernel of this very environment. Chromium comes from the
 system (`apt-get install chromium`, or $QCAL_CHROMIUM); without it these tests are skipped, except in CI.
 
-`make pytest` runs two workers (pytest-xdist). A file stays on one of them, so that what it builds once is built once; all that needs the
-browser is one group, whatever its file.
+`make pytest` runs two workers (pytest-xdist). A file stays on one of them, so that what it builds once is built once; so do all files whose
+names end with _browser.py.
 """
 import json
 import os
@@ -53,15 +53,23 @@ def pytest_make_collect_report(collector):
 
 # --- workers ---
 
-@pytest.hookimpl(tryfirst=True)                                           # xdist reads the groups in a hook of this name
 def pytest_collection_modifyitems(items):
-    "The longest groups come first, so that no worker is left with one at the end: the browser's, then files that have slow tests, then others."
+    "What takes longest comes first, so that no worker is left with it at the end: the browser's files, then those with slow tests, then others."
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    def in_browser(item): return "browser" in item.fixturenames
-    items.sort(key=lambda item: (not in_browser(item), item.path not in slow))      # a stable sort: files stay together
-    for item in items:
-        group = "browser" if in_browser(item) else item.path.relative_to(item.config.rootpath).as_posix()
-        if not item.get_closest_marker("xdist_group"): item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: (not in_browser(item.path.name), item.path not in slow))    # a stable sort: files stay together
+
+def in_browser(file: str) -> bool: return file.endswith("_browser.py")
+
+@pytest.hookimpl(optionalhook=True)                                       # pytest does without xdist, too
+def pytest_xdist_make_scheduler(config, log):
+    "`--dist loadfile`, but all files of the browser stay together: they share one JupyterLab and one Chromium."
+    if config.getvalue("dist") != "loadfile": return None
+    from xdist.scheduler import LoadFileScheduling
+    class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "browser" if in_browser(file) else file
+    return Files(config, log)
 
 def pytest_terminal_summary(terminalreporter):
     "What tests tell by `record_property('tell', ...)`; what workers print is lost."

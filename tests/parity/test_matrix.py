@@ -15,10 +15,7 @@ CASES = whole() if WHOLE else sample()
 IMPOSSIBLE = [(a, c) for a in ARCHITECTURES for c in CONFIGURATIONS if not applies(a, c)]
 
 
-def grouped(case): return pytest.param(*case, id=" | ".join(case), marks=pytest.mark.xdist_group(case[0] if WHOLE else "matrix"))
-
-
-@pytest.mark.parametrize("architecture, configuration, pipeline", map(grouped, CASES))
+@pytest.mark.parametrize("architecture, configuration, pipeline", CASES, ids=[" | ".join(case) for case in CASES])
 def test_same_bits(architecture, configuration, pipeline):
     cell = measure(architecture, configuration, pipeline)
     assert cell.scales and cell.differ == []
