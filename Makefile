@@ -9,7 +9,7 @@ RUN    := PATH="$(BIN):$$PATH" HF_HUB_OFFLINE=1
 NB     ?= nbs
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test test-next test-fast export drift notebooks outputs clean-notebooks lint pytest readme docs screenshots latency bench model clean distclean
+.PHONY: help setup lab test test-next test-fast export drift notebooks outputs clean-notebooks lint pytest parity readme docs screenshots latency bench model clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -62,8 +62,15 @@ clean-notebooks: $(STAMP) ## take out of the notebooks what does not belong in g
 lint: $(STAMP) ## ruff
 	@$(BIN)/ruff check --quiet .
 
+# Two workers; files stay together, in the order that tests/conftest.py gives them.
+WORKERS ?= 2
+PARALLEL = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 pytest: $(STAMP) ## all of tests/, browser and parity included; ARGS='-k drift'
-	@$(RUN) python -m pytest $(ARGS)
+	@$(RUN) python -m pytest $(PARALLEL) $(ARGS)
+
+parity: $(STAMP) ## every cell of the parity matrix, of which `make test` compares a sample
+	@QCAL_MATRIX=whole $(RUN) python -m pytest -q -n $(WORKERS) --dist worksteal tests/parity $(ARGS)
 
 test: lint drift notebooks pytest ## everything that CI runs
 
@@ -78,15 +85,15 @@ $(NEXT_STAMP): settings.ini setup.py pyproject.toml constraints.txt Makefile
 	@echo "setting up $(NEXT_VENV): about a minute"
 	@$(PYTHON) -m venv --clear $(NEXT_VENV)
 	@grep -v '^compressed-tensors==' constraints.txt > $(NEXT_VENV)/constraints.txt
-	@$(NEXT_BIN)/python -m pip install --quiet --disable-pip-version-check -e . '$(NEXT)' pytest hypothesis accelerate -c $(NEXT_VENV)/constraints.txt
+	@$(NEXT_BIN)/python -m pip install --quiet --disable-pip-version-check -e . '$(NEXT)' pytest pytest-xdist hypothesis accelerate -c $(NEXT_VENV)/constraints.txt
 	@touch $@
 
 test-next: $(NEXT_STAMP) ## the engine's tests on the next compressed-tensors, in an environment of its own
 	@PATH="$(NEXT_BIN):$$PATH" HF_HUB_OFFLINE=1 python -c 'import compressed_tensors as c; print("compressed-tensors", c.__version__)'
-	@PATH="$(NEXT_BIN):$$PATH" HF_HUB_OFFLINE=1 python -m pytest -q -m 'not browser and not parity and not slow' $(ENGINE:%=tests/%)
+	@PATH="$(NEXT_BIN):$$PATH" HF_HUB_OFFLINE=1 python -m pytest -q $(PARALLEL) -m 'not browser and not parity and not slow' $(ENGINE:%=tests/%)
 
 test-fast: export lint drift ## under a minute: export, drift, and the tests that need no browser and no reference
-	@$(RUN) python -m pytest -m 'not browser and not parity and not slow' $(ARGS)
+	@$(RUN) python -m pytest $(PARALLEL) -m 'not browser and not parity and not slow' $(ARGS)
 
 # --- what is made from the notebooks ---
 
@@ -102,7 +109,7 @@ screenshots: $(STAMP) ## pictures of the workbench in Chromium, in build/shots/;
 	@cp build/shots/readme.png nbs/images/workbench.png
 
 latency: $(STAMP) ## how fast the workbench answers in Chromium, on the embedded model and on 1,000 tensors
-	@$(RUN) python -m pytest -q tests/widgets/test_latency.py
+	@QCAL_ROUNDS=9 $(RUN) python -m pytest -q tests/widgets/test_latency_browser.py
 
 bench: $(STAMP) ## speed, memory and growth beside llm-compressor, about ten minutes, for nbs/benchmarks.ipynb; some rows: ROWS='imatrix six'
 	@PYTHONPATH=tests $(RUN) python -m benchmarks $(ROWS)

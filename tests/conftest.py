@@ -3,6 +3,9 @@
 `open_nb("index.ipynb")` opens a notebook of nbs/ in a real JupyterLab in a real Chromium, runs it and returns the page. One server and one
 browser serve the whole session; each notebook gets a fresh tab and a fresh kernel of this very environment. Chromium comes from the
 system (`apt-get install chromium`, or $QCAL_CHROMIUM); without it these tests are skipped, except in CI.
+
+`make pytest` runs two workers (pytest-xdist). A file stays on one of them, so that what it builds once is built once; so do all files whose
+names end with _browser.py.
 """
 import json
 import os
@@ -18,6 +21,8 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")                             # before torch is imported; holds for programs that tests start, too
 
 hypothesis.settings.register_profile("no times", deadline=None)           # machines are shared; no test asserts a time
 hypothesis.settings.load_profile("no times")
@@ -45,6 +50,40 @@ def pytest_runtest_makereport(item, call):
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_make_collect_report(collector):
     return skip_fails((yield))
+
+# --- workers ---
+
+def pytest_collection_modifyitems(items):
+    "What takes longest comes first, so that no worker is left with it at the end: the browser's files, then those with slow tests, then others."
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (not in_browser(item.path.name), item.path not in slow))    # a stable sort: files stay together
+
+def in_browser(file: str) -> bool: return file.endswith("_browser.py")
+
+@pytest.hookimpl(optionalhook=True)                                       # pytest does without xdist, too
+def pytest_xdist_make_scheduler(config, log):
+    "`--dist loadfile`, but all files of the browser stay together: they share one JupyterLab and one Chromium."
+    if config.getvalue("dist") != "loadfile": return None
+    from xdist.scheduler import LoadFileScheduling
+    class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "browser" if in_browser(file) else file
+    return Files(config, log)
+
+def pytest_terminal_summary(terminalreporter):
+    "What tests tell by `record_property('tell', ...)`; what workers print is lost."
+    passed = terminalreporter.getreports("passed")
+    for told in dict.fromkeys(value for report in passed for key, value in report.user_properties if key == "tell"): terminalreporter.write_line(told)
+
+@pytest.fixture(autouse=True)
+def number_of_threads(request):
+    "One thread a test, whatever the machine: bits of sums depend on their number. `@pytest.mark.threads(2)` says that a test needs two."
+    import torch
+    marker = request.node.get_closest_marker("threads")
+    torch.set_num_threads(marker.args[0] if marker else 1)
+    yield
+    torch.set_num_threads(1)
 
 # --- observers ---
 
@@ -77,7 +116,7 @@ class Lab:
     def api(self, path: str, method: str = "GET"):
         "JSON answer of the server's REST interface; None where it answers nothing"
         request = urllib.request.Request(f"{self.base}/api/{path}?token={self.token}", method=method)
-        with urllib.request.urlopen(request, timeout=20) as answer: body = answer.read()
+        with urllib.request.urlopen(request, timeout=60) as answer: body = answer.read()
         return json.loads(body) if body else None
 
 def free_port() -> int:
@@ -105,7 +144,7 @@ def lab_command(lab: Lab, work: Path, port: int) -> list[str]:
                "LabApp.expose_app_in_browser": True, "LabApp.extension_manager": "readonly"}
     return [sys.executable, "-m", "jupyterlab", *(f"--{k}={v}" for k, v in options.items())]
 
-def wait_until_up(process: subprocess.Popen, lab: Lab, seconds: float = 60) -> None:
+def wait_until_up(process: subprocess.Popen, lab: Lab, seconds: float = 180) -> None:
     deadline = time.monotonic()+seconds
     while time.monotonic() < deadline:
         if process.poll() is not None: break
@@ -139,6 +178,7 @@ def browser():
     sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install -e '.[browser]'")
     program = os.environ.get("QCAL_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
     if not program: pytest.skip(NO_CHROMIUM)
+    sync_api.expect.set_options(timeout=60_000)
     with sync_api.sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"])
         yield chromium
@@ -159,7 +199,7 @@ READY = """async seconds => {
   };
   return Promise.race([ready(), new Promise(resolve => setTimeout(() => resolve(false), 1000*seconds))]);
 }"""
-READY_SECONDS = 60
+READY_SECONDS = 180                                                       # a machine that does other work, too, is slow
 RUN_ALL = """async () => {
   await window.jupyterapp.commands.execute('notebook:run-all-cells');
   return window.jupyterapp.shell.currentWidget.content.widgets.filter(c => c.model.type === 'code').map(c => ({
@@ -176,7 +216,7 @@ def run_all(page) -> None:
 def new_page(browser, viewport):
     "A tab of its own; `page.console_errors` collects what the page throws"
     page = browser.new_context(viewport=viewport).new_page()
-    page.set_default_timeout(30_000)
+    page.set_default_timeout(120_000)
     page.console_errors = []
     page.on("pageerror", lambda error: page.console_errors.append(str(error)))
     return page

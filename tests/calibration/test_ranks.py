@@ -246,21 +246,20 @@ def test_a_rank_that_falls_silent_is_named_when_the_limit_is_over(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("case, words", [("dies", "exitcode"), ("uncaught", "NonFiniteError: 0, input: 8 non-finite values")])
 def test_a_rank_that_ends_takes_the_others_with_it(tmp_path, case, words):
-    start = time.monotonic()
-    _, printed, status = launch(tmp_path, 2, [case], limit=60)
-    assert status != 0 and words in printed and time.monotonic() - start < 40
+    _, printed, status = launch(tmp_path, 2, [case], limit=60, patience=600)  # who waited for the other would fail by the limit
+    assert status != 0 and words in printed
 
 
 @pytest.mark.slow
 def test_the_harness_turns_a_hang_into_a_failure(tmp_path):
-    with pytest.raises(pytest.fail.Exception, match="2 ranks were not done with \\['hang'\\] after 12 seconds"):
-        launch(tmp_path, 2, ["hang"], limit=12)
+    with pytest.raises(pytest.fail.Exception, match="2 ranks were not done with \\['hang'\\] after 3 seconds"):
+        launch(tmp_path, 2, ["hang"], limit=3)
     pids = [int(p.read_text()) for p in tmp_path.glob("*.pid")]
     assert len(pids) == 2
     for pid in pids: assert gone(pid)
 
 
-def gone(pid: int, seconds: float = 5) -> bool:
+def gone(pid: int, seconds: float = 30) -> bool:
     "Whether a process ends (or is dead and not yet collected) within a few seconds."
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

@@ -4,6 +4,7 @@
 every scale, zero point and global scale bit for bit. Tests and the parity page both use it.
 """
 import contextlib
+import functools
 import os
 import tempfile
 import warnings
@@ -128,6 +129,16 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "KV cache mse": dict(scheme="W8A8", kv_cache_scheme=FP8 | dict(strategy="tensor", dynamic=False, observer="mse")),
 }
 PIPELINES = ("basic", "sequential")
+FAMILIES: dict[str, list[str]] = {  # configurations that go the same way through both engines
+    "one scale or one a channel": ["W8A8", "FP8", "FP8_DYNAMIC", "INT8_STATIC", "A minmax, averaging_constant 0.5"],
+    "groups and blocks": ["FP8_BLOCK", "W4A16", "W4A16_ASYM", "W4AFP8"],
+    "four-bit floats": ["NVFP4", "NVFP4A16", "MXFP4"],
+    "a search for each scale": ["W4 g32 mse", "W8 tensor asym mse, A static_minmax asym", "FP8 mse", "A mse, averaging_constant 0.3, grid 50",
+                                "W4 channel mse, patience 0", "FP8_BLOCK mse"],
+    "four-bit floats, searched": ["NVFP4 mse", "NVFP4A16 expanded mse", "MXFP4 mse"],
+    "weighted by what is heard": ["W4 channel imatrix", "W4 g32 asym imatrix, patience 0", "NVFP4 expanded imatrix"],
+    "keys and values": ["FP8 and KV cache", "KV cache by head, static_minmax", "KV cache mse"],
+}
 
 
 def make(architecture: str, seed: int = 0) -> Module:
@@ -169,7 +180,7 @@ def reference(model: Module, data: list, tokenizer: Any = None, pipeline: str = 
         model.config.save_pretrained(folder)  # oneshot reads the config from disk again
         model.config._name_or_path = folder
         loader = torch.utils.data.DataLoader(data, batch_size=None)
-        llmcompressor.oneshot(model=model, recipe=Reference(**deepcopy(recipe)), processor=tokenizer or load_tiny_llama()[1],
+        llmcompressor.oneshot(model=model, recipe=Reference(**deepcopy(recipe)), processor=tokenizer or _tokenizer(),
                               dataset=loader, pipeline=pipeline)
     return qparams(model)
 
@@ -202,12 +213,48 @@ def applies(architecture: str, configuration: str) -> bool:
     return "KV" not in configuration or not (architecture in NO_CACHE | NO_HEADS_IN_CONFIG or (architecture, configuration) in ONE_LATENT)
 
 
+Case = tuple[str, str, str]  # architecture, configuration, pipeline
+
+
+def whole() -> list[Case]:
+    "The whole matrix: every architecture, every configuration, by both pipelines."
+    return [(a, c, p) for a in ARCHITECTURES for c in CONFIGURATIONS for p in PIPELINES if applies(a, c)]
+
+
+def sample() -> list[Case]:
+    """A part of the matrix by design: each architecture meets each family once, its members in turn, the pipelines in turn.
+
+    So both pipelines run for every architecture and for every configuration; a test counts it.
+    """
+    cases = []
+    for turn, members in enumerate(FAMILIES.values()):
+        met = dict.fromkeys(members, 0)
+        for architecture in ARCHITECTURES:
+            able = [c for c in members if applies(architecture, c)]
+            if not able: continue
+            configuration = min(able, key=met.get)
+            cases.append((architecture, configuration, PIPELINES[(met[configuration] + turn) % 2]))
+            met[configuration] += 1
+    return cases
+
+
+@functools.cache
+def _tokenizer() -> Any: return load_tiny_llama()[1]
+
+
+@functools.cache
+def _of_reference(architecture: str, configuration: str, pipeline: str) -> dict[str, torch.Tensor]:
+    "What the reference finds; kept, for where it has lost the mask both pipelines are compared with its basic one."
+    recipe = CONFIGURATIONS[configuration] | dict(ignore=["lm_head"])
+    return reference(make(architecture), batches(architecture), pipeline=pipeline, **recipe)
+
+
 def measure(architecture: str, configuration: str, pipeline: str = "basic") -> Cell:
     "Calibrate the same model by both engines at one thread, and compare every bit."
     recipe, data = CONFIGURATIONS[configuration] | dict(ignore=["lm_head"]), batches(architecture)
     wrong = architecture in MASK_LOST
     with one_thread(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        theirs = reference(make(architecture), data, pipeline="basic" if wrong else pipeline, **recipe)
+        theirs = _of_reference(architecture, configuration, "basic" if wrong else pipeline)
         mine = ours(make(architecture), data, pipeline, **deepcopy(recipe))
     return Cell(architecture, configuration, pipeline, sum(v.numel() for v in theirs.values()), unequal(theirs, mine))

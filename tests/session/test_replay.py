@@ -214,12 +214,23 @@ def test_a_record_of_another_model_is_refused():
 
 # --- the session as Python ---
 
-def run_script(text, tmp_path):
-    "Run a script in a fresh interpreter and return the scales it ends with."
-    script, out = tmp_path / "script.py", tmp_path / "scales.pkl"
-    script.write_text(text + f"session.scales().to_pickle({str(out)!r})\n")
-    subprocess.run([sys.executable, script], check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, timeout=300)
-    return pd.read_pickle(out)
+RUNNER = """
+import sys
+from pathlib import Path
+for script in map(Path, sys.argv[1:]):
+    space = {"__name__": "__main__"}
+    exec(compile(script.read_text(), script, "exec"), space)
+    space["session"].scales().to_pickle(script.with_suffix(".pkl"))
+"""
+
+
+def run_scripts(texts, folder):
+    "Run scripts, each with names of its own, in one fresh interpreter; the scales that each ends with."
+    paths = [folder / f"{i}.py" for i in range(len(texts))]
+    for path, text in zip(paths, texts): path.write_text(text)
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", RUNNER, *paths], check=True, env=env, timeout=600)
+    return [pd.read_pickle(path.with_suffix(".pkl")) for path in paths]
 
 
 STORIES = {
@@ -233,12 +244,22 @@ STORIES = {
 }
 
 
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    "For each story the scales of the session and those of its script."
+    sessions = {}
+    for story, tell in STORIES.items():
+        model, tokenizer = load_tiny_llama(dtype=torch.bfloat16 if story == "plain" else torch.float32)
+        session = sessions[story] = Session(model, calibration_texts()[3:6], tokenizer, max_length=64)
+        tell(session)
+    scales = run_scripts([session.script() for session in sessions.values()], tmp_path_factory.mktemp("scripts"))
+    return {story: (session.scales(), there) for (story, session), there in zip(sessions.items(), scales)}
+
+
 @pytest.mark.parametrize("story", STORIES)
-def test_the_script_of_a_session_gives_its_scales_in_a_fresh_interpreter(story, tmp_path):
-    model, tokenizer = load_tiny_llama(dtype=torch.bfloat16 if story == "plain" else torch.float32)
-    session = Session(model, calibration_texts()[3:6], tokenizer, max_length=64)
-    STORIES[story](session)
-    assert len(session.scales()) and run_script(session.script(), tmp_path).equals(session.scales())
+def test_the_script_of_a_session_gives_its_scales_in_a_fresh_interpreter(story, told):
+    here, there = told[story]
+    assert len(here) and there.equals(here)
 
 
 def test_a_model_from_a_folder_and_texts_of_ones_own(tmp_path):
@@ -251,7 +272,8 @@ def test_a_model_from_a_folder_and_texts_of_ones_own(tmp_path):
     mine, own = LlamaForCausalLM.from_pretrained(tmp_path / "mine"), AutoTokenizer.from_pretrained(tmp_path / "mine")
     session = Session(mine, ["def f(x):\n    return 'x'", 'class A: "quoted"'], own, scheme={"weights": {"num_bits": 4, "strategy": "channel"}})
     walk(session, "initialize", "start", "feed_all", "end")
-    assert run_script(session.script(), tmp_path).equals(session.scales())
+    there, = run_scripts([session.script()], tmp_path)
+    assert there.equals(session.scales())
 
 
 def test_what_cannot_be_told_is_left_to_fill_in():

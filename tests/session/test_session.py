@@ -28,7 +28,7 @@ class Slow(torch.nn.Module):
 
     def forward(self, x):
         self.inside.set()
-        if not self.gate.acquire(timeout=20): raise TimeoutError("nobody let this batch through")
+        if not self.gate.acquire(timeout=120): raise TimeoutError("nobody let this batch through")
         return self.layer(x)
 
 
@@ -39,7 +39,7 @@ def slow_session(n=1000):
     return session
 
 
-def wait_for(condition, seconds=20):
+def wait_for(condition, seconds=120):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
@@ -51,10 +51,10 @@ def test_stop_within_two_of_a_thousand_batches():
     thread = in_background(session)
     session.model.gate.release(3)
     wait_for(lambda: session.fed == 3)
-    session.model.inside.wait(20)
+    session.model.inside.wait(120)
     stop(session)
     session.model.gate.release(2)
-    thread.join(20)
+    thread.join(120)
     assert not thread.is_alive() and session.fed <= 5 and session.phase == "fed" and session.running == ""
     assert session.record.batches == session.fed == session.model.layer.input_observer.counts.batches
     session.back()
@@ -67,18 +67,18 @@ def test_pause_and_resume():
     session.listen(lambda what: (pause(session), pause_now.set()) if what == "batch" and session.fed == 2 else None)
     thread = in_background(session)
     session.model.gate.release(6)
-    pause_now.wait(20)
+    pause_now.wait(120)
     time.sleep(0.1)
     assert session.fed == 2 and thread.is_alive()
     resume(session)
-    thread.join(20)
+    thread.join(120)
     assert session.fed == 6
 
 
 def test_while_a_feed_runs_everything_else_is_refused_by_name():
     session, x = slow_session(), torch.randn(2, 8)
     thread = in_background(session)
-    session.model.inside.wait(20)
+    session.model.inside.wait(120)
     for step in ("initialize", "start", "feed", "end", "back", "reset"):
         with pytest.raises(SessionError, match="feed_all is running; stop it or wait"): getattr(session, step)()
     for foreign in (lambda: session.model(x), lambda: session.model.layer(x)):
@@ -88,7 +88,7 @@ def test_while_a_feed_runs_everything_else_is_refused_by_name():
         with pytest.raises(ModelBusyError, match="is at work on it; wait for it or stop it first"): other()
     stop(session)
     session.model.gate.release(2)
-    thread.join(20)
+    thread.join(120)
     assert session.model.layer.input_observer.counts.observations == session.fed
 
 

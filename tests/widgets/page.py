@@ -38,7 +38,7 @@ def picture(page):
 
 def until(page, expression, value):
     "Wait until the kernel answers `value`."
-    for _ in range(300):
+    for _ in range(1200):
         if (got := ask(page, expression)) == value: return
         page.wait_for_timeout(100)
     raise AssertionError(f"{expression} is {got!r}, not {value!r}")

@@ -53,7 +53,7 @@ def test_a_question_that_nobody_asks_any_more_is_given_up(monkeypatch, session):
     def slow(run, base_name, args, observers, tick, weight_of):
         made.append(base_name)
         tick(0, 14)
-        if base_name == "input": started.set(); go.wait(10)
+        if base_name == "input": started.set(); go.wait(120)
         tick(7, 14)
         made.append(f"{base_name} done")
         return compare_observers(run, observers or None, args)
@@ -61,10 +61,10 @@ def test_a_question_that_nobody_asks_any_more_is_given_up(monkeypatch, session):
     tables = Tables(lambda ready: None)
     assert tables.of(session.record, Question("input")) is None
     tables.want(Question("input"))
-    started.wait(10)
+    started.wait(120)
     tables.want(Question("weight"))
     go.set()
-    tables.wait(20)
+    tables.wait(120)
     assert made == ["input", "weight", "weight done"] and tables.of(session.record, Question("input")) is None
     assert tables.of(session.record, Question("weight")) is not None
     assert tables.of(CalibrationRecord(), Question("weight")) is None and tables._thread is None  # another record

@@ -15,7 +15,7 @@ def test_schemes_are_compared_in_the_background_and_the_session_stays(session):
     notes, bars = [], []
     session.listen(lambda what: (notes.append(panel.note.value), bars.append(panel.bar.value)) if what == "compare" else None)
     panel.go.click()
-    session._thread.join(60)
+    session._thread.join(180)
     assert session.compared.scheme.tolist() == ["original", OWN, "W8A8"] and session.phase == "original" and panel.problem.value == ""
     assert "12 of 12 batches evaluated" in notes[-1] and bars[-1] == 1.0 and not panel.go.disabled and panel.bar.value == 0
     table = session.compared
@@ -42,7 +42,7 @@ def test_stop_keeps_the_rows_that_are_finished(session):
         if len(beats) == 9: panel.halt.click()
     session.listen(stop_later)
     panel.go.click()
-    session._thread.join(60)
+    session._thread.join(180)
     assert session.compared.scheme.tolist() == ["original", "FP8"] and not panel.go.disabled and panel.halt.disabled
     panel.close()
 
@@ -51,16 +51,16 @@ def test_an_error_is_shown_where_it_happened(session):
     panel = SchemeComparison(session)
     panel.names.value = ["W4A16"]  # groups of 128 do not divide 64
     panel.go.click()
-    session._thread.join(60)
+    session._thread.join(180)
     assert "W4A16" in panel.problem.value and session.running == "" and not panel.go.disabled
     panel.names.value = ["NVFP4", "W4A16"]
     panel.go.click()
-    session._thread.join(60)
+    session._thread.join(180)
     assert panel.problem.value == "" and session.compared.scheme.tolist() == ["original", "NVFP4", "W4A16"]
     assert "W4A16 was not measured: the scheme does not fit" in panel.result.value
     panel.names.value = ["FP8"]
     panel.go.click()
-    session._thread.join(60)
+    session._thread.join(180)
     assert panel.problem.value == "" and len(session.compared) == 2
     panel.close()
 
@@ -88,7 +88,7 @@ def test_lines_of_text_are_escaped_and_shown():
     panel = SchemeComparison(session)
     panel.names.value, panel.prompt.value = ["W8A16"], "class <T>"
     panel.go.click()
-    session._thread.join(60)
+    session._thread.join(180)
     table = session.compared
     assert table.text.notna().all() and "goes on with" in panel.result.value
     html = schemes_html(table.assign(text="<b>\n", weight_bytes=None, worst_sqnr_db=float("inf")))

@@ -103,7 +103,7 @@ def test_sqnr_is_found_when_asked_for_and_once(panel, run, monkeypatch):
     panel.order.value = "absmax"
     assert calls == [] and "sqnr_db" not in panel.shown
     panel.order.value = "sqnr_db"
-    panel._known.comparing.join(60)
+    panel._known.comparing.join(180)
     best = compare_observers(run).query("base_name == 'input'").groupby("module").sqnr_db.max().sort_values(kind="stable")
     shown = choose(panel.shown, order="sqnr_db").set_index("module").sqnr_db
     assert shown.is_monotonic_increasing and np.allclose(shown, best[shown.index])

@@ -245,7 +245,7 @@ def test_who_waits_at_the_page_gets_what_is_quick_first(run, key, show):
         panel.state.format = "int3"
         panel._hurried = False
         first = panel.table.set_index("observer").reason.to_dict()
-        for _ in range(200):
+        for _ in range(12_000):
             await asyncio.sleep(0.01)
             if SEARCHING not in set(panel.table.reason): break
         return panel, first
@@ -280,7 +280,7 @@ def test_it_follows_a_session_that_feeds_in_another_thread():
     assert "feed a batch" in panel.message.value and "choose weight" in panel.message.value
     thread = threading.Thread(target=session.feed_all)
     thread.start()
-    thread.join(60)
+    thread.join(180)
     key, _ = panel.shown()
     assert panel.message.value == "" and np.isclose(sum(picture(panel)["count"]), session.record[key].count) and panel.problem.value == ""
     session.back()

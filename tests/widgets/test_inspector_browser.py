@@ -52,7 +52,7 @@ def data_of(page, name):
     return {}  # not drawn yet
 
 
-def eventually(found, wanted, seconds=30):
+def eventually(found, wanted, seconds=120):
     "Wait until what is found is what is wanted."
     deadline = time.monotonic() + seconds
     while (last := found()) != wanted():

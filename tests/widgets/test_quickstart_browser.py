@@ -9,7 +9,7 @@ import pytest
 from tests.widgets.page import KERNEL, ask, click, picture, until
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
-SECONDS = 60_000
+SECONDS = 180_000
 
 ROWS = "table => Array.from(table.rows).slice(1).map(r => Array.from(r.cells).map(c => c.innerText))"
 
@@ -37,7 +37,7 @@ def changes_in_kernel(page):
     return ask(page, "changes_table(wb.session.changes).astype(str).values.tolist()")
 
 
-def drawn(page, key="range", held="_ranges()", seconds=20):
+def drawn(page, key="range", held="_ranges()", seconds=60):
     "What the picture holds under `key`, once it is what the kernel holds. Pictures follow a step a moment later than its labels."
     deadline = time.monotonic() + seconds
     while picture(page).get(key) != ask(page, held) and time.monotonic() < deadline: time.sleep(0.2)

@@ -20,7 +20,7 @@ def press(panel, *steps):
     "Click buttons; wait for what runs in the background."
     for step in steps:
         panel.buttons[step].click()
-        if panel.session._thread is not None: panel.session._thread.join(20)
+        if panel.session._thread is not None: panel.session._thread.join(120)
 
 
 def fields(panel, part="weights"): return panel.parts[part].fields
@@ -196,12 +196,12 @@ def test_paused_and_resumed(panel):
 
     unlisten = s.listen(hold)
     thread = in_background(s)
-    assert held.wait(20)
+    assert held.wait(120)
     assert s.paused and panel.hold.description == "Resume" and not panel.hold.disabled
     assert "Paused after 2 of 4 batches" in panel.note.value and "Paused: feed_all" in panel.phase.value
     assert panel.buttons["end"].disabled and "feed_all is running" in panel.buttons["end"].tooltip
     panel.pause_or_resume()
-    thread.join(20)
+    thread.join(120)
     unlisten()
     assert s.fed == 4 and panel.hold.description == "Pause" and panel.hold.disabled
 

@@ -19,7 +19,7 @@ def press(wb, *steps):
     "Click buttons; wait for what runs in the background."
     for step in steps:
         wb.stepper.buttons[step.replace("-", "_")].click()
-        if wb.session._thread is not None: wb.session._thread.join(20)
+        if wb.session._thread is not None: wb.session._thread.join(120)
 
 
 def drawn(wb): return data_of(wb.explorer.picture.png)

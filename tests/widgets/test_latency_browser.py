@@ -2,6 +2,7 @@
 
 `make latency` prints the table: on the embedded model, and on a made-up record of 1,000 tensors.
 """
+import os
 import statistics
 
 import pytest
@@ -9,13 +10,14 @@ import pytest
 from tests.widgets.page import KERNEL, ask, tab, until
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
+ROUNDS = int(os.environ.get("QCAL_ROUNDS", "2"))   # nothing is asserted of times: `make latency` asks for more
 
 WATCH = """() => {
   const visible = () => [...document.querySelectorAll('img.qcal-picture')].find(i => i.offsetParent !== null);
   window.next_picture = () => { const img = visible(), src = img.src, t0 = performance.now();
     return new Promise((done, fail) => { const look = () => { const now = visible();
       if (now && now.src !== src && now.complete) requestAnimationFrame(() => done(performance.now() - t0));
-      else if (performance.now() - t0 > 20000) fail('no new picture'); else requestAnimationFrame(look); }; look(); }); };
+      else if (performance.now() - t0 > 60000) fail('no new picture'); else requestAnimationFrame(look); }; look(); }); };
 }"""
 THOUSAND = """
 import torch, time
@@ -43,7 +45,7 @@ for _panel in wb.panels.values(): _timed(_panel)
 """
 
 
-def timed(page, change, times=9):
+def timed(page, change, times=ROUNDS):
     "Median milliseconds from a change at the page until the new picture, and of the kernel's refreshes."
     ask(page, "_took.clear()")
     waits = []
@@ -68,7 +70,7 @@ def choose(page, label, values):
 
 
 @pytest.mark.parametrize("what", ["embedded", "1,000 tensors"])
-def test_latency(open_nb, what, capsys):
+def test_latency(open_nb, what, record_property):
     page = open_nb("app.ipynb", viewport=(1400, 1900))
     if what == "embedded":
         assert page.evaluate(KERNEL, "for step in ('initialize', 'start', 'feed_all', 'end'): getattr(wb, step)()")["error"] is None
@@ -84,9 +86,9 @@ def test_latency(open_nb, what, capsys):
     page.wait_for_timeout(2500)
     rows["histogram: clip"] = timed(page, slide(page))
     rows["histogram: module"] = timed(page, choose(page, "Module", [4, 5, 7, 1]))
-    with capsys.disabled():
-        print(f"\n{what:24}{'click to picture':>18}{'kernel':>10}   (median ms)")
-        for name, (click, kernel) in rows.items(): print(f"{name:24}{click:18.0f}{kernel:10.0f}")
+    lines = [f"{what:24}{'click to picture':>18}{'kernel':>10}   (median ms)"]
+    lines += [f"{name:24}{click:18.0f}{kernel:10.0f}" for name, (click, kernel) in rows.items()]
+    record_property("tell", "\n".join(lines))
     assert len(rows) == 5 and not page.console_errors
 
 
