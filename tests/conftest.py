@@ -46,6 +46,18 @@ def pytest_runtest_makereport(item, call):
 def pytest_make_collect_report(collector):
     return skip_fails((yield))
 
+# --- the site ---
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory):
+    "The site of `make docs`, built once; a warning of Sphinx is a failure"
+    work = tmp_path_factory.mktemp("site")
+    (work/"source").mkdir()
+    flags = ["-q", "-W", "--keep-going", "-c", ROOT/"docs", "-d", work/"doctrees"]
+    done = subprocess.run([sys.executable, "-m", "sphinx", *flags, work/"source", work/"_docs"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout+done.stderr
+    return work/"_docs"
+
 # --- observers ---
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ import pytest
 
 from qcal_nb.cli import parser
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = ["README.md", "CONTRIBUTING.md"]
 
 
