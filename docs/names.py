@@ -19,8 +19,8 @@ INSIDE_CLASS = ("method", "property", "attribute")
 # --- pages of the API ---
 
 def is_made(value: object) -> bool:
-    "Is it a class or a function, and no constant?"
-    return inspect.isclass(value) or inspect.isfunction(value)
+    "Is it a class or a function (one of numba or with a cache, too), and no constant?"
+    return inspect.isclass(value) or inspect.isfunction(value) or hasattr(value, "__wrapped__") or hasattr(value, "py_func")
 
 
 @cache
