@@ -98,10 +98,12 @@ test-fast: export lint drift ## under a minute: export, drift, and the tests tha
 # --- what is made from the notebooks ---
 
 readme: $(STAMP) ## README.md from nbs/index.ipynb
-	@$(BIN)/python tools/docs.py readme
+	@$(BIN)/python tools/readme.py
 
-docs: $(STAMP) ## a site of all notebooks in _docs/, with search and an index of names; works from the folder, offline
-	@$(RUN) python tools/docs.py docs
+docs: $(STAMP) ## a site of all notebooks in _docs/, with search and the API; works from the folder, offline
+	@mkdir -p build/docs
+	@$(RUN) python -m sphinx -q -W --keep-going -c docs -d build/doctrees build/docs _docs
+	@echo "open file://$(CURDIR)/_docs/index.html"
 
 screenshots: $(STAMP) ## pictures of the workbench in Chromium, in build/shots/; that of the README in nbs/images/
 	@mkdir -p build/shots

@@ -85,6 +85,18 @@ def number_of_threads(request):
     yield
     torch.set_num_threads(1)
 
+# --- the site ---
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory):
+    "The site of `make docs`, built once; a warning of Sphinx is a failure"
+    work = tmp_path_factory.mktemp("site")
+    (work/"source").mkdir()
+    flags = ["-q", "-W", "--keep-going", "-c", ROOT/"docs", "-d", work/"doctrees"]
+    done = subprocess.run([sys.executable, "-m", "sphinx", *flags, work/"source", work/"_docs"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout+done.stderr
+    return work/"_docs"
+
 # --- observers ---
 
 @pytest.fixture(autouse=True)

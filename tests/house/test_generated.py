@@ -125,7 +125,6 @@ def test_widget_views_and_state_are_dropped(tmp_path):
 # --- README.md ---
 
 def test_readme_is_current():
-    docs = tool("docs")
-    text, pictures = docs.readme(ROOT)
+    text, pictures = tool("readme").readme(ROOT)
     assert (ROOT/"README.md").read_text(encoding="utf-8") == text, "run `make readme`"
     for path, png in pictures.items(): assert (ROOT/path).read_bytes() == png, f"{path}: run `make readme`"

@@ -12,7 +12,7 @@ import pytest
 
 from qcal_nb.cli import parser
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = ["README.md", "CONTRIBUTING.md"]
 WALKTHROUGHS = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "nbs" / "tutorials").glob("*.ipynb"))
 MAX_BYTES = 12_000

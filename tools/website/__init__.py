@@ -1,1 +1,0 @@
-"The static site and the README, both made from the committed notebooks: `python tools/docs.py`."
