@@ -11,7 +11,7 @@ __all__ = ['WHERE', 'PERCENTILES', 'RANGE_COLUMNS', 'ORDERS', 'DERIVED', 'OBSERV
            'coverage', 'history', 'convergence', 'percent_of', 'enough_in_words', 'extremes', 'outlier_channels',
            'diff']
 
-# %% ../nbs/09_analysis.ipynb #c57aa007
+# %% ../nbs/09_analysis.ipynb #c8ec2243
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,17 +24,8 @@ from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
 from .calibration_record import CalibrationRecord, Key
-from qcal_nb.conclusions import (
-    DEFAULT_ARGS,
-    Asked,
-    Conclusion,
-    conclude_from,
-    concluded,
-    counts_of,
-    label_of,
-    new_observer,
-    statistics_from,
-)
+from .conclusions import Asked, Conclusion, DEFAULT_ARGS, conclude_from, concluded, counts_of, label_of
+from .conclusions import new_observer, statistics_from
 from .coverage import suspicious_scales
 from .lifecycle import QuantizationMixin
 from .observers.base import NonFinite, check_args

@@ -7,7 +7,7 @@ __all__ = ['HOOKED', 'attention_modules', 'attention_classes', 'HookedKVCache', 
            'attention_function', 'has_eager_function', 'HookedAttention', 'hook_attention', 'attach_attention_scheme',
            'attention_faults', 'observe_query', 'observe_key_value', 'states_of', 'watch_attention']
 
-# %% ../nbs/04e_attention.ipynb #cc9ce5a5
+# %% ../nbs/04e_attention.ipynb #3cc2f72a
 import sys
 import weakref
 from collections.abc import Callable
@@ -15,25 +15,19 @@ from copy import deepcopy
 from types import SimpleNamespace
 from typing import Any
 
-from compressed_tensors.modeling import (
-    IMPL_ATTR,
-    KV_CACHE_ATTR,
-    QuantizedAttentionImpl,
-    QuantizedKVCache,
-    initialize_hooked_kv_cache,
-)
+from compressed_tensors.modeling import IMPL_ATTR, KV_CACHE_ATTR, QuantizedAttentionImpl, QuantizedKVCache
+from compressed_tensors.modeling import initialize_hooked_kv_cache
 from compressed_tensors.quantization import QuantizationScheme, QuantizationStatus
 from compressed_tensors.quantization.lifecycle.forward import forward_quantize
-from compressed_tensors.quantization.lifecycle.initialize import (
-    initialize_module_for_quantization,
-    is_cached_attention_module,
-)
+from compressed_tensors.quantization.lifecycle.initialize import initialize_module_for_quantization
+from compressed_tensors.quantization.lifecycle.initialize import is_cached_attention_module
 from torch import Tensor
 from torch.nn import Module
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .calibration import calibrate_key_hook, calibrate_query_hook, calibrate_value_hook, observer_of, scheme_args
+from .calibration import calibrate_key_hook, calibrate_query_hook, calibrate_value_hook, observer_of
+from .calibration import scheme_args
 
 # %% ../nbs/04e_attention.ipynb #b8106b02
 def attention_modules(model: Module) -> dict[str, Module]:

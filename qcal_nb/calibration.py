@@ -11,7 +11,7 @@ __all__ = ['args_in', 'scheme_args', 'observer_name', 'known_kwargs', 'owned_by'
            'calibrate_kv_cache_input_hook', 'calibrate_kv_cache_output_hook', 'observers_in', 'claim', 'feeding',
            'unobserved', 'ModelBusyError', 'refuse_if_held', 'exclusive', 'guarded']
 
-# %% ../nbs/04_calibration.ipynb #45a76f31
+# %% ../nbs/04_calibration.ipynb #3f39e327
 import inspect
 import threading
 import weakref
@@ -28,19 +28,10 @@ from compressed_tensors.quantization.lifecycle.forward import forward_quantize
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from qcal_nb.observers.base import (
-    BASE_NAMES,
-    NOBODY,
-    Observer,
-    QParamsDict,
-    about_to_change,
-    check_base_name,
-    current_feed,
-    find_observer,
-    first_tensor,
-    observer_key,
-    warn_once,
-)
+from .observers.base import BASE_NAMES, NOBODY, Observer, QParamsDict, about_to_change, check_base_name
+from .observers.base import current_feed, find_observer, observer_key
+from .taps import first_tensor
+from .warn import warn_once
 
 # %% ../nbs/04_calibration.ipynb #96cd46c3
 _PART = dict(weight="weights", output="output_activations")  # input, q, k and v all read `input_activations`

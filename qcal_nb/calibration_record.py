@@ -6,7 +6,7 @@
 __all__ = ['Spans', 'Key', 'ConclusionKey', 'FORMAT', 'VERSION', 'spans_of', 'joined_spans', 'About', 'joined_tensors',
            'CalibrationRecord', 'joined_records', 'unequal_parts', 'record_equal', 'to_tree', 'from_tree']
 
-# %% ../nbs/08d_calibration_record.ipynb #356cd76c
+# %% ../nbs/08d_calibration_record.ipynb #d18c3fbb
 import difflib
 import json
 import math

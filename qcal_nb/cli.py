@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['parser', 'modifier_of', 'ranks', 'calibrate_command', 'summary', 'report_command', 'lab_command', 'main']
 
-# %% ../nbs/16b_cli.ipynb #5c37951a
+# %% ../nbs/16b_cli.ipynb #fd49a856
 import argparse
 import os
 import sys
@@ -184,7 +184,7 @@ def calibrate_command(options: argparse.Namespace) -> None:
 
     from qcal_nb.cli_inputs import load_model, texts_for
     from qcal_nb.models import usual_length
-    from qcal_nb.observers.base import each_warning_once
+    from qcal_nb.warn import each_warning_once
     from qcal_nb.pipelines import calibrate
     from qcal_nb.recipes import free_folder, save_quantized, to_yaml
     from qcal_nb.records import all_ranks, record
@@ -252,7 +252,7 @@ def _notebook_path(asked: str | None, wanted: dict[str, Any]) -> Path:
 # %% ../nbs/16b_cli.ipynb #accd8550
 def report_command(options: argparse.Namespace) -> None:
     "`qcal-nb report`: the page, and where it is."
-    from qcal_nb.records import CalibrationRecord
+    from qcal_nb.calibration_record import CalibrationRecord
     from qcal_nb.report import to_html
     record = CalibrationRecord.load(options.record)
     print(to_html(record, options.out or Path(options.record).with_suffix(".html"), title=options.title))

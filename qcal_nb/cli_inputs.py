@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TINY', 'check_model', 'load_model', 'read_texts', 'texts_for', 'workbench_notebook']
 
-# %% ../nbs/16a_cli_inputs.ipynb #6292ae1e
+# %% ../nbs/16a_cli_inputs.ipynb #9bde1c56
 import json
 import os
 from collections.abc import Iterator

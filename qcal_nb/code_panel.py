@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CodeBox', 'CodePanel']
 
-# %% ../nbs/14i_code_panel.ipynb #ab53e5d9
+# %% ../nbs/14i_code_panel.ipynb #2d23278f
 from html import escape
 from pathlib import Path
 

@@ -6,7 +6,7 @@
 __all__ = ['CAUTION', 'EMPTY', 'KEPT', 'WATCHED', 'USES', 'heatmap_axes', 'framed', 'used_html', 'question_of',
            'ObserverComparison']
 
-# %% ../nbs/14h_comparison.ipynb #728de6dd
+# %% ../nbs/14h_comparison.ipynb #27e39462
 import io
 import re
 import threading
@@ -17,39 +17,24 @@ from typing import Any
 import ipywidgets as w
 import numpy as np
 import pandas as pd
+from PIL import Image as PILImage, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image as PILImage
-from PIL import ImageDraw
-from PIL.PngImagePlugin import PngInfo
 from traitlets import Bool, TraitError
 
 from .analysis import choose, mark_best, unnamed
 from .calibration_record import CalibrationRecord
-from qcal_nb.comparison_tables import (
-    Question,
-    TABLE_ORDERS,
-    TENSOR_COLUMNS,
-    Tables,
-    UNKNOWN,
-    best_by_tensor,
-    config_of,
-    counted_words,
-    in_order,
-    observers_html,
-    own_of,
-    scheme_args_by_module,
-    tensors_html,
-    unknown_html,
-    verdict_html,
-)
-from .scheme_panel import SchemeComparison
-from .figures import NAMED, new_axes, say_nothing
+from .comparison_tables import Question, TABLE_ORDERS, TENSOR_COLUMNS, Tables, UNKNOWN, best_by_tensor
+from .comparison_tables import config_of, counted_words, in_order, observers_html, own_of
+from .comparison_tables import scheme_args_by_module, tensors_html, unknown_html, verdict_html
 from .conclusions import label_of, name_and_kwargs
+from .figures import NAMED, new_axes, say_nothing, to_png
 from .markup import block, empty_html, error_html, warning_html
 from .panels import Panel, Picture, bar_at, static_picture
-from .plots import plot_observers, to_png
+from .plot_choices import plot_observers
 from .recipes import production_note
+from .scheme_panel import SchemeComparison
 from .schemes import describe_args
 from .session import Session, weight_of
 from .state import FORMATS, WorkbenchState

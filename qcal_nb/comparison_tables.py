@@ -7,7 +7,7 @@ __all__ = ['PIECE', 'TENSOR_COLUMNS', 'UNKNOWN', 'RUNNING', 'ZEROS', 'TABLE_ORDE
            'Question', 'Tables', 'scheme_args_by_module', 'counted_as', 'own_of', 'config_of', 'best_by_tensor',
            'in_order', 'counted_words', 'verdict_html', 'unknown_html', 'tensors_html', 'observers_html']
 
-# %% ../nbs/14f_comparison_tables.ipynb #00eff7fc
+# %% ../nbs/14f_comparison_tables.ipynb #951b10fe
 import math
 import re
 import threading

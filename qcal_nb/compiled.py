@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['bits_of', 'float_of', 'shared_out', 'in_parts']
 
-# %% ../nbs/00b_compiled.ipynb #cf915845
+# %% ../nbs/00b_compiled.ipynb #47c6e95b
 import functools
 import os
 from collections.abc import Callable, Iterable
@@ -57,4 +57,3 @@ def shared_out(function: Callable[..., Any], *parts: Iterable[Any]) -> list[Any]
 def in_parts(x: np.ndarray) -> list[np.ndarray]:
     "An array cut along its first dimension, a part for each thread; views."
     return np.array_split(x, torch.get_num_threads())
-

@@ -7,7 +7,7 @@ __all__ = ['DEFAULT_ARGS', 'Asked', 'NEVER_SEEN', 'args_to_ask', 'label_of', 'na
            'asked_in', 'Conclusion', 'concluded', 'counts_values', 'follows_from_stats', 'dtype_of', 'statistics_from',
            'conclude_from', 'counts_of', 'merges', 'merge_conclusions', 'of_one_part', 'conclude_together']
 
-# %% ../nbs/08b_conclusions.ipynb #496f9bcf
+# %% ../nbs/08b_conclusions.ipynb #e8c0b0d9
 import ast
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['extreme_scales', 'suspicious_scales', 'Coverage', 'cover', 'expert_tokens_of']
 
-# %% ../nbs/04h_coverage.ipynb #fb3d9aa6
+# %% ../nbs/04h_coverage.ipynb #6af13dc7
 from collections.abc import Iterator
 from dataclasses import dataclass
 

@@ -6,7 +6,7 @@
 __all__ = ['POSITIONS', 'check_causal', 'eval_batches', 'predicting', 'Divergence', 'divergence_of', 'Switchboard', 'logits_of',
            'borrowed', 'undisturbed', 'modifier_of', 'name_of']
 
-# %% ../nbs/10a_divergence.ipynb #b9e4c823
+# %% ../nbs/10a_divergence.ipynb #8e48e7c2
 import inspect
 import math
 from collections.abc import Iterable, Iterator, Mapping

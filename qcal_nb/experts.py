@@ -7,7 +7,7 @@ __all__ = ['Views', 'Layout', 'own_parameters', 'expert_layout', 'fused_experts'
            'BiasedLinear', 'Expert', 'implementation_of', 'UnfusedExperts', 'release', 'take_experts_apart',
            'unfused_experts', 'matches_experts', 'all_experts', 'ExpertTokens', 'tokens_per_expert']
 
-# %% ../nbs/04c_experts.ipynb #d845f631
+# %% ../nbs/04c_experts.ipynb #ec11713e
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -25,8 +25,9 @@ from torch import Tensor
 from torch.nn import Linear, Module, ModuleList, Parameter
 
 from .calibration import refuse_if_held
-from .observers.base import NOBODY, current_feed, warn_once
+from .observers.base import NOBODY, current_feed
 from .snapshots import empty_cache, stored_parameters
+from .warn import warn_once
 
 # %% ../nbs/04c_experts.ipynb #96e269f7
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@
 __all__ = ['ORDER_WORDS', 'WORDS', 'Drawing', 'point_out', 'numbers_html', 'describe_picture', 'remarks', 'why_empty',
            'best_sqnr', 'RangeExplorer']
 
-# %% ../nbs/14d_explorer.ipynb #1c754ac5
+# %% ../nbs/14d_explorer.ipynb #d72a8928
 import io
 import threading
 from dataclasses import dataclass, replace
@@ -16,28 +16,19 @@ from typing import Any
 
 import ipywidgets as w
 import pandas as pd
+from PIL import Image as PILImage, ImageChops, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from matplotlib.axes import Axes
 from matplotlib.font_manager import FontProperties, findfont
-from PIL import Image as PILImage
-from PIL import ImageChops, ImageDraw, ImageFont
-from PIL.PngImagePlugin import PngInfo
 from traitlets import TraitError
 
 from .analysis import choose, compare_observers, ranges
 from .calibration_record import CalibrationRecord
-from qcal_nb.markup import (
-    GLOSSARY,
-    block,
-    empty_html,
-    error_html,
-    glossary_html,
-    table_html,
-    tensor_key,
-    term,
-    warning_html,
-)
+from .figures import to_png
+from .markup import GLOSSARY, block, empty_html, error_html, glossary_html, table_html, tensor_key, term
+from .markup import warning_html
 from .panels import Panel, Picture, bar_at, static_picture
-from .plots import plot_density, plot_ranges, to_png
+from .plot_model import plot_density, plot_ranges
 from .session import Session
 from .session_parts import ended_in_time
 from .state import SHOWN, WorkbenchState
@@ -403,7 +394,6 @@ def _refresh_ranges(panel: "RangeExplorer", what: str) -> None:
         _refresh_controls(panel, known)
     finally:
         panel._filling = None
-
 
 # %% ../nbs/14d_explorer.ipynb #200debb1
 class _Chosen(Panel):

@@ -8,7 +8,7 @@ __all__ = ['BASE_COLORS', 'PHASE_COLORS', 'CLIPPED', 'OTHER', 'NAMED', 'MAX_COLU
            'symlog_from', 'symlog', 'log_values', 'symlog_edges', 'counts_between', 'bars', 'dots', 'drawn', 'as_png',
            'to_png', 'data_of']
 
-# %% ../nbs/11a_figures.ipynb #2214d173
+# %% ../nbs/11a_figures.ipynb #08217d10
 import io
 import json
 import math
@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from PIL import Image as PILImage
+from PIL.PngImagePlugin import PngInfo
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection, QuadMesh
@@ -26,8 +28,6 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.patches import StepPatch
 from matplotlib.ticker import NullLocator
-from PIL import Image as PILImage
-from PIL.PngImagePlugin import PngInfo
 
 from .histogram import Histogram, cells
 

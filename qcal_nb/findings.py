@@ -6,7 +6,7 @@
 __all__ = ['SCALES', 'FAR', 'LOW', 'Finding', 'count_of', 'Tables', 'tables_of', 'warnings_of', 'data_findings',
            'outlier_findings', 'token_findings', 'observer_findings', 'findings_from', 'findings']
 
-# %% ../nbs/09b_findings.ipynb #d37587a6
+# %% ../nbs/09b_findings.ipynb #d508ae8f
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -16,17 +16,8 @@ import numpy as np
 import pandas as pd
 from compressed_tensors.quantization import QuantizationArgs
 
-from qcal_nb.analysis import (
-    LOUD,
-    check_record,
-    compare_observers,
-    convergence,
-    coverage,
-    enough_in_words,
-    extremes,
-    outlier_channels,
-    ranges,
-)
+from .analysis import LOUD, check_record, compare_observers, convergence, coverage, enough_in_words, extremes
+from .analysis import outlier_channels, ranges
 from .calibration_record import CalibrationRecord
 
 # %% ../nbs/09b_findings.ipynb #cbafe0cd

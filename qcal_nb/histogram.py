@@ -6,7 +6,7 @@
 __all__ = ['N_BUCKETS', 'count_buckets', 'by_sign', 'only_finite', 'bucket_counts', 'is_bfloat16', 'Buckets', 'representatives',
            'cells', 'Distribution', 'Histogram', 'dense_counts', 'sum_of']
 
-# %% ../nbs/02_histogram.ipynb #2636d368
+# %% ../nbs/02_histogram.ipynb #9cd7cc52
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any

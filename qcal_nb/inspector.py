@@ -6,7 +6,7 @@
 __all__ = ['READOUT', 'SEARCHING', 'PAGES', 'AUTOMATIC', 'ATTACHED', 'readout', 'readout_html', 'verdict', 'most_interesting',
            'tensor_to_show', 'heading_html', 'notes_html', 'alt_text', 'without_tags', 'HistogramInspector']
 
-# %% ../nbs/14e_inspector.ipynb #2a0d7f36
+# %% ../nbs/14e_inspector.ipynb #ecb7ea83
 import asyncio
 import math
 import threading
@@ -22,23 +22,15 @@ from compressed_tensors.quantization import QuantizationArgs
 from matplotlib.axes import Axes
 from traitlets import TraitError
 
-from qcal_nb.analysis import (
-    BY_HAND,
-    DERIVED,
-    Answers,
-    args_of,
-    best_of,
-    conclusion_by_hand,
-    outlier_ratio,
-    place_in_words,
-    usual_observers,
-)
+from .analysis import Answers, BY_HAND, DERIVED, args_of, best_of, conclusion_by_hand, outlier_ratio
+from .analysis import place_in_words, usual_observers
 from .calibration_record import CalibrationRecord, Key
 from .conclusions import Asked, Conclusion, label_of
+from .figures import to_png
 from .markup import block, error_html, warning_html
 from .panels import Panel, Picture, static_picture
-from .plot_tensor import HAND, LiveHistogram, fixed_axes
-from .plots import plot_channels, plot_histogram, plot_scales, plot_timeline, to_png
+from .plot_choices import plot_scales
+from .plot_tensor import HAND, LiveHistogram, fixed_axes, plot_channels, plot_histogram, plot_timeline
 from .schemes import code_points, describe_args
 from .session import Session
 from .state import FORMATS, SHOWN, WorkbenchState

@@ -6,7 +6,7 @@
 __all__ = ['LEDGER', 'Ledger', 'LifecycleError', 'ledger_of', 'phase_of', 'step', 'start_anew', 'refuse_quantized', 'put_back',
            'reset_quantization', 'take_over_offload', 'unfuse_experts', 'experts_apart']
 
-# %% ../nbs/04g_ledger.ipynb #506b3dbf
+# %% ../nbs/04g_ledger.ipynb #bea41936
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy

@@ -7,10 +7,9 @@ __all__ = ['QUANTIZABLE', 'schemes_by_module', 'reaches_experts', 'is_cache_sche
            'QuantizationMixin', 'resolve_config', 'warn_unmatched', 'initialize_quantization', 'embeddings_of',
            'untie_embeddings', 'observed_names', 'start_calibration', 'uncomputed', 'remove_hooks', 'refuse_unset',
            'check_on_uncalibrated', 'end_calibration', 'EventType', 'Event', 'State', 'QuantizationModifier',
-           'lacking_data', 'compute_remaining', 'Match', 'match_report', 'Coverage', 'Ledger', 'LifecycleError',
-           'ModuleChange', 'Snapshot', 'changes', 'ledger_of', 'phase_of', 'reset_quantization', 'unfuse_experts']
+           'lacking_data', 'compute_remaining', 'Match', 'match_report']
 
-# %% ../nbs/05_lifecycle.ipynb #07ad4435
+# %% ../nbs/05_lifecycle.ipynb #4ac3fd19
 import re
 import warnings
 import weakref
@@ -22,13 +21,12 @@ from typing import Any, Literal
 
 import torch
 from compressed_tensors import InternalModule
-from compressed_tensors.quantization import (
-    QuantizationArgs, QuantizationConfig, QuantizationScheme, QuantizationStatus,
-    apply_quantization_config, disable_quantization, enable_quantization,
-)
 from compressed_tensors.modeling import IMPL_ATTR, KV_CACHE_ATTR
 from compressed_tensors.offload import disable_onloading, update_offload_parameter
 from compressed_tensors.offload.cache import OffloadCache
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+from compressed_tensors.quantization import QuantizationStatus, apply_quantization_config, disable_quantization
+from compressed_tensors.quantization import enable_quantization
 from compressed_tensors.quantization.lifecycle.initialize import is_cached_attention_module
 from compressed_tensors.quantization.utils import KV_CACHE_TARGETS, is_module_quantized
 from compressed_tensors.utils.match import is_match, is_narrow_match, match_named_modules, match_targets
@@ -36,45 +34,23 @@ from pydantic import BaseModel, ConfigDict, PrivateAttr, field_validator, model_
 from torch.nn import Module, Parameter
 from torch.nn.parameter import UninitializedParameter
 
-# %% ../nbs/05_lifecycle.ipynb #21af6baf
-from qcal_nb.attention import (
-    attach_attention_scheme, attention_classes, attention_faults, attention_modules, observe_key_value, observe_query,
-    states_of, watch_attention,
-)
-from qcal_nb.calibration import (
-    apply_calibration_status, calibrate_input_hook, calibrate_output_hook, each, freeze_module_quantization,
-    initialize_observer, is_computed, known_kwargs, observer_name, observer_of, observers_in, refuse_if_held,
-    scheme_args, update_qparams, write_qparams,
-)
+from .attention import attach_attention_scheme, attention_classes, attention_faults, attention_modules
+from .attention import observe_key_value, observe_query, states_of, watch_attention
+from .calibration import apply_calibration_status, calibrate_input_hook, calibrate_output_hook, each
+from .calibration import freeze_module_quantization, initialize_observer, is_computed, known_kwargs
+from .calibration import observer_name, observer_of, observers_in, refuse_if_held, scheme_args, update_qparams
+from .calibration import write_qparams
 from .coverage import Coverage, cover, expert_tokens_of
 from .experts import matches_experts, unfused_experts
+from .ledger import Ledger, LifecycleError, ledger_of, phase_of, refuse_quantized, start_anew, step
+from .ledger import take_over_offload, unfuse_experts
+from .observers.base import ACTIVATIONS, BASE_NAMES, all_or_nothing, check_policy, find_observer, fuse
+from .observers.base import fused_layers
 from .offload import has_accelerate_hooks, hold_while_running
-from qcal_nb.observers.base import (
-    ACTIVATIONS, BASE_NAMES, all_or_nothing, check_policy, each_warning_once, find_observer, fuse, fused_layers,
-    warn_once,
-)
 from .ranks import observe_weights, sync_statistics, together
 from .schemes import in_plain_words, is_preset, needs_data, preset, preset_names
-from qcal_nb.ledger import (
-    Ledger, LifecycleError, ledger_of, phase_of, refuse_quantized, reset_quantization, start_anew, step,
-    take_over_offload, unfuse_experts,
-)
-from qcal_nb.snapshots import (
-    QPARAMS, ModuleChange, Snapshot, changes, configs_of, qparams_of, restore, snapshot, stored_parameters,
-)
-
-_all_ = [
-    "Coverage",
-    "Ledger",
-    "LifecycleError",
-    "ModuleChange",
-    "Snapshot",
-    "changes",
-    "ledger_of",
-    "phase_of",
-    "reset_quantization",
-    "unfuse_experts",
-]
+from .snapshots import QPARAMS, configs_of, qparams_of, restore, snapshot, stored_parameters
+from .warn import each_warning_once, warn_once
 
 # %% ../nbs/05_lifecycle.ipynb #1ce893b9
 QUANTIZABLE = (torch.nn.Linear, torch.nn.Embedding)

@@ -7,7 +7,7 @@ __all__ = ['STYLE', 'GLOSSARY', 'PHASES', 'CHIPS', 'CHANGE_ORDERS', 'OPEN_ROWS',
            'table_html', 'changes_table', 'changes_html', 'matches_html', 'tensor_key', 'status_key', 'tree_html',
            'duration', 'progress_text', 'warning_html', 'empty_html', 'error_html']
 
-# %% ../nbs/14a_markup.ipynb #fa78cac2
+# %% ../nbs/14a_markup.ipynb #63c669fb
 from collections import Counter
 from collections.abc import Iterable
 from html import escape
@@ -16,10 +16,11 @@ from typing import Any
 import pandas as pd
 from pydantic import ValidationError
 
-from .lifecycle import Match, ModuleChange
-from .plots import BASE_COLORS, PHASE_COLORS
+from .figures import BASE_COLORS, PHASE_COLORS
+from .lifecycle import Match
 from .schemes import faults_of
-from .session import Progress
+from .session_parts import Progress
+from .snapshots import ModuleChange
 
 # %% ../nbs/14a_markup.ipynb #0ebf0012
 STYLE = """<style>

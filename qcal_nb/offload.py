@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['hold_while_running', 'has_accelerate_hooks', 'convert_offload']
 
-# %% ../nbs/04f_offload.ipynb #05096fdd
+# %% ../nbs/04f_offload.ipynb #dbb33624
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
@@ -18,7 +18,7 @@ from compressed_tensors.offload.cache import DiskCache
 from torch import Tensor
 from torch.nn import Module
 
-from .observers.base import warn_once
+from .warn import warn_once
 
 # %% ../nbs/04f_offload.ipynb #d5351513
 def hold_while_running(module: Module) -> None:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHARE', 'Picture', 'bar_at', 'Panel', 'static_picture']
 
-# %% ../nbs/14b_panels.ipynb #a5fe8498
+# %% ../nbs/14b_panels.ipynb #410edb7f
 import base64
 import time
 from typing import Any
@@ -15,8 +15,10 @@ import ipywidgets as w
 from matplotlib.axes import Axes
 from traitlets import Bytes, List, Unicode
 
+from .figures import to_png
 from .markup import CHIPS, PHASES, STYLE
-from .plots import plot_phases, plot_ranges, to_png
+from .plot_model import plot_ranges
+from .plots import plot_phases
 from .session import Saved, Session
 from .state import WorkbenchState
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PIPELINES', 'check_attention', 'calibration_context', 'batches', 'expected_batches', 'warn_if_too_long', 'feed',
-           'count_tokens', 'set_policy', 'check_propagate', 'calibrate', 'unfuse_experts']
+           'count_tokens', 'set_policy', 'check_propagate', 'calibrate']
 
-# %% ../nbs/06_pipelines.ipynb #8c9b20dd
+# %% ../nbs/06_pipelines.ipynb #81ddcb1a
 import inspect
 import itertools
 import threading
@@ -24,15 +24,13 @@ from tqdm import tqdm
 from .attention import eager_beneath
 from .calibration import claim, exclusive, feeding, guarded, observer_of, observers_in, owned_by
 from .experts import all_experts as showing_all_experts
-from qcal_nb.lifecycle import (
-    Event, EventType, QuantizationModifier, State, check_on_uncalibrated, configs_of, embeddings_of, unfuse_experts,
-)
+from .lifecycle import Event, EventType, QuantizationModifier, State, check_on_uncalibrated, embeddings_of
 from .models import evaluating, positions_of
-from .observers.base import all_or_nothing, check_policy, current_batch, each_warning_once, sharing, warn_once
+from .observers.base import all_or_nothing, check_policy, current_batch, sharing
 from .ranks import together
 from .sequential import PROPAGATE, blocks_of, run_blocks
-
-_all_ = ["unfuse_experts"]
+from .snapshots import configs_of
+from .warn import each_warning_once, warn_once
 
 # %% ../nbs/06_pipelines.ipynb #35aac25e
 _MISSING = object()

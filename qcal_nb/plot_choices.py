@@ -6,7 +6,7 @@
 __all__ = ['Conclude', 'SETTLED', 'plot_observers', 'scales_by_module', 'observer_to_draw', 'plot_scales', 'settled_share',
            'plot_convergence', 'plot_sensitivity']
 
-# %% ../nbs/11d_plot_choices.ipynb #aa1a1a0b
+# %% ../nbs/11d_plot_choices.ipynb #a299c0e1
 import math
 import re
 from collections.abc import Callable, Iterable
@@ -21,36 +21,13 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
-from qcal_nb.analysis import (
-    check_record,
-    compare_observers,
-    conclusion_of,
-    convergence,
-    enough_in_words,
-    layer_of,
-    percent_of,
-)
+from .analysis import check_record, compare_observers, conclusion_of, convergence, enough_in_words, layer_of
+from .analysis import percent_of
 from .calibration_record import CalibrationRecord
 from .conclusions import Asked, Conclusion, asked_in, label_of
 from .coverage import extreme_scales
-from qcal_nb.figures import (
-    BASE_COLORS,
-    CLIPPED,
-    NAMED,
-    OTHER,
-    bars,
-    dark,
-    dots,
-    headline,
-    label_depth,
-    light,
-    log_values,
-    new_axes,
-    packed,
-    say_nothing,
-    shades,
-    short_name,
-)
+from .figures import BASE_COLORS, CLIPPED, NAMED, OTHER, bars, dark, dots, headline, label_depth, light
+from .figures import log_values, new_axes, packed, say_nothing, shades, short_name
 from .plot_model import choose_base, legend
 from .records import check_observers
 

@@ -6,7 +6,7 @@
 __all__ = ['BANDS', 'BAND_WORDS', 'choose_base', 'others', 'amount', 'conclusions_for', 'clips_of', 'scale_values', 'legend',
            'plot_ranges', 'densities', 'plot_density']
 
-# %% ../nbs/11b_plot_model.ipynb #a319d332
+# %% ../nbs/11b_plot_model.ipynb #bc9ba295
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,23 +20,8 @@ from matplotlib.patches import Patch
 from .analysis import DERIVED, check_record, conclusion_of, layer_of, ranges
 from .calibration_record import CalibrationRecord
 from .conclusions import Asked, Conclusion
-from qcal_nb.figures import (
-    BASE_COLORS,
-    OTHER,
-    SMOOTH,
-    bars,
-    counts_between,
-    headline,
-    label_depth,
-    light,
-    new_axes,
-    packed,
-    say_nothing,
-    shades,
-    symlog,
-    symlog_edges,
-    symlog_from,
-)
+from .figures import BASE_COLORS, OTHER, SMOOTH, bars, counts_between, headline, label_depth, light, new_axes
+from .figures import packed, say_nothing, shades, symlog, symlog_edges, symlog_from
 from .records import check_observers
 
 # %% ../nbs/11b_plot_model.ipynb #1a2d5a27

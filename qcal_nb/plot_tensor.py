@@ -6,7 +6,7 @@
 __all__ = ['BINS', 'HAND', 'stored_values', 'Frame', 'draw_frame', 'shade_clipped', 'plot_histogram', 'fixed_axes',
            'LiveHistogram', 'plot_timeline', 'plot_channels']
 
-# %% ../nbs/11c_plot_tensor.ipynb #141d3f38
+# %% ../nbs/11c_plot_tensor.ipynb #91425b3a
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -22,27 +22,11 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, StepPatch
 from matplotlib.transforms import Bbox, TransformedBbox
 
-from .analysis import LOUD, BY_HAND, at_limit, best_of, check_record
+from .analysis import BY_HAND, LOUD, at_limit, best_of, check_record
 from .calibration_record import CalibrationRecord
 from .conclusions import Asked, Conclusion
-from qcal_nb.figures import (
-    BASE_COLORS,
-    CLIPPED,
-    OTHER,
-    SMOOTH,
-    as_png,
-    counts_between,
-    dark,
-    dots,
-    drawable,
-    headline,
-    light,
-    log_values,
-    new_axes,
-    say_nothing,
-    symlog,
-    symlog_edges,
-)
+from .figures import BASE_COLORS, CLIPPED, OTHER, SMOOTH, as_png, counts_between, dark, dots, drawable
+from .figures import headline, light, log_values, new_axes, say_nothing, symlog, symlog_edges
 from .plot_model import conclusions_for, legend
 from .quality import quality_of
 from .schemes import code_points, describe_args

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LONGEST', 'same_weights', 'model_code', 'checksum', 'data_code']
 
-# %% ../nbs/12a_provenance.ipynb #71e99aef
+# %% ../nbs/12a_provenance.ipynb #29251717
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path

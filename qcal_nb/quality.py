@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['POINTS', 'Quality', 'sqnr_db', 'effective_bits', 'outer_limits', 'alone', 'noise_and_bound', 'quality_of']
 
-# %% ../nbs/08g_quality.ipynb #3ab99e40
+# %% ../nbs/08g_quality.ipynb #73fbf6fa
 import math
 from dataclasses import dataclass
 

@@ -6,7 +6,7 @@
 __all__ = ['rank_and_size', 'RankError', 'agree', 'together', 'Contribution', 'contributions', 'sync_statistics', 'split_weights',
            'observe_weights', 'differing_qparams']
 
-# %% ../nbs/04d_ranks.ipynb #f302a0ca
+# %% ../nbs/04d_ranks.ipynb #12b06743
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,8 +23,9 @@ from torch import Tensor
 from torch.nn import Module
 
 from .calibration import each, observe, observer_of
-from .observers.base import Observer, warn_once
+from .observers.base import Observer
 from .snapshots import qparams_of, stored_parameters
+from .warn import warn_once
 
 # %% ../nbs/04d_ranks.ipynb #cac12094
 def rank_and_size() -> tuple[int, int]:

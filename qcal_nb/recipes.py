@@ -7,7 +7,7 @@ __all__ = ['PRODUCTION', 'args_to_dict', 'scheme_to_dict', 'production_note', 'o
            'storage_format', 'from_config', 'recipe_of', 'override', 'stored_modules', 'to_config', 'packed_tensors',
            'expert_names', 'free_folder', 'save_quantized']
 
-# %% ../nbs/07_recipes.ipynb #fcca5d17
+# %% ../nbs/07_recipes.ipynb #e8a49ea3
 import json
 import os
 import re
@@ -27,7 +27,8 @@ import yaml
 from compressed_tensors.compressors.base import BaseCompressor
 from compressed_tensors.compressors.format import infer_module_format
 from compressed_tensors.config import CompressionFormat
-from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme, QuantizationStatus
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+from compressed_tensors.quantization import QuantizationStatus
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from compressed_tensors.quantization.utils import is_module_quantized
 from compressed_tensors.utils.match import is_match, match_name, match_targets
@@ -37,23 +38,15 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.utils import logging as transformers_logging
 
-from .calibration import exclusive
 from .attention import attention_modules
+from .calibration import exclusive
 from .experts import fused_experts, unfused_experts
-from qcal_nb.lifecycle import (
-    QUANTIZABLE,
-    Ledger,
-    LifecycleError,
-    QuantizationMixin,
-    QuantizationModifier,
-    ledger_of,
-    phase_of,
-    schemes_by_module,
-    uncomputed,
-)
-from .observers.base import observer_key, warn_once
+from .ledger import Ledger, LifecycleError, ledger_of, phase_of
+from .lifecycle import QUANTIZABLE, QuantizationMixin, QuantizationModifier, schemes_by_module, uncomputed
+from .observers.base import observer_key
 from .schemes import describe_args
 from .snapshots import QPARAMS, edits, snapshot, undo
+from .warn import warn_once
 
 # %% ../nbs/07_recipes.ipynb #2d39c779
 _ALWAYS = ("num_bits", "type", "symmetric", "strategy", "dynamic")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['squeeze', 'unsqueeze', 'Pools', 'take_out', 'put_in', 'check_form', 'write_whole', 'write_tree', 'read_tree']
 
-# %% ../nbs/08c_record_files.ipynb #400acd1d
+# %% ../nbs/08c_record_files.ipynb #6b70fa4d
 import hashlib
 import json
 import os

@@ -6,10 +6,9 @@
 __all__ = ['BASE_NAMES', 'USUAL', 'recipe_to_record', 'modules_to_record', 'args_by_tensor', 'check_base_names',
            'check_observers', 'observers_to_record', 'tensors_to_record', 'attention_open', 'new_collector',
            'new_record', 'numbered', 'reads_two_sequences', 'warn_of_padding', 'running_of', 'one_pass',
-           'check_options', 'not_empty', 'record', 'all_ranks', 'CalibrationRecord', 'TensorStats', 'measure',
-           'record_equal', 'same_stats', 'unequal_parts']
+           'check_options', 'not_empty', 'record', 'all_ranks']
 
-# %% ../nbs/08f_records.ipynb #bc75fa36
+# %% ../nbs/08f_records.ipynb #995460c6
 import itertools
 import tempfile
 import time
@@ -32,38 +31,23 @@ from tqdm import tqdm
 from . import __version__
 from .attention import attention_classes, attention_faults, attention_modules, hook_attention, hook_kv_cache
 from .calibration import args_in, exclusive, feeding, guarded
-from .calibration_record import About, CalibrationRecord, record_equal, unequal_parts
-from qcal_nb.collector import (
-    STATES,
-    Collector,
-    Running,
-    check_mask,
-    conclusions_of,
-    kept_tokens,
-    look_at_weights,
-    mask_in_words,
-)
-from .conclusions import DEFAULT_ARGS, Asked, args_to_ask, asked_in, label_of, name_and_kwargs
+from .calibration_record import About, CalibrationRecord
+from .collector import Collector, Running, check_mask, conclusions_of, kept_tokens, look_at_weights
+from .collector import mask_in_words
+from .conclusions import Asked, DEFAULT_ARGS, args_to_ask, asked_in, label_of, name_and_kwargs
 from .experts import tokens_per_expert, unfused_experts
 from .ledger import experts_apart, ledger_of, phase_of
-from qcal_nb.lifecycle import (
-    QUANTIZABLE,
-    QuantizationMixin,
-    check_schemes,
-    embeddings_of,
-    reaches_experts,
-    schemes_by_module,
-    warn_unmatched,
-)
-from .observers.base import check_policy, each_warning_once, find_observer, warn_once
+from .lifecycle import QUANTIZABLE, QuantizationMixin, check_schemes, embeddings_of, reaches_experts
+from .lifecycle import schemes_by_module, warn_unmatched
+from .observers.base import check_policy, find_observer
 from .pipelines import batches, calibration_context, count_tokens, expected_batches, feed
 from .ranks import rank_and_size, together
 from .record_files import write_whole
 from .schemes import preset
 from .snapshots import restore, snapshot
-from .tensor_stats import TensorStats, measure, same_stats
-
-_all_ = ["CalibrationRecord", "TensorStats", "measure", "record_equal", "same_stats", "unequal_parts"]
+from .taps import STATES
+from .tensor_stats import TensorStats
+from .warn import each_warning_once, warn_once
 
 # %% ../nbs/08f_records.ipynb #3e45a42b
 BASE_NAMES = ("input", "weight", "output", "lm_head_output", "q", "k", "v")

@@ -6,7 +6,7 @@
 __all__ = ['COMPARED', 'Known', 'ArgsOf', 'observers_to_compare', 'known_of', 'what_is_known', 'remind', 'memory_of',
            'schemes_of_record', 'comparison', 'best_observers']
 
-# %% ../nbs/12b_replay.ipynb #26c1509f
+# %% ../nbs/12b_replay.ipynb #71451fc1
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -21,17 +21,8 @@ from .analysis import compare_observers, mark_best, same_args
 from .calibration import observer_name, observer_of
 from .calibration_record import CalibrationRecord, ConclusionKey, Key
 from .collector import Attached, Collector, Memory
-from qcal_nb.conclusions import (
-    Asked,
-    Conclusion,
-    asked_by,
-    asked_in,
-    counts_of,
-    follows_from_stats,
-    label_of,
-    name_and_kwargs,
-    statistics_from,
-)
+from .conclusions import Asked, Conclusion, asked_by, asked_in, counts_of, follows_from_stats, label_of
+from .conclusions import name_and_kwargs, statistics_from
 from .evaluate import weights_compared
 from .lifecycle import QuantizationMixin, observed_names
 from .observers.base import Counts, Observer, find_observer

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCRIPT', 'STYLE', 'CLOSE_UPS', 'cell', 'table_html', 'facts', 'figure_html', 'page_html', 'to_html']
 
-# %% ../nbs/11f_report.ipynb #a24f7ab9
+# %% ../nbs/11f_report.ipynb #aa608f5a
 import base64
 import hashlib
 import math
@@ -22,20 +22,11 @@ from matplotlib.axes import Axes
 
 from .analysis import check_record, enough_in_words, extremes, outlier_channels
 from .calibration_record import CalibrationRecord
+from .figures import to_png
 from .findings import Finding, Tables, findings_from, tables_of
-from .plot_choices import observer_to_draw
-from qcal_nb.plots import (
-    clips_of,
-    plot_channels,
-    plot_convergence,
-    plot_density,
-    plot_histogram,
-    plot_observers,
-    plot_ranges,
-    plot_scales,
-    plot_timeline,
-    to_png,
-)
+from .plot_choices import observer_to_draw, plot_convergence, plot_observers, plot_scales
+from .plot_model import clips_of, plot_density, plot_ranges
+from .plot_tensor import plot_channels, plot_histogram, plot_timeline
 from .record_files import write_whole
 from .schemes import describe
 

@@ -7,7 +7,7 @@ __all__ = ['PIECE', 'NEW_TOKENS', 'SCHEME_COLUMNS', 'ORIGINAL', 'powers', 'count
            'evaluate', 'prompt_ids', 'continuation', 'named_schemes', 'fits', 'unfit_schemes', 'feeds_of',
            'compare_schemes']
 
-# %% ../nbs/10b_scheme_comparison.ipynb #04f1e4fe
+# %% ../nbs/10b_scheme_comparison.ipynb #6b071c13
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -23,25 +23,15 @@ from torch.nn import Module
 from tqdm import tqdm
 
 from .calibration import scheme_args
-from qcal_nb.divergence import (
-    Divergence,
-    Switchboard,
-    borrowed,
-    check_causal,
-    divergence_of,
-    eval_batches,
-    logits_of,
-    modifier_of,
-    name_of,
-    undisturbed,
-)
-from .lifecycle import QuantizationModifier, check_schemes, schemes_by_module
+from .divergence import Divergence, Switchboard, borrowed, check_causal, divergence_of, eval_batches, logits_of
+from .divergence import modifier_of, name_of, undisturbed
 from .ledger import LifecycleError, ledger_of, phase_of
+from .lifecycle import QuantizationModifier, check_schemes, schemes_by_module
 from .models import positions_of
-from .observers.base import first_tensor
 from .pipelines import batches, calibrate
 from .quality import sqnr_db
 from .recipes import packed_tensors, stored_modules
+from .taps import first_tensor
 
 # %% ../nbs/10b_scheme_comparison.ipynb #02c7e9d7
 PIECE = 1 << 20  # values at a time: 8 MB in float64

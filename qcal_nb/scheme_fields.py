@@ -6,7 +6,7 @@
 __all__ = ['Fields', 'PARTS', 'STRATEGIES', 'STARTS', 'FLOAT_BITS', 'BITS', 'DYNAMIC', 'DEFAULT_OBSERVER', 'fields_of',
            'parts_of', 'edited', 'check_fields', 'PartFields']
 
-# %% ../nbs/14c_scheme_fields.ipynb #dd74055a
+# %% ../nbs/14c_scheme_fields.ipynb #7236ce50
 from collections.abc import Callable
 from typing import Any
 

@@ -6,7 +6,7 @@
 __all__ = ['OWN', 'USUAL', 'size_words', 'schemes_html', 'winners_html', 'why_not_compare', 'measured_on_html', 'chosen_schemes',
            'SchemeComparison']
 
-# %% ../nbs/14g_scheme_panel.ipynb #5036a17a
+# %% ../nbs/14g_scheme_panel.ipynb #de9b0079
 from html import escape
 from typing import Any
 

@@ -6,7 +6,7 @@
 __all__ = ['KEPT_BYTES', 'FORMAT', 'VERSION', 'SENSITIVITY_COLUMNS', 'units_of', 'unit_name', 'Probe', 'fingerprint', 'Journal',
            'Findings', 'sensitivity']
 
-# %% ../nbs/10c_sensitivities.ipynb #98aee21d
+# %% ../nbs/10c_sensitivities.ipynb #9e4f85bd
 import hashlib
 import json
 import math
@@ -22,18 +22,8 @@ from torch.nn import Module
 from tqdm import tqdm
 
 from .analysis import layer_of
-from qcal_nb.divergence import (
-    Divergence,
-    Switchboard,
-    borrowed,
-    check_causal,
-    divergence_of,
-    eval_batches,
-    logits_of,
-    modifier_of,
-    name_of,
-    undisturbed,
-)
+from .divergence import Divergence, Switchboard, borrowed, check_causal, divergence_of, eval_batches, logits_of
+from .divergence import modifier_of, name_of, undisturbed
 from .lifecycle import QuantizationModifier
 from .observers.base import fused_layers
 from .pipelines import calibrate

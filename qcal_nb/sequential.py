@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PROPAGATE', 'blocks_of', 'Relay', 'Plan', 'look_ahead', 'BlockByBlock', 'run_blocks']
 
-# %% ../nbs/05b_sequential.ipynb #eab125dd
+# %% ../nbs/05b_sequential.ipynb #f594ff8e
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'read_record', 'Session', 'run_in_background', 'in_background', 'pause', 'resume', 'stop', 'weight_of',
-           'recorded_scales', 'Saved', 'Past', 'Progress', 'Replay', 'SessionError', 'module_statuses', 'scales_table']
+           'recorded_scales', 'Saved']
 
-# %% ../nbs/12e_session.ipynb #9ffcf5d2
+# %% ../nbs/12e_session.ipynb #ec404f5e
 import os
 import threading
 import time
@@ -21,60 +21,26 @@ from typing import Any
 import pandas as pd
 from torch.nn import Module
 
-# %% ../nbs/12e_session.ipynb #3b48acbd
 from .attention import states_of
 from .calibration import args_in, claim, exclusive, feeding, guarded, scheme_args
 from .calibration_record import About, CalibrationRecord
 from .collector import Collector, Conclusions
 from .conclusions import Asked, asked_by, label_of
-from qcal_nb.lifecycle import (
-    Match,
-    ModuleChange,
-    QuantizationModifier,
-    State,
-    changes,
-    lacking_data,
-    ledger_of,
-    match_report,
-    phase_of,
-    reset_quantization,
-    restore,
-    schemes_by_module,
-    snapshot,
-)
+from .ledger import ledger_of, phase_of, reset_quantization
+from .lifecycle import Match, QuantizationModifier, State, lacking_data, match_report, schemes_by_module
 from .models import positions_of
 from .observers.base import all_or_nothing
 from .pipelines import batches, calibration_context, expected_batches, feed
 from .provenance import data_code, model_code
 from .recipes import from_config, override
 from .records import new_collector, new_record, running_of
-from qcal_nb.replay import (
-    best_observers,
-    comparison,
-    memory_of,
-    observers_to_compare,
-    remind,
-    schemes_of_record,
-    what_is_known,
-)
+from .replay import best_observers, comparison, memory_of, observers_to_compare, remind, schemes_of_record
+from .replay import what_is_known
 from .scheme_comparison import compare_schemes, named_schemes, unfit_schemes
 from .session_code import production_of, script_of
-from qcal_nb.session_parts import (
-    PHASES_IN_WORDS,
-    SCALE_COLUMNS,
-    Past,
-    Progress,
-    Replay,
-    SessionError,
-    ended_in_time,
-    module_statuses,
-    options_code,
-    read_recipe,
-    scale_row,
-    scales_table,
-)
-
-_all_ = ["Past", "Progress", "Replay", "SessionError", "module_statuses", "scales_table"]
+from .session_parts import PHASES_IN_WORDS, Past, Progress, Replay, SCALE_COLUMNS, SessionError, ended_in_time
+from .session_parts import module_statuses, options_code, read_recipe, scale_row, scales_table
+from .snapshots import ModuleChange, changes, restore, snapshot
 
 # %% ../nbs/12e_session.ipynb #104db06a
 STEPS = ("initialize", "start", "feed", "feed_all", "end", "back", "reset")

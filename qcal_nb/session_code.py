@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['observer_code', 'call_code', 'imports_first', 'script_of', 'production_of']
 
-# %% ../nbs/12d_session_code.ipynb #b6d46aaf
+# %% ../nbs/12d_session_code.ipynb #d06fd187
 import ast
 import inspect
 import os

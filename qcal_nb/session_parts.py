@@ -6,7 +6,7 @@
 __all__ = ['SCALE_COLUMNS', 'PHASES_IN_WORDS', 'Replay', 'scale_row', 'scales_table', 'module_statuses', 'is_plain',
            'options_code', 'read_recipe', 'ended_in_time', 'SessionError', 'Past', 'Progress']
 
-# %% ../nbs/12c_session_parts.ipynb #f3963a3a
+# %% ../nbs/12c_session_parts.ipynb #2a0f913f
 import atexit
 import os
 import threading
@@ -24,9 +24,10 @@ from torch.nn import Module
 from .calibration import scheme_args
 from .calibration_record import CalibrationRecord, ConclusionKey
 from .collector import Memory
-from .lifecycle import QUANTIZABLE, QuantizationModifier, Snapshot
+from .lifecycle import QUANTIZABLE, QuantizationModifier
 from .observers.base import BASE_NAMES
 from .recipes import from_yaml, to_yaml
+from .snapshots import Snapshot
 
 # %% ../nbs/12c_session_parts.ipynb #011b4ca3
 class Replay:

@@ -6,7 +6,7 @@
 __all__ = ['QPARAMS', 'Place', 'stored_parameters', 'configs_of', 'Snapshot', 'qparams_of', 'snapshot', 'Edit', 'edits',
            'empty_cache', 'undo', 'restore', 'ModuleChange', 'changes']
 
-# %% ../nbs/04b_snapshots.ipynb #3cd0c705
+# %% ../nbs/04b_snapshots.ipynb #ac00de40
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHOWN', 'FORMATS', 'args_for', 'WorkbenchState']
 
-# %% ../nbs/13_state.ipynb #ac556d41
+# %% ../nbs/13_state.ipynb #b0073b2c
 from typing import Any
 
 from compressed_tensors.quantization import QuantizationArgs

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WORDS', 'LABELS', 'TIPS', 'CUSTOM', 'scheme_label', 'split_names', 'LifecycleStepper']
 
-# %% ../nbs/14c_stepper.ipynb #a0862cf1
+# %% ../nbs/14c_stepper.ipynb #36618b1e
 import threading
 from collections.abc import Callable
 from html import escape
@@ -14,25 +14,13 @@ from typing import Any
 import ipywidgets as w
 
 from .lifecycle import Match, check_schemes, schemes_by_module
-from qcal_nb.markup import (
-    CHANGE_ORDERS,
-    GLOSSARY,
-    block,
-    changes_html,
-    error_html,
-    glossary_html,
-    matches_html,
-    phase_html,
-    progress_text,
-    term,
-    tree_html,
-    warning_html,
-)
+from .markup import CHANGE_ORDERS, GLOSSARY, block, changes_html, error_html, glossary_html, matches_html
+from .markup import phase_html, progress_text, term, tree_html, warning_html
 from .panels import Panel, static_picture
 from .scheme_fields import PARTS, PartFields, check_fields, edited, parts_of
 from .schemes import describe, is_preset, preset_names
-from .session import Session, SessionError, in_background, pause, resume, stop
-from .session_parts import PHASES_IN_WORDS
+from .session import Session, in_background, pause, resume, stop
+from .session_parts import PHASES_IN_WORDS, SessionError
 from .state import WorkbenchState
 
 # %% ../nbs/14c_stepper.ipynb #7ee7ee24

@@ -7,13 +7,12 @@ __all__ = ['N_EXTREMES', 'MAX_POINTS', 'MAX_SHAPES', 'Reading', 'two_sums', 'sum
            'largest_places', 'level_of', 'Level', 'merged_levels', 'Timeline', 'thinned', 'TensorStats', 'first_place',
            'same_stats', 'read_rows', 'measure']
 
-# %% ../nbs/08a_tensor_stats.ipynb #c05ff263
+# %% ../nbs/08a_tensor_stats.ipynb #aa020343
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
-
 
 import numpy as np
 import torch
@@ -21,16 +20,8 @@ from numba import njit
 from torch import Tensor
 
 from .compiled import in_parts, shared_out
-from qcal_nb.histogram import (
-    N_BUCKETS,
-    Histogram,
-    bucket_counts,
-    by_sign,
-    count_buckets,
-    is_bfloat16,
-    only_finite,
-    representatives,
-)
+from .histogram import Histogram, N_BUCKETS, bucket_counts, by_sign, count_buckets, is_bfloat16, only_finite
+from .histogram import representatives
 from .observers.base import NonFinite
 
 # %% ../nbs/08a_tensor_stats.ipynb #7bb71e21
@@ -349,7 +340,6 @@ def _read(flat: Tensor) -> Reading:
     clean = only_finite(counts)
     return counts, *_channel_ranges(flat, clean), *_sums(flat, counts, clean)
 
-
 # %% ../nbs/08a_tensor_stats.ipynb #97f3a666
 @njit(nogil=True, cache=True)
 def _widen(row, low, high):
@@ -390,7 +380,6 @@ def _read_once(flat: Tensor) -> Reading | None:
         torch.from_numpy(high.max(0)),
         *(Fraction(sum(each)) for each in zip(*sums)),
     )
-
 
 # %% ../nbs/08a_tensor_stats.ipynb #6a028b93
 class _Places:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Workbench', 'close_workbench']
 
-# %% ../nbs/15_workbench.ipynb #e9bcf01b
+# %% ../nbs/15_workbench.ipynb #ebf6fddb
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -14,13 +14,17 @@ import ipywidgets as w
 import pandas as pd
 from torch.nn import Module
 
+from .calibration_record import CalibrationRecord
+from .code_panel import CodePanel
+from .comparison import ObserverComparison
+from .explorer import RangeExplorer
+from .inspector import HistogramInspector
 from .lifecycle import QuantizationModifier
 from .markup import STYLE, block
 from .panels import Panel
-from .records import CalibrationRecord
 from .session import Saved, Session, stop
 from .state import WorkbenchState
-from .widgets import CodePanel, HistogramInspector, LifecycleStepper, ObserverComparison, RangeExplorer
+from .stepper import LifecycleStepper
 
 # %% ../nbs/15_workbench.ipynb #fe20a178
 class _Remote(Panel):

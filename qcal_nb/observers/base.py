@@ -7,12 +7,10 @@ __all__ = ['T', 'ACTIVATIONS', 'BASE_NAMES', 'POLICIES', 'current_batch', 'curre
            'check_base_name', 'check_args', 'flatten_for_calibration', 'observer_key', 'Registry', 'find_observer',
            'NonFiniteError', 'check_policy', 'NonFinite', 'find_nonfinite', 'without_nonfinite', 'Statistics', 'Counts',
            'QParamsDict', 'same_tensor', 'Fusable', 'about_to_change', 'all_or_nothing', 'qparams_for', 'Observer',
-           'first_tensor', 'each_warning_once', 'warn_once', 'Once', 'sharing', 'shared', 'fuse', 'fused_layers']
+           'Once', 'sharing', 'shared', 'fuse', 'fused_layers']
 
-# %% ../../nbs/03a_observers_base.ipynb #b5c0be45
+# %% ../../nbs/03a_observers_base.ipynb #15bcfde4
 import math
-import sys
-import warnings
 import weakref
 from abc import ABC, abstractmethod
 from collections import OrderedDict
@@ -21,7 +19,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, TypedDict, TypeVar
+from typing import Any, ClassVar, TypeVar, TypedDict
 
 import torch
 import torch.distributed as dist
@@ -32,6 +30,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import Module
 
+# %% ../../nbs/03a_observers_base.ipynb #b5c0be45
 T = TypeVar("T")
 
 # %% ../../nbs/03a_observers_base.ipynb #b418bdf0
@@ -521,61 +520,6 @@ class Observer(Fusable, Registry, ABC):
         return self.owner == current_feed.get()
 
     def extra_repr(self) -> str: return f"{self.module_name or '(free)'}, {self.base_name}"
-
-# %% ../../nbs/03a_observers_base.ipynb #442936bb
-def first_tensor(args: Any, kwargs: dict[str, Any] | None = None) -> Tensor | None:
-    """The first tensor that a module was called with: among the positional arguments, then among the named ones.
-    None without any."""
-    values = args if isinstance(args, (tuple, list)) else (args,)
-    return next((v for v in (*values, *(kwargs or {}).values()) if isinstance(v, Tensor)), None)
-
-
-_said: ContextVar[set[str] | None] = ContextVar("qcal_nb_said", default=None)
-
-
-@contextmanager
-def each_warning_once() -> Iterator[None]:
-    "Inside the block `warn_once` says the same thing only once."
-    token = _said.set(set() if _said.get() is None else _said.get())  # an outer block's, also while it is empty
-    try:
-        yield
-    finally:
-        _said.reset(token)
-
-
-_INNER = {
-    "qcal_nb",
-    "torch",
-    "compressed_tensors",
-    "transformers",
-    "pydantic",
-    "contextlib",
-    "functools",
-    "concurrent",
-    "threading",
-    "ipywidgets",
-    "traitlets",
-}
-
-
-def _level_outside() -> int:
-    """The `stacklevel`, for the function that asks, of the first line that is the user's: beyond this package and
-    what calls it back."""
-    frame = sys._getframe(1)
-    level = 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _INNER:
-        frame = frame.f_back
-        level = level + 1
-    return level
-
-
-def warn_once(message: str) -> None:
-    "A warning that points at the user's line; inside `each_warning_once` not a second time."
-    said = _said.get()
-    if said is not None and message in said: return
-    if said is not None:
-        said.add(message)
-    warnings.warn(message, stacklevel=_level_outside())
 
 # %% ../../nbs/03a_observers_base.ipynb #21883716
 class Once:

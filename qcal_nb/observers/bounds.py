@@ -8,7 +8,7 @@ __all__ = ['BINS', 'WIDE', 'T', 'scales_of', 'counted', 'add_counted', 'counted_
            'error_by_kernel', 'error_in_pieces', 'bounded_search', 'some_at_a_time', 'bounded_range', 'counted_range',
            'way_for', 'error_in_blocks', 'best_range']
 
-# %% ../../nbs/03bd_observers_bounds.ipynb #d7a7edec
+# %% ../../nbs/03bd_observers_bounds.ipynb #599a63bf
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -22,26 +22,10 @@ from torch import Tensor
 
 from ..compiled import bits_of, in_parts, shared_out
 from ..histogram import N_BUCKETS, count_buckets
-from qcal_nb.observers.kernels import (
-    AT_ONCE,
-    BLOCK,
-    MANY,
-    MOST,
-    bfloat16_errors,
-    column_errors,
-    fits_kernel,
-    form_of,
-    nearest,
-    power,
-    power_coefficients,
-    power_table,
-    remembered,
-    row_search,
-    shrunk,
-    to_bfloat16,
-    tolerance_of,
-)
 from .base import shared, sharing
+from .kernels import AT_ONCE, BLOCK, MANY, MOST, bfloat16_errors, column_errors, fits_kernel, form_of
+from .kernels import nearest, power, power_coefficients, power_table, remembered, row_search, shrunk
+from .kernels import to_bfloat16, tolerance_of
 from .minmax import range_seen
 from .search import quantize_with_range, search_error, shrink_search
 
@@ -72,7 +56,6 @@ def add_counted(values, counts, scales, zero_points, form, table, totals):
         for i in range(len(values)):
             totals[candidate] += counts[i] * table[np.uint32(bits_of(to_bfloat16(error[i]))) >> np.uint32(16)]
 
-
 # %% ../../nbs/03bd_observers_bounds.ipynb #6338258c
 def counted_errors(observed: Tensor, args: QuantizationArgs, norm: float) -> Callable[[Tensor, Tensor], list[float]]:
     """`search_error` of a bfloat16 or float16 tensor with one scale, as a function of ranges (candidates,); every
@@ -99,7 +82,6 @@ def counted_errors(observed: Tensor, args: QuantizationArgs, norm: float) -> Cal
         )
         return torch.from_numpy(totals).to(values.dtype).tolist()
     return compiled if values.dtype == torch.bfloat16 else one_by_one
-
 
 # %% ../../nbs/03bd_observers_bounds.ipynb #1d5f3ef6
 BINS = 1 << 16                # and one more, at most
@@ -138,7 +120,6 @@ def unpack_bins(words, counts, above):
         for i in range(len(own)):
             counts[i] += np.float64(own[i] >> np.uint64(_COUNT))
             above[i] += np.float64(own[i] & np.uint64((1 << _COUNT) - 1))
-
 
 # %% ../../nbs/03bd_observers_bounds.ipynb #7125b92f
 @njit(nogil=True, cache=True)
@@ -185,7 +166,6 @@ class Binned:
         "At least (Σ|x|^norm)^(1/norm), for a norm of at least 2."
         return (self.reach ** (norm - 2) * self.squares) ** (1 / norm)
 
-
 # %% ../../nbs/03bd_observers_bounds.ipynb #45f9c9be
 @njit(nogil=True, cache=True)
 def quantize_edges(edges, scale, zero_point, form, codes):
@@ -203,7 +183,6 @@ def smooth_error(codes, means, counts, norm, coefficients):
         error = power(abs(codes[i] - means[i]), norm, coefficients)
         total += counts[i] * (error if codes[i] == codes[i + 1] else np.float32(0))
     return total
-
 
 # %% ../../nbs/03bd_observers_bounds.ipynb #b766bc27
 @njit(nogil=True, cache=True)
@@ -234,7 +213,6 @@ def kinked_error(codes, edges, counts, places, width, norm, coefficients):
         least += counts[i] * power(lower, norm, coefficients)
         most += counts[i] * power((left + right + width) / np.float32(2), norm, coefficients)
     return least, most
-
 
 # %% ../../nbs/03bd_observers_bounds.ipynb #1bb00ce5
 @njit(nogil=True, cache=True)
@@ -276,7 +254,6 @@ def error_bounds(
         errors_in_bins(*bins, scales, zero_points, form, *how, own)
     shared_out(some, *map(in_parts, (*scales_of(low, high, args), found)))
     return list(zip(*(ends.tolist() for ends in _bounds(binned, norm, *found.T))))
-
 
 # %% ../../nbs/03bd_observers_bounds.ipynb #57bd3acd
 WIDE = 1 << 10  # columns of a kernel's block
@@ -353,7 +330,6 @@ def bounded_search(shrinks: Iterable[float], bounds: Iterable[tuple[float, float
             if idle >= patience: break
     return best or 1.0
 
-
 # %% ../../nbs/03bd_observers_bounds.ipynb #23235dcd
 T = TypeVar("T")
 
@@ -412,7 +388,6 @@ def way_for(observed: Tensor, low: Tensor, high: Tensor, norm: float) -> Callabl
     # not for NaN either
     return bounded_range if 1e-6 < (high - low).item() and max(-low.item(), high.item()) < MOST else None
 
-
 # %% ../../nbs/03bd_observers_bounds.ipynb #a0f8a743
 def error_in_blocks(observed: Tensor, args: QuantizationArgs, norm: float) -> Callable[[Tensor, Tensor], Tensor]:
     "`search_error` as a function of the range, some scales at a time."
@@ -423,7 +398,6 @@ def error_in_blocks(observed: Tensor, args: QuantizationArgs, norm: float) -> Ca
         parts = zip(rows.split(step, 1), low.flatten().split(step), high.flatten().split(step))
         return torch.cat([search_error(*part, args, norm) for part in parts]).reshape(low.shape)
     return error_of
-
 
 # %% ../../nbs/03bd_observers_bounds.ipynb #3b0ba773
 def best_range(
@@ -457,4 +431,3 @@ def _found(
             p = way(observed, low.flatten(), high.flatten(), args, shrinks, patience, norm, known)
             return low * p, high * p
     return shrink_search(low, high, shrinks, patience, error_in_blocks(observed, args, norm))
-

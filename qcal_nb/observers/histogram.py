@@ -6,7 +6,7 @@
 __all__ = ['HistogramObserver', 'within', 'check_percentile', 'PercentileObserver', 'level_cuts', 'divergences', 'draw_bins',
            'least_divergence', 'without_zeros', 'EntropyObserver', 'HistogramMSEObserver', 'quantization_error']
 
-# %% ../../nbs/03e_observers_histogram.ipynb #057dab09
+# %% ../../nbs/03e_observers_histogram.ipynb #7640a2bf
 from abc import abstractmethod
 from typing import Any, ClassVar
 

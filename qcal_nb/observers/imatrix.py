@@ -6,7 +6,7 @@
 __all__ = ['weighted_error', 'importance_range', 'sum_of_squares', 'importance_hook', 'importance_of', 'check_strict',
            'IMatrixMSEObserver', 'hear_input', 'NVFP4ExpandedIMatrixObserver']
 
-# %% ../../nbs/03d_observers_imatrix.ipynb #2a434c6c
+# %% ../../nbs/03d_observers_imatrix.ipynb #3273510d
 import math
 from typing import Any, ClassVar
 
@@ -16,19 +16,13 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationStrate
 from torch import Tensor
 from torch.nn import Module
 
-from qcal_nb.observers.base import (
-    NonFiniteError,
-    Observer,
-    about_to_change,
-    current_batch,
-    find_nonfinite,
-    first_tensor,
-    flatten_for_calibration,
-    warn_once,
-)
+from .base import NonFiniteError, Observer, about_to_change, current_batch, find_nonfinite
+from .base import flatten_for_calibration
 from .kernels import fits_kernel, row_search
 from .minmax import min_max
 from .search import check_search, quantize_with_range, shrink_search
+from ..taps import first_tensor
+from ..warn import warn_once
 
 # %% ../../nbs/03d_observers_imatrix.ipynb #84836f3a
 def weighted_error(observed: Tensor, low: Tensor, high: Tensor, args: QuantizationArgs, norm: float,

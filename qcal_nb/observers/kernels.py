@@ -9,7 +9,7 @@ __all__ = ['MOST_NORM', 'FAINT', 'BLOCK', 'CHUNK', 'MANY_SCALES', 'ALONE', 'FEW_
            'laid_out', 'runs_of', 'Sure', 'Problem', 'shrunk', 'own_rows', 'rows_of', 'qparams_of', 'errors_of_runs',
            'errors_of', 'remembered', 'look', 'settle', 'ended', 'best_candidates', 'row_search', 'fits_kernel']
 
-# %% ../../nbs/03bc_observers_kernels.ipynb #adf4ccdf
+# %% ../../nbs/03bc_observers_kernels.ipynb #f01fbe9b
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -256,7 +256,6 @@ def runs_of(rows: np.ndarray, many: int, pieces: int) -> tuple[np.ndarray, np.nd
     cuts = np.minimum(np.arange(pieces + 1) * -(-many // pieces), many) + many * rows[:, None]
     return cuts[:, :-1].reshape(-1), cuts[:, 1:].reshape(-1)
 
-
 # %% ../../nbs/03bc_observers_kernels.ipynb #b4225945
 BLOCK = 1 << 16       # values that are shown to all candidates before the next ones
 CHUNK = 1 << 20       # values whose errors are found before the best are kept,
@@ -347,7 +346,6 @@ def qparams_of(problem: Problem, part: slice, shrinks: Sequence[float]) -> tuple
     found = [calculate_qparams(shrunk(low, share), shrunk(high, share), problem.args) for low, high in pairs]
     return tuple(torch.cat([q.float() for q in each], 1).numpy() for each in zip(*found))
 
-
 # %% ../../nbs/03bc_observers_kernels.ipynb #3a6d9f95
 @njit(nogil=True, cache=True)
 def errors_of_runs(
@@ -408,7 +406,6 @@ def errors_of(problem: Problem, part: slice, shrinks: Sequence[float]) -> np.nda
     parts = (np.array_split(x, many_parts, axis=-1) for x in (numbers, *qparams_of(problem, part, shrinks)))
     return np.concatenate(shared_out(some, *parts), axis=1)
 
-
 # %% ../../nbs/03bc_observers_kernels.ipynb #dbbddbd0
 def remembered(known: dict[Any, T], keys: Sequence[Any], find: Callable[[list[Any]], Iterable[T]]) -> list[T]:
     "What `known` says of each of the `keys`. Of those it does not know `find` tells, and it knows them from then on."
@@ -416,7 +413,6 @@ def remembered(known: dict[Any, T], keys: Sequence[Any], find: Callable[[list[An
     if new:
         known.update(zip(new, find(new)))
     return [known[key] for key in keys]
-
 
 # %% ../../nbs/03bc_observers_kernels.ipynb #4a510b13
 def look(problem: Problem, first: int, shrinks: Sequence[float], sure: Sure) -> list[bool]:
@@ -433,7 +429,6 @@ def look(problem: Problem, first: int, shrinks: Sequence[float], sure: Sure) -> 
         errors = find(keys) if problem.pieces == 1 else np.stack(remembered(problem.known, keys, find))
         keep_best(errors, problem.tolerance, first, problem.compared_in_half, *sure.of(part), improved)
     return improved[first:].tolist()
-
 
 # %% ../../nbs/03bc_observers_kernels.ipynb #dee26d97
 def settle(problem: Problem, scales: Tensor, shrinks: Sequence[float]) -> Tensor:

@@ -6,7 +6,7 @@
 __all__ = ['min_max', 'range_seen', 'own', 'MemorylessMinMaxObserver', 'StaticMinMaxObserver', 'check_averaging_constant',
            'MinMaxObserver', 'moving_average']
 
-# %% ../../nbs/03b_observers_minmax.ipynb #05d5fb37
+# %% ../../nbs/03b_observers_minmax.ipynb #0d0bdc6f
 from typing import Any, ClassVar
 
 import torch

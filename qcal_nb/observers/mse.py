@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['MemorylessMSEObserver', 'MSEObserver', 'NVFP4ExpandedMSEObserver', 'FourOverSixObserver']
 
-# %% ../../nbs/03c_observers_mse.ipynb #c37fc090
+# %% ../../nbs/03c_observers_mse.ipynb #95fff60a
 from typing import Any, ClassVar
 
 from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
-from .base import Observer, shared, warn_once
+from .base import Observer, shared
 from .bounds import best_range
 from .minmax import MinMaxObserver
 from .search import SEARCH, check_search
+from ..warn import warn_once
 
 # %% ../../nbs/03c_observers_mse.ipynb #eac23c9f
 @Observer.register("memoryless_mse")

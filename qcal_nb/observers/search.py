@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SEARCH', 'check_search', 'quantize_with_range', 'search_error', 'shrink_search', 'mse_range']
 
-# %% ../../nbs/03bb_observers_search.ipynb #1c86f6eb
+# %% ../../nbs/03bb_observers_search.ipynb #168c36ec
 import math
 from collections.abc import Callable, Iterable
 from typing import Any

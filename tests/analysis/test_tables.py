@@ -12,7 +12,18 @@ from helpers import make_batches, make_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qcal_nb.analysis import PERCENTILES, compare_observers, convergence, coverage, diff, enough_in_words, extremes, history, outlier_channels, ranges
+from qcal_nb.analysis import (
+    PERCENTILES,
+    compare_observers,
+    convergence,
+    coverage,
+    diff,
+    enough_in_words,
+    extremes,
+    history,
+    outlier_channels,
+    ranges,
+)
 from qcal_nb.calibration_record import CalibrationRecord
 from qcal_nb.conclusions import DEFAULT_ARGS, conclude_from, new_observer
 from qcal_nb.lifecycle import QuantizationModifier
@@ -22,7 +33,7 @@ from qcal_nb.pipelines import calibrate
 from qcal_nb.quality import outer_limits, quality_of, sqnr_db
 from qcal_nb.records import record
 from qcal_nb.schemes import code_points
-from qcal_nb.tensor_stats import measure
+from qcal_nb.stats.tensor import measure
 
 FORMATS = {"int8": DEFAULT_ARGS, "int8 asymmetric": QuantizationArgs(num_bits=8, symmetric=False, strategy="tensor"),
            "int4": QuantizationArgs(num_bits=4, symmetric=True, strategy="tensor"), "int2": QuantizationArgs(num_bits=2, strategy="tensor"),

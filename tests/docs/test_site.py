@@ -299,7 +299,7 @@ def test_names_are_followed_home():
     own, others = names.members("qcal_nb.observers")
     assert own == [] and dict(others)["Observer"] == dict(others)["BASE_NAMES"] == "qcal_nb.observers.base"
     own, others = names.members("qcal_nb.records")
-    assert "record" in own and dict(others)["TensorStats"] == "qcal_nb.tensor_stats"
+    assert "record" in own and dict(others)["TensorStats"] == "qcal_nb.stats.tensor"
 
 
 def test_only_what_is_certain_is_linked():

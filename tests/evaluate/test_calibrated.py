@@ -3,7 +3,7 @@ import pytest
 from helpers import differences, fingerprint
 
 from qcal_nb.divergence import borrowed
-from qcal_nb.evaluate import compare_schemes, evaluate
+from qcal_nb.scheme_comparison import compare_schemes, evaluate
 from qcal_nb.ledger import LifecycleError, reset_quantization
 from qcal_nb.lifecycle import QuantizationModifier
 from qcal_nb.pipelines import calibrate

@@ -12,7 +12,8 @@ import pytest
 import torch
 from helpers import differences, fingerprint, make_model
 
-from qcal_nb.evaluate import compare_schemes, sensitivity
+from qcal_nb.scheme_comparison import compare_schemes
+from qcal_nb.sensitivities import sensitivity
 from qcal_nb.ledger import phase_of
 from qcal_nb.lifecycle import QuantizationModifier
 from qcal_nb.sensitivities import SENSITIVITY_COLUMNS
@@ -62,7 +63,7 @@ import sys, time
 sys.path[:0] = [{tests!r}]
 import torch
 from helpers import make_batches, make_model
-from qcal_nb.evaluate import sensitivity
+from qcal_nb.sensitivities import sensitivity
 torch.set_num_threads(1)
 model = make_model("llama_gqa")
 model.register_forward_pre_hook(lambda *_: time.sleep(0.02))

@@ -9,7 +9,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from qcal_nb.lifecycle import LifecycleError, QuantizationModifier, State, phase_of, reset_quantization, unfuse_experts
+from qcal_nb.ledger import LifecycleError, phase_of, reset_quantization, unfuse_experts
+from qcal_nb.lifecycle import QuantizationModifier, State
 from qcal_nb.pipelines import calibrate
 from qcal_nb.session import Session
 
@@ -73,7 +74,7 @@ def test_the_machine_above_can_fail():
     session.initialize()
     session.start()
     session.feed()
-    with patch("qcal_nb.session.restore", forgetful): session.back()
+    with patch("qcal_nb.session.session.restore", forgetful): session.back()
     assert model.model.layers[0].mlp.up_proj.input_observer.counts.batches == 1  # not taken back: feeding again would count it twice
 
 

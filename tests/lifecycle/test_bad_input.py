@@ -9,11 +9,14 @@ from helpers import differences, fingerprint, make_batches, make_model
 import qcal_nb
 from qcal_nb.analysis import choose, ranges
 from qcal_nb.calibration import call_observer, observe
-from qcal_nb.lifecycle import QuantizationMixin, QuantizationModifier, match_report, phase_of, reset_quantization
+from qcal_nb.lifecycle import QuantizationMixin, QuantizationModifier, match_report
+from qcal_nb.ledger import phase_of, reset_quantization
 from qcal_nb.observers.base import Observer, flatten_for_calibration
 from qcal_nb.pipelines import calibrate
-from qcal_nb.records import CalibrationRecord, record
-from qcal_nb.session import Session, SessionError
+from qcal_nb.calibration_record import CalibrationRecord
+from qcal_nb.records import record
+from qcal_nb.session import Session
+from qcal_nb.session_parts import SessionError
 
 FP8 = dict(scheme="FP8", ignore=["lm_head"])
 GROUPED_INPUT = dict(num_bits=4, type="float", strategy="group", group_size=32)

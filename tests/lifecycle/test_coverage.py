@@ -3,7 +3,8 @@ import pytest
 import torch
 from helpers import differences, fingerprint, make_batches, make_model, outputs
 
-from qcal_nb.lifecycle import QuantizationModifier, reset_quantization
+from qcal_nb.lifecycle import QuantizationModifier
+from qcal_nb.ledger import reset_quantization
 from qcal_nb.observers.base import NonFiniteError, Observer
 from qcal_nb.pipelines import calibrate, calibration_context
 from qcal_nb.records import record

@@ -7,7 +7,9 @@ import pytest
 import torch
 from helpers import CONFIGS, differences, fingerprint, make_batches, make_model, outputs, qparams
 
-from qcal_nb.lifecycle import QuantizationModifier, State, phase_of, reset_quantization, restore, snapshot
+from qcal_nb.lifecycle import QuantizationModifier, State
+from qcal_nb.ledger import phase_of, reset_quantization
+from qcal_nb.snapshots import restore, snapshot
 from qcal_nb.pipelines import calibrate
 from tests.lifecycle.walking import FP8, STATIC, run_until
 

@@ -9,7 +9,7 @@ from transformers import (
     JetMoeConfig,
 )
 
-import qcal_nb.experts as experts_module
+import qcal_nb.modeling.experts as experts_module
 from qcal_nb.calibration import exclusive
 from qcal_nb.experts import (
     expert_layout,

@@ -10,7 +10,8 @@ from helpers import make_batches, make_model, offload, outputs, qparams
 from loguru import logger
 
 from qcal_nb.calibration import update_qparams
-from qcal_nb.lifecycle import QuantizationModifier, State, phase_of, reset_quantization
+from qcal_nb.lifecycle import QuantizationModifier, State
+from qcal_nb.ledger import phase_of, reset_quantization
 from qcal_nb.pipelines import calibrate
 
 TWO_BITS = dict(config_groups={"g": QuantizationScheme(targets=["Linear"], weights=dict(num_bits=2, type="int", strategy="channel"))},
@@ -128,7 +129,7 @@ def test_what_cannot_be_converted_is_said_and_leaves_nothing_changed(kind, tmp_p
     def half_way(model):
         accelerate.hooks.remove_hook_from_module(model.model.layers[0].mlp.up_proj)
         raise RuntimeError("no such place")
-    monkeypatch.setattr("qcal_nb.offload.from_accelerate", half_way)
+    monkeypatch.setattr("qcal_nb.modeling.offload.from_accelerate", half_way)
     model = make_model("llama_gqa")
     if kind == "cpu": accelerate.cpu_offload(model, execution_device="cpu")
     else: accelerate.disk_offload(model, tmp_path, execution_device="cpu")

@@ -8,7 +8,8 @@ from compressed_tensors.quantization import QuantizationArgs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qcal_nb.observers import Observer, bounds, kernels
+from qcal_nb.observers.base import Observer
+from qcal_nb.observers import bounds, kernels
 from qcal_nb.observers.base import sharing
 from qcal_nb.observers.bounds import Binned, best_range, bounded_search, error_bounds, error_by_kernel
 from qcal_nb.observers.imatrix import importance_range, weighted_error

@@ -6,7 +6,8 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 
 from qcal_nb.histogram import Histogram
-from qcal_nb.observers import HistogramObserver, Observer
+from qcal_nb.observers.histogram import HistogramObserver
+from qcal_nb.observers.base import Observer
 from qcal_nb.observers.base import NonFiniteError, current_batch
 from tests.observers.histograms import ARGS, INT8, NAMES, heavy, observed
 

@@ -7,7 +7,8 @@ from helpers import differences, fingerprint, make_batches, make_model, qparams
 from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from qcal_nb.calibration import ModelBusyError, exclusive, observers_in, unobserved
-from qcal_nb.lifecycle import QuantizationModifier, State, phase_of, reset_quantization
+from qcal_nb.lifecycle import QuantizationModifier, State
+from qcal_nb.ledger import phase_of, reset_quantization
 from qcal_nb.pipelines import batches, calibrate, calibration_context
 from qcal_nb.records import record
 

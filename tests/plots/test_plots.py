@@ -16,11 +16,13 @@ from qcal_nb.analysis import compare_observers, convergence, layer_of, ranges
 from qcal_nb.figures import MAX_COLUMNS, counts_between, drawable, packed, symlog_edges
 from qcal_nb.histogram import Histogram
 from qcal_nb.plot_model import densities
-from qcal_nb.plot_tensor import conclusions_for, stored_values
-from qcal_nb.plots import data_of, drawn, to_png
-from qcal_nb.records import CalibrationRecord, record
+from qcal_nb.plot_model import conclusions_for
+from qcal_nb.plot_tensor import stored_values
+from qcal_nb.figures import data_of, drawn, to_png
+from qcal_nb.calibration_record import CalibrationRecord
+from qcal_nb.records import record
 from qcal_nb.schemes import code_points, preset
-from qcal_nb.tensor_stats import TensorStats, measure
+from qcal_nb.stats.tensor import TensorStats, measure
 from helpers import make_batches, make_model
 
 OBSERVERS = ["static_minmax", "mse"]

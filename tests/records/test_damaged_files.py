@@ -11,10 +11,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save, save_file
 
-import qcal_nb.record_files
+import qcal_nb.records.files
 from qcal_nb.calibration_record import FORMAT, VERSION, to_tree
-from qcal_nb.record_files import squeeze, write_tree
-from qcal_nb.records import CalibrationRecord, record_equal
+from qcal_nb.records.files import squeeze, write_tree
+from qcal_nb.calibration_record import CalibrationRecord, record_equal
 
 
 def refused(path):
@@ -118,7 +118,7 @@ def forged(path, tree_text, counts=None, pools=None):
     "A file with any text as its tree and any counts, its digest right."
     arrays = {n: squeeze(t) for n, t in dict(pools or {}, tree=torch.tensor(list(tree_text), dtype=torch.uint8)).items()}
     facts = json.dumps(dict(counts=dict({n: len(t) for n, t in (pools or {}).items()}, tree=len(tree_text), **{}) if counts is None else counts))
-    header = dict(format=FORMAT, version=str(VERSION), about=facts, digest=qcal_nb.record_files._digest(arrays, facts))
+    header = dict(format=FORMAT, version=str(VERSION), about=facts, digest=qcal_nb.records.files._digest(arrays, facts))
     path.write_bytes(save(arrays, header))
     return path
 

@@ -16,12 +16,13 @@ from helpers import make_batches, make_model
 from safetensors import safe_open
 from torch.nn import Linear, Sequential
 
-import qcal_nb.record_files
+import qcal_nb.records.files
 from qcal_nb.calibration_record import from_tree, to_tree
 from qcal_nb.models import calibration_texts, load_tiny_llama
 from qcal_nb.observers.base import Registry
-from qcal_nb.record_files import read_tree, squeeze, unsqueeze, write_tree, write_whole
-from qcal_nb.records import CalibrationRecord, record, record_equal, unequal_parts
+from qcal_nb.records.files import read_tree, squeeze, unsqueeze, write_tree, write_whole
+from qcal_nb.calibration_record import CalibrationRecord, record_equal, unequal_parts
+from qcal_nb.records import record
 from tests.records.samples import QUIET
 
 DTYPES = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bfloat16, torch.float16, torch.float32, torch.float64,
@@ -136,8 +137,8 @@ def test_without_text_there_is_no_text(tmp_path):
 WRITER = """
 import os, sys, signal
 from pathlib import Path
-import qcal_nb.record_files as files
-from qcal_nb.records import CalibrationRecord
+import qcal_nb.records.files as files
+from qcal_nb.calibration_record import CalibrationRecord
 def dying(name, when):
     real = getattr(os, name)
     def die(*args):
@@ -199,7 +200,7 @@ def test_a_full_disk(small, saved, monkeypatch, step):
             def write(self, data):
                 self.file.write(data[:100])
                 raise error
-        monkeypatch.setattr(qcal_nb.record_files, "open", lambda *a: Full(real(*a)), raising=False)
+        monkeypatch.setattr(qcal_nb.records.files, "open", lambda *a: Full(real(*a)), raising=False)
     else: monkeypatch.setattr(os, "replace" if step == "replace" else "fsync", full)
     with pytest.raises((OSError, KeyboardInterrupt)): CalibrationRecord().save(saved)
     monkeypatch.undo()

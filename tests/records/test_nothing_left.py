@@ -12,9 +12,11 @@ from torch.nn import Linear, Sequential
 
 from qcal_nb.calibration import ModelBusyError, exclusive
 from qcal_nb.experts import all_experts, tokens_per_expert
-from qcal_nb.lifecycle import QuantizationModifier, unfuse_experts
+from qcal_nb.lifecycle import QuantizationModifier
+from qcal_nb.ledger import unfuse_experts
 from qcal_nb.observers.base import NonFiniteError
-from qcal_nb.records import record, record_equal, unequal_parts
+from qcal_nb.records import record
+from qcal_nb.calibration_record import record_equal, unequal_parts
 from tests.records.samples import OPTIONS, QUIET, concluded_bits
 
 

@@ -12,13 +12,14 @@ from transformers import (
     AlbertModel,
 )
 
-import qcal_nb.collector
-from qcal_nb.collector import Once
+import qcal_nb.records.collect
+from qcal_nb.observers.base import Once
 from qcal_nb.conclusions import DEFAULT_ARGS, new_observer
 from qcal_nb.lifecycle import QuantizationMixin
 from qcal_nb.observers.base import current_batch
 from qcal_nb.observers.minmax import MinMaxObserver
-from qcal_nb.records import measure, record
+from qcal_nb.stats.tensor import measure
+from qcal_nb.records import record
 from tests.records.samples import QUIET, bits, exact, merged
 
 
@@ -31,8 +32,8 @@ def looks(monkeypatch):
             counts[name] += 1
             return function(*args, **kwargs)
         return counted
-    monkeypatch.setattr(qcal_nb.collector, "measure", counting("measure", qcal_nb.collector.measure))
-    for read in ("_read_once", "_read"): monkeypatch.setattr(qcal_nb.tensor_stats, read, counting(read, getattr(qcal_nb.tensor_stats, read)))
+    monkeypatch.setattr(qcal_nb.records.collect, "measure", counting("measure", qcal_nb.records.collect.measure))
+    for read in ("_read_once", "_read"): monkeypatch.setattr(qcal_nb.stats.tensor, read, counting(read, getattr(qcal_nb.stats.tensor, read)))
     monkeypatch.setattr(MinMaxObserver, "update_statistics_from_observed", counting("minmax", MinMaxObserver.update_statistics_from_observed))
     monkeypatch.setattr(qcal_nb.observers.histogram, "bucket_counts", counting("histogram", qcal_nb.observers.histogram.bucket_counts))
     return counts

@@ -11,10 +11,11 @@ from helpers import make_batches, make_model
 from qcal_nb.analysis import compare_observers, coverage, ranges
 from qcal_nb.lifecycle import QuantizationModifier
 from qcal_nb.plot_choices import observer_to_draw
-from qcal_nb.plots import data_of
-from qcal_nb.records import CalibrationRecord, record
+from qcal_nb.figures import data_of
+from qcal_nb.calibration_record import CalibrationRecord
+from qcal_nb.records import record
 from qcal_nb.report import CLOSE_UPS, cell, to_html
-from qcal_nb.tensor_stats import measure
+from qcal_nb.stats.tensor import measure
 from tests.report.samples import EVIL, odd_record
 
 

@@ -8,14 +8,16 @@ import pytest
 import torch
 from helpers import differences, fingerprint, make_batches, make_model, qparams
 
-from qcal_nb.lifecycle import QuantizationModifier, reset_quantization
+from qcal_nb.lifecycle import QuantizationModifier
+from qcal_nb.ledger import reset_quantization
 from qcal_nb.calibration import ModelBusyError
 from qcal_nb.observers import histogram
 from qcal_nb.observers.base import Observer, Registry
 from qcal_nb.observers.minmax import MinMaxObserver
 from qcal_nb.pipelines import calibrate
 from qcal_nb.records import record
-from qcal_nb.session import Session, SessionError, in_background, pause, resume, stop
+from qcal_nb.session import Session, in_background, pause, resume, stop
+from qcal_nb.session_parts import SessionError
 from qcal_nb.session_code import observer_code
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from qcal_nb.tensor_stats import N_EXTREMES, _read, _read_once, largest_places, measure
+from qcal_nb.stats.tensor import N_EXTREMES, _read, _read_once, largest_places, measure
 
 SHAPES = hnp.array_shapes(min_dims=2, max_dims=2, max_side=40)
 FEW = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-45, 3e38, -3e38, 0.1])  # ties, zeros of both signs, the ends of float32

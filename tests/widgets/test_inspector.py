@@ -12,17 +12,27 @@ from helpers import FOUR_BITS, make_batches, make_model
 
 from qcal_nb import inspector as module_under_test
 from qcal_nb import panels
-from qcal_nb.analysis import BY_HAND, Answers, compare_observers, conclusion_by_hand, conclusion_of, one_scale, outlier_ratio, ranges
+from qcal_nb.analysis import (
+    BY_HAND,
+    Answers,
+    compare_observers,
+    conclusion_by_hand,
+    conclusion_of,
+    one_scale,
+    outlier_ratio,
+    ranges,
+)
 from qcal_nb.calibration_record import CalibrationRecord
 from qcal_nb.conclusions import conclude_from
 from qcal_nb.inspector import SEARCHING, HistogramInspector, most_interesting
 from qcal_nb.plot_tensor import LiveHistogram, stored_values
-from qcal_nb.plots import data_of, drawn, plot_histogram
+from qcal_nb.figures import data_of, drawn
+from qcal_nb.plot_tensor import plot_histogram
 from qcal_nb.quality import quality_of
 from qcal_nb.records import record
 from qcal_nb.session import Session
 from qcal_nb.state import FORMATS, WorkbenchState, args_for
-from qcal_nb.tensor_stats import TensorStats, measure
+from qcal_nb.stats.tensor import TensorStats, measure
 
 BATCHES = make_batches(4)
 

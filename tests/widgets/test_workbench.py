@@ -6,13 +6,15 @@ import torch
 from helpers import FOUR_BITS, differences, fingerprint, make_batches, make_model
 
 from qcal_nb import Workbench
-from qcal_nb.lifecycle import phase_of
+from qcal_nb.ledger import phase_of
 from qcal_nb.models import calibration_texts, load_tiny_llama
-from qcal_nb.plots import data_of
-from qcal_nb.records import CalibrationRecord
-from qcal_nb.session import Session, SessionError
+from qcal_nb.figures import data_of
+from qcal_nb.calibration_record import CalibrationRecord
+from qcal_nb.session import Session
+from qcal_nb.session_parts import SessionError
 from qcal_nb.state import WorkbenchState
-from qcal_nb.widgets import LifecycleStepper, RangeExplorer
+from qcal_nb.stepper import LifecycleStepper
+from qcal_nb.explorer import RangeExplorer
 
 
 def press(wb, *steps):
@@ -151,7 +153,7 @@ def test_a_scheme_that_observes_no_activation_says_so():
 
 
 def test_a_thousand_tensors():
-    from qcal_nb.records import measure
+    from qcal_nb.stats.tensor import measure
     session = Session(torch.nn.Sequential(torch.nn.Linear(2, 2)), ignore=[])
     names = [f"model.layers.{i // 7}.m{i % 7}" for i in range(1000)]
     tensors = {(n, "input"): measure(torch.tensor([[-1.0 - i, 1.0 + i]])) for i, n in enumerate(names)}
@@ -222,7 +224,7 @@ def test_two_workbenches_on_one_model_notice_each_other():
     press(second, "initialize")
     assert "something else changed the model since (it is initialized now)" in second.stepper.error.value
     press(first, "start")
-    from qcal_nb.lifecycle import reset_quantization
+    from qcal_nb.ledger import reset_quantization
     reset_quantization(model)
     press(first, "feed")
     assert "something else changed the model since (it is original now)" in first.stepper.error.value and first.session.fed == 0

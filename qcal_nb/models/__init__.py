@@ -1,0 +1,16 @@
+"""Models to try things on: the embedded Llama, its texts, and outliers on demand."""
+
+from .outliers import inject_outliers
+from .texts import calibration_texts, evaluating, heldout_texts, perplexity, positions_of, usual_length
+from .tiny_llama import load_tiny_llama
+
+__all__ = [
+    "calibration_texts",
+    "evaluating",
+    "heldout_texts",
+    "inject_outliers",
+    "load_tiny_llama",
+    "perplexity",
+    "positions_of",
+    "usual_length",
+]
