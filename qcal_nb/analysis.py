@@ -28,11 +28,10 @@ from .conclusions import Asked, Conclusion, DEFAULT_ARGS, conclude_from, conclud
 from .conclusions import new_observer, statistics_from
 from .coverage import suspicious_scales
 from .lifecycle import QuantizationMixin
-from .observers.base import NonFinite, check_args
-from .quality import Quality, quality_of
+from .observers.base import check_args
 from .records import check_observers
 from .schemes import describe_args
-from .tensor_stats import TensorStats
+from .stats import NonFinite, Quality, TensorStats, quality_of
 
 # %% ../nbs/09_analysis.ipynb #df19115d
 def layer_of(module: str) -> int | None:

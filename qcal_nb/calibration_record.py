@@ -24,10 +24,9 @@ from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
 from .conclusions import Conclusion, merge_conclusions, merges, of_one_part
-from .histogram import Histogram
-from .observers.base import Counts, NonFinite
+from .observers.base import Counts
 from .record_files import check_form, read_tree, write_tree
-from .tensor_stats import Extreme, Level, TensorStats, Timeline, level_of, same_stats
+from .stats import Extreme, Histogram, Level, NonFinite, TensorStats, Timeline, level_of, same_stats
 
 # %% ../nbs/08d_calibration_record.ipynb #ffd4ce89
 Spans = tuple[tuple[int, int], ...]  # ascending, [first, end) each

@@ -25,10 +25,9 @@ from torch.nn import Module
 from .calibration_record import ConclusionKey, Key
 from .conclusions import Asked, Conclusion, DEFAULT_ARGS, NEVER_SEEN, conclude_from, conclude_together
 from .conclusions import concluded, counts_of, follows_from_stats, label_of, new_observer
-from .histogram import Histogram
-from .observers.base import NonFiniteError, Observer, Once, current_feed, fused_layers, sharing
+from .observers.base import Observer, Once, current_feed, fused_layers, sharing
+from .stats import Extreme, Histogram, Level, N_EXTREMES, NonFiniteError, TensorStats, measure
 from .taps import STATES, first_tensor
-from .tensor_stats import Extreme, Level, N_EXTREMES, TensorStats, measure
 
 # %% ../nbs/08e_collector.ipynb #48750458
 Memory = dict[str, Any]  # an observer's __dict__; its updates make new tensors, so references suffice

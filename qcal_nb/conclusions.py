@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['DEFAULT_ARGS', 'Asked', 'NEVER_SEEN', 'args_to_ask', 'label_of', 'name_and_kwargs', 'new_observer', 'asked_by',
-           'asked_in', 'Conclusion', 'concluded', 'counts_values', 'follows_from_stats', 'dtype_of', 'statistics_from',
+           'asked_in', 'Conclusion', 'concluded', 'counts_values', 'follows_from_stats', 'statistics_from',
            'conclude_from', 'counts_of', 'merges', 'merge_conclusions', 'of_one_part', 'conclude_together']
 
 # %% ../nbs/08b_conclusions.ipynb #e8c0b0d9
 import ast
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import reduce
 from typing import Any
 
 import torch
@@ -20,10 +19,9 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from torch import Tensor
 
 from .calibration import observer_name
-from .histogram import dense_counts
 from .observers.base import Counts, Observer, find_observer, fuse, qparams_for
 from .schemes import describe_args
-from .tensor_stats import TensorStats, first_place
+from .stats import TensorStats, dense_counts, dtype_of, first_place
 
 # %% ../nbs/08b_conclusions.ipynb #4ab489ff
 DEFAULT_ARGS = QuantizationArgs(num_bits=8, type="int", symmetric=True, strategy="tensor")
@@ -153,12 +151,7 @@ def follows_from_stats(observer: Observer) -> bool:
     minmax = any(type(observer) is find_observer(name) for name in names)
     return observer.args.strategy == "tensor" and (minmax or counts_values(observer))
 
-
-def dtype_of(stats: TensorStats) -> torch.dtype:
-    "The dtype that holds all that was seen."
-    return reduce(torch.promote_types, (getattr(torch, name) for name in sorted(stats.dtypes)))
-
-
+# %% ../nbs/08b_conclusions.ipynb #2e967f42
 def statistics_from(stats: TensorStats, observer: Observer) -> dict[str, Tensor]:
     "The observer's statistics, had it seen what was measured. RuntimeError if that was nothing finite."
     if not stats.count: raise RuntimeError(NEVER_SEEN)

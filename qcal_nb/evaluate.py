@@ -30,10 +30,10 @@ from .ledger import experts_apart
 from .lifecycle import reaches_experts
 from .observers.base import current_feed
 from .pipelines import batches
-from .quality import Quality, effective_bits, outer_limits, sqnr_db
 from .records import attention_open, check_base_names, check_observers, modules_to_record, one_pass
 from .records import recipe_to_record, record, tensors_to_record
 from .schemes import code_points
+from .stats import Quality, effective_bits, outer_limits, sqnr_db
 
 # %% ../nbs/10d_evaluate.ipynb #86a35394
 @dataclass(frozen=True)

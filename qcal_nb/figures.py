@@ -29,7 +29,7 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.patches import StepPatch
 from matplotlib.ticker import NullLocator
 
-from .histogram import Histogram, cells
+from .stats import Histogram, cells
 
 # %% ../nbs/11a_figures.ipynb #08b50a3b
 BASE_COLORS = {

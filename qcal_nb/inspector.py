@@ -34,7 +34,7 @@ from .plot_tensor import HAND, LiveHistogram, fixed_axes, plot_channels, plot_hi
 from .schemes import code_points, describe_args
 from .session import Session
 from .state import FORMATS, SHOWN, WorkbenchState
-from .tensor_stats import TensorStats
+from .stats import TensorStats
 
 # %% ../nbs/14e_inspector.ipynb #02556694
 READOUT = [

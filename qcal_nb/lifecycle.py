@@ -44,12 +44,12 @@ from .coverage import Coverage, cover, expert_tokens_of
 from .experts import matches_experts, unfused_experts
 from .ledger import Ledger, LifecycleError, ledger_of, phase_of, refuse_quantized, start_anew, step
 from .ledger import take_over_offload, unfuse_experts
-from .observers.base import ACTIVATIONS, BASE_NAMES, all_or_nothing, check_policy, find_observer, fuse
-from .observers.base import fused_layers
+from .observers.base import ACTIVATIONS, BASE_NAMES, all_or_nothing, find_observer, fuse, fused_layers
 from .offload import has_accelerate_hooks, hold_while_running
 from .ranks import observe_weights, sync_statistics, together
 from .schemes import in_plain_words, is_preset, needs_data, preset, preset_names
 from .snapshots import QPARAMS, configs_of, qparams_of, restore, snapshot, stored_parameters
+from .stats import check_policy
 from .warn import each_warning_once, warn_once
 
 # %% ../nbs/05_lifecycle.ipynb #1ce893b9

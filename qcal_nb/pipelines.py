@@ -26,10 +26,11 @@ from .calibration import claim, exclusive, feeding, guarded, observer_of, observ
 from .experts import all_experts as showing_all_experts
 from .lifecycle import Event, EventType, QuantizationModifier, State, check_on_uncalibrated, embeddings_of
 from .models import evaluating, positions_of
-from .observers.base import all_or_nothing, check_policy, current_batch, sharing
+from .observers.base import all_or_nothing, sharing
 from .ranks import together
 from .sequential import PROPAGATE, blocks_of, run_blocks
 from .snapshots import configs_of
+from .stats import check_policy, current_batch
 from .warn import each_warning_once, warn_once
 
 # %% ../nbs/06_pipelines.ipynb #35aac25e

@@ -28,9 +28,8 @@ from .conclusions import Asked, Conclusion
 from .figures import BASE_COLORS, CLIPPED, OTHER, SMOOTH, as_png, counts_between, dark, dots, drawable
 from .figures import headline, light, log_values, new_axes, say_nothing, symlog, symlog_edges
 from .plot_model import conclusions_for, legend
-from .quality import quality_of
 from .schemes import code_points, describe_args
-from .tensor_stats import TensorStats
+from .stats import TensorStats, quality_of
 
 # %% ../nbs/11c_plot_tensor.ipynb #86a515d0
 BINS = 160

@@ -39,14 +39,14 @@ from .experts import tokens_per_expert, unfused_experts
 from .ledger import experts_apart, ledger_of, phase_of
 from .lifecycle import QUANTIZABLE, QuantizationMixin, check_schemes, embeddings_of, reaches_experts
 from .lifecycle import schemes_by_module, warn_unmatched
-from .observers.base import check_policy, find_observer
+from .observers.base import find_observer
 from .pipelines import batches, calibration_context, count_tokens, expected_batches, feed
 from .ranks import rank_and_size, together
 from .record_files import write_whole
 from .schemes import preset
 from .snapshots import restore, snapshot
+from .stats import TensorStats, check_policy
 from .taps import STATES
-from .tensor_stats import TensorStats
 from .warn import each_warning_once, warn_once
 
 # %% ../nbs/08f_records.ipynb #3e45a42b

@@ -29,8 +29,8 @@ from .ledger import LifecycleError, ledger_of, phase_of
 from .lifecycle import QuantizationModifier, check_schemes, schemes_by_module
 from .models import positions_of
 from .pipelines import batches, calibrate
-from .quality import sqnr_db
 from .recipes import packed_tensors, stored_modules
+from .stats import sqnr_db
 from .taps import first_tensor
 
 # %% ../nbs/10b_scheme_comparison.ipynb #02c7e9d7

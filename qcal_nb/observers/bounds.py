@@ -20,14 +20,13 @@ from compressed_tensors.quantization.utils import calculate_qparams
 from numba import njit
 from torch import Tensor
 
-from ..compiled import bits_of, in_parts, shared_out
-from ..histogram import N_BUCKETS, count_buckets
 from .base import shared, sharing
 from .kernels import AT_ONCE, BLOCK, MANY, MOST, bfloat16_errors, column_errors, fits_kernel, form_of
 from .kernels import nearest, power, power_coefficients, power_table, remembered, row_search, shrunk
 from .kernels import to_bfloat16, tolerance_of
 from .minmax import range_seen
 from .search import quantize_with_range, search_error, shrink_search
+from ..stats import N_BUCKETS, bits_of, count_buckets, in_parts, shared_out
 
 # %% ../../nbs/03bd_observers_bounds.ipynb #9d997514
 def scales_of(low: Tensor, high: Tensor, args: QuantizationArgs) -> tuple[np.ndarray, np.ndarray]:

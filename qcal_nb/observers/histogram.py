@@ -18,11 +18,11 @@ from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import calculate_qparams
 from torch import Tensor
 
-from ..histogram import Histogram, bucket_counts, is_bfloat16, sum_of
 from .base import Observer
 from .minmax import min_max
 from .search import SEARCH, check_search, shrink_search
 from ..schemes import code_points, format_name
+from ..stats import Histogram, bucket_counts, is_bfloat16, sum_of
 
 # %% ../../nbs/03e_observers_histogram.ipynb #ce6880da
 class HistogramObserver(Observer):

@@ -16,11 +16,11 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationStrate
 from torch import Tensor
 from torch.nn import Module
 
-from .base import NonFiniteError, Observer, about_to_change, current_batch, find_nonfinite
-from .base import flatten_for_calibration
+from .base import Observer, about_to_change, flatten_for_calibration
 from .kernels import fits_kernel, row_search
 from .minmax import min_max
 from .search import check_search, quantize_with_range, shrink_search
+from ..stats import NonFiniteError, current_batch, find_nonfinite
 from ..taps import first_tensor
 from ..warn import warn_once
 

@@ -23,7 +23,7 @@ from compressed_tensors.quantization.utils import calculate_qparams, calculate_r
 from numba import njit
 from torch import Tensor
 
-from ..compiled import bits_of, float_of, shared_out
+from ..stats import bits_of, float_of, shared_out
 
 # %% ../../nbs/03bc_observers_kernels.ipynb #3da97344
 class Form(NamedTuple):

@@ -11,7 +11,7 @@ from qcal_nb.lifecycle import QuantizationModifier
 from qcal_nb.models import calibration_texts, inject_outliers, load_tiny_llama
 from qcal_nb.calibration_record import CalibrationRecord
 from qcal_nb.records import record
-from qcal_nb.stats.tensor import TensorStats, measure
+from qcal_nb.stats import TensorStats, measure
 from helpers import make_batches, make_model
 
 

@@ -30,10 +30,10 @@ from qcal_nb.lifecycle import QuantizationModifier
 from qcal_nb.models import calibration_texts, inject_outliers, load_tiny_llama
 from qcal_nb.observers.base import Observer
 from qcal_nb.pipelines import calibrate
-from qcal_nb.quality import outer_limits, quality_of, sqnr_db
+from qcal_nb.stats import outer_limits, quality_of, sqnr_db
 from qcal_nb.records import record
 from qcal_nb.schemes import code_points
-from qcal_nb.stats.tensor import measure
+from qcal_nb.stats import measure
 
 FORMATS = {"int8": DEFAULT_ARGS, "int8 asymmetric": QuantizationArgs(num_bits=8, symmetric=False, strategy="tensor"),
            "int4": QuantizationArgs(num_bits=4, symmetric=True, strategy="tensor"), "int2": QuantizationArgs(num_bits=2, strategy="tensor"),

@@ -5,10 +5,10 @@ import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 
-from qcal_nb.histogram import Histogram
+from qcal_nb.stats import Histogram
 from qcal_nb.observers.histogram import HistogramObserver
 from qcal_nb.observers.base import Observer
-from qcal_nb.observers.base import NonFiniteError, current_batch
+from qcal_nb.stats import NonFiniteError, current_batch
 from tests.observers.histograms import ARGS, INT8, NAMES, heavy, observed
 
 BAD_KWARGS = [

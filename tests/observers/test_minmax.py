@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from qcal_nb.observers.base import Observer
-from qcal_nb.stats.tensor import TensorStats, measure
+from qcal_nb.stats import TensorStats, measure
 from qcal_nb.schemes import preset
 
 FLOATS = st.floats(-1e4, 1e4, width=32, allow_subnormal=False)

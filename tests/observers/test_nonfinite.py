@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from qcal_nb.observers.base import Observer
-from qcal_nb.stats.tensor import measure
+from qcal_nb.stats import measure
 from qcal_nb.schemes import preset
 
 INPUT = preset("INT8_STATIC").input_activations

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from qcal_nb import plots
 from qcal_nb.analysis import compare_observers, convergence, layer_of, ranges
 from qcal_nb.figures import MAX_COLUMNS, counts_between, drawable, packed, symlog_edges
-from qcal_nb.histogram import Histogram
+from qcal_nb.stats import Histogram
 from qcal_nb.plot_model import densities
 from qcal_nb.plot_model import conclusions_for
 from qcal_nb.plot_tensor import stored_values
@@ -22,7 +22,7 @@ from qcal_nb.figures import data_of, drawn, to_png
 from qcal_nb.calibration_record import CalibrationRecord
 from qcal_nb.records import record
 from qcal_nb.schemes import code_points, preset
-from qcal_nb.stats.tensor import TensorStats, measure
+from qcal_nb.stats import TensorStats, measure
 from helpers import make_batches, make_model
 
 OBSERVERS = ["static_minmax", "mse"]

@@ -7,7 +7,7 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from qcal_nb.stats.tensor import TensorStats
+from qcal_nb.stats import TensorStats
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 QUIET = dict(progress=False)

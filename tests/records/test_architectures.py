@@ -16,7 +16,7 @@ from transformers import (
 
 from qcal_nb.lifecycle import QuantizationMixin
 from qcal_nb.pipelines import calibration_context
-from qcal_nb.stats.tensor import measure
+from qcal_nb.stats import measure
 from qcal_nb.records import record
 from qcal_nb.calibration_record import unequal_parts
 from tests.records.samples import OPTIONS, QUIET, exact

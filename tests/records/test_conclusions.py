@@ -19,7 +19,7 @@ from qcal_nb.conclusions import DEFAULT_ARGS, conclude_from, new_observer
 from qcal_nb.lifecycle import QuantizationMixin, QuantizationModifier
 from qcal_nb.observers.base import Registry
 from qcal_nb.pipelines import calibrate
-from qcal_nb.stats.tensor import measure
+from qcal_nb.stats import measure
 from qcal_nb.records import record
 from tests.records.samples import DTYPES, NARROW, QUIET, bits, merged, tensor_of
 

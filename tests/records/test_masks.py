@@ -11,7 +11,7 @@ from torch.nn import Linear, Sequential
 from qcal_nb.conclusions import DEFAULT_ARGS, new_observer
 from qcal_nb.lifecycle import QuantizationMixin
 from qcal_nb.models import calibration_texts
-from qcal_nb.observers.base import current_batch
+from qcal_nb.stats import current_batch
 from qcal_nb.records import record
 from qcal_nb.calibration_record import record_equal
 from tests.records.samples import QUIET, bits

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qcal_nb.histogram import is_bfloat16
-from qcal_nb.stats.tensor import TensorStats, measure, same_stats
+from qcal_nb.stats import is_bfloat16
+from qcal_nb.stats import TensorStats, measure, same_stats
 from tests.records.samples import DTYPES, exact, merged, tensor_of
 
 

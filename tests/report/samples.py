@@ -5,7 +5,7 @@ import torch
 
 from qcal_nb.calibration_record import About
 from qcal_nb.calibration_record import CalibrationRecord
-from qcal_nb.stats.tensor import TensorStats, measure
+from qcal_nb.stats import TensorStats, measure
 
 EVIL = "<script>window.broken = true</script><img src=x onerror='window.broken = true'>\"'&"
 

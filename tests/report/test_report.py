@@ -15,7 +15,7 @@ from qcal_nb.figures import data_of
 from qcal_nb.calibration_record import CalibrationRecord
 from qcal_nb.records import record
 from qcal_nb.report import CLOSE_UPS, cell, to_html
-from qcal_nb.stats.tensor import measure
+from qcal_nb.stats import measure
 from tests.report.samples import EVIL, odd_record
 
 

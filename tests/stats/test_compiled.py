@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from qcal_nb.compiled import shared_out
+from qcal_nb.stats import shared_out
 
 
 @pytest.fixture(params=[1, 2, 5])

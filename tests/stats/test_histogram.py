@@ -9,7 +9,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from qcal_nb.histogram import N_BUCKETS, Buckets, Histogram, bucket_counts, cells, is_bfloat16, representatives, sum_of
+from qcal_nb.stats import N_BUCKETS, Histogram, bucket_counts, cells, is_bfloat16, sum_of
+from qcal_nb.stats.histogram import Buckets, representatives
 
 BITS = {torch.float32: (np.uint32, torch.int32), torch.bfloat16: (np.uint16, torch.int16), torch.float16: (np.uint16, torch.int16)}
 

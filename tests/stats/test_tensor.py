@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from qcal_nb.stats.tensor import N_EXTREMES, _read, _read_once, largest_places, measure
+from qcal_nb.stats import N_EXTREMES, measure
+from qcal_nb.stats.tensor import _read, _read_once, largest_places
 
 SHAPES = hnp.array_shapes(min_dims=2, max_dims=2, max_side=40)
 FEW = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-45, 3e38, -3e38, 0.1])  # ties, zeros of both signs, the ends of float32

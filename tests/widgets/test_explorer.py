@@ -17,7 +17,7 @@ from qcal_nb.calibration_record import CalibrationRecord
 from qcal_nb.records import record
 from qcal_nb.session import Session
 from qcal_nb.state import WorkbenchState
-from qcal_nb.stats.tensor import measure
+from qcal_nb.stats import measure
 from qcal_nb.explorer import RangeExplorer
 
 

@@ -28,11 +28,11 @@ from qcal_nb.inspector import SEARCHING, HistogramInspector, most_interesting
 from qcal_nb.plot_tensor import LiveHistogram, stored_values
 from qcal_nb.figures import data_of, drawn
 from qcal_nb.plot_tensor import plot_histogram
-from qcal_nb.quality import quality_of
+from qcal_nb.stats import quality_of
 from qcal_nb.records import record
 from qcal_nb.session import Session
 from qcal_nb.state import FORMATS, WorkbenchState, args_for
-from qcal_nb.stats.tensor import TensorStats, measure
+from qcal_nb.stats import TensorStats, measure
 
 BATCHES = make_batches(4)
 

@@ -23,7 +23,7 @@ THOUSAND = """
 import torch, time
 from qcal_nb import Workbench
 from qcal_nb.calibration_record import CalibrationRecord
-from qcal_nb.stats.tensor import measure
+from qcal_nb.stats import measure
 _names = [f"model.layers.{i // 7}.m{i % 7}" for i in range(500)]
 _bell = torch.randn(400, 64, generator=torch.Generator().manual_seed(0))
 _stats = [(measure(_bell * (1 + i % 5 + 20 * (i == 77)), 0), measure(_bell.T.contiguous() * 0.02, None)) for i in range(20)]

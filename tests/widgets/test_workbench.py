@@ -153,7 +153,7 @@ def test_a_scheme_that_observes_no_activation_says_so():
 
 
 def test_a_thousand_tensors():
-    from qcal_nb.stats.tensor import measure
+    from qcal_nb.stats import measure
     session = Session(torch.nn.Sequential(torch.nn.Linear(2, 2)), ignore=[])
     names = [f"model.layers.{i // 7}.m{i % 7}" for i in range(1000)]
     tensors = {(n, "input"): measure(torch.tensor([[-1.0 - i, 1.0 + i]])) for i, n in enumerate(names)}
