@@ -24,11 +24,10 @@ from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
 from .calibration_record import CalibrationRecord, Key
-from .conclusions import Asked, Conclusion, DEFAULT_ARGS, conclude_from, concluded, counts_of, label_of
-from .conclusions import new_observer, statistics_from
+from .conclusions import Conclusion, conclude_from, concluded, counts_of, statistics_from
 from .coverage import suspicious_scales
 from .lifecycle import QuantizationMixin
-from .observers.base import check_args
+from .observers import Asked, DEFAULT_ARGS, check_args, label_of, new_observer
 from .records import check_observers
 from .schemes import describe_args
 from .stats import NonFinite, Quality, TensorStats, quality_of

@@ -24,7 +24,7 @@ from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
 from .conclusions import Conclusion, merge_conclusions, merges, of_one_part
-from .observers.base import Counts
+from .observers import Counts
 from .record_files import check_form, read_tree, write_tree
 from .stats import Extreme, Histogram, Level, NonFinite, TensorStats, Timeline, level_of, same_stats
 

@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.nn import Module
 
 from .calibration_record import ConclusionKey, Key
-from .conclusions import Asked, Conclusion, DEFAULT_ARGS, NEVER_SEEN, conclude_from, conclude_together
-from .conclusions import concluded, counts_of, follows_from_stats, label_of, new_observer
-from .observers.base import Observer, Once, current_feed, fused_layers, sharing
+from .conclusions import Conclusion, NEVER_SEEN, conclude_from, conclude_together, concluded, counts_of
+from .conclusions import follows_from_stats
+from .observers import Asked, DEFAULT_ARGS, Observer, Once, current_feed, fused_layers, label_of, new_observer
+from .observers import sharing
 from .stats import Extreme, Histogram, Level, N_EXTREMES, NonFiniteError, TensorStats, measure
 from .taps import STATES, first_tensor
 

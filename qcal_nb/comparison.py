@@ -28,9 +28,9 @@ from .calibration_record import CalibrationRecord
 from .comparison_tables import Question, TABLE_ORDERS, TENSOR_COLUMNS, Tables, UNKNOWN, best_by_tensor
 from .comparison_tables import config_of, counted_words, in_order, observers_html, own_of
 from .comparison_tables import scheme_args_by_module, tensors_html, unknown_html, verdict_html
-from .conclusions import label_of, name_and_kwargs
 from .figures import NAMED, new_axes, say_nothing, to_png
 from .markup import block, empty_html, error_html, warning_html
+from .observers import label_of, name_and_kwargs
 from .panels import Panel, Picture, bar_at, static_picture
 from .plot_choices import plot_observers
 from .recipes import production_note

@@ -17,7 +17,7 @@ from torch.nn import Module
 
 from .calibration import is_computed, observer_of
 from .experts import tokens_per_expert
-from .observers.base import BASE_NAMES
+from .observers import BASE_NAMES
 from .stats import NonFinite
 
 # %% ../nbs/04h_coverage.ipynb #1e9d77c6

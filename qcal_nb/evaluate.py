@@ -24,11 +24,11 @@ from .analysis import at_limit, conclusion_of, observers_table, scale_columns, w
 from .calibration import exclusive
 from .calibration_record import CalibrationRecord, ConclusionKey
 from .collector import Collector, check_mask, kept_of, selected
-from .conclusions import Asked, Conclusion, NEVER_SEEN, label_of
+from .conclusions import Conclusion, NEVER_SEEN
 from .divergence import borrowed
 from .ledger import experts_apart
 from .lifecycle import reaches_experts
-from .observers.base import current_feed
+from .observers import Asked, current_feed, label_of
 from .pipelines import batches
 from .records import attention_open, check_base_names, check_observers, modules_to_record, one_pass
 from .records import recipe_to_record, record, tensors_to_record

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import Linear, Module, ModuleList, Parameter
 
 from .calibration import refuse_if_held
-from .observers.base import NOBODY, current_feed
+from .observers import NOBODY, current_feed
 from .snapshots import empty_cache, stored_parameters
 from .warn import warn_once
 

@@ -24,10 +24,11 @@ from matplotlib.patches import Patch, Rectangle
 from .analysis import check_record, compare_observers, conclusion_of, convergence, enough_in_words, layer_of
 from .analysis import percent_of
 from .calibration_record import CalibrationRecord
-from .conclusions import Asked, Conclusion, asked_in, label_of
+from .conclusions import Conclusion
 from .coverage import extreme_scales
 from .figures import BASE_COLORS, CLIPPED, NAMED, OTHER, bars, dark, dots, headline, label_depth, light
 from .figures import log_values, new_axes, packed, say_nothing, shades, short_name
+from .observers import Asked, asked_in, label_of
 from .plot_model import choose_base, legend
 from .records import check_observers
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from .calibration import each, observe, observer_of
-from .observers.base import Observer
+from .observers import Observer
 from .snapshots import qparams_of, stored_parameters
 from .warn import warn_once
 

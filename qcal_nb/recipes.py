@@ -43,7 +43,7 @@ from .calibration import exclusive
 from .experts import fused_experts, unfused_experts
 from .ledger import Ledger, LifecycleError, ledger_of, phase_of
 from .lifecycle import QUANTIZABLE, QuantizationMixin, QuantizationModifier, schemes_by_module, uncomputed
-from .observers.base import observer_key
+from .observers import observer_key
 from .schemes import describe_args
 from .snapshots import QPARAMS, edits, snapshot, undo
 from .warn import warn_once

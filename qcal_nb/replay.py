@@ -18,14 +18,14 @@ from torch import Tensor
 from torch.nn import Module
 
 from .analysis import compare_observers, mark_best, same_args
-from .calibration import observer_name, observer_of
+from .calibration import observer_of
 from .calibration_record import CalibrationRecord, ConclusionKey, Key
 from .collector import Attached, Collector, Memory
-from .conclusions import Asked, Conclusion, asked_by, asked_in, counts_of, follows_from_stats, label_of
-from .conclusions import name_and_kwargs, statistics_from
+from .conclusions import Conclusion, counts_of, follows_from_stats, statistics_from
 from .evaluate import weights_compared
 from .lifecycle import QuantizationMixin, observed_names
-from .observers.base import Counts, Observer, find_observer
+from .observers import Asked, Counts, Observer, asked_by, asked_in, find_observer, label_of, name_and_kwargs
+from .observers import observer_name
 
 # %% ../nbs/12b_replay.ipynb #f1c43dea
 COMPARED = {"weight": ("memoryless_minmax", "memoryless_mse", "imatrix_mse", "percentile", "entropy", "histogram_mse"),

@@ -14,7 +14,7 @@ import ipywidgets as w
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 
 from .markup import GLOSSARY
-from .observers.base import Registry
+from .observers import Registry
 from .schemes import in_plain_words
 
 # %% ../nbs/14c_scheme_fields.ipynb #9ae6021a

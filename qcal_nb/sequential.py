@@ -19,8 +19,7 @@ from torch.nn import Module, ModuleList
 from torch.utils._pytree import tree_any, tree_map
 from tqdm import tqdm
 
-from .calibration import feeding
-from .observers.base import NOBODY, all_or_nothing, current_feed
+from .observers import NOBODY, all_or_nothing, current_feed, feeding
 
 # %% ../nbs/05b_sequential.ipynb #a9cfb95e
 def _outermost(found: Mapping[str, Module]) -> dict[str, Module]:

@@ -22,14 +22,13 @@ import pandas as pd
 from torch.nn import Module
 
 from .attention import states_of
-from .calibration import args_in, claim, exclusive, feeding, guarded, scheme_args
+from .calibration import args_in, claim, exclusive, guarded, scheme_args
 from .calibration_record import About, CalibrationRecord
 from .collector import Collector, Conclusions
-from .conclusions import Asked, asked_by, label_of
 from .ledger import ledger_of, phase_of, reset_quantization
 from .lifecycle import Match, QuantizationModifier, State, lacking_data, match_report, schemes_by_module
 from .models import positions_of
-from .observers.base import all_or_nothing
+from .observers import Asked, all_or_nothing, asked_by, feeding, label_of
 from .pipelines import batches, calibration_context, expected_batches, feed
 from .provenance import data_code, model_code
 from .recipes import from_config, override

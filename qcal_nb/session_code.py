@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 from .lifecycle import QuantizationMixin
-from .observers.base import Observer, find_observer
+from .observers import Observer, find_observer
 from .recipes import observers_of, production_note, to_yaml
 from .session_parts import options_code
 

@@ -25,7 +25,7 @@ from .calibration import scheme_args
 from .calibration_record import CalibrationRecord, ConclusionKey
 from .collector import Memory
 from .lifecycle import QUANTIZABLE, QuantizationModifier
-from .observers.base import BASE_NAMES
+from .observers import BASE_NAMES
 from .recipes import from_yaml, to_yaml
 from .snapshots import Snapshot
 

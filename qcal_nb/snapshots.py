@@ -18,7 +18,7 @@ from compressed_tensors.offload.cache import OffloadCache
 from compressed_tensors.quantization import QuantizationStatus
 from torch.nn import Module, Parameter
 
-from .observers.base import BASE_NAMES
+from .observers import BASE_NAMES
 
 # %% ../nbs/04b_snapshots.ipynb #fbb562f4
 # _parameters, _modules, hooks, ...

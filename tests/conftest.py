@@ -102,7 +102,7 @@ def site(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def observers_of_a_test_end_with_it():
     "Observers that a test registers are unknown to the next one, whatever the order; names and classes go together."
-    from qcal_nb.observers.base import Registry
+    from qcal_nb.observers import Registry
     before = dict(Registry._classes), dict(Registry._names)
     yield
     for table, kept in zip((Registry._classes, Registry._names), before, strict=True):

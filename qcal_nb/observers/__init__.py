@@ -1,14 +1,33 @@
 """Observers: they watch tensors and conclude scales. Importing this package registers all of them."""
 
-from .base import ACTIVATIONS, BASE_NAMES, NonFiniteError, Observer, QParamsDict, flatten_for_calibration, fuse
+from .base import Counts, Observer, QParamsDict, about_to_change, all_or_nothing, fuse, fused_layers, qparams_for
+from .flatten import ACTIVATIONS, BASE_NAMES, check_args, check_base_name, flatten_for_calibration
+from .hearing import NOBODY, current_feed, feed_owner, feeding, owned_by, unobserved
 from .histogram import EntropyObserver, HistogramMSEObserver, HistogramObserver, PercentileObserver
 from .imatrix import IMatrixMSEObserver, NVFP4ExpandedIMatrixObserver
+from .memo import Once, sharing
 from .minmax import MemorylessMinMaxObserver, MinMaxObserver, StaticMinMaxObserver
-from .mse import FourOverSixObserver, MemorylessMSEObserver, MSEObserver, NVFP4ExpandedMSEObserver
+from .mse import FourOverSixObserver, MSEObserver, MemorylessMSEObserver, NVFP4ExpandedMSEObserver
+from .registry import Registry, find_observer, observer_key
+from .spec import (
+    Asked,
+    DEFAULT_ARGS,
+    args_to_ask,
+    asked_by,
+    asked_in,
+    known_kwargs,
+    label_of,
+    name_and_kwargs,
+    new_observer,
+    observer_name,
+)
 
 __all__ = [
     "ACTIVATIONS",
+    "Asked",
     "BASE_NAMES",
+    "Counts",
+    "DEFAULT_ARGS",
     "EntropyObserver",
     "FourOverSixObserver",
     "HistogramMSEObserver",
@@ -18,13 +37,37 @@ __all__ = [
     "MemorylessMSEObserver",
     "MemorylessMinMaxObserver",
     "MinMaxObserver",
+    "NOBODY",
     "NVFP4ExpandedIMatrixObserver",
     "NVFP4ExpandedMSEObserver",
-    "NonFiniteError",
     "Observer",
+    "Once",
     "PercentileObserver",
     "QParamsDict",
+    "Registry",
     "StaticMinMaxObserver",
+    "about_to_change",
+    "all_or_nothing",
+    "args_to_ask",
+    "asked_by",
+    "asked_in",
+    "check_args",
+    "check_base_name",
+    "current_feed",
+    "feed_owner",
+    "feeding",
+    "find_observer",
     "flatten_for_calibration",
     "fuse",
+    "fused_layers",
+    "known_kwargs",
+    "label_of",
+    "name_and_kwargs",
+    "new_observer",
+    "observer_key",
+    "observer_name",
+    "owned_by",
+    "qparams_for",
+    "sharing",
+    "unobserved",
 ]

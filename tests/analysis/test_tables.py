@@ -25,10 +25,11 @@ from qcal_nb.analysis import (
     ranges,
 )
 from qcal_nb.calibration_record import CalibrationRecord
-from qcal_nb.conclusions import DEFAULT_ARGS, conclude_from, new_observer
+from qcal_nb.observers import DEFAULT_ARGS, new_observer
+from qcal_nb.conclusions import conclude_from
 from qcal_nb.lifecycle import QuantizationModifier
 from qcal_nb.models import calibration_texts, inject_outliers, load_tiny_llama
-from qcal_nb.observers.base import Observer
+from qcal_nb.observers import Observer
 from qcal_nb.pipelines import calibrate
 from qcal_nb.stats import outer_limits, quality_of, sqnr_db
 from qcal_nb.records import record

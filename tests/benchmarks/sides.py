@@ -22,8 +22,8 @@ from torch.nn import Linear, Module
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qcal_nb.lifecycle import QuantizationModifier
-from qcal_nb.observers.base import Observer
-from qcal_nb.observers.base import all_or_nothing
+from qcal_nb.observers import Observer
+from qcal_nb.observers import all_or_nothing
 from qcal_nb.pipelines import calibration_context, feed
 
 from .measuring import Agreement, Found, Work, agreement, search_error

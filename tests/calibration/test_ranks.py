@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from qcal_nb.calibration import observer_of
 from qcal_nb.lifecycle import QuantizationModifier
-from qcal_nb.observers.base import Observer, fuse
+from qcal_nb.observers import Observer, fuse
 from qcal_nb.pipelines import calibrate
 from qcal_nb.ranks import (
     RankError,

@@ -13,8 +13,8 @@ from benchmarks.measuring import Agreement, Found, Spread, Work, agreement, alte
 from benchmarks.rows import ROWS
 from benchmarks.sides import INT4_GROUP, INT8_TENSOR, NVFP4, OBSERVERS, QUICK
 
-from qcal_nb.observers.base import Observer, Registry
-from qcal_nb.observers.minmax import StaticMinMaxObserver
+from qcal_nb.observers import Observer, Registry
+from qcal_nb.observers import StaticMinMaxObserver
 
 pytestmark = [pytest.mark.parity, pytest.mark.slow]
 WITHOUT_SCALES = {"record", "live plots", "import", "temporaries", "reset", "growth"}

@@ -11,7 +11,7 @@ from qcal_nb.analysis import choose, ranges
 from qcal_nb.calibration import call_observer, observe
 from qcal_nb.lifecycle import QuantizationMixin, QuantizationModifier, match_report
 from qcal_nb.ledger import phase_of, reset_quantization
-from qcal_nb.observers.base import Observer, flatten_for_calibration
+from qcal_nb.observers import Observer, flatten_for_calibration
 from qcal_nb.pipelines import calibrate
 from qcal_nb.calibration_record import CalibrationRecord
 from qcal_nb.records import record

@@ -2,7 +2,7 @@
 import torch
 from hypothesis import strategies as st
 
-from qcal_nb.observers.base import Observer
+from qcal_nb.observers import Observer
 from qcal_nb.schemes import preset
 
 NAMES = ["percentile", "entropy", "histogram_mse"]

@@ -8,13 +8,14 @@ from compressed_tensors.quantization import QuantizationArgs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qcal_nb.observers.base import Observer
-from qcal_nb.observers import bounds, kernels
-from qcal_nb.observers.base import sharing
-from qcal_nb.observers.bounds import Binned, best_range, bounded_search, error_bounds, error_by_kernel
+from qcal_nb.observers import Observer
+from qcal_nb.observers.search import bins as bounds, kernel as kernels
+from qcal_nb.observers import sharing
+from qcal_nb.observers.search.bins import Binned, bounded_search, error_bounds, error_by_kernel
+from qcal_nb.observers.search.best import best_range
 from qcal_nb.observers.imatrix import importance_range, weighted_error
 from qcal_nb.observers.minmax import min_max
-from qcal_nb.observers.search import mse_range, search_error, shrink_search
+from qcal_nb.observers.search.definition import mse_range, search_error, shrink_search
 
 ARGS = {"int8": dict(num_bits=8), "int8 asym": dict(num_bits=8, symmetric=False), "int4": dict(num_bits=4),
         "int2 asym": dict(num_bits=2, symmetric=False), "fp8": dict(num_bits=8, type="float"), "fp4": dict(num_bits=4, type="float")}

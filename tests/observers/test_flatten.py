@@ -6,7 +6,7 @@ from compressed_tensors.quantization import QuantizationArgs, initialize_module_
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qcal_nb.observers.base import Observer, flatten_for_calibration
+from qcal_nb.observers import Observer, flatten_for_calibration
 
 WEIGHTS = {"tensor": {}, "channel": {}, "group": dict(group_size=4), "block": dict(block_structure=[3, 5]),
            "tensor_group": dict(group_size=4, num_bits=4, type="float", scale_dtype="torch.float8_e4m3fn")}

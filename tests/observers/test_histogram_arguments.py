@@ -6,8 +6,7 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 
 from qcal_nb.stats import Histogram
-from qcal_nb.observers.histogram import HistogramObserver
-from qcal_nb.observers.base import Observer
+from qcal_nb.observers import HistogramObserver, Observer
 from qcal_nb.stats import NonFiniteError, current_batch
 from tests.observers.histograms import ARGS, INT8, NAMES, heavy, observed
 

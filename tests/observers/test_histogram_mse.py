@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as hnp
 
 from qcal_nb.stats import Histogram
 from qcal_nb.observers.histogram import quantization_error
-from qcal_nb.observers.search import shrink_search
+from qcal_nb.observers.search.definition import shrink_search
 from tests.observers.histograms import ARGS, INT8, ends, heavy, observed
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from qcal_nb.observers.base import Observer
+from qcal_nb.observers import Observer
 from qcal_nb.stats import TensorStats, measure
 from qcal_nb.schemes import preset
 

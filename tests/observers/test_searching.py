@@ -15,9 +15,9 @@ from qcal_nb.calibration import initialize_observer, observe, observer_of, updat
 from qcal_nb.ledger import LifecycleError, phase_of, reset_quantization
 from qcal_nb.lifecycle import QuantizationModifier, State
 from qcal_nb.stats import NonFiniteError
-from qcal_nb.observers.base import Observer, find_observer, flatten_for_calibration
+from qcal_nb.observers import Observer, find_observer, flatten_for_calibration
 from qcal_nb.observers.imatrix import importance_range
-from qcal_nb.observers.search import mse_range
+from qcal_nb.observers.search.definition import mse_range
 from qcal_nb.pipelines import calibrate
 from qcal_nb.schemes import preset
 

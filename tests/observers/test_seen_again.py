@@ -7,7 +7,7 @@ from helpers import make_model, offload
 
 from qcal_nb.calibration import update_qparams
 from qcal_nb.lifecycle import QuantizationModifier, State
-from qcal_nb.observers.base import Observer
+from qcal_nb.observers import Observer
 
 
 def test_a_new_weight_at_the_old_address_is_looked_at():

@@ -7,7 +7,7 @@ import os
 import pytest
 from harness import ARCHITECTURES, applies, measure
 
-from qcal_nb.observers import bounds, kernels
+from qcal_nb.observers.search import bins as bounds, kernel as kernels
 
 pytestmark = [pytest.mark.parity, pytest.mark.slow]
 SEARCHING = ("FP8 mse", "A mse, averaging_constant 0.3, grid 50", "W8 tensor asym mse, A static_minmax asym", "KV cache mse")

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BartConfig
 from qcal_nb.lifecycle import QuantizationModifier
 from qcal_nb.models import load_tiny_llama
 from qcal_nb.stats import NonFiniteError
-from qcal_nb.observers.base import Observer
+from qcal_nb.observers import Observer
 from qcal_nb.pipelines import calibrate
 from tests.parity.known import data, llama, nan_in_fresh_memory
 

@@ -12,10 +12,10 @@ from harness import (
 )
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from qcal_nb.calibration import feeding
+from qcal_nb.observers import feeding
 from qcal_nb.ledger import LifecycleError
 from qcal_nb.lifecycle import QuantizationModifier
-from qcal_nb.observers.base import Observer, current_feed
+from qcal_nb.observers import Observer, current_feed
 from tests.parity.known import data, llama, nan_in_fresh_memory
 
 pytestmark = pytest.mark.parity

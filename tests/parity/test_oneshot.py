@@ -6,8 +6,9 @@ from harness import ours, reference, unequal
 from helpers import make_batches, make_model, qparams
 
 from qcal_nb.models import calibration_texts, load_tiny_llama
-from qcal_nb.observers.base import Observer, observer_key
-from qcal_nb.observers.minmax import MinMaxObserver, min_max
+from qcal_nb.observers import Observer, observer_key
+from qcal_nb.observers import MinMaxObserver
+from qcal_nb.observers.minmax import min_max
 from qcal_nb.pipelines import batches
 from qcal_nb.recipes import PRODUCTION
 from qcal_nb.schemes import preset

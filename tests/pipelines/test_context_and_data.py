@@ -6,7 +6,8 @@ import torch
 from helpers import differences, fingerprint, make_batches, make_model, qparams
 from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
-from qcal_nb.calibration import ModelBusyError, exclusive, observers_in, unobserved
+from qcal_nb.calibration import ModelBusyError, exclusive, observers_in
+from qcal_nb.observers import unobserved
 from qcal_nb.lifecycle import QuantizationModifier, State
 from qcal_nb.ledger import phase_of, reset_quantization
 from qcal_nb.pipelines import batches, calibrate, calibration_context

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from qcal_nb.lifecycle import QuantizationModifier
 from qcal_nb.models import load_tiny_llama
-from qcal_nb.observers.base import Registry, find_observer
+from qcal_nb.observers import Registry, find_observer
 from qcal_nb.pipelines import calibrate
 from qcal_nb.recipes import save_quantized
 from qcal_nb.schemes import preset, preset_names

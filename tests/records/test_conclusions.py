@@ -15,9 +15,10 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from qcal_nb.conclusions import DEFAULT_ARGS, conclude_from, new_observer
+from qcal_nb.observers import DEFAULT_ARGS, new_observer
+from qcal_nb.conclusions import conclude_from
 from qcal_nb.lifecycle import QuantizationMixin, QuantizationModifier
-from qcal_nb.observers.base import Registry
+from qcal_nb.observers import Registry
 from qcal_nb.pipelines import calibrate
 from qcal_nb.stats import measure
 from qcal_nb.records import record

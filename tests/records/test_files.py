@@ -19,7 +19,7 @@ from torch.nn import Linear, Sequential
 import qcal_nb.records.files
 from qcal_nb.calibration_record import from_tree, to_tree
 from qcal_nb.models import calibration_texts, load_tiny_llama
-from qcal_nb.observers.base import Registry
+from qcal_nb.observers import Registry
 from qcal_nb.records.files import read_tree, squeeze, unsqueeze, write_tree, write_whole
 from qcal_nb.calibration_record import CalibrationRecord, record_equal, unequal_parts
 from qcal_nb.records import record

@@ -8,7 +8,7 @@ import torch
 from helpers import differences, fingerprint, make_batches, make_model
 from torch.nn import Linear, Sequential
 
-from qcal_nb.conclusions import DEFAULT_ARGS, new_observer
+from qcal_nb.observers import DEFAULT_ARGS, new_observer
 from qcal_nb.lifecycle import QuantizationMixin
 from qcal_nb.models import calibration_texts
 from qcal_nb.stats import current_batch

@@ -13,11 +13,11 @@ from transformers import (
 )
 
 import qcal_nb.records.collect
-from qcal_nb.observers.base import Once
-from qcal_nb.conclusions import DEFAULT_ARGS, new_observer
+from qcal_nb.observers import Once
+from qcal_nb.observers import DEFAULT_ARGS, new_observer
 from qcal_nb.lifecycle import QuantizationMixin
 from qcal_nb.stats import current_batch
-from qcal_nb.observers.minmax import MinMaxObserver
+from qcal_nb.observers import MinMaxObserver
 from qcal_nb.stats import measure
 from qcal_nb.records import record
 from tests.records.samples import QUIET, bits, exact, merged

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from qcal_nb.observers.base import Observer
+from qcal_nb.observers import Observer
 from qcal_nb.schemes import code_points, preset
 
 FLOATS = st.floats(-1e4, 1e4, width=32, allow_subnormal=False)

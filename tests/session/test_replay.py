@@ -11,7 +11,7 @@ import torch
 from helpers import FOUR_BITS, differences, fingerprint, make_batches, make_model, qparams
 
 from qcal_nb.analysis import compare_observers
-from qcal_nb.conclusions import label_of
+from qcal_nb.observers import label_of
 from qcal_nb.evaluate import compare_observers as measured
 from qcal_nb.lifecycle import QuantizationModifier
 from qcal_nb.ledger import reset_quantization

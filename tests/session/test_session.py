@@ -12,8 +12,8 @@ from qcal_nb.lifecycle import QuantizationModifier
 from qcal_nb.ledger import reset_quantization
 from qcal_nb.calibration import ModelBusyError
 from qcal_nb.observers import histogram
-from qcal_nb.observers.base import Observer, Registry
-from qcal_nb.observers.minmax import MinMaxObserver
+from qcal_nb.observers import Observer, Registry
+from qcal_nb.observers import MinMaxObserver
 from qcal_nb.pipelines import calibrate
 from qcal_nb.records import record
 from qcal_nb.session import Session, in_background, pause, resume, stop

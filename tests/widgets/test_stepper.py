@@ -11,7 +11,7 @@ from qcal_nb.calibration import exclusive
 from qcal_nb.lifecycle import QuantizationModifier
 from qcal_nb.ledger import reset_quantization
 from qcal_nb.markup import GLOSSARY, glossary_html, status_key, term, tree_html
-from qcal_nb.observers.base import Registry
+from qcal_nb.observers import Registry
 from qcal_nb.schemes import preset_names
 from qcal_nb.session import Session, in_background, stop
 from qcal_nb.stepper import LifecycleStepper
