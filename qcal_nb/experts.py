@@ -24,9 +24,8 @@ from compressed_tensors.utils.match import is_match
 from torch import Tensor
 from torch.nn import Linear, Module, ModuleList, Parameter
 
-from .calibration import refuse_if_held
+from .calibration import empty_cache, refuse_if_held, stored_parameters
 from .observers import NOBODY, current_feed
-from .snapshots import empty_cache, stored_parameters
 from .warn import warn_once
 
 # %% ../nbs/04c_experts.ipynb #96e269f7

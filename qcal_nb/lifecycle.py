@@ -36,9 +36,10 @@ from torch.nn.parameter import UninitializedParameter
 
 from .attention import attach_attention_scheme, attention_classes, attention_faults, attention_modules
 from .attention import observe_key_value, observe_query, states_of, watch_attention
-from .calibration import apply_calibration_status, calibrate_input_hook, calibrate_output_hook, each
-from .calibration import freeze_module_quantization, initialize_observer, is_computed, observer_of
-from .calibration import observers_in, refuse_if_held, scheme_args, update_qparams, write_qparams
+from .calibration import QPARAMS, apply_calibration_status, calibrate_input_hook, calibrate_output_hook, each
+from .calibration import freeze_module_quantization, initialize_observer, is_computed, observe_weights
+from .calibration import observer_of, observers_in, qparams_of, refuse_if_held, scheme_args, stored_parameters
+from .calibration import sync_statistics, together, update_qparams, write_qparams
 from .coverage import Coverage, cover, expert_tokens_of
 from .experts import matches_experts, unfused_experts
 from .ledger import Ledger, LifecycleError, ledger_of, phase_of, refuse_quantized, start_anew, step
@@ -46,9 +47,8 @@ from .ledger import take_over_offload, unfuse_experts
 from .observers import ACTIVATIONS, BASE_NAMES, all_or_nothing, find_observer, fuse, fused_layers, known_kwargs
 from .observers import observer_name
 from .offload import has_accelerate_hooks, hold_while_running
-from .ranks import observe_weights, sync_statistics, together
 from .schemes import in_plain_words, is_preset, needs_data, preset, preset_names
-from .snapshots import QPARAMS, configs_of, qparams_of, restore, snapshot, stored_parameters
+from .snapshots import configs_of, restore, snapshot
 from .stats import check_policy
 from .warn import each_warning_once, warn_once
 

@@ -39,13 +39,13 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.utils import logging as transformers_logging
 
 from .attention import attention_modules
-from .calibration import exclusive
+from .calibration import QPARAMS, exclusive
 from .experts import fused_experts, unfused_experts
 from .ledger import Ledger, LifecycleError, ledger_of, phase_of
 from .lifecycle import QUANTIZABLE, QuantizationMixin, QuantizationModifier, schemes_by_module, uncomputed
 from .observers import observer_key
 from .schemes import describe_args
-from .snapshots import QPARAMS, edits, snapshot, undo
+from .snapshots import edits, snapshot, undo
 from .warn import warn_once
 
 # %% ../nbs/07_recipes.ipynb #2d39c779

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from . import __version__
 from .attention import attention_classes, attention_faults, attention_modules, hook_attention, hook_kv_cache
-from .calibration import args_in, exclusive, guarded
+from .calibration import args_in, exclusive, guarded, rank_and_size, together
 from .calibration_record import About, CalibrationRecord
 from .collector import Collector, Running, check_mask, conclusions_of, kept_tokens, look_at_weights
 from .collector import mask_in_words
@@ -41,7 +41,6 @@ from .lifecycle import schemes_by_module, warn_unmatched
 from .observers import Asked, DEFAULT_ARGS, args_to_ask, asked_in, feeding, find_observer, label_of
 from .observers import name_and_kwargs
 from .pipelines import batches, calibration_context, count_tokens, expected_batches, feed
-from .ranks import rank_and_size, together
 from .record_files import write_whole
 from .schemes import preset
 from .snapshots import restore, snapshot

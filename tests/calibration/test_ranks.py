@@ -17,16 +17,8 @@ from qcal_nb.calibration import observer_of
 from qcal_nb.lifecycle import QuantizationModifier
 from qcal_nb.observers import Observer, fuse
 from qcal_nb.pipelines import calibrate
-from qcal_nb.ranks import (
-    RankError,
-    agree,
-    differing_qparams,
-    observe_weights,
-    rank_and_size,
-    split_weights,
-    sync_statistics,
-    together,
-)
+from qcal_nb.calibration import RankError, differing_qparams, observe_weights, rank_and_size, sync_statistics, together
+from qcal_nb.calibration.ranks import agree, split_weights
 from qcal_nb.schemes import preset
 from tests.ranks.launching import CASES, good, launch
 

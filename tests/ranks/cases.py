@@ -20,7 +20,8 @@ from qcal_nb.ledger import phase_of, reset_quantization
 from qcal_nb.models import calibration_texts, load_tiny_llama
 from qcal_nb.observers import Counts, Observer
 from qcal_nb.pipelines import calibrate, calibration_context
-from qcal_nb.ranks import agree, differing_qparams, observe_weights, rank_and_size, sync_statistics, together
+from qcal_nb.calibration.ranks import agree
+from qcal_nb.calibration import differing_qparams, observe_weights, rank_and_size, sync_statistics, together
 from qcal_nb.records import all_ranks, record
 from qcal_nb.schemes import preset
 
