@@ -25,8 +25,8 @@ from torch.nn import Module
 from .calibration_record import ConclusionKey, Key
 from .conclusions import Conclusion, NEVER_SEEN, conclude_from, conclude_together, concluded, counts_of
 from .conclusions import follows_from_stats
-from .observers import Asked, DEFAULT_ARGS, Observer, Once, current_feed, fused_layers, label_of, new_observer
-from .observers import sharing
+from .modeling import fused_layers
+from .observers import Asked, DEFAULT_ARGS, Observer, Once, current_feed, label_of, new_observer, sharing
 from .stats import Extreme, Histogram, Level, N_EXTREMES, NonFiniteError, TensorStats, measure
 from .taps import STATES, first_tensor
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from .calibration import is_computed, observer_of
-from .experts import tokens_per_expert
+from .modeling import tokens_per_expert
 from .observers import BASE_NAMES
 from .stats import NonFinite
 

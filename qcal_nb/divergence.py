@@ -21,7 +21,8 @@ from torch.nn import Module
 
 from .calibration import exclusive, guarded
 from .ledger import LEDGER, LifecycleError, ledger_of, phase_of, put_back, refuse_quantized, start_anew
-from .lifecycle import QuantizationModifier, embeddings_of
+from .lifecycle import QuantizationModifier
+from .modeling import embeddings_of
 from .models import evaluating
 from .pipelines import batches, warn_if_too_long
 from .schemes import describe

@@ -17,8 +17,7 @@ from compressed_tensors.quantization import QuantizationConfig
 from torch.nn import Module
 
 from .calibration import refuse_if_held
-from .experts import release, take_experts_apart, unfused_experts
-from .offload import convert_offload
+from .modeling import convert_offload, release, take_experts_apart, unfused_experts
 from .snapshots import Edit, edits, restore, snapshot, undo
 
 # %% ../nbs/04g_ledger.ipynb #85cc4876

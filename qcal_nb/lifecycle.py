@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['QUANTIZABLE', 'schemes_by_module', 'reaches_experts', 'is_cache_scheme', 'check_schemes', 'config_needs_data',
-           'QuantizationMixin', 'resolve_config', 'warn_unmatched', 'initialize_quantization', 'embeddings_of',
-           'untie_embeddings', 'observed_names', 'start_calibration', 'uncomputed', 'remove_hooks', 'refuse_unset',
-           'check_on_uncalibrated', 'end_calibration', 'EventType', 'Event', 'State', 'QuantizationModifier',
-           'lacking_data', 'compute_remaining', 'Match', 'match_report']
+           'QuantizationMixin', 'resolve_config', 'warn_unmatched', 'initialize_quantization', 'observed_names',
+           'start_calibration', 'uncomputed', 'remove_hooks', 'refuse_unset', 'check_on_uncalibrated',
+           'end_calibration', 'EventType', 'Event', 'State', 'QuantizationModifier', 'lacking_data',
+           'compute_remaining', 'Match', 'match_report']
 
 # %% ../nbs/05_lifecycle.ipynb #4ac3fd19
 import re
@@ -23,7 +23,6 @@ import torch
 from compressed_tensors import InternalModule
 from compressed_tensors.modeling import IMPL_ATTR, KV_CACHE_ATTR
 from compressed_tensors.offload import disable_onloading, update_offload_parameter
-from compressed_tensors.offload.cache import OffloadCache
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 from compressed_tensors.quantization import QuantizationStatus, apply_quantization_config, disable_quantization
 from compressed_tensors.quantization import enable_quantization
@@ -31,24 +30,24 @@ from compressed_tensors.quantization.lifecycle.initialize import is_cached_atten
 from compressed_tensors.quantization.utils import KV_CACHE_TARGETS, is_module_quantized
 from compressed_tensors.utils.match import is_match, is_narrow_match, match_named_modules, match_targets
 from pydantic import BaseModel, ConfigDict, PrivateAttr, field_validator, model_validator
-from torch.nn import Module, Parameter
+from torch.nn import Module
 from torch.nn.parameter import UninitializedParameter
 
-from .attention import attach_attention_scheme, attention_classes, attention_faults, attention_modules
-from .attention import observe_key_value, observe_query, states_of, watch_attention
 from .calibration import QPARAMS, apply_calibration_status, calibrate_input_hook, calibrate_output_hook, each
 from .calibration import freeze_module_quantization, initialize_observer, is_computed, observe_weights
 from .calibration import observer_of, observers_in, qparams_of, refuse_if_held, scheme_args, stored_parameters
 from .calibration import sync_statistics, together, update_qparams, write_qparams
 from .coverage import Coverage, cover, expert_tokens_of
-from .experts import matches_experts, unfused_experts
 from .ledger import Ledger, LifecycleError, ledger_of, phase_of, refuse_quantized, start_anew, step
 from .ledger import take_over_offload, unfuse_experts
-from .observers import ACTIVATIONS, BASE_NAMES, all_or_nothing, find_observer, fuse, fused_layers, known_kwargs
+from .modeling import attach_attention_scheme, attention_classes, attention_faults, attention_modules
+from .modeling import fused_layers, has_accelerate_hooks, hold_while_running, matches_experts
+from .modeling import observe_key_value, observe_query, states_of, unfused_experts, untie_embeddings
+from .modeling import watch_attention
+from .observers import ACTIVATIONS, BASE_NAMES, all_or_nothing, find_observer, fuse, known_kwargs
 from .observers import observer_name
-from .offload import has_accelerate_hooks, hold_while_running
 from .schemes import in_plain_words, is_preset, needs_data, preset, preset_names
-from .snapshots import configs_of, restore, snapshot
+from .snapshots import restore, snapshot
 from .stats import check_policy
 from .warn import each_warning_once, warn_once
 
@@ -541,35 +540,6 @@ def _need(model: Module, mixin: QuantizationMixin, phase: str, verb: str, first:
         raise LifecycleError(f"cannot {verb}: the model was initialized with another recipe; "
                              "use that modifier, or initialize it with this one")
     return ledger
-
-
-def embeddings_of(model: Module) -> list[Module | None]:
-    "The input embedding and the output head, None where a model has none or does not tell."
-    found: list[Module | None] = []
-    for side in ("input", "output"):
-        try:
-            found.append(getattr(model, f"get_{side}_embeddings", lambda: None)())
-        except NotImplementedError:
-            found.append(None)  # models of several parts, such as CLIP
-    return [m if getattr(m, "weight", None) is not None else None for m in found]
-
-
-def untie_embeddings(model: Module, chosen: dict[str, tuple[Module, Any]]) -> None:
-    "Give the output embedding its own weight if it shares one with the input embedding and either is to be quantized."
-    both = embeddings_of(model)
-    with disable_onloading():
-        tied = None not in both and both[0].weight is both[1].weight
-    if not tied or not any(m is e for m, _ in chosen.values() for e in both): return
-    weight = both[1].weight
-    own = Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
-    store = both[1]._parameters
-    if isinstance(store, OffloadCache):
-        store.offloaded_values["weight"] = store.offload(own)
-    else:
-        store["weight"] = own
-    for config in configs_of(model):
-        if getattr(config, "tie_word_embeddings", False):
-            config.tie_word_embeddings = False
 
 # %% ../nbs/05_lifecycle.ipynb #464e43db
 def observed_names(module: Module) -> list[str]:

@@ -21,14 +21,12 @@ from torch import Tensor
 from torch.nn import Linear, Module
 from tqdm import tqdm
 
-from .attention import eager_beneath
 from .calibration import claim, exclusive, guarded, observer_of, observers_in, together
-from .experts import all_experts as showing_all_experts
-from .lifecycle import Event, EventType, QuantizationModifier, State, check_on_uncalibrated, embeddings_of
+from .lifecycle import Event, EventType, QuantizationModifier, State, check_on_uncalibrated
+from .modeling import all_experts as showing_all_experts, blocks_of, configs_of, eager_beneath, embeddings_of
 from .models import evaluating, positions_of
 from .observers import all_or_nothing, feeding, owned_by, sharing
-from .sequential import PROPAGATE, blocks_of, run_blocks
-from .snapshots import configs_of
+from .sequential import PROPAGATE, run_blocks
 from .stats import check_policy, current_batch
 from .warn import each_warning_once, warn_once
 

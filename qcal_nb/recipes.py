@@ -38,11 +38,10 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.utils import logging as transformers_logging
 
-from .attention import attention_modules
 from .calibration import QPARAMS, exclusive
-from .experts import fused_experts, unfused_experts
 from .ledger import Ledger, LifecycleError, ledger_of, phase_of
 from .lifecycle import QUANTIZABLE, QuantizationMixin, QuantizationModifier, schemes_by_module, uncomputed
+from .modeling import attention_modules, fused_experts, unfused_experts
 from .observers import observer_key
 from .schemes import describe_args
 from .snapshots import edits, snapshot, undo

@@ -21,12 +21,12 @@ from typing import Any
 import pandas as pd
 from torch.nn import Module
 
-from .attention import states_of
 from .calibration import args_in, claim, exclusive, guarded, scheme_args
 from .calibration_record import About, CalibrationRecord
 from .collector import Collector, Conclusions
 from .ledger import ledger_of, phase_of, reset_quantization
 from .lifecycle import Match, QuantizationModifier, State, lacking_data, match_report, schemes_by_module
+from .modeling import states_of
 from .models import positions_of
 from .observers import Asked, all_or_nothing, asked_by, feeding, label_of
 from .pipelines import batches, calibration_context, expected_batches, feed

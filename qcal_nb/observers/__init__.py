@@ -1,6 +1,6 @@
 """Observers: they watch tensors and conclude scales. Importing this package registers all of them."""
 
-from .base import Counts, Observer, QParamsDict, about_to_change, all_or_nothing, fuse, fused_layers, qparams_for
+from .base import Counts, Observer, QParamsDict, about_to_change, all_or_nothing, fuse, qparams_for
 from .flatten import ACTIVATIONS, BASE_NAMES, check_args, check_base_name, flatten_for_calibration
 from .hearing import NOBODY, current_feed, feed_owner, feeding, owned_by, unobserved
 from .histogram import EntropyObserver, HistogramMSEObserver, HistogramObserver, PercentileObserver
@@ -59,7 +59,6 @@ __all__ = [
     "find_observer",
     "flatten_for_calibration",
     "fuse",
-    "fused_layers",
     "known_kwargs",
     "label_of",
     "name_and_kwargs",

@@ -19,7 +19,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from qcal_nb.experts import unfused_experts
+from qcal_nb.modeling import unfused_experts
 
 HEADS = SMALL | dict(num_key_value_heads=2, head_dim=16, pad_token_id=0)
 MLA = SMALL | dict(num_key_value_heads=4, kv_lora_rank=16, q_lora_rank=24, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16)

@@ -6,7 +6,8 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from helpers import differences, fingerprint, make_batches, make_model, outputs, qparams
 
-from qcal_nb.attention import HOOKED, attention_modules
+from qcal_nb.modeling.attention import HOOKED
+from qcal_nb.modeling import attention_modules
 from qcal_nb.calibration import (
     calibrate_kv_cache_input_hook,
     calibrate_kv_cache_output_hook,

@@ -6,14 +6,8 @@ import pytest
 import torch
 from helpers import differences, fingerprint, make_model
 
-from qcal_nb.experts import (
-    BiasedLinear,
-    fused_experts,
-    implementation_of,
-    take_experts_apart,
-    tokens_per_expert,
-    unfused_experts,
-)
+from qcal_nb.modeling.experts import BiasedLinear, implementation_of
+from qcal_nb.modeling import fused_experts, take_experts_apart, tokens_per_expert, unfused_experts
 from qcal_nb.snapshots import edits, restore, snapshot
 from tests.modeling.mixtures import BOTH, EVERY, linears, logits, make, memory, same
 

@@ -4,7 +4,7 @@ from copy import deepcopy
 import pytest
 import torch
 
-from qcal_nb.experts import fused_experts, take_experts_apart, unfused_experts
+from qcal_nb.modeling import fused_experts, take_experts_apart, unfused_experts
 from qcal_nb.snapshots import edits, restore, snapshot, undo
 from tests.modeling.mixtures import linears, logits, make, memory, same
 

@@ -11,14 +11,8 @@ from transformers import (
 
 import qcal_nb.modeling.experts as experts_module
 from qcal_nb.calibration import exclusive
-from qcal_nb.experts import (
-    expert_layout,
-    fused_experts,
-    matches_experts,
-    refused_experts,
-    take_experts_apart,
-    unfused_experts,
-)
+from qcal_nb.modeling.experts import expert_layout, refused_experts
+from qcal_nb.modeling import fused_experts, matches_experts, take_experts_apart, unfused_experts
 from tests.modeling.mixtures import make
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -6,7 +6,7 @@ from transformers import (
     Llama4ForConditionalGeneration,
 )
 
-from qcal_nb.experts import all_experts, take_experts_apart, tokens_per_expert, unfused_experts
+from qcal_nb.modeling import all_experts, take_experts_apart, tokens_per_expert, unfused_experts
 from qcal_nb.snapshots import edits, snapshot
 from tests.modeling.mixtures import BOTH, CONFIGS, EVERY, HEADS, LLAMA4, linears, logits, make, randomize, same
 

@@ -17,7 +17,8 @@ from qcal_nb.calibration import claim
 from qcal_nb.lifecycle import QuantizationModifier, State
 from qcal_nb.ledger import phase_of, reset_quantization
 from qcal_nb.pipelines import calibrate, calibration_context
-from qcal_nb.sequential import Relay, blocks_of, look_ahead
+from qcal_nb.sequential import Relay, look_ahead
+from qcal_nb.modeling import blocks_of
 
 INT8 = dict(num_bits=8, type="int", strategy="tensor", symmetric=True)
 RECIPE = dict(config_groups={"g": QuantizationScheme(targets=["Linear"], weights=dict(num_bits=4, type="int", strategy="group", group_size=32),

@@ -11,7 +11,7 @@ from helpers import differences, fingerprint, make_batches, make_model
 from torch.nn import Linear, Sequential
 
 from qcal_nb.calibration import ModelBusyError, exclusive
-from qcal_nb.experts import all_experts, tokens_per_expert
+from qcal_nb.modeling import all_experts, tokens_per_expert
 from qcal_nb.lifecycle import QuantizationModifier
 from qcal_nb.ledger import unfuse_experts
 from qcal_nb.stats import NonFiniteError

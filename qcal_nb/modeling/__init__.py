@@ -1,0 +1,56 @@
+"""What models are like: attention, experts, blocks, embeddings, and weights that live elsewhere."""
+
+from .attention import (
+    attach_attention_scheme,
+    attention_classes,
+    attention_faults,
+    attention_modules,
+    eager_beneath,
+    hook_attention,
+    hook_kv_cache,
+    observe_key_value,
+    observe_query,
+    states_of,
+    watch_attention,
+)
+from .blocks import blocks_of, fused_layers
+from .embeddings import configs_of, embeddings_of, untie_embeddings
+from .experts import (
+    all_experts,
+    fused_experts,
+    matches_experts,
+    release,
+    take_experts_apart,
+    tokens_per_expert,
+    unfused_experts,
+)
+from .offload import convert_offload, has_accelerate_hooks, hold_while_running
+
+__all__ = [
+    "all_experts",
+    "attach_attention_scheme",
+    "attention_classes",
+    "attention_faults",
+    "attention_modules",
+    "blocks_of",
+    "configs_of",
+    "convert_offload",
+    "eager_beneath",
+    "embeddings_of",
+    "fused_experts",
+    "fused_layers",
+    "has_accelerate_hooks",
+    "hold_while_running",
+    "hook_attention",
+    "hook_kv_cache",
+    "matches_experts",
+    "observe_key_value",
+    "observe_query",
+    "release",
+    "states_of",
+    "take_experts_apart",
+    "tokens_per_expert",
+    "unfused_experts",
+    "untie_embeddings",
+    "watch_attention",
+]
