@@ -25,8 +25,7 @@ from torch import Tensor
 
 from .calibration_record import CalibrationRecord, Key
 from .conclusions import Conclusion, conclude_from, concluded, counts_of, statistics_from
-from .coverage import suspicious_scales
-from .lifecycle import QuantizationMixin
+from .lifecycle import QuantizationMixin, suspicious_scales
 from .observers import Asked, DEFAULT_ARGS, check_args, label_of, new_observer
 from .records import check_observers
 from .schemes import describe_args

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['POSITIONS', 'check_causal', 'eval_batches', 'predicting', 'Divergence', 'divergence_of', 'Switchboard', 'logits_of',
-           'borrowed', 'undisturbed', 'modifier_of', 'name_of']
+           'undisturbed', 'modifier_of', 'name_of']
 
 # %% ../nbs/10a_divergence.ipynb #8e48e7c2
 import inspect
@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.nn import Module
 
 from .calibration import exclusive, guarded
-from .ledger import LEDGER, LifecycleError, ledger_of, phase_of, put_back, refuse_quantized, start_anew
 from .lifecycle import QuantizationModifier
 from .modeling import embeddings_of
 from .models import evaluating
@@ -163,30 +162,7 @@ def logits_of(model: Module, batch: Mapping[str, Any]) -> Tensor:
     ready = {k: v.to(device) for k, v in batch.items() if k in known and k != "labels" and isinstance(v, Tensor)}
     return model(**ready, **({"use_cache": False} if "use_cache" in known else {})).logits
 
-# %% ../nbs/10a_divergence.ipynb #9e087be3
-@contextmanager
-def borrowed(model: Module, purpose: str) -> Iterator[Module]:
-    """Whatever the block does to an original model here is undone after it. LifecycleError if something was done to
-    it before."""
-    before = ledger_of(model)
-    phase = phase_of(model)
-    if phase != "original":
-        raise LifecycleError(
-            f"{purpose} needs the unquantized model, but this one is {phase}; keep its recipe, then "
-            "reset_quantization(model)"
-        )
-    if before is None:
-        refuse_quantized(model, purpose)
-    try:
-        yield model
-    finally:
-        prepared = start_anew(model).prepared
-        put_back(model, prepared[len(before.prepared) if before else 0:])
-        model.__dict__.pop(LEDGER, None)
-        if before:
-            model.__dict__[LEDGER] = before
-
-
+# %% ../nbs/10a_divergence.ipynb #17371fa0
 @contextmanager
 def undisturbed(model: Module, purpose: str) -> Iterator[None]:
     "Inside the block the model is in eval mode, and nobody else runs or changes it: half of it may be switched off."

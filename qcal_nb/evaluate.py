@@ -25,9 +25,7 @@ from .calibration import exclusive
 from .calibration_record import CalibrationRecord, ConclusionKey
 from .collector import Collector, check_mask, kept_of, selected
 from .conclusions import Conclusion, NEVER_SEEN
-from .divergence import borrowed
-from .ledger import experts_apart
-from .lifecycle import reaches_experts
+from .lifecycle import borrowed, experts_apart, reaches_experts
 from .observers import Asked, current_feed, label_of
 from .pipelines import batches
 from .records import attention_open, check_base_names, check_observers, modules_to_record, one_pass

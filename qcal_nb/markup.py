@@ -17,10 +17,9 @@ import pandas as pd
 from pydantic import ValidationError
 
 from .figures import BASE_COLORS, PHASE_COLORS
-from .lifecycle import Match
+from .lifecycle import Match, ModuleChange
 from .schemes import faults_of
 from .session_parts import Progress
-from .snapshots import ModuleChange
 
 # %% ../nbs/14a_markup.ipynb #0ebf0012
 STYLE = """<style>

@@ -25,9 +25,9 @@ from .analysis import check_record, compare_observers, conclusion_of, convergenc
 from .analysis import percent_of
 from .calibration_record import CalibrationRecord
 from .conclusions import Conclusion
-from .coverage import extreme_scales
 from .figures import BASE_COLORS, CLIPPED, NAMED, OTHER, bars, dark, dots, headline, label_depth, light
 from .figures import log_values, new_axes, packed, say_nothing, shades, short_name
+from .lifecycle import extreme_scales
 from .observers import Asked, asked_in, label_of
 from .plot_model import choose_base, legend
 from .records import check_observers

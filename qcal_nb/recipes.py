@@ -39,12 +39,11 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.utils import logging as transformers_logging
 
 from .calibration import QPARAMS, exclusive
-from .ledger import Ledger, LifecycleError, ledger_of, phase_of
-from .lifecycle import QUANTIZABLE, QuantizationMixin, QuantizationModifier, schemes_by_module, uncomputed
+from .lifecycle import Ledger, LifecycleError, QUANTIZABLE, QuantizationMixin, QuantizationModifier, edits
+from .lifecycle import ledger_of, phase_of, schemes_by_module, snapshot, uncomputed, undo
 from .modeling import attention_modules, fused_experts, unfused_experts
 from .observers import observer_key
 from .schemes import describe_args
-from .snapshots import edits, snapshot, undo
 from .warn import warn_once
 
 # %% ../nbs/07_recipes.ipynb #2d39c779

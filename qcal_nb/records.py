@@ -33,9 +33,8 @@ from .calibration import args_in, exclusive, guarded, rank_and_size, together
 from .calibration_record import About, CalibrationRecord
 from .collector import Collector, Running, check_mask, conclusions_of, kept_tokens, look_at_weights
 from .collector import mask_in_words
-from .ledger import experts_apart, ledger_of, phase_of
-from .lifecycle import QUANTIZABLE, QuantizationMixin, check_schemes, reaches_experts, schemes_by_module
-from .lifecycle import warn_unmatched
+from .lifecycle import QUANTIZABLE, QuantizationMixin, check_schemes, experts_apart, ledger_of, phase_of
+from .lifecycle import reaches_experts, restore, schemes_by_module, snapshot, warn_unmatched
 from .modeling import attention_classes, attention_faults, attention_modules, embeddings_of, hook_attention
 from .modeling import hook_kv_cache, tokens_per_expert, unfused_experts
 from .observers import Asked, DEFAULT_ARGS, args_to_ask, asked_in, feeding, find_observer, label_of
@@ -43,7 +42,6 @@ from .observers import name_and_kwargs
 from .pipelines import batches, calibration_context, count_tokens, expected_batches, feed
 from .record_files import write_whole
 from .schemes import preset
-from .snapshots import restore, snapshot
 from .stats import TensorStats, check_policy
 from .taps import STATES
 from .warn import each_warning_once, warn_once

@@ -23,10 +23,10 @@ from torch.nn import Module
 from tqdm import tqdm
 
 from .calibration import scheme_args
-from .divergence import Divergence, Switchboard, borrowed, check_causal, divergence_of, eval_batches, logits_of
+from .divergence import Divergence, Switchboard, check_causal, divergence_of, eval_batches, logits_of
 from .divergence import modifier_of, name_of, undisturbed
-from .ledger import LifecycleError, ledger_of, phase_of
-from .lifecycle import QuantizationModifier, check_schemes, schemes_by_module
+from .lifecycle import LifecycleError, QuantizationModifier, borrowed, check_schemes, ledger_of, phase_of
+from .lifecycle import schemes_by_module
 from .models import positions_of
 from .pipelines import batches, calibrate
 from .recipes import packed_tensors, stored_modules

@@ -22,9 +22,9 @@ from torch.nn import Module
 from tqdm import tqdm
 
 from .analysis import layer_of
-from .divergence import Divergence, Switchboard, borrowed, check_causal, divergence_of, eval_batches, logits_of
+from .divergence import Divergence, Switchboard, check_causal, divergence_of, eval_batches, logits_of
 from .divergence import modifier_of, name_of, undisturbed
-from .lifecycle import QuantizationModifier
+from .lifecycle import QuantizationModifier, borrowed
 from .modeling import fused_layers
 from .pipelines import calibrate
 from .scheme_comparison import feeds_of, fits

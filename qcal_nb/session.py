@@ -24,8 +24,8 @@ from torch.nn import Module
 from .calibration import args_in, claim, exclusive, guarded, scheme_args
 from .calibration_record import About, CalibrationRecord
 from .collector import Collector, Conclusions
-from .ledger import ledger_of, phase_of, reset_quantization
-from .lifecycle import Match, QuantizationModifier, State, lacking_data, match_report, schemes_by_module
+from .lifecycle import Match, ModuleChange, QuantizationModifier, State, changes, lacking_data, ledger_of
+from .lifecycle import match_report, phase_of, reset_quantization, restore, schemes_by_module, snapshot
 from .modeling import states_of
 from .models import positions_of
 from .observers import Asked, all_or_nothing, asked_by, feeding, label_of
@@ -39,7 +39,6 @@ from .scheme_comparison import compare_schemes, named_schemes, unfit_schemes
 from .session_code import production_of, script_of
 from .session_parts import PHASES_IN_WORDS, Past, Progress, Replay, SCALE_COLUMNS, SessionError, ended_in_time
 from .session_parts import module_statuses, options_code, read_recipe, scale_row, scales_table
-from .snapshots import ModuleChange, changes, restore, snapshot
 
 # %% ../nbs/12e_session.ipynb #104db06a
 STEPS = ("initialize", "start", "feed", "feed_all", "end", "back", "reset")

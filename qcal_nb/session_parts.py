@@ -24,10 +24,9 @@ from torch.nn import Module
 from .calibration import scheme_args
 from .calibration_record import CalibrationRecord, ConclusionKey
 from .collector import Memory
-from .lifecycle import QUANTIZABLE, QuantizationModifier
+from .lifecycle import QUANTIZABLE, QuantizationModifier, Snapshot
 from .observers import BASE_NAMES
 from .recipes import from_yaml, to_yaml
-from .snapshots import Snapshot
 
 # %% ../nbs/12c_session_parts.ipynb #011b4ca3
 class Replay:

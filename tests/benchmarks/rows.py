@@ -23,7 +23,7 @@ from torch.nn import Linear, Module, Sequential
 import harness
 from qcal_nb.calibration import exclusive
 from qcal_nb.observers import label_of
-from qcal_nb.ledger import reset_quantization
+from qcal_nb.lifecycle import reset_quantization
 from qcal_nb.lifecycle import QuantizationModifier
 from qcal_nb.models import load_tiny_llama
 from qcal_nb.pipelines import calibrate, feed

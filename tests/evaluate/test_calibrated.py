@@ -2,9 +2,9 @@
 import pytest
 from helpers import differences, fingerprint
 
-from qcal_nb.divergence import borrowed
+from qcal_nb.lifecycle import borrowed
 from qcal_nb.scheme_comparison import compare_schemes, evaluate
-from qcal_nb.ledger import LifecycleError, reset_quantization
+from qcal_nb.lifecycle import LifecycleError, reset_quantization
 from qcal_nb.lifecycle import QuantizationModifier
 from qcal_nb.pipelines import calibrate
 from qcal_nb.scheme_comparison import SCHEME_COLUMNS

@@ -11,7 +11,7 @@ from qcal_nb.divergence import Switchboard, divergence_of, logits_of
 from qcal_nb.evaluate import compare_observers
 from qcal_nb.scheme_comparison import compare_schemes
 from qcal_nb.sensitivities import sensitivity
-from qcal_nb.ledger import reset_quantization
+from qcal_nb.lifecycle import reset_quantization
 from qcal_nb.lifecycle import QuantizationModifier
 from qcal_nb.models import calibration_texts, evaluating, heldout_texts, load_tiny_llama
 from qcal_nb.pipelines import calibrate

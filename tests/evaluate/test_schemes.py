@@ -10,7 +10,7 @@ from safetensors import safe_open
 from qcal_nb.divergence import eval_batches, logits_of, name_of
 from qcal_nb.scheme_comparison import compare_schemes
 from qcal_nb.sensitivities import sensitivity
-from qcal_nb.ledger import reset_quantization
+from qcal_nb.lifecycle import reset_quantization
 from qcal_nb.lifecycle import QuantizationModifier
 from qcal_nb.models import calibration_texts, evaluating, heldout_texts, load_tiny_llama, perplexity
 from qcal_nb.pipelines import calibrate

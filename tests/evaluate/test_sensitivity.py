@@ -14,7 +14,7 @@ from helpers import differences, fingerprint, make_model
 
 from qcal_nb.scheme_comparison import compare_schemes
 from qcal_nb.sensitivities import sensitivity
-from qcal_nb.ledger import phase_of
+from qcal_nb.lifecycle import phase_of
 from qcal_nb.lifecycle import QuantizationModifier
 from qcal_nb.sensitivities import SENSITIVITY_COLUMNS
 from tests.evaluate.samples import NVFP4A16, QUIET, W4, Counting

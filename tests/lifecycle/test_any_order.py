@@ -9,8 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from qcal_nb.ledger import LifecycleError, phase_of, reset_quantization, unfuse_experts
-from qcal_nb.lifecycle import QuantizationModifier, State
+from qcal_nb.lifecycle import LifecycleError, QuantizationModifier, State, phase_of, reset_quantization, unfuse_experts
 from qcal_nb.pipelines import calibrate
 from qcal_nb.session import Session
 

@@ -9,8 +9,7 @@ from helpers import differences, fingerprint, make_batches, make_model
 import qcal_nb
 from qcal_nb.analysis import choose, ranges
 from qcal_nb.calibration import call_observer, observe
-from qcal_nb.lifecycle import QuantizationMixin, QuantizationModifier, match_report
-from qcal_nb.ledger import phase_of, reset_quantization
+from qcal_nb.lifecycle import QuantizationMixin, QuantizationModifier, match_report, phase_of, reset_quantization
 from qcal_nb.observers import Observer, flatten_for_calibration
 from qcal_nb.pipelines import calibrate
 from qcal_nb.calibration_record import CalibrationRecord

@@ -3,8 +3,7 @@ import pytest
 import torch
 from helpers import differences, fingerprint, make_batches, make_model, outputs
 
-from qcal_nb.lifecycle import QuantizationModifier
-from qcal_nb.ledger import reset_quantization
+from qcal_nb.lifecycle import QuantizationModifier, reset_quantization
 from qcal_nb.stats import NonFiniteError
 from qcal_nb.observers import Observer
 from qcal_nb.pipelines import calibrate, calibration_context

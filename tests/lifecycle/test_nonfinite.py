@@ -3,8 +3,7 @@ import pytest
 import torch
 from helpers import differences, fingerprint, qparams
 
-from qcal_nb.lifecycle import QuantizationModifier, State
-from qcal_nb.ledger import phase_of, reset_quantization
+from qcal_nb.lifecycle import QuantizationModifier, State, phase_of, reset_quantization
 from qcal_nb.stats import NonFiniteError
 from qcal_nb.pipelines import calibrate
 from tests.lifecycle.walking import run_until

@@ -3,9 +3,17 @@ import pytest
 import torch
 from helpers import CONFIGS, differences, fingerprint, make_batches, make_model, outputs, qparams
 
-from qcal_nb.lifecycle import Event, EventType, QuantizationModifier, State
-from qcal_nb.ledger import LifecycleError, phase_of, reset_quantization
-from qcal_nb.snapshots import changes, snapshot
+from qcal_nb.lifecycle import (
+    Event,
+    EventType,
+    LifecycleError,
+    QuantizationModifier,
+    State,
+    changes,
+    phase_of,
+    reset_quantization,
+    snapshot,
+)
 from qcal_nb.pipelines import calibrate
 from tests.lifecycle.walking import FP8, STATIC, run_until
 

@@ -7,9 +7,7 @@ import pytest
 import torch
 from helpers import CONFIGS, differences, fingerprint, make_batches, make_model, outputs, qparams
 
-from qcal_nb.lifecycle import QuantizationModifier, State
-from qcal_nb.ledger import phase_of, reset_quantization
-from qcal_nb.snapshots import restore, snapshot
+from qcal_nb.lifecycle import QuantizationModifier, State, phase_of, reset_quantization, restore, snapshot
 from qcal_nb.pipelines import calibrate
 from tests.lifecycle.walking import FP8, STATIC, run_until
 
@@ -118,7 +116,7 @@ def test_a_failure_half_way_undoes_what_was_done(monkeypatch):
     model = make_model("llama_gqa")
     before = fingerprint(model)
     def fail(_): raise MemoryError("no room")
-    monkeypatch.setattr("qcal_nb.lifecycle._unset_scales", fail)
+    monkeypatch.setattr("qcal_nb.lifecycle.steps._unset_scales", fail)
     with pytest.raises(MemoryError): QuantizationModifier(**FP8).initialize_quantization(model)
     assert differences(before, fingerprint(model)) == []
 

@@ -14,8 +14,7 @@ from qcal_nb.calibration import (
     freeze_module_quantization,
     initialize_quantized_kv_cache,
 )
-from qcal_nb.lifecycle import QuantizationModifier, State, match_report
-from qcal_nb.ledger import phase_of, reset_quantization
+from qcal_nb.lifecycle import QuantizationModifier, State, match_report, phase_of, reset_quantization
 from qcal_nb.pipelines import calibrate, calibration_context
 
 KV = dict(num_bits=8, type="float", strategy="tensor", symmetric=True, dynamic=False)

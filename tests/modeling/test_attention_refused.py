@@ -5,8 +5,7 @@ from compressed_tensors.quantization import QuantizationScheme
 from helpers import differences, fingerprint, make_batches, outputs, qparams
 from transformers import AutoModelForSeq2SeqLM, BartConfig, DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from qcal_nb.lifecycle import QuantizationModifier
-from qcal_nb.ledger import phase_of, reset_quantization
+from qcal_nb.lifecycle import QuantizationModifier, phase_of, reset_quantization
 from qcal_nb.pipelines import calibrate
 
 KV = dict(num_bits=8, type="float", strategy="tensor", symmetric=True, dynamic=False)

@@ -8,7 +8,7 @@ from helpers import differences, fingerprint, make_model
 
 from qcal_nb.modeling.experts import BiasedLinear, implementation_of
 from qcal_nb.modeling import fused_experts, take_experts_apart, tokens_per_expert, unfused_experts
-from qcal_nb.snapshots import edits, restore, snapshot
+from qcal_nb.lifecycle import edits, restore, snapshot
 from tests.modeling.mixtures import BOTH, EVERY, linears, logits, make, memory, same
 
 pytestmark = pytest.mark.usefixtures("one_thread")

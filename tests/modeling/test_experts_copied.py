@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from qcal_nb.modeling import fused_experts, take_experts_apart, unfused_experts
-from qcal_nb.snapshots import edits, restore, snapshot, undo
+from qcal_nb.lifecycle import edits, restore, snapshot, undo
 from tests.modeling.mixtures import linears, logits, make, memory, same
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -7,7 +7,7 @@ from transformers import (
 )
 
 from qcal_nb.modeling import all_experts, take_experts_apart, tokens_per_expert, unfused_experts
-from qcal_nb.snapshots import edits, snapshot
+from qcal_nb.lifecycle import edits, snapshot
 from tests.modeling.mixtures import BOTH, CONFIGS, EVERY, HEADS, LLAMA4, linears, logits, make, randomize, same
 
 pytestmark = pytest.mark.usefixtures("one_thread")

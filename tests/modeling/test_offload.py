@@ -10,8 +10,7 @@ from helpers import make_batches, make_model, offload, outputs, qparams
 from loguru import logger
 
 from qcal_nb.calibration import update_qparams
-from qcal_nb.lifecycle import QuantizationModifier, State
-from qcal_nb.ledger import phase_of, reset_quantization
+from qcal_nb.lifecycle import QuantizationModifier, State, phase_of, reset_quantization
 from qcal_nb.pipelines import calibrate
 
 TWO_BITS = dict(config_groups={"g": QuantizationScheme(targets=["Linear"], weights=dict(num_bits=2, type="int", strategy="channel"))},

@@ -7,8 +7,7 @@ import pytest
 import torch
 from helpers import make_batches, make_model, offload, outputs, qparams
 
-from qcal_nb.lifecycle import QuantizationModifier
-from qcal_nb.ledger import reset_quantization
+from qcal_nb.lifecycle import QuantizationModifier, reset_quantization
 from qcal_nb.pipelines import calibrate
 
 STATIC = dict(scheme="INT8_STATIC", ignore=["lm_head"])

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from qcal_nb.stats import Histogram
-from qcal_nb.lifecycle import QuantizationModifier
-from qcal_nb.ledger import reset_quantization
+from qcal_nb.lifecycle import QuantizationModifier, reset_quantization
 from qcal_nb.pipelines import calibrate
 from tests.observers.histograms import ARGS, NAMES, TENSORS, heavy, observed
 

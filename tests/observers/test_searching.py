@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qcal_nb.calibration import initialize_observer, observe, observer_of, update_qparams
-from qcal_nb.ledger import LifecycleError, phase_of, reset_quantization
-from qcal_nb.lifecycle import QuantizationModifier, State
+from qcal_nb.lifecycle import LifecycleError, QuantizationModifier, State, phase_of, reset_quantization
 from qcal_nb.stats import NonFiniteError
 from qcal_nb.observers import Observer, find_observer, flatten_for_calibration
 from qcal_nb.observers.imatrix import importance_range

@@ -13,8 +13,7 @@ from harness import (
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from qcal_nb.observers import feeding
-from qcal_nb.ledger import LifecycleError
-from qcal_nb.lifecycle import QuantizationModifier
+from qcal_nb.lifecycle import LifecycleError, QuantizationModifier
 from qcal_nb.observers import Observer, current_feed
 from tests.parity.known import data, llama, nan_in_fresh_memory
 

@@ -8,8 +8,7 @@ from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM, T
 
 from qcal_nb.calibration import ModelBusyError, exclusive, observers_in
 from qcal_nb.observers import unobserved
-from qcal_nb.lifecycle import QuantizationModifier, State
-from qcal_nb.ledger import phase_of, reset_quantization
+from qcal_nb.lifecycle import QuantizationModifier, State, phase_of, reset_quantization
 from qcal_nb.pipelines import batches, calibrate, calibration_context
 from qcal_nb.records import record
 

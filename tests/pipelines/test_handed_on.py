@@ -2,8 +2,7 @@
 import torch
 from helpers import make_batches, make_model, qparams
 
-from qcal_nb.lifecycle import QuantizationModifier
-from qcal_nb.ledger import unfuse_experts
+from qcal_nb.lifecycle import QuantizationModifier, unfuse_experts
 from qcal_nb.pipelines import calibrate
 
 STATIC = dict(scheme="INT8_STATIC", ignore=["lm_head"])

@@ -14,8 +14,7 @@ from transformers import (
 )
 
 from qcal_nb.calibration import claim
-from qcal_nb.lifecycle import QuantizationModifier, State
-from qcal_nb.ledger import phase_of, reset_quantization
+from qcal_nb.lifecycle import QuantizationModifier, State, phase_of, reset_quantization
 from qcal_nb.pipelines import calibrate, calibration_context
 from qcal_nb.sequential import Relay, look_ahead
 from qcal_nb.modeling import blocks_of
@@ -81,7 +80,7 @@ def layers_of(model): return model.model.decoder.layers if hasattr(model.model, 
 
 @pytest.mark.parametrize("name", ["llama_gqa", "qwen3", "opt", "mixtral"])
 def test_quantized_outputs_are_those_of_a_plain_loop(name):
-    from qcal_nb.ledger import unfuse_experts
+    from qcal_nb.lifecycle import unfuse_experts
     model, data, modifier = make(name), data_for(name), QuantizationModifier(**RECIPE)
     quantized = result(name, pipeline="sequential", propagate="quantized")[0]
     unfuse_experts(model)

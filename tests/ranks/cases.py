@@ -15,8 +15,7 @@ import torch
 import torch.distributed as dist
 
 from qcal_nb.calibration import observe, observer_of, update_qparams
-from qcal_nb.lifecycle import QuantizationModifier, State
-from qcal_nb.ledger import phase_of, reset_quantization
+from qcal_nb.lifecycle import QuantizationModifier, State, phase_of, reset_quantization
 from qcal_nb.models import calibration_texts, load_tiny_llama
 from qcal_nb.observers import Counts, Observer
 from qcal_nb.pipelines import calibrate, calibration_context

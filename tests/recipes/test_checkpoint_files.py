@@ -9,8 +9,15 @@ from compressed_tensors.quantization import QuantizationScheme
 from helpers import differences, make_batches, make_model, outputs
 from safetensors.torch import load_file
 
-from qcal_nb.lifecycle import Event, EventType, QuantizationModifier, State
-from qcal_nb.ledger import LifecycleError, phase_of, reset_quantization
+from qcal_nb.lifecycle import (
+    Event,
+    EventType,
+    LifecycleError,
+    QuantizationModifier,
+    State,
+    phase_of,
+    reset_quantization,
+)
 from qcal_nb.models import load_tiny_llama
 from qcal_nb.pipelines import calibrate
 from qcal_nb.recipes import from_config, from_yaml, override, recipe_of, save_quantized, to_config

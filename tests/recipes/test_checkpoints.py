@@ -6,8 +6,7 @@ from helpers import differences, fingerprint, make_batches, make_model, offload,
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM
 
-from qcal_nb.lifecycle import QuantizationModifier
-from qcal_nb.ledger import reset_quantization
+from qcal_nb.lifecycle import QuantizationModifier, reset_quantization
 from qcal_nb.pipelines import calibrate
 from qcal_nb.recipes import from_config, recipe_of, save_quantized
 from qcal_nb.schemes import preset_names

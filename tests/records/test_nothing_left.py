@@ -12,8 +12,7 @@ from torch.nn import Linear, Sequential
 
 from qcal_nb.calibration import ModelBusyError, exclusive
 from qcal_nb.modeling import all_experts, tokens_per_expert
-from qcal_nb.lifecycle import QuantizationModifier
-from qcal_nb.ledger import unfuse_experts
+from qcal_nb.lifecycle import QuantizationModifier, unfuse_experts
 from qcal_nb.stats import NonFiniteError
 from qcal_nb.records import record
 from qcal_nb.calibration_record import record_equal, unequal_parts

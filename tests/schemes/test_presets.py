@@ -4,8 +4,7 @@ import torch
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from helpers import differences, fingerprint, outputs, qparams
 
-from qcal_nb.lifecycle import QuantizationModifier
-from qcal_nb.ledger import phase_of, reset_quantization
+from qcal_nb.lifecycle import QuantizationModifier, phase_of, reset_quantization
 from qcal_nb.models import calibration_texts, load_tiny_llama
 from qcal_nb.pipelines import batches, calibrate
 from qcal_nb.schemes import preset_names

@@ -13,8 +13,7 @@ from helpers import FOUR_BITS, differences, fingerprint, make_batches, make_mode
 from qcal_nb.analysis import compare_observers
 from qcal_nb.observers import label_of
 from qcal_nb.evaluate import compare_observers as measured
-from qcal_nb.lifecycle import QuantizationModifier
-from qcal_nb.ledger import reset_quantization
+from qcal_nb.lifecycle import QuantizationModifier, reset_quantization
 from qcal_nb.models import calibration_texts, load_tiny_llama
 from qcal_nb.pipelines import calibrate
 from qcal_nb.provenance import data_code, model_code

@@ -8,8 +8,7 @@ import pytest
 import torch
 from helpers import differences, fingerprint, make_batches, make_model, qparams
 
-from qcal_nb.lifecycle import QuantizationModifier
-from qcal_nb.ledger import reset_quantization
+from qcal_nb.lifecycle import QuantizationModifier, reset_quantization
 from qcal_nb.calibration import ModelBusyError
 from qcal_nb.observers import histogram
 from qcal_nb.observers import Observer, Registry

@@ -8,8 +8,7 @@ from compressed_tensors.quantization import QuantizationScheme
 from helpers import differences, fingerprint, make_batches, make_model
 
 from qcal_nb.calibration import exclusive
-from qcal_nb.lifecycle import QuantizationModifier
-from qcal_nb.ledger import reset_quantization
+from qcal_nb.lifecycle import QuantizationModifier, reset_quantization
 from qcal_nb.markup import GLOSSARY, glossary_html, status_key, term, tree_html
 from qcal_nb.observers import Registry
 from qcal_nb.schemes import preset_names

@@ -6,7 +6,7 @@ import torch
 from helpers import FOUR_BITS, differences, fingerprint, make_batches, make_model
 
 from qcal_nb import Workbench
-from qcal_nb.ledger import phase_of
+from qcal_nb.lifecycle import phase_of
 from qcal_nb.models import calibration_texts, load_tiny_llama
 from qcal_nb.figures import data_of
 from qcal_nb.calibration_record import CalibrationRecord
@@ -224,7 +224,7 @@ def test_two_workbenches_on_one_model_notice_each_other():
     press(second, "initialize")
     assert "something else changed the model since (it is initialized now)" in second.stepper.error.value
     press(first, "start")
-    from qcal_nb.ledger import reset_quantization
+    from qcal_nb.lifecycle import reset_quantization
     reset_quantization(model)
     press(first, "feed")
     assert "something else changed the model since (it is original now)" in first.stepper.error.value and first.session.fed == 0

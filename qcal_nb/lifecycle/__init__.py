@@ -1,0 +1,69 @@
+"""A whole model through initialize, start, end, and back; the recipe as an object."""
+
+from .config import check_on_uncalibrated
+from .coverage import Coverage, extreme_scales, suspicious_scales
+from .ledger import (
+    Ledger,
+    LifecycleError,
+    borrowed,
+    experts_apart,
+    ledger_of,
+    phase_of,
+    reset_quantization,
+    unfuse_experts,
+)
+from .match import QUANTIZABLE, check_schemes, observed_names, reaches_experts, schemes_by_module, warn_unmatched
+from .report import Match, match_report
+from .snapshots import ModuleChange, Snapshot, changes, edits, restore, snapshot, undo
+from .steps import (
+    Event,
+    EventType,
+    QuantizationMixin,
+    QuantizationModifier,
+    State,
+    end_calibration,
+    initialize_quantization,
+    lacking_data,
+    start_calibration,
+    uncomputed,
+)
+
+__all__ = [
+    "Coverage",
+    "Event",
+    "EventType",
+    "Ledger",
+    "LifecycleError",
+    "Match",
+    "ModuleChange",
+    "QUANTIZABLE",
+    "QuantizationMixin",
+    "QuantizationModifier",
+    "Snapshot",
+    "State",
+    "borrowed",
+    "changes",
+    "check_on_uncalibrated",
+    "check_schemes",
+    "edits",
+    "end_calibration",
+    "experts_apart",
+    "extreme_scales",
+    "initialize_quantization",
+    "lacking_data",
+    "ledger_of",
+    "match_report",
+    "observed_names",
+    "phase_of",
+    "reaches_experts",
+    "reset_quantization",
+    "restore",
+    "schemes_by_module",
+    "snapshot",
+    "start_calibration",
+    "suspicious_scales",
+    "uncomputed",
+    "undo",
+    "unfuse_experts",
+    "warn_unmatched",
+]
