@@ -5,11 +5,9 @@
 # %% auto #0
 __all__ = ['BASE_NAMES', 'USUAL', 'recipe_to_record', 'modules_to_record', 'args_by_tensor', 'check_base_names',
            'check_observers', 'observers_to_record', 'tensors_to_record', 'attention_open', 'new_collector',
-           'new_record', 'numbered', 'reads_two_sequences', 'warn_of_padding', 'running_of', 'one_pass',
-           'check_options', 'not_empty', 'record', 'all_ranks']
+           'new_record', 'one_pass', 'check_options', 'record', 'all_ranks']
 
 # %% ../nbs/08f_records.ipynb #995460c6
-import itertools
 import tempfile
 import time
 import uuid
@@ -24,22 +22,21 @@ from typing import Any
 
 import torch.distributed as dist
 from compressed_tensors.quantization import QuantizationScheme
-from torch import Tensor
 from torch.nn import Linear, Module
 from tqdm import tqdm
 
 from . import __version__
 from .calibration import args_in, exclusive, guarded, rank_and_size, together
 from .calibration_record import About, CalibrationRecord
-from .collector import Collector, Running, check_mask, conclusions_of, kept_tokens, look_at_weights
-from .collector import mask_in_words
+from .collector import Collector, conclusions_of, look_at_weights
 from .lifecycle import QUANTIZABLE, QuantizationMixin, check_schemes, experts_apart, ledger_of, phase_of
 from .lifecycle import reaches_experts, restore, schemes_by_module, snapshot, warn_unmatched
 from .modeling import attention_classes, attention_faults, attention_modules, embeddings_of, hook_attention
 from .modeling import hook_kv_cache, tokens_per_expert, unfused_experts
 from .observers import Asked, DEFAULT_ARGS, args_to_ask, asked_in, feeding, find_observer, label_of
 from .observers import name_and_kwargs
-from .pipelines import batches, calibration_context, count_tokens, expected_batches, feed
+from .pipelines import batches, calibration_context, check_mask, expected_batches, feed, mask_in_words
+from .pipelines import not_empty, numbered, reads_two_sequences, running_of, warn_of_padding
 from .record_files import write_whole
 from .schemes import preset
 from .stats import TensorStats, check_policy
@@ -191,56 +188,6 @@ def new_record(
     tensors = dict.fromkeys(collector.tensors, TensorStats()) | look_at_weights(collector)
     return CalibrationRecord(tensors, {name: type(m).__name__ for name, m in collector.modules.items()}, about=about)
 
-# %% ../nbs/08f_records.ipynb #4da6cc47
-def _check_indices(indices: Iterable[int], count: int) -> list[int]:
-    if not isinstance(indices, Iterable):
-        raise TypeError(f"batch_indices={indices!r} must be ints, one for each batch, or None")
-    found = list(indices)
-    bad = [i for i in found if isinstance(i, bool) or not isinstance(i, int) or i < 0]
-    if bad:
-        raise ValueError(
-            f"batch_indices holds {bad[0]!r}; it must hold ints from 0 on, the place of each batch in the whole"
-        )
-    if len(set(found)) < len(found):
-        raise ValueError("batch_indices holds an index twice; each batch needs one of its own")
-    if len(found) != count: raise ValueError(f"batch_indices has {len(found)} indices, but data gave {count} batches")
-    return found
-
-
-def numbered(stream: Iterator[Any], batch_indices: Iterable[int] | None = None) -> Iterator[tuple[int, Any]]:
-    "Batches with their global indices. Collective where several ranks run: rank by rank, one after the other."
-    rank, size = rank_and_size()
-    if batch_indices is not None:
-        stream = list(stream)
-        return zip(_check_indices(batch_indices, len(stream)), stream)
-    if size == 1: return enumerate(stream)
-    with together("count the batches"):
-        stream = list(stream)
-    counts: list[int] = [0] * size
-    dist.all_gather_object(counts, len(stream))
-    return enumerate(stream, sum(counts[:rank]))
-
-# %% ../nbs/08f_records.ipynb #d25576d7
-def reads_two_sequences(model: Module) -> bool:
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-
-
-def warn_of_padding(batch: Mapping[str, Any]) -> None:
-    "Padding is data too, as in the reference; whoever did not mean that is told how to leave it out."
-    seen = batch.get("attention_mask")
-    if isinstance(seen, Tensor) and seen.ndim == 2 and not seen.all():
-        warn_once("batches are padded, and the padding counts like any token, as in llm-compressor; "
-                  "mask=lambda batch: batch['attention_mask'].bool() leaves it out, and so does batch_size=1")
-
-
-def running_of(batch: Mapping[str, Any], index: int, mask: Any = None, two_sequences: bool = False) -> Running:
-    """What a collector needs to know of a batch. `two_sequences`: a decoder reads another one, so that a position
-    alone names no token."""
-    ids = batch.get("input_ids")
-    keep = kept_tokens(batch, mask)
-    known = isinstance(ids, Tensor) and ids.ndim == 2 and not ids.is_floating_point() and not two_sequences
-    return Running(index, ids if known else None, keep, count_tokens(batch) if keep is None else int(keep.sum()))
-
 # %% ../nbs/08f_records.ipynb #ed18ad2b
 def _bar(total: int | None, progress: bool) -> tqdm:
     return tqdm(desc="recording", total=total, unit=" batches", disable=not progress)
@@ -303,15 +250,6 @@ def check_options(model: Module, tokenizer: Any, mask: Any, keep_text: bool, non
             f"mask: {type(model).__name__} reads two sequences, one in its encoder and one in its decoder, "
             "and a mask is of one; record without a mask, or the encoder by itself"
         )
-
-
-def not_empty(stream: Iterator[tuple[int, Any]], names: tuple[str, ...]) -> Iterator[tuple[int, Any]]:
-    """The same batches, the first of them already made. ValueError if there is none where data is needed; a rank
-    may have none."""
-    first = next(stream, None)
-    if first is None and names != ("weight",) and rank_and_size()[1] == 1:
-        raise ValueError("data is empty: not a single batch came of it; pass at least one text or batch")
-    return stream if first is None else itertools.chain([first], stream)
 
 # %% ../nbs/08f_records.ipynb #5e86eb94
 def record(

@@ -29,15 +29,15 @@ from .lifecycle import match_report, phase_of, reset_quantization, restore, sche
 from .modeling import states_of
 from .models import positions_of
 from .observers import Asked, all_or_nothing, asked_by, feeding, label_of
-from .pipelines import batches, calibration_context, expected_batches, feed
+from .pipelines import Replay, batches, calibration_context, expected_batches, feed, running_of
 from .provenance import data_code, model_code
 from .recipes import from_config, override
-from .records import new_collector, new_record, running_of
+from .records import new_collector, new_record
 from .replay import best_observers, comparison, memory_of, observers_to_compare, remind, schemes_of_record
 from .replay import what_is_known
 from .scheme_comparison import compare_schemes, named_schemes, unfit_schemes
 from .session_code import production_of, script_of
-from .session_parts import PHASES_IN_WORDS, Past, Progress, Replay, SCALE_COLUMNS, SessionError, ended_in_time
+from .session_parts import PHASES_IN_WORDS, Past, Progress, SCALE_COLUMNS, SessionError, ended_in_time
 from .session_parts import module_statuses, options_code, read_recipe, scale_row, scales_table
 
 # %% ../nbs/12e_session.ipynb #104db06a

@@ -16,7 +16,7 @@ from transformers import (
 from qcal_nb.calibration import claim
 from qcal_nb.lifecycle import QuantizationModifier, State, phase_of, reset_quantization
 from qcal_nb.pipelines import calibrate, calibration_context
-from qcal_nb.sequential import Relay, look_ahead
+from qcal_nb.pipelines.sequential import Relay, look_ahead
 from qcal_nb.modeling import blocks_of
 
 INT8 = dict(num_bits=8, type="int", strategy="tensor", symmetric=True)
