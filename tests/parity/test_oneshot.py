@@ -10,7 +10,7 @@ from qcal_nb.observers import Observer, observer_key
 from qcal_nb.observers import MinMaxObserver
 from qcal_nb.observers.minmax import min_max
 from qcal_nb.pipelines import batches
-from qcal_nb.recipes import PRODUCTION
+from qcal_nb.recipes.yaml import PRODUCTION
 from qcal_nb.schemes import preset
 
 pytestmark = pytest.mark.parity

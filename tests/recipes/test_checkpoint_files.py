@@ -84,7 +84,7 @@ def test_after_saving_the_model_can_be_had_back(tmp_path):
 
 def test_nothing_is_copied_but_small_weights():
     "What is not quantized goes to the file from where it is; what is quantized becomes smaller."
-    from qcal_nb.recipes import _checkpoint_tensors
+    from qcal_nb.recipes.checkpoint import _checkpoint_tensors
     model = calibrated(scheme="W4A16", ignore=["lm_head"])
     state, _ = _checkpoint_tensors(model)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}

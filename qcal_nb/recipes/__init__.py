@@ -1,0 +1,23 @@
+"""A calibration written down: YAML for llm-compressor, JSON for vLLM, and checkpoints."""
+
+from .checkpoint import free_folder, packed_tensors, save_quantized, stored_modules, to_config
+from .config import from_config, override, recipe_of
+from .plain import args_to_dict, scheme_to_dict
+from .yaml import from_yaml, observers_of, production_note, to_yaml
+
+__all__ = [
+    "args_to_dict",
+    "free_folder",
+    "from_config",
+    "from_yaml",
+    "observers_of",
+    "override",
+    "packed_tensors",
+    "production_note",
+    "recipe_of",
+    "save_quantized",
+    "scheme_to_dict",
+    "stored_modules",
+    "to_config",
+    "to_yaml",
+]
