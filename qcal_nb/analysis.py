@@ -23,11 +23,10 @@ import pandas as pd
 from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
-from .calibration_record import CalibrationRecord, Key
-from .conclusions import Conclusion, conclude_from, concluded, counts_of, statistics_from
 from .lifecycle import QuantizationMixin, suspicious_scales
 from .observers import Asked, DEFAULT_ARGS, check_args, label_of, new_observer
-from .records import check_observers
+from .records import CalibrationRecord, Conclusion, Key, check_observers, conclude_from, concluded, counts_of
+from .records import statistics_from
 from .schemes import describe_args
 from .stats import NonFinite, Quality, TensorStats, quality_of
 

@@ -252,7 +252,7 @@ def _notebook_path(asked: str | None, wanted: dict[str, Any]) -> Path:
 # %% ../nbs/16b_cli.ipynb #accd8550
 def report_command(options: argparse.Namespace) -> None:
     "`qcal-nb report`: the page, and where it is."
-    from qcal_nb.calibration_record import CalibrationRecord
+    from qcal_nb.records import CalibrationRecord
     from qcal_nb.report import to_html
     record = CalibrationRecord.load(options.record)
     print(to_html(record, options.out or Path(options.record).with_suffix(".html"), title=options.title))

@@ -24,7 +24,6 @@ from matplotlib.figure import Figure
 from traitlets import Bool, TraitError
 
 from .analysis import choose, mark_best, unnamed
-from .calibration_record import CalibrationRecord
 from .comparison_tables import Question, TABLE_ORDERS, TENSOR_COLUMNS, Tables, UNKNOWN, best_by_tensor
 from .comparison_tables import config_of, counted_words, in_order, observers_html, own_of
 from .comparison_tables import scheme_args_by_module, tensors_html, unknown_html, verdict_html
@@ -34,6 +33,7 @@ from .observers import label_of, name_and_kwargs
 from .panels import Panel, Picture, bar_at, static_picture
 from .plot_choices import plot_observers
 from .recipes import production_note
+from .records import CalibrationRecord
 from .scheme_panel import SchemeComparison
 from .schemes import describe_args
 from .session import Session, weight_of

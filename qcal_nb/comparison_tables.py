@@ -22,10 +22,10 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 
 from .analysis import args_of, compare_observers, usual_observers
 from .calibration import args_in
-from .calibration_record import CalibrationRecord
 from .evaluate import weights_compared
 from .markup import block, table_html
 from .observers import asked_by, label_of
+from .records import CalibrationRecord
 from .replay import schemes_of_record
 from .session import Session
 from .session_parts import ended_in_time

@@ -22,14 +22,12 @@ from torch.nn import Module
 
 from .analysis import at_limit, conclusion_of, observers_table, scale_columns, where_in
 from .calibration import exclusive
-from .calibration_record import CalibrationRecord, ConclusionKey
-from .collector import Collector, kept_of, selected
-from .conclusions import Conclusion, NEVER_SEEN
 from .lifecycle import borrowed, experts_apart, reaches_experts
 from .observers import Asked, current_feed, label_of
 from .pipelines import batches, check_mask
-from .records import attention_open, check_base_names, check_observers, modules_to_record, one_pass
-from .records import recipe_to_record, record, tensors_to_record
+from .records import CalibrationRecord, Collector, Conclusion, ConclusionKey, NEVER_SEEN, attention_open
+from .records import check_base_names, check_observers, kept_of, modules_to_record, one_pass, recipe_to_record
+from .records import record, selected, tensors_to_record
 from .schemes import code_points
 from .stats import Quality, effective_bits, outer_limits, sqnr_db
 

@@ -18,7 +18,7 @@ from compressed_tensors.quantization import QuantizationArgs
 
 from .analysis import LOUD, check_record, compare_observers, convergence, coverage, enough_in_words, extremes
 from .analysis import outlier_channels, ranges
-from .calibration_record import CalibrationRecord
+from .records import CalibrationRecord
 
 # %% ../nbs/09b_findings.ipynb #cbafe0cd
 @dataclass(frozen=True)

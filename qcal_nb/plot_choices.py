@@ -23,14 +23,12 @@ from matplotlib.patches import Patch, Rectangle
 
 from .analysis import check_record, compare_observers, conclusion_of, convergence, enough_in_words, layer_of
 from .analysis import percent_of
-from .calibration_record import CalibrationRecord
-from .conclusions import Conclusion
 from .figures import BASE_COLORS, CLIPPED, NAMED, OTHER, bars, dark, dots, headline, label_depth, light
 from .figures import log_values, new_axes, packed, say_nothing, shades, short_name
 from .lifecycle import extreme_scales
 from .observers import Asked, asked_in, label_of
 from .plot_model import choose_base, legend
-from .records import check_observers
+from .records import CalibrationRecord, Conclusion, check_observers
 
 # %% ../nbs/11d_plot_choices.ipynb #ae4d0ca2
 def _matrix(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str], np.ndarray, np.ndarray]:

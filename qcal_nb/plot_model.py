@@ -18,12 +18,10 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from .analysis import DERIVED, check_record, conclusion_of, layer_of, ranges
-from .calibration_record import CalibrationRecord
-from .conclusions import Conclusion
 from .figures import BASE_COLORS, OTHER, SMOOTH, bars, counts_between, headline, label_depth, light, new_axes
 from .figures import packed, say_nothing, shades, symlog, symlog_edges, symlog_from
 from .observers import Asked
-from .records import check_observers
+from .records import CalibrationRecord, Conclusion, check_observers
 
 # %% ../nbs/11b_plot_model.ipynb #1a2d5a27
 def choose_base(names: list[str], base_name: str | None) -> str:

@@ -23,12 +23,11 @@ from matplotlib.patches import Patch, StepPatch
 from matplotlib.transforms import Bbox, TransformedBbox
 
 from .analysis import BY_HAND, LOUD, at_limit, best_of, check_record
-from .calibration_record import CalibrationRecord
-from .conclusions import Conclusion
 from .figures import BASE_COLORS, CLIPPED, OTHER, SMOOTH, as_png, counts_between, dark, dots, drawable
 from .figures import headline, light, log_values, new_axes, say_nothing, symlog, symlog_edges
 from .observers import Asked
 from .plot_model import conclusions_for, legend
+from .records import CalibrationRecord, Conclusion
 from .schemes import code_points, describe_args
 from .stats import TensorStats, quality_of
 

@@ -19,13 +19,12 @@ from torch.nn import Module
 
 from .analysis import compare_observers, mark_best, same_args
 from .calibration import observer_of
-from .calibration_record import CalibrationRecord, ConclusionKey, Key
-from .collector import Attached, Collector, Memory
-from .conclusions import Conclusion, counts_of, follows_from_stats, statistics_from
 from .evaluate import weights_compared
 from .lifecycle import QuantizationMixin, observed_names
 from .observers import Asked, Counts, Observer, asked_by, asked_in, find_observer, label_of, name_and_kwargs
 from .observers import observer_name
+from .records import Attached, CalibrationRecord, Collector, Conclusion, ConclusionKey, Key, Memory, counts_of
+from .records import follows_from_stats, statistics_from
 
 # %% ../nbs/12b_replay.ipynb #f1c43dea
 COMPARED = {"weight": ("memoryless_minmax", "memoryless_mse", "imatrix_mse", "percentile", "entropy", "histogram_mse"),

@@ -21,13 +21,12 @@ from compressed_tensors.quantization import QuantizationScheme
 from matplotlib.axes import Axes
 
 from .analysis import check_record, enough_in_words, extremes, outlier_channels
-from .calibration_record import CalibrationRecord
 from .figures import to_png
 from .findings import Finding, Tables, findings_from, tables_of
 from .plot_choices import observer_to_draw, plot_convergence, plot_observers, plot_scales
 from .plot_model import clips_of, plot_density, plot_ranges
 from .plot_tensor import plot_channels, plot_histogram, plot_timeline
-from .record_files import write_whole
+from .records import CalibrationRecord, write_whole
 from .schemes import describe
 
 # %% ../nbs/11f_report.ipynb #1fdd5e96

@@ -22,8 +22,6 @@ import pandas as pd
 from torch.nn import Module
 
 from .calibration import args_in, claim, exclusive, guarded, scheme_args
-from .calibration_record import About, CalibrationRecord
-from .collector import Collector, Conclusions
 from .lifecycle import Match, ModuleChange, QuantizationModifier, State, changes, lacking_data, ledger_of
 from .lifecycle import match_report, phase_of, reset_quantization, restore, schemes_by_module, snapshot
 from .modeling import states_of
@@ -32,7 +30,7 @@ from .observers import Asked, all_or_nothing, asked_by, feeding, label_of
 from .pipelines import Replay, batches, calibration_context, expected_batches, feed, running_of
 from .provenance import data_code, model_code
 from .recipes import from_config, override
-from .records import new_collector, new_record
+from .records import About, CalibrationRecord, Collector, Conclusions, new_collector, new_record
 from .replay import best_observers, comparison, memory_of, observers_to_compare, remind, schemes_of_record
 from .replay import what_is_known
 from .scheme_comparison import compare_schemes, named_schemes, unfit_schemes

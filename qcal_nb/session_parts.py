@@ -22,11 +22,10 @@ from torch import Tensor
 from torch.nn import Module
 
 from .calibration import scheme_args
-from .calibration_record import CalibrationRecord, ConclusionKey
-from .collector import Memory
 from .lifecycle import QUANTIZABLE, QuantizationModifier, Snapshot
 from .observers import BASE_NAMES
 from .recipes import from_yaml, to_yaml
+from .records import CalibrationRecord, ConclusionKey, Memory
 
 # %% ../nbs/12c_session_parts.ipynb #57a13cd1
 SCALE_COLUMNS = ["module", "base_name", "scale", "zero_point", "clip_min", "clip_max", "scales"]

@@ -14,7 +14,6 @@ import ipywidgets as w
 import pandas as pd
 from torch.nn import Module
 
-from .calibration_record import CalibrationRecord
 from .code_panel import CodePanel
 from .comparison import ObserverComparison
 from .explorer import RangeExplorer
@@ -22,6 +21,7 @@ from .inspector import HistogramInspector
 from .lifecycle import QuantizationModifier
 from .markup import STYLE, block
 from .panels import Panel
+from .records import CalibrationRecord
 from .session import Saved, Session, stop
 from .state import WorkbenchState
 from .stepper import LifecycleStepper

@@ -9,8 +9,7 @@ from qcal_nb.analysis import compare_observers, ranges
 from qcal_nb.findings import FAR, Finding, findings
 from qcal_nb.lifecycle import QuantizationModifier
 from qcal_nb.models import calibration_texts, inject_outliers, load_tiny_llama
-from qcal_nb.calibration_record import CalibrationRecord
-from qcal_nb.records import record
+from qcal_nb.records import CalibrationRecord, record
 from qcal_nb.stats import TensorStats, measure
 from helpers import make_batches, make_model
 

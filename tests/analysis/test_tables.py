@@ -24,9 +24,9 @@ from qcal_nb.analysis import (
     outlier_channels,
     ranges,
 )
-from qcal_nb.calibration_record import CalibrationRecord
+from qcal_nb.records import CalibrationRecord
 from qcal_nb.observers import DEFAULT_ARGS, new_observer
-from qcal_nb.conclusions import conclude_from
+from qcal_nb.records import conclude_from
 from qcal_nb.lifecycle import QuantizationModifier
 from qcal_nb.models import calibration_texts, inject_outliers, load_tiny_llama
 from qcal_nb.observers import Observer

@@ -12,8 +12,7 @@ from qcal_nb.calibration import call_observer, observe
 from qcal_nb.lifecycle import QuantizationMixin, QuantizationModifier, match_report, phase_of, reset_quantization
 from qcal_nb.observers import Observer, flatten_for_calibration
 from qcal_nb.pipelines import calibrate
-from qcal_nb.calibration_record import CalibrationRecord
-from qcal_nb.records import record
+from qcal_nb.records import CalibrationRecord, record
 from qcal_nb.session import Session
 from qcal_nb.session_parts import SessionError
 

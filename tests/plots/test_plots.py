@@ -19,8 +19,7 @@ from qcal_nb.plot_model import densities
 from qcal_nb.plot_model import conclusions_for
 from qcal_nb.plot_tensor import stored_values
 from qcal_nb.figures import data_of, drawn, to_png
-from qcal_nb.calibration_record import CalibrationRecord
-from qcal_nb.records import record
+from qcal_nb.records import CalibrationRecord, record
 from qcal_nb.schemes import code_points, preset
 from qcal_nb.stats import TensorStats, measure
 from helpers import make_batches, make_model

@@ -17,8 +17,7 @@ from transformers import (
 from qcal_nb.lifecycle import QuantizationMixin
 from qcal_nb.pipelines import calibration_context
 from qcal_nb.stats import measure
-from qcal_nb.records import record
-from qcal_nb.calibration_record import unequal_parts
+from qcal_nb.records import record, unequal_parts
 from tests.records.samples import OPTIONS, QUIET, exact
 
 

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from qcal_nb.observers import DEFAULT_ARGS, new_observer
-from qcal_nb.conclusions import conclude_from
+from qcal_nb.records import conclude_from
 from qcal_nb.lifecycle import QuantizationMixin, QuantizationModifier
 from qcal_nb.observers import Registry
 from qcal_nb.pipelines import calibrate

@@ -12,9 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import save, save_file
 
 import qcal_nb.records.files
-from qcal_nb.calibration_record import FORMAT, VERSION, to_tree
+from qcal_nb.records.calibration_record import FORMAT, VERSION, to_tree
 from qcal_nb.records.files import squeeze, write_tree
-from qcal_nb.calibration_record import CalibrationRecord, record_equal
+from qcal_nb.records import CalibrationRecord, record_equal
 
 
 def refused(path):

@@ -17,12 +17,12 @@ from safetensors import safe_open
 from torch.nn import Linear, Sequential
 
 import qcal_nb.records.files
-from qcal_nb.calibration_record import from_tree, to_tree
+from qcal_nb.records.calibration_record import from_tree, to_tree
 from qcal_nb.models import calibration_texts, load_tiny_llama
 from qcal_nb.observers import Registry
-from qcal_nb.records.files import read_tree, squeeze, unsqueeze, write_tree, write_whole
-from qcal_nb.calibration_record import CalibrationRecord, record_equal, unequal_parts
-from qcal_nb.records import record
+from qcal_nb.records.files import read_tree, squeeze, unsqueeze, write_tree
+from qcal_nb.records import write_whole
+from qcal_nb.records import CalibrationRecord, record, record_equal, unequal_parts
 from tests.records.samples import QUIET
 
 DTYPES = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bfloat16, torch.float16, torch.float32, torch.float64,
@@ -138,7 +138,7 @@ WRITER = """
 import os, sys, signal
 from pathlib import Path
 import qcal_nb.records.files as files
-from qcal_nb.calibration_record import CalibrationRecord
+from qcal_nb.records import CalibrationRecord
 def dying(name, when):
     real = getattr(os, name)
     def die(*args):

@@ -12,8 +12,7 @@ from qcal_nb.observers import DEFAULT_ARGS, new_observer
 from qcal_nb.lifecycle import QuantizationMixin
 from qcal_nb.models import calibration_texts
 from qcal_nb.stats import current_batch
-from qcal_nb.records import record
-from qcal_nb.calibration_record import record_equal
+from qcal_nb.records import record, record_equal
 from tests.records.samples import QUIET, bits
 
 

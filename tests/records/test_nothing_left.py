@@ -14,8 +14,7 @@ from qcal_nb.calibration import ModelBusyError, exclusive
 from qcal_nb.modeling import all_experts, tokens_per_expert
 from qcal_nb.lifecycle import QuantizationModifier, unfuse_experts
 from qcal_nb.stats import NonFiniteError
-from qcal_nb.records import record
-from qcal_nb.calibration_record import record_equal, unequal_parts
+from qcal_nb.records import record, record_equal, unequal_parts
 from tests.records.samples import OPTIONS, QUIET, concluded_bits
 
 

@@ -7,8 +7,7 @@ import torch
 from helpers import make_model
 from torch.nn import Linear, Sequential
 
-from qcal_nb.calibration_record import CalibrationRecord, record_equal, unequal_parts
-from qcal_nb.records import record
+from qcal_nb.records import CalibrationRecord, record, record_equal, unequal_parts
 from tests.records.samples import QUIET, concluded_bits, exact, merged, mixture
 
 

@@ -1,7 +1,7 @@
 """Each rank records its own data and saves its part; the parts together are the record of one process. Real torchrun processes."""
 import pytest
 
-from qcal_nb.calibration_record import CalibrationRecord, record_equal, unequal_parts
+from qcal_nb.records import CalibrationRecord, record_equal, unequal_parts
 from tests.ranks.launching import good
 
 WHOLE = ["record_texts", "record_experts", "record_by_hand", "record_one_without_data"]

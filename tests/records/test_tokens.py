@@ -8,8 +8,7 @@ from torch.nn import Linear, Module
 
 from qcal_nb.models import calibration_texts, inject_outliers, load_tiny_llama
 from qcal_nb.stats import current_batch
-from qcal_nb.records import record
-from qcal_nb.calibration_record import record_equal
+from qcal_nb.records import record, record_equal
 from tests.records.samples import QUIET, merged
 
 

@@ -6,8 +6,7 @@ from helpers import make_batches, make_model
 from qcal_nb.analysis import compare_observers
 from qcal_nb.lifecycle import QuantizationModifier
 from qcal_nb.pipelines import calibrate
-from qcal_nb.calibration_record import CalibrationRecord, record_equal
-from qcal_nb.records import record
+from qcal_nb.records import CalibrationRecord, record, record_equal
 
 
 def parts(first, second, **options):

@@ -3,8 +3,8 @@ from dataclasses import replace
 
 import torch
 
-from qcal_nb.calibration_record import About
-from qcal_nb.calibration_record import CalibrationRecord
+from qcal_nb.records import About
+from qcal_nb.records import CalibrationRecord
 from qcal_nb.stats import TensorStats, measure
 
 EVIL = "<script>window.broken = true</script><img src=x onerror='window.broken = true'>\"'&"

@@ -18,7 +18,7 @@ from qcal_nb.models import calibration_texts, load_tiny_llama
 from qcal_nb.pipelines import calibrate
 from qcal_nb.provenance import data_code, model_code
 from qcal_nb.recipes import to_yaml
-from qcal_nb.calibration_record import CalibrationRecord, record_equal
+from qcal_nb.records import CalibrationRecord, record_equal
 from qcal_nb.replay import COMPARED, observers_to_compare
 from qcal_nb.session import Saved, Session
 from qcal_nb.session_parts import SessionError

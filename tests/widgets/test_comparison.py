@@ -15,9 +15,8 @@ from qcal_nb.comparison import ObserverComparison, question_of
 from qcal_nb.comparison_tables import Question, Tables, compare_in_pieces
 from qcal_nb.lifecycle import QuantizationModifier
 from qcal_nb.figures import data_of
-from qcal_nb.calibration_record import CalibrationRecord
+from qcal_nb.records import CalibrationRecord, record
 from qcal_nb.stats import measure
-from qcal_nb.records import record
 from qcal_nb.session import Saved, Session
 from qcal_nb.state import WorkbenchState, args_for
 from tests.widgets.comparing import feed, ready

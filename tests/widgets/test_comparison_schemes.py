@@ -3,7 +3,7 @@ from helpers import make_batches, make_model
 
 from qcal_nb.comparison_tables import best_by_tensor, compare_in_pieces
 from qcal_nb.models import calibration_texts, load_tiny_llama
-from qcal_nb.calibration_record import CalibrationRecord
+from qcal_nb.records import CalibrationRecord
 from qcal_nb.scheme_panel import OWN, SchemeComparison, chosen_schemes, schemes_html, winners_html
 from qcal_nb.session import Session
 

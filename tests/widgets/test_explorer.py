@@ -13,8 +13,7 @@ from qcal_nb.explorer import Drawing, point_out
 from qcal_nb.figures import data_of
 from qcal_nb.plot_model import plot_ranges
 from qcal_nb.figures import to_png
-from qcal_nb.calibration_record import CalibrationRecord
-from qcal_nb.records import record
+from qcal_nb.records import CalibrationRecord, record
 from qcal_nb.session import Session
 from qcal_nb.state import WorkbenchState
 from qcal_nb.stats import measure

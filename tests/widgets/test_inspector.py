@@ -22,8 +22,8 @@ from qcal_nb.analysis import (
     outlier_ratio,
     ranges,
 )
-from qcal_nb.calibration_record import CalibrationRecord
-from qcal_nb.conclusions import conclude_from
+from qcal_nb.records import CalibrationRecord
+from qcal_nb.records import conclude_from
 from qcal_nb.inspector import SEARCHING, HistogramInspector, most_interesting
 from qcal_nb.plot_tensor import LiveHistogram, stored_values
 from qcal_nb.figures import data_of, drawn

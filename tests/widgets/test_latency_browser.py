@@ -22,7 +22,7 @@ WATCH = """() => {
 THOUSAND = """
 import torch, time
 from qcal_nb import Workbench
-from qcal_nb.calibration_record import CalibrationRecord
+from qcal_nb.records import CalibrationRecord
 from qcal_nb.stats import measure
 _names = [f"model.layers.{i // 7}.m{i % 7}" for i in range(500)]
 _bell = torch.randn(400, 64, generator=torch.Generator().manual_seed(0))

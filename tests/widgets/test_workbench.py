@@ -9,7 +9,7 @@ from qcal_nb import Workbench
 from qcal_nb.lifecycle import phase_of
 from qcal_nb.models import calibration_texts, load_tiny_llama
 from qcal_nb.figures import data_of
-from qcal_nb.calibration_record import CalibrationRecord
+from qcal_nb.records import CalibrationRecord
 from qcal_nb.session import Session
 from qcal_nb.session_parts import SessionError
 from qcal_nb.state import WorkbenchState

@@ -1,0 +1,66 @@
+"""One pass over the data, kept: what was seen of every tensor, what observers concluded, and files."""
+
+from .calibration_record import About, CalibrationRecord, ConclusionKey, Key, record_equal, unequal_parts
+from .collect import Collector
+from .concluding import Conclusions
+from .conclusions import (
+    Conclusion,
+    NEVER_SEEN,
+    conclude_from,
+    concluded,
+    counts_of,
+    follows_from_stats,
+    statistics_from,
+)
+from .files import write_whole
+from .observing import Attached, Memory
+from .run import (
+    all_ranks,
+    args_by_tensor,
+    attention_open,
+    check_base_names,
+    check_observers,
+    modules_to_record,
+    new_collector,
+    new_record,
+    one_pass,
+    recipe_to_record,
+    record,
+    tensors_to_record,
+)
+from .tokens import kept_of, selected
+
+__all__ = [
+    "About",
+    "Attached",
+    "CalibrationRecord",
+    "Collector",
+    "Conclusion",
+    "ConclusionKey",
+    "Conclusions",
+    "Key",
+    "Memory",
+    "NEVER_SEEN",
+    "all_ranks",
+    "args_by_tensor",
+    "attention_open",
+    "check_base_names",
+    "check_observers",
+    "conclude_from",
+    "concluded",
+    "counts_of",
+    "follows_from_stats",
+    "kept_of",
+    "modules_to_record",
+    "new_collector",
+    "new_record",
+    "one_pass",
+    "recipe_to_record",
+    "record",
+    "record_equal",
+    "selected",
+    "statistics_from",
+    "tensors_to_record",
+    "unequal_parts",
+    "write_whole",
+]
