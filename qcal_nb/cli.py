@@ -219,7 +219,7 @@ def calibrate_command(options: argparse.Namespace) -> None:
 
 def summary(found: Any, folder: Path, modifier: Any, checkpoint: bool) -> str:
     "What was written, the first findings, and what to do next."
-    from qcal_nb.findings import findings
+    from qcal_nb.analysis import findings
     from qcal_nb.recipes import observers_of, production_note
     same = (
         "for llm-compressor: the same scales on the same batches; the panel Code of qcal-nb lab shows how to feed them"

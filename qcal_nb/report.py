@@ -20,9 +20,9 @@ import pandas as pd
 from compressed_tensors.quantization import QuantizationScheme
 from matplotlib.axes import Axes
 
-from .analysis import check_record, enough_in_words, extremes, outlier_channels
+from .analysis import Finding, Tables, check_record, enough_in_words, extremes, findings_from, outlier_channels
+from .analysis import tables_of
 from .figures import to_png
-from .findings import Finding, Tables, findings_from, tables_of
 from .plot_choices import observer_to_draw, plot_convergence, plot_observers, plot_scales
 from .plot_model import clips_of, plot_density, plot_ranges
 from .plot_tensor import plot_channels, plot_histogram, plot_timeline

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qcal_nb.analysis import compare_observers, ranges
-from qcal_nb.findings import FAR, Finding, findings
+from qcal_nb.analysis.summary import FAR
+from qcal_nb.analysis import Finding, findings
 from qcal_nb.lifecycle import QuantizationModifier
 from qcal_nb.models import calibration_texts, inject_outliers, load_tiny_llama
 from qcal_nb.records import CalibrationRecord, record

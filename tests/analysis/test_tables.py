@@ -12,8 +12,8 @@ from helpers import make_batches, make_model
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qcal_nb.analysis.tables import PERCENTILES
 from qcal_nb.analysis import (
-    PERCENTILES,
     compare_observers,
     convergence,
     coverage,

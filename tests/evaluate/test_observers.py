@@ -5,7 +5,7 @@ import pytest
 from helpers import differences, fingerprint, make_model
 
 from qcal_nb import scheme_comparison
-from qcal_nb.analysis import OBSERVER_COLUMNS
+from qcal_nb.analysis.observers import OBSERVER_COLUMNS
 from qcal_nb.divergence import eval_batches
 from qcal_nb.evaluate import compare_observers
 from qcal_nb.lifecycle import QuantizationModifier

@@ -18,10 +18,10 @@ from qcal_nb.analysis import (
     compare_observers,
     conclusion_by_hand,
     conclusion_of,
-    one_scale,
     outlier_ratio,
     ranges,
 )
+from qcal_nb.analysis.observers import one_scale
 from qcal_nb.records import CalibrationRecord
 from qcal_nb.records import conclude_from
 from qcal_nb.inspector import SEARCHING, HistogramInspector, most_interesting
@@ -179,7 +179,7 @@ def test_readout_and_picture_are_what_the_analysis_says(run, key, show, base_nam
 
 def test_moving_the_clip_range_asks_no_observer_again(run, key, show, monkeypatch):
     panel = show(run, selected=key[0], format="int4")
-    monkeypatch.setattr("qcal_nb.analysis.conclusion_of", lambda *a: pytest.fail("an observer was asked again"))
+    monkeypatch.setattr("qcal_nb.analysis.observers.conclusion_of", lambda *a: pytest.fail("an observer was asked again"))
     before = picture(panel)
     for clip in (0.9, 0.5, 0.1): panel.clip.value = clip
     after = picture(panel)
