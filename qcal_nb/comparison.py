@@ -24,9 +24,10 @@ from matplotlib.figure import Figure
 from traitlets import Bool, TraitError
 
 from .analysis import choose, mark_best, unnamed
-from .comparison_tables import Question, TABLE_ORDERS, TENSOR_COLUMNS, Tables, UNKNOWN, best_by_tensor
-from .comparison_tables import config_of, counted_words, in_order, observers_html, own_of
-from .comparison_tables import scheme_args_by_module, tensors_html, unknown_html, verdict_html
+from .comparison_tables import Question, Tables, config_of, counted_words, observers_html, tensors_html
+from .comparison_tables import unknown_html, verdict_html
+from .evaluate import TABLE_ORDERS, TENSOR_COLUMNS, UNKNOWN, best_by_tensor, in_order, own_of
+from .evaluate import scheme_args_by_module
 from .figures import NAMED, new_axes, say_nothing, to_png
 from .markup import block, empty_html, error_html, warning_html
 from .observers import label_of, name_and_kwargs

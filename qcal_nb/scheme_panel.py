@@ -16,7 +16,7 @@ import pandas as pd
 
 from . import session as sessions
 from .comparison_tables import _db
-from .divergence import check_causal
+from .evaluate import check_causal
 from .lifecycle import QuantizationModifier
 from .markup import block, error_html, table_html, warning_html
 from .panels import Panel, static_picture

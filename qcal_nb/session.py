@@ -22,6 +22,8 @@ import pandas as pd
 from torch.nn import Module
 
 from .calibration import args_in, claim, exclusive, guarded, scheme_args
+from .evaluate import best_observers, compare_schemes, comparison, named_schemes, observers_to_compare
+from .evaluate import schemes_of_record, unfit_schemes
 from .lifecycle import Match, ModuleChange, QuantizationModifier, State, changes, lacking_data, ledger_of
 from .lifecycle import match_report, phase_of, reset_quantization, restore, schemes_by_module, snapshot
 from .modeling import states_of
@@ -31,9 +33,7 @@ from .pipelines import Replay, batches, calibration_context, expected_batches, f
 from .provenance import data_code, model_code
 from .recipes import from_config, override
 from .records import About, CalibrationRecord, Collector, Conclusions, new_collector, new_record
-from .replay import best_observers, comparison, memory_of, observers_to_compare, remind, schemes_of_record
-from .replay import what_is_known
-from .scheme_comparison import compare_schemes, named_schemes, unfit_schemes
+from .replay import memory_of, remind, what_is_known
 from .session_code import production_of, script_of
 from .session_parts import PHASES_IN_WORDS, Past, Progress, SCALE_COLUMNS, SessionError, ended_in_time
 from .session_parts import module_statuses, options_code, read_recipe, scale_row, scales_table

@@ -221,7 +221,7 @@ def test_api_and_chapters_lead_to_each_other(site):
     api = look(site / "api" / "qcal_nb.records.html")
     assert f"../{doc}.html#def-record" in api.links and f"../{doc}.html" in api.links
     assert "api/qcal_nb.records.html" in look(page_of(site, doc)).links
-    assert any(link.endswith("api/qcal_nb.scheme_comparison.html#qcal_nb.scheme_comparison.compare_schemes")
+    assert any(link.endswith("api/qcal_nb.evaluate.schemes.html#qcal_nb.evaluate.schemes.compare_schemes")
                for doc in toc.notebooks() for link in look(page_of(site, doc)).links)  # a word in prose
 
 

@@ -99,7 +99,7 @@ def test_a_walkthrough_is_found_first(open_page):
 
 def test_a_name_is_found(open_page):
     found = results(open_page("index.html"), "compare_schemes")
-    assert any(link.endswith("#qcal_nb.scheme_comparison.compare_schemes") for link in found[:12])
+    assert any(link.endswith("#qcal_nb.evaluate.schemes.compare_schemes") for link in found[:12])
 
 
 def test_no_result_says_so(open_page):

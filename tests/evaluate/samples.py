@@ -3,10 +3,8 @@ import math
 
 from torch.nn.functional import log_softmax
 
-from qcal_nb.divergence import logits_of
-from qcal_nb.evaluate import compare_observers
-from qcal_nb.scheme_comparison import compare_schemes
-from qcal_nb.sensitivities import sensitivity
+from qcal_nb.evaluate.divergence import logits_of
+from qcal_nb.evaluate import compare_observers, compare_schemes, sensitivity
 from qcal_nb.models import evaluating
 
 QUIET = dict(progress=False)

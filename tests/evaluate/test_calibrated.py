@@ -3,11 +3,11 @@ import pytest
 from helpers import differences, fingerprint
 
 from qcal_nb.lifecycle import borrowed
-from qcal_nb.scheme_comparison import compare_schemes, evaluate
+from qcal_nb.evaluate import compare_schemes, evaluate
 from qcal_nb.lifecycle import LifecycleError, reset_quantization
 from qcal_nb.lifecycle import QuantizationModifier
 from qcal_nb.pipelines import calibrate
-from qcal_nb.scheme_comparison import SCHEME_COLUMNS
+from qcal_nb.evaluate.schemes import SCHEME_COLUMNS
 from tests.evaluate.samples import CALLS, QUIET, W4A4, Counting
 
 

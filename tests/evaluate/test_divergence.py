@@ -6,16 +6,14 @@ import torch
 from helpers import differences, fingerprint, make_batches, make_model
 from torch.nn.functional import cross_entropy
 
-from qcal_nb import divergence
-from qcal_nb.divergence import Switchboard, divergence_of, logits_of
-from qcal_nb.evaluate import compare_observers
-from qcal_nb.scheme_comparison import compare_schemes
-from qcal_nb.sensitivities import sensitivity
+from qcal_nb.evaluate import divergence
+from qcal_nb.evaluate.divergence import Switchboard, divergence_of, logits_of
+from qcal_nb.evaluate import compare_observers, compare_schemes, sensitivity
 from qcal_nb.lifecycle import reset_quantization
 from qcal_nb.lifecycle import QuantizationModifier
 from qcal_nb.models import calibration_texts, evaluating, heldout_texts, load_tiny_llama
 from qcal_nb.pipelines import calibrate
-from qcal_nb.scheme_comparison import SCHEME_COLUMNS, evaluated
+from qcal_nb.evaluate.schemes import SCHEME_COLUMNS, evaluated
 from tests.evaluate.samples import QUIET, W4, W4A4, current_logits, direct
 
 

@@ -4,9 +4,7 @@ import pytest
 import torch
 from helpers import differences, fingerprint, make_model
 
-from qcal_nb.evaluate import compare_observers
-from qcal_nb.scheme_comparison import compare_schemes
-from qcal_nb.sensitivities import sensitivity
+from qcal_nb.evaluate import compare_observers, compare_schemes, sensitivity
 from qcal_nb.lifecycle import unfuse_experts
 from qcal_nb.lifecycle import QuantizationModifier
 from tests.evaluate.samples import CALLS, NVFP4A16, QUIET, W4, Counting

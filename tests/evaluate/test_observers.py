@@ -4,14 +4,14 @@ import math
 import pytest
 from helpers import differences, fingerprint, make_model
 
-from qcal_nb import scheme_comparison
+from qcal_nb.evaluate import schemes as scheme_comparison
 from qcal_nb.analysis.observers import OBSERVER_COLUMNS
-from qcal_nb.divergence import eval_batches
+from qcal_nb.evaluate.divergence import eval_batches
 from qcal_nb.evaluate import compare_observers
 from qcal_nb.lifecycle import QuantizationModifier
 from qcal_nb.models import calibration_texts, load_tiny_llama
 from qcal_nb.pipelines import calibrate
-from qcal_nb.scheme_comparison import evaluated
+from qcal_nb.evaluate.schemes import evaluated
 from tests.evaluate.samples import QUIET, W4
 
 STATIC = {"W8A8": {}, "FP8_BLOCK": {}, "W4A16": {}, "NVFP4A16": {}, "MXFP4A16": {}, "FP8": {}, "W4A16_ASYM": {}, "INT8_STATIC": {}}

@@ -7,15 +7,14 @@ from compressed_tensors.quantization.lifecycle.forward import forward_quantize
 from helpers import differences, fingerprint, make_model
 from safetensors import safe_open
 
-from qcal_nb.divergence import eval_batches, logits_of, name_of
-from qcal_nb.scheme_comparison import compare_schemes
-from qcal_nb.sensitivities import sensitivity
+from qcal_nb.evaluate.divergence import eval_batches, logits_of, name_of
+from qcal_nb.evaluate import compare_schemes, sensitivity
 from qcal_nb.lifecycle import reset_quantization
 from qcal_nb.lifecycle import QuantizationModifier
 from qcal_nb.models import calibration_texts, evaluating, heldout_texts, load_tiny_llama, perplexity
 from qcal_nb.pipelines import calibrate
 from qcal_nb.recipes import save_quantized
-from qcal_nb.scheme_comparison import SCHEME_COLUMNS, stored_bytes
+from qcal_nb.evaluate.schemes import SCHEME_COLUMNS, stored_bytes
 from tests.evaluate.samples import QUIET, W4, W4A4, Counting, current_logits, direct
 
 

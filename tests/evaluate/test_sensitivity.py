@@ -12,11 +12,10 @@ import pytest
 import torch
 from helpers import differences, fingerprint, make_model
 
-from qcal_nb.scheme_comparison import compare_schemes
-from qcal_nb.sensitivities import sensitivity
+from qcal_nb.evaluate import compare_schemes, sensitivity
 from qcal_nb.lifecycle import phase_of
 from qcal_nb.lifecycle import QuantizationModifier
-from qcal_nb.sensitivities import SENSITIVITY_COLUMNS
+from qcal_nb.evaluate.sensitivities import SENSITIVITY_COLUMNS
 from tests.evaluate.samples import NVFP4A16, QUIET, W4, Counting
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,7 +46,7 @@ def test_fused_groups_are_switched_together(llama, evals):
 
 def test_logits_that_are_not_kept_give_the_same(llama, evals, monkeypatch):
     kept = sensitivity(llama, None, W4, eval_data=evals, **QUIET)
-    monkeypatch.setattr("qcal_nb.sensitivities.KEPT_BYTES", 0)
+    monkeypatch.setattr("qcal_nb.evaluate.sensitivities.KEPT_BYTES", 0)
     counter = Counting(llama)
     assert sensitivity(llama, None, W4, eval_data=evals, **QUIET).equals(kept) and counter.n == 2 * 3 * (2 + 2 * 14)
 
@@ -63,7 +62,7 @@ import sys, time
 sys.path[:0] = [{tests!r}]
 import torch
 from helpers import make_batches, make_model
-from qcal_nb.sensitivities import sensitivity
+from qcal_nb.evaluate import sensitivity
 torch.set_num_threads(1)
 model = make_model("llama_gqa")
 model.register_forward_pre_hook(lambda *_: time.sleep(0.02))

@@ -19,7 +19,8 @@ from qcal_nb.pipelines import calibrate
 from qcal_nb.provenance import data_code, model_code
 from qcal_nb.recipes import to_yaml
 from qcal_nb.records import CalibrationRecord, record_equal
-from qcal_nb.replay import COMPARED, observers_to_compare
+from qcal_nb.evaluate.best import COMPARED
+from qcal_nb.evaluate import observers_to_compare
 from qcal_nb.session import Saved, Session
 from qcal_nb.session_parts import SessionError
 

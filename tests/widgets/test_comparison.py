@@ -12,7 +12,8 @@ from qcal_nb import comparison_tables as comparison
 from qcal_nb.analysis import DERIVED, compare_observers
 from qcal_nb.calibration import scheme_args
 from qcal_nb.comparison import ObserverComparison, question_of
-from qcal_nb.comparison_tables import Question, Tables, compare_in_pieces
+from qcal_nb.comparison_tables import Question, Tables
+from qcal_nb.evaluate import compare_in_pieces
 from qcal_nb.lifecycle import QuantizationModifier
 from qcal_nb.figures import data_of
 from qcal_nb.records import CalibrationRecord, record

@@ -1,7 +1,7 @@
 """The panel that compares schemes, without a browser: in the background, stopped, failed, refused."""
 from helpers import make_batches, make_model
 
-from qcal_nb.comparison_tables import best_by_tensor, compare_in_pieces
+from qcal_nb.evaluate import best_by_tensor, compare_in_pieces
 from qcal_nb.models import calibration_texts, load_tiny_llama
 from qcal_nb.records import CalibrationRecord
 from qcal_nb.scheme_panel import OWN, SchemeComparison, chosen_schemes, schemes_html, winners_html
