@@ -28,11 +28,10 @@ from .comparison_tables import Question, Tables, config_of, counted_words, obser
 from .comparison_tables import unknown_html, verdict_html
 from .evaluate import TABLE_ORDERS, TENSOR_COLUMNS, UNKNOWN, best_by_tensor, in_order, own_of
 from .evaluate import scheme_args_by_module
-from .figures import NAMED, new_axes, say_nothing, to_png
 from .markup import block, empty_html, error_html, warning_html
 from .observers import label_of, name_and_kwargs
 from .panels import Panel, Picture, bar_at, static_picture
-from .plot_choices import plot_observers
+from .plots import NAMED, new_axes, plot_observers, say_nothing, to_png
 from .recipes import production_note
 from .records import CalibrationRecord
 from .scheme_panel import SchemeComparison

@@ -23,11 +23,10 @@ from matplotlib.font_manager import FontProperties, findfont
 from traitlets import TraitError
 
 from .analysis import choose, compare_observers, ranges
-from .figures import to_png
 from .markup import GLOSSARY, block, empty_html, error_html, glossary_html, table_html, tensor_key, term
 from .markup import warning_html
 from .panels import Panel, Picture, bar_at, static_picture
-from .plot_model import plot_density, plot_ranges
+from .plots import plot_density, plot_ranges, to_png
 from .records import CalibrationRecord
 from .session import Session
 from .session_parts import ended_in_time

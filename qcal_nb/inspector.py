@@ -24,12 +24,11 @@ from traitlets import TraitError
 
 from .analysis import Answers, BY_HAND, DERIVED, args_of, best_of, conclusion_by_hand, outlier_ratio
 from .analysis import place_in_words, usual_observers
-from .figures import to_png
 from .markup import block, error_html, warning_html
 from .observers import Asked, label_of
 from .panels import Panel, Picture, static_picture
-from .plot_choices import plot_scales
-from .plot_tensor import HAND, LiveHistogram, fixed_axes, plot_channels, plot_histogram, plot_timeline
+from .plots import HAND, LiveHistogram, fixed_axes, plot_channels, plot_histogram, plot_scales, plot_timeline
+from .plots import to_png
 from .records import CalibrationRecord, Conclusion, Key
 from .schemes import code_points, describe_args
 from .session import Session

@@ -16,8 +16,8 @@ from typing import Any
 import pandas as pd
 from pydantic import ValidationError
 
-from .figures import BASE_COLORS, PHASE_COLORS
 from .lifecycle import Match, ModuleChange
+from .plots import BASE_COLORS, PHASE_COLORS
 from .schemes import faults_of
 from .session_parts import Progress
 

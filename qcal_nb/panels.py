@@ -15,10 +15,8 @@ import ipywidgets as w
 from matplotlib.axes import Axes
 from traitlets import Bytes, List, Unicode
 
-from .figures import to_png
 from .markup import CHIPS, PHASES, STYLE
-from .plot_model import plot_ranges
-from .plots import plot_phases
+from .plots import plot_phases, plot_ranges, to_png
 from .session import Saved, Session
 from .state import WorkbenchState
 

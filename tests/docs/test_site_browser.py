@@ -76,7 +76,7 @@ def test_formulas_have_their_font(open_page):
 
 
 def test_the_dark_scheme_is_dark_and_pictures_are_turned(open_page):
-    chapter = f"{MODULES['qcal_nb.plot_model']}.html"
+    chapter = f"{MODULES['qcal_nb.plots.model']}.html"
     light, dark = open_page(chapter), open_page(chapter, scheme="dark")
     assert brightness(light) > 700 and brightness(dark) < 120
     filters = [page.locator("article img").first.evaluate("i => getComputedStyle(i).filter") for page in (light, dark)]

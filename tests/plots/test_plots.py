@@ -13,12 +13,12 @@ from matplotlib.figure import Figure
 
 from qcal_nb import plots
 from qcal_nb.analysis import compare_observers, convergence, layer_of, ranges
-from qcal_nb.figures import MAX_COLUMNS, counts_between, drawable, packed, symlog_edges
+from qcal_nb.plots.style import MAX_COLUMNS, counts_between, drawable, packed, symlog_edges
 from qcal_nb.stats import Histogram
-from qcal_nb.plot_model import densities
-from qcal_nb.plot_model import conclusions_for
-from qcal_nb.plot_tensor import stored_values
-from qcal_nb.figures import data_of, drawn, to_png
+from qcal_nb.plots.model import densities
+from qcal_nb.plots.model import conclusions_for
+from qcal_nb.plots.tensor import stored_values
+from qcal_nb.plots import data_of, drawn, to_png
 from qcal_nb.records import CalibrationRecord, record
 from qcal_nb.schemes import code_points, preset
 from qcal_nb.stats import TensorStats, measure
@@ -310,7 +310,7 @@ def test_counts_between_loses_nothing():
 
 
 def test_colours_differ_in_grey():
-    from qcal_nb.figures import shades
+    from qcal_nb.plots.style import shades
     for color in plots.BASE_COLORS.values():
         grey = shades(color)(np.linspace(0, 1, 50))[:, :3] @ [0.299, 0.587, 0.114]
         assert (np.diff(grey) < 0).all() and grey[0] - grey[-1] > 0.6

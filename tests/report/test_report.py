@@ -10,8 +10,8 @@ from helpers import make_batches, make_model
 
 from qcal_nb.analysis import compare_observers, coverage, ranges
 from qcal_nb.lifecycle import QuantizationModifier
-from qcal_nb.plot_choices import observer_to_draw
-from qcal_nb.figures import data_of
+from qcal_nb.plots import observer_to_draw
+from qcal_nb.plots import data_of
 from qcal_nb.records import CalibrationRecord, record
 from qcal_nb.report import CLOSE_UPS, cell, to_html
 from qcal_nb.stats import measure

@@ -15,7 +15,7 @@ from qcal_nb.comparison import ObserverComparison, question_of
 from qcal_nb.comparison_tables import Question, Tables
 from qcal_nb.evaluate import compare_in_pieces
 from qcal_nb.lifecycle import QuantizationModifier
-from qcal_nb.figures import data_of
+from qcal_nb.plots import data_of
 from qcal_nb.records import CalibrationRecord, record
 from qcal_nb.stats import measure
 from qcal_nb.session import Saved, Session

@@ -10,9 +10,8 @@ from qcal_nb import explorer as module
 from qcal_nb import panels
 from qcal_nb.analysis import choose, compare_observers, ranges
 from qcal_nb.explorer import Drawing, point_out
-from qcal_nb.figures import data_of
-from qcal_nb.plot_model import plot_ranges
-from qcal_nb.figures import to_png
+from qcal_nb.plots import data_of
+from qcal_nb.plots import plot_ranges, to_png
 from qcal_nb.records import CalibrationRecord, record
 from qcal_nb.session import Session
 from qcal_nb.state import WorkbenchState

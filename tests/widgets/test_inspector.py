@@ -25,9 +25,9 @@ from qcal_nb.analysis.observers import one_scale
 from qcal_nb.records import CalibrationRecord
 from qcal_nb.records import conclude_from
 from qcal_nb.inspector import SEARCHING, HistogramInspector, most_interesting
-from qcal_nb.plot_tensor import LiveHistogram, stored_values
-from qcal_nb.figures import data_of, drawn
-from qcal_nb.plot_tensor import plot_histogram
+from qcal_nb.plots import LiveHistogram
+from qcal_nb.plots.tensor import stored_values
+from qcal_nb.plots import data_of, drawn, plot_histogram
 from qcal_nb.stats import quality_of
 from qcal_nb.records import record
 from qcal_nb.session import Session

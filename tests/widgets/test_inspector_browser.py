@@ -68,7 +68,7 @@ def by_hand(page):
 
 LOOK = """
 from qcal_nb.analysis import args_of, conclusion_by_hand
-from qcal_nb.plot_tensor import stored_values
+from qcal_nb.plots.tensor import stored_values
 def _ends():
     "The smallest and the largest number that the scale by hand can store, from the record and the state alone."
     key = panel.shown()[0]

@@ -8,7 +8,7 @@ from helpers import FOUR_BITS, differences, fingerprint, make_batches, make_mode
 from qcal_nb import Workbench
 from qcal_nb.lifecycle import phase_of
 from qcal_nb.models import calibration_texts, load_tiny_llama
-from qcal_nb.figures import data_of
+from qcal_nb.plots import data_of
 from qcal_nb.records import CalibrationRecord
 from qcal_nb.session import Session
 from qcal_nb.session_parts import SessionError
