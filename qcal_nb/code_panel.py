@@ -17,8 +17,7 @@ from .markup import block, error_html, warning_html
 from .panels import Panel, static_picture
 from .recipes import observers_of, production_note, to_yaml
 from .report import to_html
-from .session import Saved, Session
-from .state import WorkbenchState
+from .session import Saved, Session, WorkbenchState
 
 # %% ../nbs/14i_code_panel.ipynb #0d44b3e9
 _CODE_JS = """

@@ -36,8 +36,7 @@ from .recipes import production_note
 from .records import CalibrationRecord
 from .scheme_panel import SchemeComparison
 from .schemes import describe_args
-from .session import Session, weight_of
-from .state import FORMATS, WorkbenchState
+from .session import FORMATS, Session, WorkbenchState, weight_of
 
 # %% ../nbs/14h_comparison.ipynb #aaa26a52
 def heatmap_axes(observers: int, tensors: int) -> Axes:

@@ -22,8 +22,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from .evaluate import RUNNING, UNKNOWN, ZEROS, compare_in_pieces
 from .markup import block, table_html
 from .records import CalibrationRecord
-from .session import Session
-from .session_parts import ended_in_time
+from .session import Session, ended_in_time
 
 # %% ../nbs/14f_comparison_tables.ipynb #a35b28b7
 @dataclass(frozen=True)

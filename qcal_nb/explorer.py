@@ -28,9 +28,7 @@ from .markup import warning_html
 from .panels import Panel, Picture, bar_at, static_picture
 from .plots import plot_density, plot_ranges, to_png
 from .records import CalibrationRecord
-from .session import Session
-from .session_parts import ended_in_time
-from .state import SHOWN, WorkbenchState
+from .session import SHOWN, Session, WorkbenchState, ended_in_time
 
 # %% ../nbs/14d_explorer.ipynb #27b178ad
 @dataclass(frozen=True)

@@ -31,8 +31,7 @@ from .plots import HAND, LiveHistogram, fixed_axes, plot_channels, plot_histogra
 from .plots import to_png
 from .records import CalibrationRecord, Conclusion, Key
 from .schemes import code_points, describe_args
-from .session import Session
-from .state import FORMATS, SHOWN, WorkbenchState
+from .session import FORMATS, SHOWN, Session, WorkbenchState
 from .stats import TensorStats
 
 # %% ../nbs/14e_inspector.ipynb #02556694

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from .lifecycle import Match, ModuleChange
 from .plots import BASE_COLORS, PHASE_COLORS
 from .schemes import faults_of
-from .session_parts import Progress
+from .session import Progress
 
 # %% ../nbs/14a_markup.ipynb #0ebf0012
 STYLE = """<style>

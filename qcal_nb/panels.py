@@ -17,8 +17,7 @@ from traitlets import Bytes, List, Unicode
 
 from .markup import CHIPS, PHASES, STYLE
 from .plots import plot_phases, plot_ranges, to_png
-from .session import Saved, Session
-from .state import WorkbenchState
+from .session import Saved, Session, WorkbenchState
 
 # %% ../nbs/14b_panels.ipynb #3407b61e
 _PICTURE_JS = """

@@ -14,16 +14,13 @@ import ipywidgets as w
 import numpy as np
 import pandas as pd
 
-from . import session as sessions
 from .comparison_tables import _db
 from .evaluate import check_causal
 from .lifecycle import QuantizationModifier
 from .markup import block, error_html, table_html, warning_html
 from .panels import Panel, static_picture
 from .schemes import preset_names
-from .session import Session
-from .session_parts import PHASES_IN_WORDS
-from .state import WorkbenchState
+from .session import PHASES_IN_WORDS, Session, WorkbenchState, session as sessions
 
 # %% ../nbs/14g_scheme_panel.ipynb #8981f179
 OWN = "the recipe now"

@@ -19,9 +19,7 @@ from .markup import phase_html, progress_text, term, tree_html, warning_html
 from .panels import Panel, static_picture
 from .scheme_fields import PARTS, PartFields, check_fields, edited, parts_of
 from .schemes import describe, is_preset, preset_names
-from .session import Session, in_background, pause, resume, stop
-from .session_parts import PHASES_IN_WORDS, SessionError
-from .state import WorkbenchState
+from .session import PHASES_IN_WORDS, Session, SessionError, WorkbenchState, in_background, pause, resume, stop
 
 # %% ../nbs/14c_stepper.ipynb #7ee7ee24
 WORDS = (

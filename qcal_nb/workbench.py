@@ -22,8 +22,7 @@ from .lifecycle import QuantizationModifier
 from .markup import STYLE, block
 from .panels import Panel
 from .records import CalibrationRecord
-from .session import Saved, Session, stop
-from .state import WorkbenchState
+from .session import Saved, Session, WorkbenchState, stop
 from .stepper import LifecycleStepper
 
 # %% ../nbs/15_workbench.ipynb #fe20a178

@@ -13,8 +13,7 @@ from qcal_nb.lifecycle import QuantizationMixin, QuantizationModifier, match_rep
 from qcal_nb.observers import Observer, flatten_for_calibration
 from qcal_nb.pipelines import calibrate
 from qcal_nb.records import CalibrationRecord, record
-from qcal_nb.session import Session
-from qcal_nb.session_parts import SessionError
+from qcal_nb.session import Session, SessionError
 
 FP8 = dict(scheme="FP8", ignore=["lm_head"])
 GROUPED_INPUT = dict(num_bits=4, type="float", strategy="group", group_size=32)

@@ -16,13 +16,12 @@ from qcal_nb.evaluate import compare_observers as measured
 from qcal_nb.lifecycle import QuantizationModifier, reset_quantization
 from qcal_nb.models import calibration_texts, load_tiny_llama
 from qcal_nb.pipelines import calibrate
-from qcal_nb.provenance import data_code, model_code
+from qcal_nb.session.provenance import data_code, model_code
 from qcal_nb.recipes import to_yaml
 from qcal_nb.records import CalibrationRecord, record_equal
 from qcal_nb.evaluate.best import COMPARED
 from qcal_nb.evaluate import observers_to_compare
-from qcal_nb.session import Saved, Session
-from qcal_nb.session_parts import SessionError
+from qcal_nb.session import Saved, Session, SessionError
 
 KV = dict(num_bits=8, type="float", strategy="tensor", dynamic=False, symmetric=True)
 RECIPES = {

@@ -15,9 +15,8 @@ from qcal_nb.observers import Observer, Registry
 from qcal_nb.observers import MinMaxObserver
 from qcal_nb.pipelines import calibrate
 from qcal_nb.records import record
-from qcal_nb.session import Session, in_background, pause, resume, stop
-from qcal_nb.session_parts import SessionError
-from qcal_nb.session_code import observer_code
+from qcal_nb.session import Session, SessionError, in_background, pause, resume, stop
+from qcal_nb.session.script import observer_code
 
 
 class Slow(torch.nn.Module):

@@ -19,7 +19,7 @@ from qcal_nb.plots import data_of
 from qcal_nb.records import CalibrationRecord, record
 from qcal_nb.stats import measure
 from qcal_nb.session import Saved, Session
-from qcal_nb.state import WorkbenchState, args_for
+from qcal_nb.session import WorkbenchState, args_for
 from tests.widgets.comparing import feed, ready
 
 UP, DOWN = "model.layers.1.mlp.up_proj", "model.layers.1.mlp.down_proj"

@@ -14,7 +14,7 @@ from qcal_nb.plots import data_of
 from qcal_nb.plots import plot_ranges, to_png
 from qcal_nb.records import CalibrationRecord, record
 from qcal_nb.session import Session
-from qcal_nb.state import WorkbenchState
+from qcal_nb.session import WorkbenchState
 from qcal_nb.stats import measure
 from qcal_nb.explorer import RangeExplorer
 

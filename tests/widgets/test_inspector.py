@@ -31,7 +31,7 @@ from qcal_nb.plots import data_of, drawn, plot_histogram
 from qcal_nb.stats import quality_of
 from qcal_nb.records import record
 from qcal_nb.session import Session
-from qcal_nb.state import FORMATS, WorkbenchState, args_for
+from qcal_nb.session import FORMATS, WorkbenchState, args_for
 from qcal_nb.stats import TensorStats, measure
 
 BATCHES = make_batches(4)

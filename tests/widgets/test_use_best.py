@@ -4,7 +4,7 @@ from helpers import FOUR_BITS, differences, fingerprint, make_batches, make_mode
 
 from qcal_nb.comparison import used_html
 from qcal_nb.session import Session
-from qcal_nb.state import WorkbenchState
+from qcal_nb.session import WorkbenchState
 from tests.widgets.comparing import feed, ready
 
 

@@ -10,9 +10,8 @@ from qcal_nb.lifecycle import phase_of
 from qcal_nb.models import calibration_texts, load_tiny_llama
 from qcal_nb.plots import data_of
 from qcal_nb.records import CalibrationRecord
-from qcal_nb.session import Session
-from qcal_nb.session_parts import SessionError
-from qcal_nb.state import WorkbenchState
+from qcal_nb.session import Session, SessionError
+from qcal_nb.session import WorkbenchState
 from qcal_nb.stepper import LifecycleStepper
 from qcal_nb.explorer import RangeExplorer
 
