@@ -29,7 +29,7 @@ from qcal_nb.models import load_tiny_llama
 from qcal_nb.pipelines import calibrate, feed
 from qcal_nb.records import new_collector, new_record, one_pass, recipe_to_record, record
 from qcal_nb.session import Session
-from qcal_nb.workbench import Workbench
+from qcal_nb.widgets import Workbench
 
 from . import sides
 from .measuring import FEW, Agreement, Found, Spread, Work, agreement, alternate, memory, one_read, threads

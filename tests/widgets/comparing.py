@@ -1,5 +1,5 @@
 """What several tests of the panel that compares need."""
-from qcal_nb.comparison import ObserverComparison
+from qcal_nb.widgets import ObserverComparison
 
 
 def feed(session):

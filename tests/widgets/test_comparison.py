@@ -7,12 +7,13 @@ import pytest
 import torch
 from helpers import make_batches, make_model
 
-from qcal_nb import comparison as drawing
-from qcal_nb import comparison_tables as comparison
+from qcal_nb.widgets import comparison as drawing
+from qcal_nb.widgets import comparison_html as comparison
 from qcal_nb.analysis import DERIVED, compare_observers
 from qcal_nb.calibration import scheme_args
-from qcal_nb.comparison import ObserverComparison, question_of
-from qcal_nb.comparison_tables import Question, Tables
+from qcal_nb.widgets import ObserverComparison
+from qcal_nb.widgets.comparison import question_of
+from qcal_nb.widgets.work import Question, Tables
 from qcal_nb.evaluate import compare_in_pieces
 from qcal_nb.lifecycle import QuantizationModifier
 from qcal_nb.plots import data_of

@@ -4,7 +4,8 @@ from helpers import make_batches, make_model
 from qcal_nb.evaluate import best_by_tensor, compare_in_pieces
 from qcal_nb.models import calibration_texts, load_tiny_llama
 from qcal_nb.records import CalibrationRecord
-from qcal_nb.scheme_panel import OWN, SchemeComparison, chosen_schemes, schemes_html, winners_html
+from qcal_nb.widgets.schemes import OWN, chosen_schemes, schemes_html, winners_html
+from qcal_nb.widgets import SchemeComparison
 from qcal_nb.session import Session
 
 

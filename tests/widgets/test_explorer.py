@@ -6,17 +6,17 @@ import pytest
 import torch
 from helpers import make_batches, make_model
 
-from qcal_nb import explorer as module
-from qcal_nb import panels
+from qcal_nb.widgets import explorer as module
+from qcal_nb.widgets import panel as panels
 from qcal_nb.analysis import choose, compare_observers, ranges
-from qcal_nb.explorer import Drawing, point_out
+from qcal_nb.widgets.explorer import Drawing, point_out
 from qcal_nb.plots import data_of
 from qcal_nb.plots import plot_ranges, to_png
 from qcal_nb.records import CalibrationRecord, record
 from qcal_nb.session import Session
 from qcal_nb.session import WorkbenchState
 from qcal_nb.stats import measure
-from qcal_nb.explorer import RangeExplorer
+from qcal_nb.widgets import RangeExplorer
 
 
 def explore(tensors, **state):

@@ -10,8 +10,8 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from helpers import FOUR_BITS, make_batches, make_model
 
-from qcal_nb import inspector as module_under_test
-from qcal_nb import panels
+from qcal_nb.widgets import inspector as module_under_test
+from qcal_nb.widgets import panel as panels
 from qcal_nb.analysis import (
     BY_HAND,
     Answers,
@@ -24,7 +24,8 @@ from qcal_nb.analysis import (
 from qcal_nb.analysis.observers import one_scale
 from qcal_nb.records import CalibrationRecord
 from qcal_nb.records import conclude_from
-from qcal_nb.inspector import SEARCHING, HistogramInspector, most_interesting
+from qcal_nb.widgets.inspector import SEARCHING, most_interesting
+from qcal_nb.widgets import HistogramInspector
 from qcal_nb.plots import LiveHistogram
 from qcal_nb.plots.tensor import stored_values
 from qcal_nb.plots import data_of, drawn, plot_histogram

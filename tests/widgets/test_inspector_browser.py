@@ -10,7 +10,7 @@ import pytest
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 CELL = """
-from qcal_nb.inspector import HistogramInspector
+from qcal_nb.widgets import HistogramInspector
 from qcal_nb.models import calibration_texts, load_tiny_llama
 from qcal_nb.session import Session
 model, tokenizer = load_tiny_llama()

@@ -15,7 +15,7 @@ ROWS = "table => Array.from(table.rows).slice(1).map(r => Array.from(r.cells).ma
 
 SETUP = """
 import hashlib, json, torch
-from qcal_nb.markup import changes_table
+from qcal_nb.widgets.html import changes_table
 def _digest():
     "Bits of all weights, and of the logits on a fixed text."
     bits = hashlib.sha256()

@@ -9,11 +9,11 @@ from helpers import differences, fingerprint, make_batches, make_model
 
 from qcal_nb.calibration import exclusive
 from qcal_nb.lifecycle import QuantizationModifier, reset_quantization
-from qcal_nb.markup import GLOSSARY, glossary_html, status_key, term, tree_html
+from qcal_nb.widgets.html import GLOSSARY, glossary_html, status_key, term, tree_html
 from qcal_nb.observers import Registry
 from qcal_nb.schemes import preset_names
 from qcal_nb.session import Session, in_background, stop
-from qcal_nb.stepper import LifecycleStepper
+from qcal_nb.widgets import LifecycleStepper
 
 
 def press(panel, *steps):

@@ -2,7 +2,7 @@
 import numpy as np
 from helpers import FOUR_BITS, differences, fingerprint, make_batches, make_model
 
-from qcal_nb.comparison import used_html
+from qcal_nb.widgets.comparison import used_html
 from qcal_nb.session import Session
 from qcal_nb.session import WorkbenchState
 from tests.widgets.comparing import feed, ready

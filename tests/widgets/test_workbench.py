@@ -12,8 +12,7 @@ from qcal_nb.plots import data_of
 from qcal_nb.records import CalibrationRecord
 from qcal_nb.session import Session, SessionError
 from qcal_nb.session import WorkbenchState
-from qcal_nb.stepper import LifecycleStepper
-from qcal_nb.explorer import RangeExplorer
+from qcal_nb.widgets import LifecycleStepper, RangeExplorer
 
 
 def press(wb, *steps):

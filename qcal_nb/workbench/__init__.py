@@ -1,0 +1,5 @@
+"""The workbench: `Workbench(model, data, tokenizer)`, a notebook's page for one calibration."""
+
+from ..widgets import Workbench
+
+__all__ = ["Workbench"]
