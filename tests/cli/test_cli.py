@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from qcal_nb import CalibrationRecord, load_tiny_llama
-from qcal_nb.cli import main, parser
+from qcal_nb.cli import main
+from qcal_nb.cli.commands import parser
 from qcal_nb.models import calibration_texts
 
 PROGRAM = Path(sys.executable).with_name("qcal-nb")

@@ -10,7 +10,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from qcal_nb.cli import parser
+from qcal_nb.cli.commands import parser
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ["README.md", "CONTRIBUTING.md"]

@@ -1,0 +1,7 @@
+"""The command line."""
+
+from .commands import main
+
+__all__ = [
+    "main",
+]
