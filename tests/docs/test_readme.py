@@ -1,4 +1,5 @@
-"README.md and CONTRIBUTING.md: what they link to exists, and what they tell one to type is understood. That the README is current: test_generated."
+"README.md and CONTRIBUTING.md: what they link to exists, and what they tell one to type is understood."
+import importlib.util
 import json
 import re
 import shlex
@@ -25,9 +26,11 @@ def headings(path: Path) -> set[str]:
     "Anchors of a markdown file or a notebook, as GitHub (markdown) and JupyterLab (notebook) make them."
     if path.suffix == ".ipynb":
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        titles = re.findall(r"^#+ (.+)$", "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown"), re.M)
+        prose = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+        titles = re.findall(r"^#+ (.+)$", prose, re.M)
         return {t.replace("`", "").replace(" ", "-") for t in titles}
-    return {re.sub(r"[^\w\- ]", "", t.lower()).replace(" ", "-") for t in re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.M)}
+    titles = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", t.lower()).replace(" ", "-") for t in titles}
 
 
 def broken(page: Path) -> list[str]:
@@ -57,7 +60,8 @@ def targets() -> dict[str, set[str]]:
 def unknown(command: str) -> list[str]:
     "The words of a `make` command that Makefile does not know."
     known, words = targets(), shlex.split(command)[1:]
-    return [w for w in words if ("=" in w and w.split("=")[0] not in known["variables"]) or ("=" not in w and w not in known["targets"])]
+    def is_known(word): return word.split("=")[0] in known["variables" if "=" in word else "targets"]
+    return [word for word in words if not is_known(word)]
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -65,7 +69,8 @@ def test_links_lead_somewhere(page): assert broken(ROOT / page) == []
 
 
 def test_a_broken_link_is_seen(tmp_path):
-    (tmp_path / "a.md").write_text("# One two\n\n[x](#one-two) [y](#three) ![p](no.png) [z](https://x.org) `[c](no.md)`")
+    text = "# One two\n\n[x](#one-two) [y](#three) ![p](no.png) [z](https://x.org) `[c](no.md)`"
+    (tmp_path / "a.md").write_text(text)
     assert broken(tmp_path / "a.md") == ["#three", "no.png"]
 
 
@@ -76,7 +81,8 @@ def test_make_knows_every_command(page):
 
 
 def test_an_unknown_target_is_seen():
-    assert unknown("make lab PORT=1") == [] and unknown("make tea") == ["tea"] and unknown("make lab SUGAR=1") == ["SUGAR=1"]
+    assert unknown("make lab PORT=1") == []
+    assert unknown("make tea") == ["tea"] and unknown("make lab SUGAR=1") == ["SUGAR=1"]
 
 
 def understood(command: str) -> bool:
@@ -105,3 +111,12 @@ def test_the_first_example_runs_as_it_stands_and_prints_what_is_shown(tmp_path):
     ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.rstrip() == shown
+
+
+def test_the_readme_is_current():
+    spec = importlib.util.spec_from_file_location("qcal_tools_readme", ROOT / "tools" / "readme.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    text, pictures = tool.readme(ROOT)
+    assert (ROOT / "README.md").read_text(encoding="utf-8") == text, "run `make readme`"
+    for path, png in pictures.items(): assert (ROOT / path).read_bytes() == png, f"{path}: run `make readme`"
