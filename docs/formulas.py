@@ -27,7 +27,7 @@ def inline(writer, node: nodes.math) -> None:
 
 
 def block(writer, node: nodes.math_block) -> None:
-    writer.body.append(f'<div class="math">{mathml(node, True)}</div>')
+    writer.body.append(f'<span class="formula">{mathml(node, True)}</span>')  # a div would end the paragraph around it
     raise nodes.SkipNode
 
 

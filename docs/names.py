@@ -20,7 +20,8 @@ INSIDE_CLASS = ("method", "property", "attribute")
 
 def is_made(value: object) -> bool:
     "Is it a class or a function (one of numba or with a cache, too), and no constant?"
-    return inspect.isclass(value) or inspect.isfunction(value) or hasattr(value, "__wrapped__") or hasattr(value, "py_func")
+    wrapped = hasattr(value, "__wrapped__") or hasattr(value, "py_func")
+    return inspect.isclass(value) or inspect.isfunction(value) or wrapped
 
 
 @cache

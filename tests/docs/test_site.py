@@ -1,4 +1,4 @@
-"The site of `make docs`: every chapter, link, picture, formula and name; nothing from elsewhere; and the parts that it is made by."
+"The site of `make docs`: every chapter, link, picture, formula and name; nothing from elsewhere; and how it is made."
 import base64
 import html
 import importlib
@@ -21,12 +21,12 @@ import toc
 import qcal_nb
 
 ELSEWHERE = re.compile(r"(?i)^(https?:)?//")
-VOID = ("meta", "link", "img", "input", "br", "hr", "path", "circle", "line", "polyline", "rect", "col", "source", "wbr")
+VOID = "meta link img input br hr path circle line polyline rect col source wbr".split()
 
 
 @dataclass
 class Found(HTMLParser):
-    "What a page holds: ids, links, files that it loads, text outside of code, text of folds, tags left open or closed out of turn."
+    "What a page holds: ids, links, files that it loads, text outside of code, text of folds, tags closed out of turn."
     ids: list[str] = field(default_factory=list)
     links: list[str] = field(default_factory=list)
     loads: list[str] = field(default_factory=list)
@@ -82,7 +82,8 @@ def broken(site):
             if re.match(r"\w+:|//", link): continue
             path, _, anchor = unquote(link).partition("#")
             target = (page.parent / path.partition("?")[0]).resolve() if path else page
-            if not target.is_file() or (anchor and target.suffix == ".html" and anchor not in look(target).ids): wrong.append((page.name, link))
+            lost = anchor and target.suffix == ".html" and target.is_file() and anchor not in look(target).ids
+            if not target.is_file() or lost: wrong.append((page.name, link))
     return wrong
 
 
@@ -92,7 +93,8 @@ def from_elsewhere(site):
     for page in [*pages(site), *site.rglob("*.css")]:
         text = page.read_text(encoding="utf-8")
         styles = text if page.suffix == ".css" else "".join(re.findall(r"(?s)<style.*?</style>", text))
-        found += [(page.name, x) for x in re.findall(r"""(?:url\(|@import\s)\s*["']?([^"')\s]+)""", styles) if ELSEWHERE.match(x)]
+        loaded = re.findall(r"""(?:url\(|@import\s)\s*["']?([^"')\s]+)""", styles)
+        found += [(page.name, x) for x in loaded if ELSEWHERE.match(x)]
     return found
 
 
@@ -136,7 +138,8 @@ def test_nothing_comes_from_elsewhere(site): assert from_elsewhere(site) == []
 def test_what_leads_nowhere_is_seen(site, tmp_path):
     shutil.copytree(site, tmp_path / "_docs")
     (tmp_path / "_docs" / "contents.html").rename(tmp_path / "_docs" / "elsewhere.html")
-    bad = '<a href="search.html#nowhere"></a><script src="https://x.org/a.js"></script><style>a { background: url(//x.org/b.png) }</style>'
+    bad = '<a href="search.html#nowhere"></a><script src="https://x.org/a.js"></script>'
+    bad += "<style>a { background: url(//x.org/b.png) }</style>"
     (tmp_path / "_docs" / "bad.html").write_text(bad)
     assert {("index.html", "contents.html"), ("bad.html", "search.html#nowhere")} <= set(broken(tmp_path / "_docs"))
     assert from_elsewhere(tmp_path / "_docs") == [("bad.html", "https://x.org/a.js"), ("bad.html", "//x.org/b.png")]
@@ -239,14 +242,14 @@ def test_no_page_has_an_address_in_memory(site):
 
 
 def test_pages_are_made_the_same_way_twice():
-    toc.cells.cache_clear()
-    assert [json.dumps(notebooks.page(doc)) for doc in ("index", "parity")] == [json.dumps(notebooks.page(doc)) for doc in ("index", "parity")]
+    once, again = ([json.dumps(notebooks.page(doc)) for doc in ("index", "parity")] for _ in range(2))
+    assert once == again
 
 
 # --- its parts ---
 
 def code(source, *tags, outputs=()):
-    return dict(cell_type="code", source=source, metadata=dict(tags=list(tags)), outputs=list(outputs), execution_count=None)
+    return dict(cell_type="code", source=source, metadata=dict(tags=list(tags)), outputs=list(outputs))
 
 
 def shown(*cells): return notebooks.pages_cells(list(cells), Path("."))
@@ -263,13 +266,15 @@ def test_directives_are_understood():
 def test_an_exported_cell_is_folded_and_has_anchors():
     anchors, cell = shown(code("#| export\ndef f(x): return x\n_a = 1\nA, B = 1, 2"))
     assert re.findall(r'id="([^"]+)"', anchors["source"]) == ["def-f", "def-A", "def-B"]
-    assert cell["metadata"]["tags"] == ["hide-input"] and cell["metadata"]["mystnb"]["code_prompt_show"] == "Source: f, A, B"
+    assert cell["metadata"]["tags"] == ["hide-input"]
+    assert cell["metadata"]["mystnb"]["code_prompt_show"] == "Source: f, A, B"
     assert notebooks.defined("%timeit x") == [] and notebooks.defined("import a") == []
 
 
 def test_the_fold_of_a_solution_holds_words_and_code():
     words = "Why?\n\n<details><summary>Solution</summary>\n\nBecause.\n\n```python\nx = 1\n```\n\n</details>"
-    found = shown(notebooks.markdown(words), code("x = 1", "solution"), code("y = 2", "solution"), notebooks.markdown("Next."))
+    cells = [code("x = 1", "solution"), code("y = 2", "solution"), notebooks.markdown("Next.")]
+    found = shown(notebooks.markdown(words), *cells)
     assert [c["source"].strip() for c in found] == [words.split("\n\n```")[0], "x = 1", "y = 2", "</details>", "Next."]
     bare = shown(notebooks.markdown("Why?"), code("x = 1", "solution"))
     assert bare[0]["source"].strip().endswith(notebooks.FOLD) and bare[-1]["source"] == "</details>"
@@ -281,18 +286,21 @@ def test_terminal_text():
 
 def test_pictures_have_words_and_a_size():
     assert notebooks.alt('ax.set_title("Ranges")', "s") == "Picture: Ranges"
-    assert notebooks.alt("plot_ranges(run)", "s") == "Picture: plot_ranges" and notebooks.alt("x", "Two") == "Picture of the section “Two”"
+    assert notebooks.alt("plot_ranges(run)", "s") == "Picture: plot_ranges"
+    assert notebooks.alt("x", "Two") == "Picture of the section “Two”"
     head = b"\x89PNG\r\n\x1a\n" + bytes(8) + struct.pack(">II", 400, 200)
     dense = head + b"pHYs" + struct.pack(">I", round(200 / 0.0254))
     assert notebooks.inches(head) == 400 and notebooks.inches(dense) == 200
-    picture = dict(output_type="display_data", metadata={}, data={"image/png": base64.b64encode(dense).decode(), "text/plain": "VBox(children=())"})
+    data = {"image/png": base64.b64encode(dense).decode(), "text/plain": "VBox(children=())"}
+    picture = dict(output_type="display_data", metadata={}, data=data)
     cell, note = shown(code("wb", outputs=[picture]))
     assert cell["outputs"][0]["metadata"] == {"image/png": dict(width=200)} and note["source"] == notebooks.LIVE
 
 
 def test_a_dark_picture_beside_a_light_one_is_shown_in_the_dark(tmp_path):
     (tmp_path / "a-dark.png").touch()
-    assert notebooks.with_dark("![x](a.png) ![y](b.png)", tmp_path) == "![x](a.png){.only-light} ![x](a-dark.png){.only-dark} ![y](b.png)"
+    both = "![x](a.png){.only-light} ![x](a-dark.png){.only-dark}"
+    assert notebooks.with_dark("![x](a.png) ![y](b.png)", tmp_path) == f"{both} ![y](b.png)"
 
 
 def test_names_are_followed_home():

@@ -1,4 +1,4 @@
-"qcal_nb/ is exactly what the notebooks export, the notebooks are clean, README.md is current; and the checks that say so can fail."
+"qcal_nb/ is exactly what the notebooks export, the notebooks are clean; and the checks that say so can fail."
 import importlib.util
 import json
 import shutil
@@ -121,10 +121,3 @@ def test_widget_views_and_state_are_dropped(tmp_path):
     nb = json.loads((tmp_path/"w.ipynb").read_text())
     assert nb["metadata"] == {} and [sorted(o.get("data", {})) for o in nb["cells"][0]["outputs"]] == [["image/png", "text/plain"], []]
     assert not clean_outputs.clean_file(tmp_path/"w.ipynb")               # nothing left to do
-
-# --- README.md ---
-
-def test_readme_is_current():
-    text, pictures = tool("readme").readme(ROOT)
-    assert (ROOT/"README.md").read_text(encoding="utf-8") == text, "run `make readme`"
-    for path, png in pictures.items(): assert (ROOT/path).read_bytes() == png, f"{path}: run `make readme`"
