@@ -9,9 +9,9 @@ from .observers import (
     at_limit,
     best_of,
     compare_observers,
-    conclusion_by_hand,
-    conclusion_of,
-    conclusion_row,
+    result_by_hand,
+    result_of,
+    result_row,
     mark_best,
     observers_table,
     same_args,
@@ -20,7 +20,7 @@ from .observers import (
     usual_observers,
 )
 from .settling import convergence, enough_in_words, history, percent_of
-from .summary import Finding, Tables, findings, findings_from, tables_of
+from .summary import Finding, RecordTables, findings, findings_from, tables_of
 from .tables import (
     LOUD,
     ORDERS,
@@ -45,7 +45,7 @@ __all__ = [
     "Finding",
     "LOUD",
     "ORDERS",
-    "Tables",
+    "RecordTables",
     "args_of",
     "at_limit",
     "best_of",
@@ -53,9 +53,6 @@ __all__ = [
     "choose",
     "compare_observers",
     "compile_pattern",
-    "conclusion_by_hand",
-    "conclusion_of",
-    "conclusion_row",
     "convergence",
     "coverage",
     "diff",
@@ -73,6 +70,9 @@ __all__ = [
     "percent_of",
     "place_in_words",
     "ranges",
+    "result_by_hand",
+    "result_of",
+    "result_row",
     "same_args",
     "scale_columns",
     "tables_of",

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from .tables import WHERE, check_record, model_table, where_in
-from ..records import CalibrationRecord, Conclusion, Key
+from ..records import CalibrationRecord, ObserverResult, Key
 
 # %% ../../nbs/analysis/difference.ipynb #7166f327
 DIFF_COLUMNS = [
@@ -36,7 +36,7 @@ def _ratio(a: float, b: float) -> float: return b / a if a and math.isfinite(a) 
 def _moved(*ratios: float) -> float: return max((abs(math.log2(r)) for r in ratios if r and r == r), default=0.0)
 
 
-def _scale_ratio(a: Conclusion, b: Conclusion) -> float:
+def _scale_ratio(a: ObserverResult, b: ObserverResult) -> float:
     "The ratio of the scale that moved most; nan if there are none to compare."
     if a.scale is None or b.scale is None or a.scale.shape != b.scale.shape: return math.nan
     ratios = (b.scale.double() / a.scale.double()).reshape(-1)
@@ -48,8 +48,8 @@ def _diff_rows(a: CalibrationRecord, b: CalibrationRecord, key: Key) -> list[dic
     two = b.tensors[key]
     ends = dict(min_a=one.min, min_b=two.min, max_a=one.max, max_b=two.max) if one.count and two.count else {}
     ratios = dict(range_ratio=_ratio(one.absmax, two.absmax), std_ratio=_ratio(one.std, two.std))
-    names = [n for n in a.observers if (*key, n) in a.conclusions and (*key, n) in b.conclusions] or [""]
-    scales = {n: _scale_ratio(a.conclusions[(*key, n)], b.conclusions[(*key, n)]) if n else math.nan for n in names}
+    names = [n for n in a.observers if (*key, n) in a.results and (*key, n) in b.results] or [""]
+    scales = {n: _scale_ratio(a.results[(*key, n)], b.results[(*key, n)]) if n else math.nan for n in names}
     return [
         ends | ratios | dict(observer=n, scale_ratio=r, moved=_moved(*ratios.values(), r), only_in="")
         for n, r in scales.items()

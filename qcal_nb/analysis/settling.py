@@ -15,19 +15,19 @@ import pandas as pd
 from compressed_tensors.quantization import QuantizationArgs
 
 from .tables import WHERE, check_record, model_table, where_in
-from ..observers import Asked, DEFAULT_ARGS
-from ..records import CalibrationRecord, conclude_from
+from ..observers import ObserverSpec, DEFAULT_ARGS
+from ..records import CalibrationRecord, result_from_stats
 from ..stats import TensorStats, quality_of
 
 # %% ../../nbs/analysis/settling.ipynb #1894cae1
 def _history_of(
-    stats: TensorStats, base_name: str, asked: Asked, args: QuantizationArgs, levels: Iterable[int]
+    stats: TensorStats, base_name: str, asked: ObserverSpec, args: QuantizationArgs, levels: Iterable[int]
 ) -> list[dict[str, Any]]:
     rows = []
     for k in levels:
-        so_far = stats.snapshot(k)
+        so_far = stats.up_to(k)
         part = TensorStats({0: so_far}, dtypes=stats.dtypes)
-        found = conclude_from(part, base_name, asked, args)
+        found = result_from_stats(part, base_name, asked, args)
         cost = math.nan if found.reason else quality_of(stats, args, found.scale, found.zero_point).sqnr_db
         empty = not so_far.histogram.count
         rows.append(
@@ -37,7 +37,7 @@ def _history_of(
 
 
 def history(
-    record: CalibrationRecord, observer: Asked = "static_minmax", args: QuantizationArgs | None = None
+    record: CalibrationRecord, observer: ObserverSpec = "static_minmax", args: QuantizationArgs | None = None
 ) -> pd.DataFrame:
     """A row per activation and level: the range of the first `batches` batches (by index), and the SQNR on all data
     of the scale that the observer would have concluded from them. int8 symmetric per tensor unless `args` say
@@ -81,7 +81,7 @@ def _settled_row(rows: pd.DataFrame, share: float) -> dict[str, Any]:
 def convergence(
     record: CalibrationRecord,
     share: float = 0.05,
-    observer: Asked = "static_minmax",
+    observer: ObserverSpec = "static_minmax",
     args: QuantizationArgs | None = None,
 ) -> pd.DataFrame:
     """A row per activation: after how many tokens its range, and the size of the quantization noise of the scale

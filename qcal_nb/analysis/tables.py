@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from ..lifecycle import QuantizationMixin, suspicious_scales
-from ..records import CalibrationRecord, Conclusion, Key
+from ..records import CalibrationRecord, ObserverResult, Key
 from ..stats import NonFinite, TensorStats
 
 # %% ../../nbs/analysis/tables.ipynb #df19115d
@@ -171,7 +171,7 @@ COVERAGE_COLUMNS = [
 ]
 
 
-def _covered(c: Conclusion) -> dict[str, Any]:
+def _covered(c: ObserverResult) -> dict[str, Any]:
     counts = (0, 0, 0, 0) if c.scale is None else (c.scale.numel(), *suspicious_scales(c.scale, c.args))
     n = c.counts
     return dict(
@@ -207,7 +207,7 @@ def coverage(source: CalibrationRecord | QuantizationMixin) -> pd.DataFrame:
     tokens = check_record(source).expert_tokens
     rows = [
         where_in(source, key[:2]) | _covered(c) | dict(expert_tokens=tokens.get(key[0].rpartition(".")[0]))
-        for key, c in source.conclusions.items()
+        for key, c in source.results.items()
     ]
     return model_table(rows, COVERAGE_COLUMNS, source).astype({"expert_tokens": "Int64"})
 

@@ -112,7 +112,7 @@ def _loading(model: str, data: str | None) -> str:
     theirs = ["load_model"] * (model != TINY) + ["read_texts"] * (data is not None)
     imports = [
         f"from qcal_nb.{module} import {', '.join(names)}"
-        for module, names in (("cli_inputs", theirs), ("models", ours))
+        for module, names in (("cli.inputs", theirs), ("models", ours))
         if names
     ]
     texts = (

@@ -2,4 +2,7 @@
 
 from ..stats.histogram import Distribution, Histogram
 
-__all__ = ["Distribution", "Histogram"]
+__all__ = [
+    "Distribution",
+    "Histogram",
+]

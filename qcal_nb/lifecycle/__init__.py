@@ -2,12 +2,12 @@
 
 from .config import check_on_uncalibrated
 from .coverage import Coverage, extreme_scales, suspicious_scales
-from .ledger import (
-    Ledger,
+from .undo_log import (
+    UndoLog,
     LifecycleError,
     borrowed,
     experts_apart,
-    ledger_of,
+    undo_log_of,
     phase_of,
     reset_quantization,
     unfuse_experts,
@@ -32,7 +32,6 @@ __all__ = [
     "Coverage",
     "Event",
     "EventType",
-    "Ledger",
     "LifecycleError",
     "Match",
     "ModuleChange",
@@ -41,6 +40,7 @@ __all__ = [
     "QuantizationModifier",
     "Snapshot",
     "State",
+    "UndoLog",
     "borrowed",
     "changes",
     "check_on_uncalibrated",
@@ -51,7 +51,6 @@ __all__ = [
     "extreme_scales",
     "initialize_quantization",
     "lacking_data",
-    "ledger_of",
     "match_report",
     "observed_names",
     "phase_of",
@@ -64,6 +63,7 @@ __all__ = [
     "suspicious_scales",
     "uncomputed",
     "undo",
+    "undo_log_of",
     "unfuse_experts",
     "warn_unmatched",
 ]

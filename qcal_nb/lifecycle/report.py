@@ -14,7 +14,7 @@ from compressed_tensors.utils.match import is_match, match_targets
 from torch.nn import Module
 
 from ..calibration import QPARAMS, stored_parameters
-from .ledger import ledger_of
+from .undo_log import undo_log_of
 from .match import QUANTIZABLE, is_cache_scheme, schemes_by_module
 from .steps import QuantizationMixin
 from ..modeling import attention_modules
@@ -65,7 +65,7 @@ def _match_attention(name: str, module: Module, scheme: QuantizationScheme | Non
 def match_report(model: Module, modifier: QuantizationMixin) -> list[Match]:
     """A row for every module with a matrix of its own, in model order: quantized or not, and why. Looks only.
     Attention modules, which have none, appear where a target or `kv_cache_scheme` means them."""
-    ledger_of(model)  # a TypeError unless it is a model
+    undo_log_of(model)  # a TypeError unless it is a model
     if not isinstance(modifier, QuantizationMixin):
         raise TypeError(f"modifier must be a QuantizationModifier, got {type(modifier).__name__}")
     config = modifier.resolved_config

@@ -30,8 +30,8 @@ from ..calibration import observer_of, observers_in, qparams_of, refuse_if_held,
 from ..calibration import update_qparams, write_qparams
 from .config import _Fields, check_on_uncalibrated, config_needs_data, resolve_config
 from .coverage import Coverage, cover, expert_tokens_of
-from .ledger import Ledger, LifecycleError, ledger_of, phase_of, refuse_quantized, start_anew, step
-from .ledger import take_over_offload, unfuse_experts
+from .undo_log import UndoLog, LifecycleError, undo_log_of, phase_of, refuse_quantized, start_anew, step
+from .undo_log import take_over_offload, unfuse_experts
 from .match import QUANTIZABLE, _need_attention, _warn_about, check_schemes, is_cache_scheme
 from .match import observed_names, reaches_experts, schemes_by_module
 from .snapshots import restore, snapshot
@@ -89,7 +89,7 @@ def _ready_to_initialize(model: Module) -> None:
     if phase_of(model) == "calibrating":
         raise ValueError("this model is in calibration; end it (end_calibration) or take it back (reset_quantization) "
                          "before initializing again")
-    if ledger_of(model) is None:
+    if undo_log_of(model) is None:
         refuse_quantized(model, "initialize")
     own = [
         p for m in model.modules() if isinstance(m._parameters, dict) for p in m._parameters.values() if p is not None
@@ -116,7 +116,7 @@ def initialize_quantization(self: QuantizationMixin, model: Module, unfuse: bool
         _need_attention(model, config, chosen)
         with disable_onloading():
             check_schemes(model, chosen, self.bypass_divisibility_checks)  # shapes suffice
-        with step(model, replace(ledger_of(model) or Ledger(), phase="initialized", config=config)):
+        with step(model, replace(undo_log_of(model) or UndoLog(), phase="initialized", config=config)):
             _attach_schemes(model, config, chosen)
             for module, _ in chosen.values():
                 _unset_scales(module)
@@ -154,8 +154,8 @@ def _first_step(model: Module) -> str:
     return "start_calibration" if phase_of(model) == "initialized" else "initialize_quantization"
 
 
-def _need(model: Module, mixin: QuantizationMixin, phase: str, verb: str, first: str) -> Ledger:
-    ledger = ledger_of(model)
+def _need(model: Module, mixin: QuantizationMixin, phase: str, verb: str, first: str) -> UndoLog:
+    ledger = undo_log_of(model)
     refuse_if_held(model, verb)
     if ledger is None or ledger.phase != phase:
         raise LifecycleError(f"cannot {verb} a model that is {phase_of(model)}; {first} first")
@@ -378,8 +378,8 @@ def compute_remaining(self: QuantizationMixin, model: Module, on_uncalibrated: s
         short = lacking_data(self, model, weights=True)
         if short and check_on_uncalibrated(on_uncalibrated or self.on_uncalibrated) == "raise":
             refuse_unset(short)
-        concluded = [(m, o, o.get_qparams()) for m in modules for o in _fresh(m)]  # all of them, before any is written
-        for module, observer, qparams in concluded:
+        observer_result = [(m, o, o.get_qparams()) for m in modules for o in _fresh(m)]  # all of them, before any is written
+        for module, observer, qparams in observer_result:
             _check_shapes(module, observer, qparams)
-    for module, observer, qparams in concluded:
+    for module, observer, qparams in observer_result:
         write_qparams(module, observer, qparams=qparams)

@@ -5,16 +5,16 @@ from .flatten import ACTIVATIONS, BASE_NAMES, check_args, check_base_name, flatt
 from .hearing import NOBODY, current_feed, feed_owner, feeding, owned_by, unobserved
 from .histogram import EntropyObserver, HistogramMSEObserver, HistogramObserver, PercentileObserver
 from .imatrix import IMatrixMSEObserver, NVFP4ExpandedIMatrixObserver
-from .memo import Once, sharing
+from .memo import TensorMemo, sharing
 from .minmax import MemorylessMinMaxObserver, MinMaxObserver, StaticMinMaxObserver
 from .mse import FourOverSixObserver, MSEObserver, MemorylessMSEObserver, NVFP4ExpandedMSEObserver
 from .registry import Registry, find_observer, observer_key
 from .spec import (
-    Asked,
+    ObserverSpec,
     DEFAULT_ARGS,
-    args_to_ask,
-    asked_by,
-    asked_in,
+    args_or_default,
+    specs_from_args,
+    specs_from_config,
     known_kwargs,
     label_of,
     name_and_kwargs,
@@ -24,7 +24,6 @@ from .spec import (
 
 __all__ = [
     "ACTIVATIONS",
-    "Asked",
     "BASE_NAMES",
     "Counts",
     "DEFAULT_ARGS",
@@ -41,16 +40,15 @@ __all__ = [
     "NVFP4ExpandedIMatrixObserver",
     "NVFP4ExpandedMSEObserver",
     "Observer",
-    "Once",
+    "ObserverSpec",
     "PercentileObserver",
     "QParamsDict",
     "Registry",
     "StaticMinMaxObserver",
+    "TensorMemo",
     "about_to_change",
     "all_or_nothing",
-    "args_to_ask",
-    "asked_by",
-    "asked_in",
+    "args_or_default",
     "check_args",
     "check_base_name",
     "current_feed",
@@ -68,5 +66,7 @@ __all__ = [
     "owned_by",
     "qparams_for",
     "sharing",
+    "specs_from_args",
+    "specs_from_config",
     "unobserved",
 ]

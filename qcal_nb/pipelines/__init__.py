@@ -3,7 +3,7 @@
 from .basic import PIPELINES, calibrate
 from .context import calibration_context
 from .data import (
-    Replay,
+    RepeatableBatches,
     Running,
     batches,
     check_mask,
@@ -22,7 +22,7 @@ from .sequential import PROPAGATE
 __all__ = [
     "PIPELINES",
     "PROPAGATE",
-    "Replay",
+    "RepeatableBatches",
     "Running",
     "batches",
     "calibrate",

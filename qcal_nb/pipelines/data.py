@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Mask', 'batches', 'expected_batches', 'warn_if_too_long', 'feed', 'count_tokens', 'Running', 'check_mask',
            'mask_in_words', 'kept_tokens', 'numbered', 'reads_two_sequences', 'warn_of_padding', 'running_of',
-           'not_empty', 'Replay']
+           'not_empty', 'RepeatableBatches']
 
 # %% ../../nbs/pipelines/data.ipynb #9b5d3cd5
 import inspect
@@ -318,7 +318,7 @@ def not_empty(stream: Iterator[tuple[int, Any]], names: tuple[str, ...]) -> Iter
     return stream if first is None else itertools.chain([first], stream)
 
 # %% ../../nbs/pipelines/data.ipynb #011b4ca3
-class Replay:
+class RepeatableBatches:
     """Batches by number, prepared when first asked for and kept. Data that fails while it is read fails again when
     asked again."""
 

@@ -29,7 +29,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.utils import logging as transformers_logging
 
 from ..calibration import QPARAMS, exclusive
-from ..lifecycle import Ledger, LifecycleError, QuantizationMixin, edits, ledger_of, phase_of, schemes_by_module
+from ..lifecycle import UndoLog, LifecycleError, QuantizationMixin, edits, undo_log_of, phase_of, schemes_by_module
 from ..lifecycle import snapshot, uncomputed, undo
 from ..modeling import attention_modules, fused_experts, unfused_experts
 from .config import recipe_of
@@ -42,8 +42,8 @@ from ..warn import warn_once
 _Stored = dict[str, tuple[Module, QuantizationScheme, CompressionFormat]]
 
 
-def _calibrated(model: Module, verb: str) -> Ledger:
-    ledger = ledger_of(model)
+def _calibrated(model: Module, verb: str) -> UndoLog:
+    ledger = undo_log_of(model)
     if ledger is None or ledger.phase != "calibrated":
         raise LifecycleError(f"cannot {verb} a model that is {phase_of(model)}; calibrate it first")
     return ledger

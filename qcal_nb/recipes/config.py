@@ -15,7 +15,7 @@ from compressed_tensors.quantization import QuantizationConfig, QuantizationSche
 from compressed_tensors.utils.match import is_match, match_name, match_targets
 from torch.nn import Module
 
-from ..lifecycle import LifecycleError, QUANTIZABLE, QuantizationMixin, QuantizationModifier, ledger_of
+from ..lifecycle import LifecycleError, QUANTIZABLE, QuantizationMixin, QuantizationModifier, undo_log_of
 from ..lifecycle import schemes_by_module
 from ..modeling import fused_experts
 from .plain import _METHOD, _PARTS, _config_to_dict, _modifier, _parse, _plain, _text_of
@@ -72,7 +72,7 @@ def from_config(source: Any) -> QuantizationModifier:
 
 def recipe_of(model: Module) -> QuantizationModifier:
     "The recipe that a model was initialized with, as its ledger has it. LifecycleError if it was not."
-    ledger = ledger_of(model)
+    ledger = undo_log_of(model)
     if ledger is None:
         raise LifecycleError("this model carries no recipe: it was not initialized here. "
                              "Of a checkpoint: from_config(path)")

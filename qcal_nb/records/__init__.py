@@ -1,13 +1,13 @@
 """One pass over the data, kept: what was seen of every tensor, what observers concluded, and files."""
 
-from .calibration_record import About, CalibrationRecord, ConclusionKey, Key, record_equal, unequal_parts
+from .calibration_record import About, CalibrationRecord, ResultKey, Key, record_equal, unequal_parts
 from .collect import Collector
-from .concluding import Conclusions
-from .conclusions import (
-    Conclusion,
+from .live_results import LiveResults
+from .results import (
+    ObserverResult,
     NEVER_SEEN,
-    conclude_from,
-    concluded,
+    result_from_stats,
+    observer_result,
     counts_of,
     follows_from_stats,
     statistics_from,
@@ -35,29 +35,29 @@ __all__ = [
     "Attached",
     "CalibrationRecord",
     "Collector",
-    "Conclusion",
-    "ConclusionKey",
-    "Conclusions",
     "Key",
+    "LiveResults",
     "Memory",
     "NEVER_SEEN",
+    "ObserverResult",
+    "ResultKey",
     "all_ranks",
     "args_by_tensor",
     "attention_open",
     "check_base_names",
     "check_observers",
-    "conclude_from",
-    "concluded",
     "counts_of",
     "follows_from_stats",
     "kept_of",
     "modules_to_record",
     "new_collector",
     "new_record",
+    "observer_result",
     "one_pass",
     "recipe_to_record",
     "record",
     "record_equal",
+    "result_from_stats",
     "selected",
     "statistics_from",
     "tensors_to_record",

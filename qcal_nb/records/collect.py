@@ -15,11 +15,11 @@ from compressed_tensors.modeling import IMPL_ATTR, KV_CACHE_ATTR
 from torch import Tensor
 from torch.nn import Module
 
-from ..observers import Asked, Once, current_feed, sharing
+from ..observers import ObserverSpec, TensorMemo, current_feed, sharing
 from ..pipelines import Running
 from .calibration_record import Key
 from .observing import Observers
-from .tokens import Teller, kept_of, leading_of, selected
+from .tokens import TokenContext, kept_of, leading_of, selected
 from ..stats import Histogram, Level, N_EXTREMES, NonFiniteError, TensorStats, measure
 from ..taps import STATES, first_tensor
 
@@ -99,7 +99,7 @@ def _both_calls(first: TensorStats, second: TensorStats) -> TensorStats:
     return replace(first | second, batches=max(first.batches, second.batches))
 
 
-def _told(teller: Teller, stats: TensorStats, least: float) -> TensorStats:
+def _told(teller: TokenContext, stats: TensorStats, least: float) -> TensorStats:
     return replace(stats, top=tuple(teller(e) if abs(e.value) >= least else e for e in stats.top))
 
 
@@ -122,8 +122,8 @@ class Collector:
     def __init__(
         self,
         tensors: Mapping[Key, Module],
-        observers: Mapping[str, Iterable[Asked]]
-        | Iterable[Asked] = (),  # The same for all, or by base name ("": any other)
+        observers: Mapping[str, Iterable[ObserverSpec]]
+        | Iterable[ObserverSpec] = (),  # The same for all, or by base name ("": any other)
         args: Callable[[str, str], Any] | None = None,  # From module and base name to the QuantizationArgs of observers
         owner: str | None = None,  # Only what this owner feeds is looked at; None: what nobody claims
         tokenizer: Any = None,
@@ -135,7 +135,7 @@ class Collector:
         self.tokenizer = tokenizer
         self.nonfinite = nonfinite
         self.observers = Observers(observers, args, nonfinite)
-        self.once = Once()
+        self.once = TensorMemo()
         self.running = Running()
         self.teller = None
         self.news: dict[Key, TensorStats] = {}
@@ -146,7 +146,7 @@ class Collector:
         "A new batch; nothing is left of one that failed."
         self.running, self.news, self.tainted = running, {}, set()
         self.teller = (
-            Teller(self.tokenizer, running) if self.tokenizer is not None and running.ids is not None else None
+            TokenContext(self.tokenizer, running) if self.tokenizer is not None and running.ids is not None else None
         )
         self.observers.begin()
         self.once.clear()

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..observers import Asked, DEFAULT_ARGS, Observer, Once, label_of, new_observer
-from .calibration_record import ConclusionKey
-from .conclusions import follows_from_stats
+from ..observers import ObserverSpec, DEFAULT_ARGS, Observer, TensorMemo, label_of, new_observer
+from .calibration_record import ResultKey
+from .results import follows_from_stats
 
 # %% ../../nbs/records/observing.ipynb #48750458
 Memory = dict[str, Any]  # an observer's __dict__; its updates make new tensors, so references suffice
@@ -22,7 +22,7 @@ Memory = dict[str, Any]  # an observer's __dict__; its updates make new tensors,
 class Attached:
     "One observer and its arguments, for any number of tensors."
 
-    def __init__(self, asked: Asked, base_name: str, args: Any, nonfinite: str = "raise") -> None:
+    def __init__(self, asked: ObserverSpec, base_name: str, args: Any, nonfinite: str = "raise") -> None:
         self.asked = asked
         self.base_name = base_name
         self.args = args
@@ -58,7 +58,7 @@ class Observers:
 
     def __init__(
         self,
-        asked: Mapping[str, Iterable[Asked]] | Iterable[Asked],
+        asked: Mapping[str, Iterable[ObserverSpec]] | Iterable[ObserverSpec],
         args: Callable[[str, str], Any] | None,
         nonfinite: str,
     ) -> None:
@@ -67,8 +67,8 @@ class Observers:
         self.asked = {label_of(one): one for some in by_base.values() for one in some}
         self.args = args or (lambda name, base_name: DEFAULT_ARGS)
         self.nonfinite = nonfinite
-        self.memory: dict[ConclusionKey, Memory] = {}
-        self._new: dict[ConclusionKey, Memory] = {}
+        self.memory: dict[ResultKey, Memory] = {}
+        self._new: dict[ResultKey, Memory] = {}
         self._made: dict[tuple, Attached | str] = {}
 
     def of(self, name: str, base_name: str) -> dict[str, Attached | str]:
@@ -91,13 +91,13 @@ class Observers:
     def keep(self) -> None: self.memory, self._new = self.memory | self._new, {}
 
     def show(
-        self, once: Once, attached: Attached, key: ConclusionKey, value: Tensor, see: Callable[[Observer], Any]
+        self, once: TensorMemo, attached: Attached, key: ResultKey, value: Tensor, see: Callable[[Observer], Any]
     ) -> None:
         "Let one observer see something of a tensor, unless it has for another module with the same past."
         old = self._new.get(key) or self.memory.get(key) or attached.fresh
         self._new[key] = once(value, (id(attached), id(old)), lambda: (attached.look(old, key[0], see), old))[0]
 
-    def see(self, once: Once, name: str, base_name: str, value: Tensor, shown: Tensor) -> None:
+    def see(self, once: TensorMemo, name: str, base_name: str, value: Tensor, shown: Tensor) -> None:
         """Show `shown`, what counts of `value`, to the observers of the tensor; and what a module is fed to those
         of its weight that listen."""
         for label, one in self.of(name, base_name).items():
@@ -109,7 +109,7 @@ class Observers:
                 self.show(once, one, (name, "weight", label), value, lambda o: o.hear(shown))
 
 # %% ../../nbs/records/observing.ipynb #3fee0b93
-def _made(made: dict[tuple, Attached | str], asked: Asked, base_name: str, args: Any, nonfinite: str) -> Attached | str:
+def _made(made: dict[tuple, Attached | str], asked: ObserverSpec, base_name: str, args: Any, nonfinite: str) -> Attached | str:
     key = label_of(asked), base_name, id(args)
     if key not in made:
         try:

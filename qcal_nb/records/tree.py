@@ -16,7 +16,7 @@ from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
 from ..observers import Counts
-from .conclusions import Conclusion
+from .results import ObserverResult
 from .files import check_form
 from ..stats import Extreme, Histogram, Level, NonFinite, TensorStats, Timeline
 
@@ -83,7 +83,7 @@ def _stats_from_tree(t: Mapping[str, Any]) -> TensorStats:
     )
 
 # %% ../../nbs/records/tree.ipynb #f3933f67
-def _conclusion_to_list(c: Conclusion, args: int) -> list:
+def _result_to_list(c: ObserverResult, args: int) -> list:
     n = c.counts
     counts = [n.observations, n.elements, n.batches, n.skipped, n.nonfinite, _place_to_list(n.first_nonfinite)]
     return [
@@ -102,9 +102,9 @@ def _conclusion_to_list(c: Conclusion, args: int) -> list:
     ]
 
 
-def _conclusion_from_list(found: list, args: list[QuantizationArgs]) -> Conclusion:
+def _result_from_list(found: list, args: list[QuantizationArgs]) -> ObserverResult:
     observer, base_name, i, *rest, counts, reason = found
-    return Conclusion(observer, base_name, args[i], *rest, Counts(*counts[:5], _place_from_list(counts[5])), reason)
+    return ObserverResult(observer, base_name, args[i], *rest, Counts(*counts[:5], _place_from_list(counts[5])), reason)
 
 # %% ../../nbs/records/tree.ipynb #987110fc
 _ENDS = int | float | None

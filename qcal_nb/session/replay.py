@@ -16,11 +16,11 @@ from ..analysis import same_args
 from ..calibration import observer_of
 from ..lifecycle import observed_names
 from ..observers import Counts, Observer, find_observer, observer_name
-from ..records import Attached, CalibrationRecord, Collector, Conclusion, ConclusionKey, Key, Memory, counts_of
+from ..records import Attached, CalibrationRecord, Collector, ObserverResult, ResultKey, Key, Memory, counts_of
 from ..records import follows_from_stats, statistics_from
 
 # %% ../../nbs/session/replay.ipynb #72765ae4
-def _same_observer(c: Conclusion, observer: Observer) -> bool:
+def _same_observer(c: ObserverResult, observer: Observer) -> bool:
     "Whether a conclusion is of just this observer, with just these arguments."
     name = observer.args.observer or observer_name(observer.args, observer.base_name)
     known = c.scale is not None and c.args.observer and find_observer(c.args.observer) is find_observer(name)
@@ -36,10 +36,10 @@ def known_of(record: CalibrationRecord, key: Key, observer: Observer) -> tuple[d
     return next(((dict(c.statistics), c.counts) for c in found), None)
 
 
-def _of_tensor(record: CalibrationRecord, key: Key) -> Iterator[tuple[ConclusionKey, Conclusion]]:
+def _of_tensor(record: CalibrationRecord, key: Key) -> Iterator[tuple[ResultKey, ObserverResult]]:
     for name in record.observers:
-        if (*key, name) in record.conclusions:
-            yield (*key, name), record.conclusions[(*key, name)]
+        if (*key, name) in record.results:
+            yield (*key, name), record.results[(*key, name)]
 
 # %% ../../nbs/session/replay.ipynb #713f678f
 Known = dict[Observer, tuple[dict[str, Tensor], Counts]]
@@ -67,10 +67,10 @@ def remind(found: Known) -> None:
         observer.counts = counts
 
 # %% ../../nbs/session/replay.ipynb #397df3d9
-def memory_of(record: CalibrationRecord, collector: Collector) -> dict[ConclusionKey, Memory]:
+def memory_of(record: CalibrationRecord, collector: Collector) -> dict[ResultKey, Memory]:
     "What the observers of a collector would remember after the record's data."
-    memory: dict[ConclusionKey, Memory] = {}
-    for key, c in record.conclusions.items():
+    memory: dict[ResultKey, Memory] = {}
+    for key, c in record.results.items():
         one = collector.observers.of(*key[:2]).get(key[2]) if key[:2] in collector.tensors else None
         if not isinstance(one, Attached) or one.derived or not c.statistics: continue
         observer = one.alone(one.fresh)

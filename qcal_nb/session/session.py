@@ -27,14 +27,14 @@ from ..calibration import args_in, claim, exclusive, guarded, scheme_args
 from ..evaluate import best_observers, compare_schemes, comparison, named_schemes, observers_to_compare
 from ..evaluate import schemes_of_record, unfit_schemes
 from ..lifecycle import Match, ModuleChange, QuantizationModifier, Snapshot, State, changes, lacking_data
-from ..lifecycle import ledger_of, match_report, phase_of, reset_quantization, restore, schemes_by_module
+from ..lifecycle import undo_log_of, match_report, phase_of, reset_quantization, restore, schemes_by_module
 from ..lifecycle import snapshot
 from ..modeling import states_of
 from ..models import positions_of
-from ..observers import Asked, all_or_nothing, asked_by, feeding, label_of
-from ..pipelines import Replay, batches, calibration_context, expected_batches, feed, running_of
+from ..observers import ObserverSpec, all_or_nothing, specs_from_args, feeding, label_of
+from ..pipelines import RepeatableBatches, batches, calibration_context, expected_batches, feed, running_of
 from ..recipes import from_config, override
-from ..records import About, CalibrationRecord, Collector, ConclusionKey, Conclusions, Memory, new_collector
+from ..records import About, CalibrationRecord, Collector, ResultKey, LiveResults, Memory, new_collector
 from ..records import new_record
 from .provenance import data_code, model_code
 from .replay import memory_of, remind, what_is_known
@@ -85,7 +85,7 @@ class Past:
     record: CalibrationRecord
     fed: int
     code: tuple[str, ...]
-    memory: Mapping[ConclusionKey, Memory]  # what the record's observers remembered
+    memory: Mapping[ResultKey, Memory]  # what the record's observers remembered
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ _NEXT = {"original": "initialize", "initialized": "start", "started": "feed_all"
 def _why_not(session: "Session", step: str) -> str | None:
     "Why a step cannot be taken now; None if it can."
     phase = session.phase
-    if ledger_of(session.model) is not session.ledger:
+    if undo_log_of(session.model) is not session.ledger:
         return (f"something else changed the model since (it is {phase_of(session.model)} now); "
                 "call reset_quantization(model) and make a new session or workbench")
     if session.running: return f"{session.running} is running; stop it or wait for it"
@@ -133,7 +133,7 @@ def _why_not_feed(session: "Session", phase: str) -> str | None:
     if phase in ("original", "initialized"): return "start the calibration first, so that observers are attached"
     if phase == "ended": return "the calibration has ended; go back to feed more"
     try:
-        batch = session.replay.get(session.fed)
+        batch = session.stream.get(session.fed)
     except Exception as error:
         return f"the data cannot be read: {error}"
     if batch is None: return "all batches are fed" if session.fed else "there is no data; pass data= to feed some"
@@ -214,10 +214,10 @@ class _PerTensor:
         "What the recipe says about a tensor: QuantizationArgs, or None."
         return _args_of(self)(module, base_name)
 
-    def own_observers(self) -> dict[tuple[str, str], Asked]:
+    def own_observers(self) -> dict[tuple[str, str], ObserverSpec]:
         "For each tensor of the record the observer that the recipe names; nothing for those that it leaves alone."
         args_of = _args_of(self)
-        return {key: one for key in self.record.tensors for one in asked_by(args_of(*key), key[1])}
+        return {key: one for key in self.record.tensors for one in specs_from_args(args_of(*key), key[1])}
 
 
 def _why_no_best(record: CalibrationRecord) -> str | None:
@@ -309,7 +309,7 @@ class _Answers:
         if what == "use_best": return _why_no_best(self.record)
         return _NO_MODEL if self.model is None else _why_not(self, "initialize")
 
-    def use_best(self, base_names: Iterable[str] = ("input", "weight")) -> dict[str, dict[str, Asked]]:
+    def use_best(self, base_names: Iterable[str] = ("input", "weight")) -> dict[str, dict[str, ObserverSpec]]:
         """Give each tensor the observer that loses least there, where another than the recipe's is known to; the
         model goes back to the original, the record stays. Returns what was changed, module -> base name ->
         observer; if nothing is better nothing happens. SessionError if nothing is known."""
@@ -397,10 +397,10 @@ class Session(_Options, _Views, _Steps, _Answers):
             CalibrationRecord(about=About(type(model).__name__)) if record is None else read_record(record, model)
         )
         stream = batches([] if data is None else data, tokenizer, batch_size, max_length)
-        self.replay = Replay(stream, 0 if data is None else expected_batches(data, batch_size))
+        self.stream = RepeatableBatches(stream, 0 if data is None else expected_batches(data, batch_size))
         self.eval_data = eval_data
         if isinstance(data, (list, tuple, str)):
-            self.replay.get(0)  # data at hand that nothing can be made of is said now; a stream is not touched
+            self.stream.get(0)  # data at hand that nothing can be made of is said now; a stream is not touched
         self.made = _Made(
             data, record, dict(batch_size=batch_size, max_length=max_length), dict(self._options), self.modifier
         )
@@ -454,7 +454,7 @@ def _run_step(session: Session, step: str, action: Callable[[Session], str], arg
     for w in caught:
         warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
     session.history.append(past)
-    session.ledger = ledger_of(session.model)
+    session.ledger = undo_log_of(session.model)
     session.phase = phase
     session.error = None
     session.changes = changes(past.model, snapshot(session.model))
@@ -515,7 +515,7 @@ def _claim_feed(session: Session, n: int | None, line: str) -> Past:
 
 
 def _to_do(session: Session, n: int | None) -> int | None:
-    left = None if session.replay.total is None else session.replay.total - session.fed
+    left = None if session.stream.total is None else session.stream.total - session.fed
     return n if left is None else left if n is None else min(n, left)
 
 
@@ -549,7 +549,7 @@ def _collector(session: Session) -> Collector:
     collector = _new_collector(session, observers_to_compare(session.modifier))
     if session.fed:
         collector.observers.memory = session.memory or memory_of(session.record, collector)
-        session.record = replace(session.record, conclusions={})  # until this feed ends
+        session.record = replace(session.record, results={})  # until this feed ends
         return collector
     session.record = new_record(session.model, collector, session.modifier)
     return collector
@@ -581,14 +581,14 @@ def _run_claimed(session: Session, n: int | None, line: str, past: Past) -> None
 def _conclude(session: Session, collector: Collector) -> None:
     "What every observer makes of all that was fed so far."
     session.memory = collector.observers.memory
-    session.record = replace(session.record, conclusions=Conclusions(collector, session.model, session.record.tensors))
+    session.record = replace(session.record, results=LiveResults(collector, session.model, session.record.tensors))
 
 # %% ../../nbs/session/session.ipynb #a0d44b6a
 def _feed_batches(session: Session, n: int | None, collector: Collector) -> None:
     first = session.fed
     tokens = 0
     seconds = 0.0
-    while (n is None or session.fed - first < n) and (batch := session.replay.get(session.fed)) is not None:
+    while (n is None or session.fed - first < n) and (batch := session.stream.get(session.fed)) is not None:
         session._go.wait()
         if session._stop.is_set(): return
         began = time.perf_counter()
@@ -612,7 +612,7 @@ def _finish_feed(session: Session, past: Past, line: str) -> None:
     session.history.append(past)
     session.phase = "fed"
     session.changes = changes(past.model, snapshot(session.model))
-    complete = line == "feed_all()" and session.fed == session.replay.total
+    complete = line == "feed_all()" and session.fed == session.stream.total
     session._log(line if complete else f"feed({session.fed - past.fed})", "feed")
 
 # %% ../../nbs/session/session.ipynb #5e741d48
@@ -625,7 +625,7 @@ def _step_back(session: Session) -> None:
         restore(session.model, past.model)
     session.history.pop()
     session._stop.clear()
-    session.ledger = ledger_of(session.model)
+    session.ledger = undo_log_of(session.model)
     session.warnings = []
     session.phase, session.record, session.fed, session.code, session.memory = (
         past.phase,
@@ -710,7 +710,7 @@ def weight_of(session: "Session") -> Callable[[str], Any] | None:
     return lambda name: getattr(modules.get(name), "weight", None)
 
 # %% ../../nbs/session/session.ipynb #c8764d9a
-def _use_best(session: "Session", base_names: list[str]) -> dict[str, dict[str, Asked]]:
+def _use_best(session: "Session", base_names: list[str]) -> dict[str, dict[str, ObserverSpec]]:
     if not base_names or not set(base_names) <= {"input", "weight", "output"}:
         raise ValueError(f"base_names={base_names!r} must be some of 'input', 'weight', 'output'")
     if reason := session.why_not("use_best"): raise SessionError(f"cannot use best: {reason}")
@@ -730,7 +730,7 @@ def _use_best(session: "Session", base_names: list[str]) -> dict[str, dict[str, 
     return choices
 
 
-def _other_than_now(session: "Session", best: dict[str, dict[str, Asked]]) -> dict[str, dict[str, Asked]]:
+def _other_than_now(session: "Session", best: dict[str, dict[str, ObserverSpec]]) -> dict[str, dict[str, ObserverSpec]]:
     "What of it the recipe does not say already."
     now = {key: label_of(one) for key, one in session.own_observers().items()}
     left = {
@@ -740,7 +740,7 @@ def _other_than_now(session: "Session", best: dict[str, dict[str, Asked]]) -> di
     return {name: by_base for name, by_base in left.items() if by_base}
 
 
-def _overridden(session: "Session", choices: dict[str, dict[str, Asked]]) -> QuantizationModifier:
+def _overridden(session: "Session", choices: dict[str, dict[str, ObserverSpec]]) -> QuantizationModifier:
     "The recipe with these observers; by names alone where experts are fused now."
     names = {name for name, _ in session.model.named_modules()} if session.model is not None else set()
     return override(session.modifier, choices, session.model if choices.keys() <= names else None)
@@ -765,7 +765,7 @@ def _alone(session: "Session", what: str) -> Iterator[None]:
 def _compare_schemes(session: "Session", schemes: Any, eval_data: Any, prompt: str | None) -> pd.DataFrame:
     options = dict(tokenizer=session.tokenizer, **session.made.rest)
     with _alone(session, "compare_schemes"):
-        data = session.replay.all()
+        data = session.stream.all()
         wanted = named_schemes(schemes)
         longest = positions_of(session.model)  # beyond, a perplexity means nothing
         evals = (
@@ -818,7 +818,7 @@ def recorded_scales(session: "Saved") -> pd.DataFrame:
             if args is None or not args.observer
             else label_of((args.observer, args.observer_kwargs) if args.observer_kwargs else args.observer)
         )
-        c = session.record.conclusions.get((name, base_name, own))
+        c = session.record.results.get((name, base_name, own))
         if c is not None and c.scale is not None:
             rows.append(scale_row(name, base_name, c.args, c.scale, c.zero_point, c.global_scale))
     return pd.DataFrame(rows, columns=SCALE_COLUMNS)

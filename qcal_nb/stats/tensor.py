@@ -186,9 +186,9 @@ class _Answers:
     @cached_property
     def histogram(self) -> Histogram:
         "Of everything seen."
-        return self.snapshot(max(self.levels, default=0)).histogram
+        return self.up_to(max(self.levels, default=0)).histogram
 
-    def snapshot(self, level: int) -> Level:
+    def up_to(self, level: int) -> Level:
         "Of the batches with index < 2^level."
         total = Level()
         for k, part in self.levels.items():

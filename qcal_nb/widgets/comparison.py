@@ -37,7 +37,7 @@ from .comparison_html import verdict_html
 from .html import block, empty_html, error_html, warning_html
 from .panel import Panel, Picture, bar_at, static_picture
 from .schemes import SchemeComparison
-from .work import Question, Tables
+from .work import Question, ComparisonTables
 
 # %% ../../nbs/widgets/comparison.ipynb #aaa26a52
 def heatmap_axes(observers: int, tensors: int) -> Axes:
@@ -499,7 +499,7 @@ class ObserverComparison(_Comparison):
         self._question = question_of(session, self.state)
         self.rows = pd.DataFrame(columns=TENSOR_COLUMNS)
         self.compared = pd.DataFrame()
-        self.tables = Tables(self._made, weight_of(session))
+        self.tables = ComparisonTables(self._made, weight_of(session))
         self.picture = Picture()
         for name in ("verdict", "note", "problem", "observers", "table", "used", "empty"):
             setattr(self, name, w.HTML())

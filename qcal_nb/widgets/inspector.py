@@ -22,12 +22,12 @@ from compressed_tensors.quantization import QuantizationArgs
 from matplotlib.axes import Axes
 from traitlets import TraitError
 
-from ..analysis import Answers, BY_HAND, DERIVED, args_of, best_of, conclusion_by_hand, outlier_ratio
+from ..analysis import Answers, BY_HAND, DERIVED, args_of, best_of, result_by_hand, outlier_ratio
 from ..analysis import place_in_words, usual_observers
-from ..observers import Asked, label_of
+from ..observers import ObserverSpec, label_of
 from ..plots import HAND, LiveHistogram, fixed_axes, plot_channels, plot_histogram, plot_scales, plot_timeline
 from ..plots import to_png
-from ..records import CalibrationRecord, Conclusion, Key
+from ..records import CalibrationRecord, ObserverResult, Key
 from ..schemes import code_points, describe_args
 from ..session import FORMATS, SHOWN, Session, WorkbenchState
 from ..stats import TensorStats
@@ -56,7 +56,7 @@ READOUT = [
 SEARCHING = "being searched …"  # the reason of a conclusion that is on its way
 
 
-def readout(found: list[Conclusion], costs: list[dict[str, Any]], own: str = "") -> list[dict[str, Any]]:
+def readout(found: list[ObserverResult], costs: list[dict[str, Any]], own: str = "") -> list[dict[str, Any]]:
     """A row per conclusion, with what it costs, and which is the best (`analysis.best_of`); `own` is the observer
     that the recipe names."""
     best = best_of(*([cost[name] for cost in costs] for name in ("sqnr_db", "bound_db", "observer")), own)
@@ -371,7 +371,7 @@ def _refresh(panel: "HistogramInspector", what: str) -> None:
     state = panel.state
     of = 0 if state.selected else sum(b == key[1] and s.numel > 0 for (_, b), s in record.tensors.items())
     # only they know what the scheme asked for
-    attached = any((*key, name) in record.conclusions for name in record.observers)
+    attached = any((*key, name) in record.results for name in record.observers)
     source = (
         ""
         if state.format
@@ -410,7 +410,7 @@ def _offer(control: w.Dropdown, options: list[tuple[str, str]]) -> None:
         control.value = before
 
 
-def _ask(panel: "HistogramInspector", key: Key, name: str, live: bool) -> Conclusion:
+def _ask(panel: "HistogramInspector", key: Key, name: str, live: bool) -> ObserverResult:
     "What an observer concludes; if that would take long and somebody is waiting, a conclusion that is on its way."
     record = panel.session.record
     args = panel.state.args()
@@ -418,7 +418,7 @@ def _ask(panel: "HistogramInspector", key: Key, name: str, live: bool) -> Conclu
     if not slow or not (live or _waiting(panel)): return panel.answers.conclusion(record, key, name, args)
     if not live:
         panel._todo.append(lambda: panel.answers.row(panel.answers.conclusion(record, key, name, args), record[key]))
-    return Conclusion(name, key[1], args or args_of(record, key), reason=SEARCHING)
+    return ObserverResult(name, key[1], args or args_of(record, key), reason=SEARCHING)
 
 # %% ../../nbs/widgets/inspector.ipynb #f827dca7
 def _waiting(panel: "HistogramInspector") -> bool:
@@ -458,7 +458,7 @@ def _show_histogram(panel: "HistogramInspector", key: Key, what: str) -> None:
     stats = panel.session.record[key]
     names = usual_observers(record, key[1])
     found = [_ask(panel, key, name, what == "batch") for name in names]
-    found.append(conclusion_by_hand(stats, key[1], state.args() or args_of(record, key), state.clip))
+    found.append(result_by_hand(stats, key[1], state.args() or args_of(record, key), state.clip))
     costs = [panel.answers.row(c, stats) for c in found]
     panel.rows = readout(found, costs, _own(panel, key))
     panel.readout_box.value, panel.verdict.value = readout_html(panel.rows), block(verdict(panel.rows, state.clip))
@@ -501,7 +501,7 @@ def _show_scales(panel: "HistogramInspector", key: Key, what: str) -> None:
     )
     names = list({label_of(one): one for one in own.values()}.values())
     observer = panel.observer.value or (names or ["static_minmax"])[0]
-    def conclude(record: CalibrationRecord, key: Key, asked: Asked, args: Any) -> Any:
+    def conclude(record: CalibrationRecord, key: Key, asked: ObserverSpec, args: Any) -> Any:
         return panel.answers.conclusion(record, key, own.get(key, asked), args)
     todo = (
         [k for k in record.tensors if k[1] == base and not panel.answers.knows(record, k, own.get(k, observer), args)]
@@ -550,7 +550,7 @@ def _static_inspector(panel: "HistogramInspector") -> bytes:
     state = panel.state
     (key, _) = panel.shown()
     if key is None or not record[key].count: return static_picture(panel.session)
-    hand = conclusion_by_hand(record[key], key[1], state.args() or args_of(record, key), state.clip)
+    hand = result_by_hand(record[key], key[1], state.args() or args_of(record, key), state.clip)
     names = [row["observer"] for row in panel.rows if row["observer"] != BY_HAND and not row["reason"]] or [
         "static_minmax"
     ]

@@ -2,4 +2,6 @@
 
 from ..widgets import Workbench
 
-__all__ = ["Workbench"]
+__all__ = [
+    "Workbench",
+]

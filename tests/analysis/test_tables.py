@@ -26,7 +26,7 @@ from qcal_nb.analysis import (
 )
 from qcal_nb.records import CalibrationRecord
 from qcal_nb.observers import DEFAULT_ARGS, new_observer
-from qcal_nb.records import conclude_from
+from qcal_nb.records import result_from_stats
 from qcal_nb.lifecycle import QuantizationModifier
 from qcal_nb.models import calibration_texts, inject_outliers, load_tiny_llama
 from qcal_nb.observers import Observer
@@ -99,7 +99,7 @@ def test_figures_from_the_record_are_within_a_fifth_of_a_decibel(outliers, form)
     table = table[(table.base_name == "input") & (table.observer != "mse") & table.module.str.contains("q_proj|o_proj|gate_proj|down_proj")]
     assert len(table) == 4 * 4 * 4 and (table.reason == "").all()
     for row in table.itertuples():
-        found = conclude_from(run[row.module, "input"], "input", row.observer, FORMATS[form])
+        found = result_from_stats(run[row.module, "input"], "input", row.observer, FORMATS[form])
         right = figures_of(seen[row.module], FORMATS[form], found.scale, found.zero_point)
         off = abs(row.sqnr_db - right["sqnr_db"])
         assert off <= row.bound_db and off < 0.2, (row.module, row.observer)
@@ -220,7 +220,7 @@ def test_history_is_what_shorter_runs_would_have_concluded(observer):
         for row in story[story.batches == n].itertuples():
             stats = short[row.module, "input"]
             assert (row.min, row.max) == (stats.min, stats.max)
-            found = conclude_from(stats, "input", observer)
+            found = result_from_stats(stats, "input", observer)
             assert row.sqnr_db == quality_of(run[row.module, "input"], DEFAULT_ARGS, found.scale, found.zero_point).sqnr_db
 
 

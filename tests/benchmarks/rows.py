@@ -187,7 +187,7 @@ def one_run(model: Module, data: list) -> Any:
 
 def six_agree(model: Module, batch: dict[str, Tensor]) -> Agreement:
     "Every scale of the six runs beside what the one record concludes."
-    theirs, mine = six_runs([deepcopy(model) for _ in SIX], [batch]), one_run(model, [batch]).conclusions
+    theirs, mine = six_runs([deepcopy(model) for _ in SIX], [batch]), one_run(model, [batch]).results
     asked, inputs, total = {label_of(a): a for a in SIX}, inputs_of(model, batch), Agreement()
     for key, found in theirs.items():
         (name, base_name, label), conclusion = key, mine[key]

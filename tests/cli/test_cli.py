@@ -64,8 +64,8 @@ def test_a_recipe_that_was_written_is_a_recipe_that_is_read(own, tmp_path):
     assert main([*words, "--recipe", str(tmp_path/"a"/"recipe.yaml"), "--out", str(tmp_path/"b")]) == 0
     a, b = (CalibrationRecord.load(tmp_path/n/"record.safetensors") for n in "ab")
     assert (tmp_path/"a"/"recipe.yaml").read_text() == (tmp_path/"b"/"recipe.yaml").read_text()
-    assert a.conclusions.keys() == b.conclusions.keys() and any(key[2] == "mse" for key in a.conclusions)
-    assert all(torch.equal(a.conclusions[k].scale, b.conclusions[k].scale) for k in a.conclusions)
+    assert a.results.keys() == b.results.keys() and any(key[2] == "mse" for key in a.results)
+    assert all(torch.equal(a.results[k].scale, b.results[k].scale) for k in a.results)
     assert not any("gate_proj" in name for name, _ in a.tensors)
 
 
@@ -81,7 +81,7 @@ def test_two_processes_write_what_one_does(own, tmp_path, monkeypatch):
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) and any(k.endswith("input_scale") for k in a)
     first = "model.layers.0.self_attn.q_proj"
     one, both = (CalibrationRecord.load(tmp_path/n/"record.safetensors") for n in ("one", "two"))
-    assert torch.equal(both.conclusions[first, "input", "static_minmax"].scale, b[f"{first}.input_scale"])  # the record holds the recipe's scales
+    assert torch.equal(both.results[first, "input", "static_minmax"].scale, b[f"{first}.input_scale"])  # the record holds the recipe's scales
     assert one.batches == both.batches == 6 and all(one[k].histogram == both[k].histogram for k in one.tensors)
 
 
@@ -214,7 +214,7 @@ def test_texts_are_cut_to_what_the_model_was_made_for(own, tmp_path, monkeypatch
 
 def test_help_waits_for_no_model_library():
     heavy = "{'torch', 'transformers', 'nbformat'}"
-    found = run("-c", f"import sys, qcal_nb.cli; qcal_nb.cli.parser(); print({heavy} & set(sys.modules))", program=(sys.executable,))
+    found = run("-c", f"import sys, qcal_nb.cli; qcal_nb.cli.commands.parser(); print({heavy} & set(sys.modules))", program=(sys.executable,))
     assert found.stdout.strip() == "set()", found.stdout + found.stderr
 
 

@@ -7,7 +7,7 @@ from helpers import differences, fingerprint, make_batches, make_model
 from torch.nn.functional import cross_entropy
 
 from qcal_nb.evaluate import divergence
-from qcal_nb.evaluate.divergence import Switchboard, divergence_of, logits_of
+from qcal_nb.evaluate.divergence import QuantizationSwitches, divergence_of, logits_of
 from qcal_nb.evaluate import compare_observers, compare_schemes, sensitivity
 from qcal_nb.lifecycle import reset_quantization
 from qcal_nb.lifecycle import QuantizationModifier
@@ -44,7 +44,7 @@ def test_switched_off_is_the_original_to_the_bit(name, scheme, evals):
     group = {"weights": dict(num_bits=4, strategy="group", group_size=32)} if scheme == "W4A16" else scheme
     with evaluating(model): before = [logits_of(model, b) for b in evals]
     calibrate(model, make_batches(1), QuantizationModifier(scheme=group, ignore=["lm_head"]), **QUIET)
-    board = Switchboard(model)
+    board = QuantizationSwitches(model)
     with evaluating(model):
         with board.only(): assert all(torch.equal(logits_of(model, b), x) for b, x in zip(evals, before))
         assert not torch.equal(logits_of(model, evals[0]), before[0])
@@ -55,7 +55,7 @@ def test_keys_and_values_are_switched_off_too(llama, evals):
     cache = dict(num_bits=8, type="float", strategy="tensor", symmetric=True)
     modifier = QuantizationModifier(kv_cache_scheme=cache, targets=[], scheme=None, config_groups=None)
     calibrate(llama, make_batches(2), modifier, **QUIET)
-    board = Switchboard(llama)
+    board = QuantizationSwitches(llama)
     assert len(board.modules) == 2
     with evaluating(llama), board.only(): assert torch.equal(logits_of(llama, evals[0]), before)
     _, after, damage = evaluated(llama, evals)
@@ -67,7 +67,7 @@ def test_what_was_left_out_for_lack_of_a_scale_stays_off():
     modifier = QuantizationModifier(scheme=W4A4, ignore=["lm_head"], on_uncalibrated="skip")
     calibrate(model, make_batches(1, shape=(1, 2)), modifier, all_experts=False, **QUIET)
     skipped = [n for n, m in model.named_modules() if getattr(m, "input_scale", None) is not None and m.input_scale.isnan().any()]
-    board = Switchboard(model)
+    board = QuantizationSwitches(model)
     assert skipped and not set(skipped) & set(board.modules)
     with board.only(): pass
     with evaluating(model): assert logits_of(model, make_batches(1)[0]).isfinite().all()

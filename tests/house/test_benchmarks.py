@@ -134,7 +134,7 @@ def test_scales_that_differ_meet_no_target():
 
 
 def search(scales, x=None, dtype=torch.float32):
-    "Conclusions about one tensor with these scales, and their error."
+    "LiveResults about one tensor with these scales, and their error."
     x = torch.linspace(-1, 1, 1001).reshape(1, 1, -1).to(dtype) if x is None else x
     args = QuantizationArgs(**INT8_TENSOR)
     return [Found(torch.tensor([s], dtype=dtype), torch.zeros(1, dtype=torch.int8)) for s in scales], search_error(x, args, 2.4)

@@ -16,7 +16,7 @@ from qcal_nb.analysis import compare_observers, convergence, layer_of, ranges
 from qcal_nb.plots.style import MAX_COLUMNS, counts_between, drawable, packed, symlog_edges
 from qcal_nb.stats import Histogram
 from qcal_nb.plots.model import densities
-from qcal_nb.plots.model import conclusions_for
+from qcal_nb.plots.model import results_for
 from qcal_nb.plots.tensor import stored_values
 from qcal_nb.plots import data_of, drawn, to_png
 from qcal_nb.records import CalibrationRecord, record
@@ -122,7 +122,7 @@ def test_density_holds_every_value(run, base_name):
 @pytest.mark.parametrize("args", [None, INT4, preset("FP8").input_activations.model_copy(update={"observer": None}),
                                   QuantizationArgs(num_bits=8, symmetric=False, strategy="tensor")], ids=["int8", "int4", "fp8", "asymmetric"])
 def test_histogram(run, module, args):
-    found = conclusions_for(run, module, "input", None, args)
+    found = results_for(run, module, "input", None, args)
     got = drawn(plots.plot_histogram(run, module, args=args))
     assert np.isclose(sum(got.pop("count")), run[module, "input"].count)
     assert set(got) == {c.observer for c in found if c.scale is not None}
@@ -134,16 +134,16 @@ def test_histogram(run, module, args):
 
 def test_histogram_writes_scale_and_zero_point(run, module):
     ax = plots.plot_histogram(run, module, observers=["percentile"])
-    found = conclusions_for(run, module, observers=["percentile"])[0]
+    found = results_for(run, module, observers=["percentile"])[0]
     assert f"scale {found.scale.item():.4g}, zero point {int(found.zero_point)}" in ax.texts[0].get_text()
     costs = compare_observers(run, ["percentile"]).query(f"module == '{module}' and base_name == 'input'").iloc[0]
     assert f"SQNR {costs.sqnr_db:.1f} dB" in ax.texts[0].get_text()
 
 
 def test_the_attached_observer_is_not_asked_twice_and_not_for_other_arguments(run, module):
-    attached = run.conclusions[module, "input", "mse"]
-    assert conclusions_for(run, module, "input", ["mse"])[0] is attached
-    assert "attach it when recording" in conclusions_for(run, module, "input", ["mse"], INT4)[0].reason
+    attached = run.results[module, "input", "mse"]
+    assert results_for(run, module, "input", ["mse"])[0] is attached
+    assert "attach it when recording" in results_for(run, module, "input", ["mse"], INT4)[0].reason
 
 
 def test_timeline_and_channels(run, module):
@@ -181,7 +181,7 @@ def test_scales(run):
     got, modules = drawn(ax), list(seen.types)
     assert [modules[int(x)] for x, _ in got["eps"]] == [dead]
     for m, ends, (_, median) in zip(modules, got["range"], got["median"]):
-        scale = seen.conclusions[m, "weight", "memoryless_minmax"].scale.flatten()
+        scale = seen.results[m, "weight", "memoryless_minmax"].scale.flatten()
         scale = np.delete(scale.numpy(), [1, 5]) if m == dead else scale.numpy()
         assert ends == [scale.min(), scale.max()] and np.isclose(median, np.median(scale))
     assert any("(2 of " in t.get_text() for legend in ax.figure.legends for t in legend.get_texts())

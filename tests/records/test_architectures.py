@@ -108,7 +108,7 @@ def test_tied_embeddings_as_a_target():
 def test_weights_alone_need_no_data():
     model = make_model("llama_gqa")
     run = record(model, None, base_names="weight", observers=["mse", "percentile"], **QUIET)
-    assert run.batches == run.tokens == 0 and len(run) == 14 and all(c.scale is not None for c in run.conclusions.values())
+    assert run.batches == run.tokens == 0 and len(run) == 14 and all(c.scale is not None for c in run.results.values())
     assert all(s.calls == 1 and s.batches == 0 and all(e.batch == -1 for e in s.top) for s in run.tensors.values())
 
 

@@ -18,8 +18,8 @@ def test_conclusions_about_keys_and_values_are_those_of_a_calibration(architectu
     calibrated, data = make_model(architecture), make_batches(3)
     found = record(make_model(architecture), data, scheme=recipe, base_names=["k", "v"], observers=[observer], progress=False)
     calibrate(calibrated, data, recipe, progress=False)
-    assert len(found.conclusions) == 4
-    for (name, state, _), conclusion in found.conclusions.items():
+    assert len(found.results) == 4
+    for (name, state, _), conclusion in found.results.items():
         assert torch.equal(conclusion.scale, getattr(calibrated.get_submodule(name), f"{state}_scale")), (name, state)
 
 
@@ -29,7 +29,7 @@ def test_one_scale_a_head(observer):
     calibrated, data = make_model("llama_gqa"), make_batches(3)
     found = record(make_model("llama_gqa"), data, scheme=recipe, base_names=["k"], observers=[observer], progress=False)
     calibrate(calibrated, data, recipe, progress=False)
-    for (name, state, _), conclusion in found.conclusions.items():
+    for (name, state, _), conclusion in found.results.items():
         assert conclusion.scale.numel() == 2 and torch.equal(conclusion.scale, getattr(calibrated.get_submodule(name), f"{state}_scale"))
 
 
@@ -50,7 +50,7 @@ def test_a_mask_leaves_positions_of_states_out():
     name = "model.layers.0.self_attn"  # what comes before it sees no padding, since attention is causal
     a, b = masked[name, "k"], cut[name, "k"]
     assert (a.count, a.min, a.max, a.channels.tolist()) == (b.count, b.min, b.max, b.channels.tolist())
-    scales = [r.conclusions[name, "k", "mse"].scale for r in (masked, cut)]
+    scales = [r.results[name, "k", "mse"].scale for r in (masked, cut)]
     assert torch.equal(*scales)
 
 

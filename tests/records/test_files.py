@@ -52,8 +52,8 @@ def run():
 def test_everything_comes_back(run, tmp_path):
     again = CalibrationRecord.load(run.save(tmp_path/"run.record"))
     assert unequal_parts(again, run) == [] and record_equal(run, again)
-    assert again.conclusions.keys() == run.conclusions.keys() and list(again.tensors) == list(run.tensors)
-    for key, c in run.conclusions.items(): assert everything(again.conclusions[key]) == everything(c), key
+    assert again.results.keys() == run.results.keys() and list(again.tensors) == list(run.tensors)
+    for key, c in run.results.items(): assert everything(again.results[key]) == everything(c), key
     for key, s in run.tensors.items():
         assert (again[key].sum, again[key].sum_squares) == (s.sum, s.sum_squares)
         assert repr(again[key].first_nonfinite) == repr(s.first_nonfinite)
@@ -73,7 +73,7 @@ def test_what_came_back_merges_on(tmp_path):
     a2, b2 = (CalibrationRecord.load(r.save(tmp_path/n)) for r, n in ((a, "a"), (b, "b")))
     assert record_equal(b2 | a2, record(model, data, **options)) and record_equal(a2 | b, b | a2)
     key = ("model.layers.0.self_attn.q_proj", "input", "percentile")
-    assert everything((a2 | b2).conclusions[key]) == everything((a | b).conclusions[key])
+    assert everything((a2 | b2).results[key]) == everything((a | b).results[key])
 
 
 def test_empty_records_and_strange_names(tmp_path):

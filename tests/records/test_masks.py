@@ -38,7 +38,7 @@ def test_what_is_masked_does_not_count(name):
             assert len(stats.top) == 8 and all(kept[e.batch][e.position] for e in stats.top)
             alone = new_observer("minmax", "input", DEFAULT_ARGS)
             for r in rows: alone(r)
-            assert bits(run.conclusions[n, "input", "minmax"].scale) == bits(alone.get_qparams()["scale"])
+            assert bits(run.results[n, "input", "minmax"].scale) == bits(alone.get_qparams()["scale"])
 
 
 def test_padding_does_not_count(tiny):

@@ -87,7 +87,7 @@ def test_an_interrupt_in_the_middle_of_a_batch(name, finished):
         return
     right = record(model, data[:finished], **OPTIONS)
     assert unequal_parts(some, right) == [] and some.expert_tokens == right.expert_tokens
-    for key, c in right.conclusions.items(): assert concluded_bits(some.conclusions[key]) == concluded_bits(c), key
+    for key, c in right.results.items(): assert concluded_bits(some.results[key]) == concluded_bits(c), key
 
 
 def test_an_interrupt_of_the_data():
@@ -135,7 +135,7 @@ def test_an_interrupt_at_any_line():
         assert differences(before, fingerprint(model)) == []
         if found.batches:
             assert unequal_parts(found, right[found.batches]) == []
-            for key, c in right[found.batches].conclusions.items(): assert concluded_bits(found.conclusions[key]) == concluded_bits(c), (stop, key)
+            for key, c in right[found.batches].results.items(): assert concluded_bits(found.results[key]) == concluded_bits(c), (stop, key)
     assert min(counts[n] for n in (0, 1, 2)) > 5
 
 

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 import qcal_nb.records.collect
-from qcal_nb.observers import Once
+from qcal_nb.observers import TensorMemo
 from qcal_nb.observers import DEFAULT_ARGS, new_observer
 from qcal_nb.lifecycle import QuantizationMixin
 from qcal_nb.stats import current_batch
@@ -58,7 +58,7 @@ def test_one_pass_for_any_number_of_observers(looks, observers):
         gate, up = (run[f"{layer}.mlp.{n}_proj", "input"] for n in ("gate", "up"))
         assert q is k is v and gate is up and q is not gate and q is not run[f"{layer}.self_attn.o_proj", "input"]
         if "minmax" not in observers: continue
-        assert len({id(run.conclusions[f"{layer}.self_attn.{n}_proj", "input", "minmax"]) for n in "qkv"}) == 1
+        assert len({id(run.results[f"{layer}.self_attn.{n}_proj", "input", "minmax"]) for n in "qkv"}) == 1
 
 
 def test_experts_share_what_they_are_all_shown(looks):
@@ -88,14 +88,14 @@ def test_a_module_that_runs_three_times_in_a_batch(looks):
     alone = new_observer("minmax", "input", DEFAULT_ARGS)
     for xs in caught.values():
         for x in xs: alone(x)
-    assert torch.equal(run.conclusions[name, "input", "minmax"].scale, alone.get_qparams()["scale"])
-    assert run.conclusions[name, "input", "static_minmax"].counts.observations == 6
+    assert torch.equal(run.results[name, "input", "minmax"].scale, alone.get_qparams()["scale"])
+    assert run.results[name, "input", "static_minmax"].counts.observations == 6
 
 
 def test_a_recycled_address_is_another_tensor():
     "Thousands of tensors of one size come and go; the allocator gives the same places again and again."
     for size in (1, 2, 4):
-        once, places = Once(size), []
+        once, places = TensorMemo(size), []
         for i in range(400):
             x = torch.full((1000,), float(i))
             places.append(x.data_ptr())
@@ -134,7 +134,7 @@ def test_only_the_same_state_of_a_tensor_is_taken_for_the_same(how, same, mode):
     assert exact(run["a", "input"]) == exact(measure(x)) and exact(run["b", "input"]) == exact(measure(right))
     if mode is torch.no_grad: assert (run["a", "input"] is run["b", "input"]) == same
     alone = new_observer("minmax", "input", DEFAULT_ARGS)(right)
-    assert torch.equal(run.conclusions["b", "input", "minmax"].scale, alone.get_qparams()["scale"])
+    assert torch.equal(run.results["b", "input", "minmax"].scale, alone.get_qparams()["scale"])
 
 
 def test_outputs_and_the_head(looks):
@@ -172,6 +172,6 @@ def test_modules_share_a_memory_only_while_they_saw_the_same(parts):
             for _ in range(2): a(batch["x"])
             b(batch["x"] * 5 if batch["apart"].any() else batch["x"])
         for key, alone in (("a", a), ("b", b)):
-            found = run.conclusions[key, "input", name]
+            found = run.results[key, "input", name]
             assert bits(found.scale) == bits(alone.get_qparams()["scale"]) and found.counts.observations == alone.counts.observations
     assert (run["a", "input"].count, run["a", "input"].calls, run["a", "input"].batches) == (2 * 3 * 24, 6, 3) and run["b", "input"].count == 3 * 24

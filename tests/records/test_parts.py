@@ -25,8 +25,8 @@ def test_parts_of_a_record_add_up(batches_and_whole, seed):
     assert unequal_parts(found, whole) == [] and record_equal(found, whole)
     for key in whole.tensors: assert exact(found[key]) == exact(whole[key]), key
     assert found.expert_tokens == whole.expert_tokens and found.tokens == whole.tokens == sum(b["input_ids"].numel() for b in data)
-    lasting = [k for k, c in whole.conclusions.items() if k[2] in ("static_minmax", "percentile")]
-    assert lasting and all(concluded_bits(found.conclusions[k]) == concluded_bits(whole.conclusions[k]) for k in lasting)
+    lasting = [k for k, c in whole.results.items() if k[2] in ("static_minmax", "percentile")]
+    assert lasting and all(concluded_bits(found.results[k]) == concluded_bits(whole.results[k]) for k in lasting)
 
 
 def test_moving_averages_do_not_merge_and_say_so(batches_and_whole):
@@ -34,14 +34,14 @@ def test_moving_averages_do_not_merge_and_say_so(batches_and_whole):
     a, b = record(model, data[:2], **options), record(model, data[2:], batch_indices=range(2, len(data)), **options)
     both = a | b
     for name, words in (("minmax", "depends on the order"), ("mse", "depends on the order")):
-        moving = [c for k, c in both.conclusions.items() if k[1:] == ("input", name)]
+        moving = [c for k, c in both.results.items() if k[1:] == ("input", name)]
         assert moving and all(words in c.reason and c.scale is None and c.low is None for c in moving)
-        assert all(concluded_bits(both.conclusions[k])[3:] == concluded_bits(c)[3:] for k, c in a.conclusions.items() if k[1:] == ("weight", name))
-    weighed = [c for k, c in both.conclusions.items() if k[1:] == ("weight", "imatrix_mse")]
+        assert all(concluded_bits(both.results[k])[3:] == concluded_bits(c)[3:] for k, c in a.results.items() if k[1:] == ("weight", name))
+    weighed = [c for k, c in both.results.items() if k[1:] == ("weight", "imatrix_mse")]
     assert weighed and all("weighs the weight's columns" in c.reason and c.scale is None for c in weighed)
     third = record(model, data[:1], batch_indices=[40], **options)
     assert record_equal((a | b) | third, a | (third | b))
-    assert all(c.scale is None for k, c in (both | third).conclusions.items() if k[1:] == ("input", "minmax"))
+    assert all(c.scale is None for k, c in (both | third).results.items() if k[1:] == ("input", "minmax"))
 
 
 def test_a_part_that_saw_nothing_finite_leaves_the_other_its_conclusion():
@@ -54,8 +54,8 @@ def test_a_part_that_saw_nothing_finite_leaves_the_other_its_conclusion():
             whole = record(model, [bad, good], **options)
             for name in observers:
                 key = ("0", "input", name)
-                assert parts[0].conclusions[key].reason == "nothing finite was seen"
-                assert concluded_bits((parts[0] | parts[1]).conclusions[key]) == concluded_bits(whole.conclusions[key]), (name, policy)
+                assert parts[0].results[key].reason == "nothing finite was seen"
+                assert concluded_bits((parts[0] | parts[1]).results[key]) == concluded_bits(whole.results[key]), (name, policy)
             assert record_equal(parts[1] | parts[0], whole)
 
 

@@ -50,7 +50,7 @@ def test_an_expert_that_one_rank_saw_is_in_the_whole(two, folders):
 @pytest.mark.slow
 def test_moving_averages_of_ranks_have_no_scale(two, folders):
     a, b = (CalibrationRecord.load(folders[2]/f"texts.{rank}.record") for rank in (0, 1))
-    moving = [c for key, c in (a | b).conclusions.items() if key[1:] == ("input", "minmax")]
+    moving = [c for key, c in (a | b).results.items() if key[1:] == ("input", "minmax")]
     assert len(moving) == 28 and all("depends on the order" in c.reason and c.scale is None for c in moving)
 
 

@@ -40,7 +40,7 @@ def check_against_brute_force(stats: TensorStats, seen: dict[int, torch.Tensor])
     if good: assert (stats.min, stats.max) == (min(values), max(values))
     assert dict(zip(stats.histogram.codes.tolist(), stats.histogram.counts.tolist())) == Counter(map(code_of, values))
     for k in range(max(stats.levels, default=0) + 2):
-        h = stats.snapshot(k).histogram
+        h = stats.up_to(k).histogram
         assert dict(zip(h.codes.tolist(), h.counts.tolist())) == Counter(code_of(v) for v, i, *_ in good if i < 2**k)
     channels = max(x.shape[-1] for x in seen.values())
     assert stats.channels.tolist() == [max((abs(v) for v, *_, c in good if c == channel), default=0.0) for channel in range(channels)]
@@ -116,7 +116,7 @@ def test_levels_are_the_past_in_doubling_portions():
     parts = {i: torch.full((1, 1), float(i + 1)) for i in range(20)}
     whole = merged((measure(x, i) for i, x in parts.items()), random.Random(3))
     for k in range(6):
-        level = whole.snapshot(k)
+        level = whole.up_to(k)
         assert (level.min, level.max, level.histogram.count) == (1, min(2**k, 20), min(2**k, 20))
 
 

@@ -20,8 +20,8 @@ def parts(first, second, **options):
 def test_an_observer_of_one_part_does_not_speak_for_both(turned):
     a, b, whole = parts(["static_minmax", "percentile"], ["minmax", "entropy"])
     merged = b | a if turned else a | b
-    for key, found in merged.conclusions.items():
-        if key[1] == "weight" or key[2] != "minmax": assert torch.equal(found.scale, whole.conclusions[key].scale), key
+    for key, found in merged.results.items():
+        if key[1] == "weight" or key[2] != "minmax": assert torch.equal(found.scale, whole.results[key].scale), key
         else: assert found.scale is None and "saw a part of the data only" in found.reason, key
     table = compare_observers(merged).set_index(["module", "base_name", "observer"])
     right = compare_observers(whole).set_index(["module", "base_name", "observer"])
@@ -32,10 +32,10 @@ def test_an_observer_of_one_part_does_not_speak_for_both(turned):
 
 def test_an_observer_of_the_only_part_that_saw_a_tensor_speaks_for_it():
     a, b, _ = parts(["minmax"], [])
-    inputs = [key for key in a.conclusions if key[1] == "input"]
+    inputs = [key for key in a.results if key[1] == "input"]
     weights_alone = CalibrationRecord({k: v for k, v in b.tensors.items() if k[1] == "weight"}, b.types, about=b.about, spans=b.spans)
     merged = a | weights_alone
-    assert all(torch.equal(merged.conclusions[k].scale, a.conclusions[k].scale) for k in inputs)
+    assert all(torch.equal(merged.results[k].scale, a.results[k].scale) for k in inputs)
 
 
 def test_a_mask_belongs_to_a_record():

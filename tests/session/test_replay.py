@@ -81,7 +81,7 @@ def test_feeding_goes_on_where_the_record_ends(name, tmp_path):
     assert (rest.phase, rest.fed) == ("fed", 2)
     walk(rest, "feed_all", "end")
     assert rest.fed == 5 and same(qparams(rest.model), qparams(whole.model)) == [] and record_equal(rest.record, whole.record)
-    assert unequal(rest.record.conclusions, whole.record.conclusions) == []
+    assert unequal(rest.record.results, whole.record.results) == []
 
 
 def test_what_a_record_lacks_must_be_fed(tmp_path):
@@ -177,7 +177,7 @@ def test_six_observers_are_compared_and_none_twice():
 
 def test_conclusions_are_found_when_asked_for_and_are_those_of_a_recording():
     session = walk(Session(make_model("llama_gqa"), make_batches(3), scheme="INT8_STATIC"), "initialize", "start", "feed_all")
-    lazy = session.record.conclusions
+    lazy = session.record.results
     assert len(lazy._found) == 0 and len(lazy) == len(list(lazy))
     key = next(k for k in lazy if k[1:] == ("input", "entropy"))
     assert lazy[key].scale is not None and len(lazy._found) == 1 and key in lazy and (*key[:2], "nobody") not in lazy

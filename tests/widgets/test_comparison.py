@@ -13,7 +13,7 @@ from qcal_nb.analysis import DERIVED, compare_observers
 from qcal_nb.calibration import scheme_args
 from qcal_nb.widgets import ObserverComparison
 from qcal_nb.widgets.comparison import question_of
-from qcal_nb.widgets.work import Question, Tables
+from qcal_nb.widgets.work import Question, ComparisonTables
 from qcal_nb.evaluate import compare_in_pieces
 from qcal_nb.lifecycle import QuantizationModifier
 from qcal_nb.plots import data_of
@@ -61,7 +61,7 @@ def test_a_question_that_nobody_asks_any_more_is_given_up(monkeypatch, session):
         made.append(f"{base_name} done")
         return compare_observers(run, observers or None, args)
     monkeypatch.setattr(comparison, "compare_in_pieces", slow)
-    tables = Tables(lambda ready: None)
+    tables = ComparisonTables(lambda ready: None)
     assert tables.of(session.record, Question("input")) is None
     tables.want(Question("input"))
     started.wait(120)
@@ -175,7 +175,7 @@ def test_a_question_asked_before_is_not_asked_again(monkeypatch, session):
 
 def test_while_batches_run_nothing_is_compared(session, monkeypatch):
     asked = []
-    monkeypatch.setattr(Tables, "want", lambda self, question: asked.append(session.running))
+    monkeypatch.setattr(ComparisonTables, "want", lambda self, question: asked.append(session.running))
     notes = []
     panel = ObserverComparison(session)
     session.listen(lambda what: (panel.refresh(what), notes.append(panel.note.value)) if what == "batch" else None)

@@ -16,14 +16,14 @@ from qcal_nb.analysis import (
     BY_HAND,
     Answers,
     compare_observers,
-    conclusion_by_hand,
-    conclusion_of,
+    result_by_hand,
+    result_of,
     outlier_ratio,
     ranges,
 )
 from qcal_nb.analysis.observers import one_scale
 from qcal_nb.records import CalibrationRecord
-from qcal_nb.records import conclude_from
+from qcal_nb.records import result_from_stats
 from qcal_nb.widgets.inspector import SEARCHING, most_interesting
 from qcal_nb.widgets import HistogramInspector
 from qcal_nb.plots import LiveHistogram
@@ -75,7 +75,7 @@ def odd(**tensors):
 @pytest.mark.parametrize("base_name", ["input", "weight"])
 def test_the_whole_range_is_what_static_minmax_takes(run, key, base_name, format, symmetric):
     args, stats = args_for(format, symmetric), run[key[0], base_name]
-    by_hand, observer = conclusion_by_hand(stats, base_name, args), conclude_from(stats, base_name, "static_minmax", args)
+    by_hand, observer = result_by_hand(stats, base_name, args), result_from_stats(stats, base_name, "static_minmax", args)
     for name in ("low", "high", "scale", "zero_point"): assert torch.equal(getattr(by_hand, name), getattr(observer, name)), name
     assert by_hand.observer == BY_HAND and by_hand.args.num_bits == args.num_bits
 
@@ -85,26 +85,26 @@ def test_a_share_of_the_range_is_what_static_minmax_takes_of_a_tensor_that_ends_
     x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
     stats, ends = measure(x), torch.tensor([x.min(), x.max()]).double() * clip
     for args in (args_for("int8"), args_for("int4", False), args_for("fp8"), args_for("fp4")):
-        smaller = conclude_from(measure(ends.float()[None]), "input", "static_minmax", args)
-        found = conclusion_by_hand(stats, "input", args, clip)
+        smaller = result_from_stats(measure(ends.float()[None]), "input", "static_minmax", args)
+        found = result_by_hand(stats, "input", args, clip)
         assert torch.equal(found.scale, smaller.scale) and torch.equal(found.zero_point, smaller.zero_point)
 
 
 @pytest.mark.parametrize("args", [QuantizationArgs(num_bits=4, strategy="channel"), QuantizationArgs(num_bits=4, strategy="group", group_size=16),
                                   QuantizationArgs(num_bits=8, type="float", strategy="token", dynamic=True)], ids=["channel", "group", "token"])
 def test_by_hand_is_one_scale_whatever_the_scheme_has(run, key, args):
-    found = conclusion_by_hand(run[key], "input", args, 0.5)
+    found = result_by_hand(run[key], "input", args, 0.5)
     assert found.scale.numel() == 1 and (found.args.num_bits, found.args.type, found.args.strategy) == (args.num_bits, args.type, "tensor")
     assert one_scale(found.args) is found.args
 
 
 @pytest.mark.parametrize("clip", [0, -0.1, 1.5, True, "half", float("nan")])
 def test_a_share_that_is_none_is_refused(run, key, clip):
-    with pytest.raises(ValueError, match=r"clip=.* must be a number above 0 and at most 1"): conclusion_by_hand(run[key], "input", None, clip)
+    with pytest.raises(ValueError, match=r"clip=.* must be a number above 0 and at most 1"): result_by_hand(run[key], "input", None, clip)
 
 
 def test_by_hand_of_nothing_says_why():
-    assert conclusion_by_hand(TensorStats(), "input").reason == "nothing finite was seen"
+    assert result_by_hand(TensorStats(), "input").reason == "nothing finite was seen"
 
 
 # --- answers are kept, and are the same ---
@@ -114,12 +114,12 @@ def test_kept_answers_are_those_of_the_analysis(run, key):
     for name in ("static_minmax", "percentile", "entropy", "histogram_mse", "mse"):
         for asked in (None, args):
             assert not answers.knows(run, key, name, asked)
-            kept, wanted = answers.conclusion(run, key, name, asked), conclusion_of(run, key, name, asked)
+            kept, wanted = answers.conclusion(run, key, name, asked), result_of(run, key, name, asked)
             assert str(kept) == str(wanted) and answers.conclusion(run, key, name, asked) is kept and answers.knows(run, key, name, asked)
 
 
 def test_another_tensor_of_the_same_name_is_asked_anew(run, key):
-    answers, more = Answers(), dataclasses.replace(run, tensors=run.tensors | {key: measure(torch.full((4, 4), 3.0))}, conclusions={})
+    answers, more = Answers(), dataclasses.replace(run, tensors=run.tensors | {key: measure(torch.full((4, 4), 3.0))}, results={})
     first, second = (answers.conclusion(r, key, "percentile") for r in (run, more))
     assert not torch.equal(first.scale, second.scale)
 
@@ -150,7 +150,7 @@ def test_symmetric_counts_for_int_formats_alone(run, key, show):
     panel.format.value = "int8"
     assert not panel.symmetric.disabled
     panel.symmetric.value = False
-    wanted = conclude_from(run[key], "input", "static_minmax", args_for("int8", False))
+    wanted = result_from_stats(run[key], "input", "static_minmax", args_for("int8", False))
     assert panel.state.symmetric is False and panel.table.zero_point.iloc[0] == wanted.zero_point.item() != 0
     panel.format.value = "fp8"
     assert panel.symmetric.disabled and panel.table.zero_point.iloc[0] == 0
@@ -169,12 +169,12 @@ def test_readout_and_picture_are_what_the_analysis_says(run, key, show, base_nam
     alike, own = db + bound >= db.max() - bound[db.idxmax()], "static_minmax"  # that of inputs in the session's FP8
     best = own if base_name == "input" and alike[own] else db.idxmax()
     assert table.best.idxmax() == best and panel.readout_box.value.count("★ best") == 1
-    stats, hand = run[key[0], base_name], conclusion_by_hand(run[key[0], base_name], base_name, panel.state.args(), 0.3)
+    stats, hand = run[key[0], base_name], result_by_hand(run[key[0], base_name], base_name, panel.state.args(), 0.3)
     assert table.sqnr_db[BY_HAND] == quality_of(stats, hand.args, hand.scale, hand.zero_point).sqnr_db
     got = picture(panel)
     assert np.isclose(sum(got.pop("count")), stats.count) and got.pop(BY_HAND) == [stored_values(hand)[[0, -1]].tolist()]
     for name, ends in got.items():
-        assert ends == [stored_values(conclusion_of(run, (key[0], base_name), name, panel.state.args()))[[0, -1]].tolist()]
+        assert ends == [stored_values(result_of(run, (key[0], base_name), name, panel.state.args()))[[0, -1]].tolist()]
     assert set(got) == set(wanted.index[wanted.reason == ""])
 
 
@@ -188,22 +188,22 @@ def test_moving_the_clip_range_asks_no_observer_again(run, key, show, monkeypatc
 
 
 def test_the_live_picture_is_the_same_after_any_path(run, key):
-    def conclusions(format, clip): return [conclude_from(run[key], "input", "static_minmax", args_for(format)),
-                                           conclusion_by_hand(run[key], "input", args_for(format), clip)]
+    def results(format, clip): return [result_from_stats(run[key], "input", "static_minmax", args_for(format)),
+                                           result_by_hand(run[key], "input", args_for(format), clip)]
     live = LiveHistogram()
     for log, grid in ((True, True), (False, True), (False, False), (True, False)):
-        live.draw(run[key], "input", conclusions("int2", 0.2), log, grid)
-        live.draw(measure(torch.rand(9, 9)), "input", conclusions("int8", 0.9), log, grid)
-        live.draw(run[key], "input", conclusions("int8", 0.1), log, grid)
-        live.draw(run[key], "input", conclusions("int8", 0.7), log, grid)
+        live.draw(run[key], "input", results("int2", 0.2), log, grid)
+        live.draw(measure(torch.rand(9, 9)), "input", results("int8", 0.9), log, grid)
+        live.draw(run[key], "input", results("int8", 0.1), log, grid)
+        live.draw(run[key], "input", results("int8", 0.7), log, grid)
         fresh = LiveHistogram()
-        fresh.draw(run[key], "input", conclusions("int8", 0.7), log, grid)
+        fresh.draw(run[key], "input", results("int8", 0.7), log, grid)
         a, b = (np.asarray(one.ax.figure.canvas.buffer_rgba()).astype(int) for one in (live, fresh))
         assert a.shape == b.shape and (abs(a - b).max(-1) > 8).mean() < 0.002 and data_of(live.png()) == data_of(fresh.png())
 
 
 def test_plot_histogram_shows_more_conclusions(run, key):
-    hand = conclusion_by_hand(run[key], "input", args_for("int4"), 0.5)
+    hand = result_by_hand(run[key], "input", args_for("int4"), 0.5)
     ax = plot_histogram(run, *key, ["percentile"], args_for("int4"), more=[hand], log_counts=False, grid=False)
     assert ax.get_yscale() == "linear" and set(drawn(ax)) == {"count", "percentile", BY_HAND}
     assert f"by hand: scale {hand.scale.item():.4g}" in " ".join(t.get_text() for t in ax.texts)
@@ -241,7 +241,7 @@ def test_a_click_puts_the_end_of_the_range_there(run, key, show):
 
 
 def test_the_heading_says_whose_format_it_is(run, key, show):
-    bare = dataclasses.replace(run, conclusions={})
+    bare = dataclasses.replace(run, results={})
     assert "(as in the scheme)" in show(run, selected=key[0]).heading.value
     assert "the default: no observer was attached" in show(bare, selected=key[0]).heading.value
     assert "int4" in (words := show(run, selected=key[0], format="int4").heading.value) and "scheme" not in words

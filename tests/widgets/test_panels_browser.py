@@ -91,8 +91,8 @@ def test_stop_in_the_middle_of_feed_all_and_a_slider_answers_meanwhile(app, requ
 import time
 def slowly(module, args, kwargs): time.sleep(0.3)
 wb.session.model.register_forward_pre_hook(slowly, with_kwargs=True)
-wb.session.replay._kept[:] = [wb.session.replay.get(0)] * 1000
-wb.session.replay.total = 1000
+wb.session.stream._kept[:] = [wb.session.stream.get(0)] * 1000
+wb.session.stream.total = 1000
 """
     assert app.evaluate(KERNEL, slow)["error"] is None
     click(app, "initialize", "initialized")

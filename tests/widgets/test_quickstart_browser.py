@@ -133,7 +133,7 @@ def test_back_filter_select_and_errors(open_nb):
 def test_an_error_in_the_data_is_shown_and_the_workbench_goes_on(open_nb):
     from playwright.sync_api import expect
     page = open_nb("index.ipynb", viewport=(1400, 2200))
-    bad = "wb.session.replay._kept[:] = [wb.session.replay.get(0), {'input_ids': torch.tensor([[99999]])}]"
+    bad = "wb.session.stream._kept[:] = [wb.session.stream.get(0), {'input_ids': torch.tensor([[99999]])}]"
     assert page.evaluate(KERNEL, SETUP + bad)["error"] is None
     click(page, "initialize", "initialized")
     click(page, "start", "started")

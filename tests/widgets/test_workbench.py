@@ -315,7 +315,7 @@ def test_best_observers_by_buttons_need_no_second_feed(wb):
     press(wb, "end")
     best = dict(zip(wb.comparison.rows.module, wb.comparison.rows.best))
     for name, module in wb.session.model.named_modules():
-        if name in best: assert torch.equal(module.input_scale, wb.record.conclusions[name, "input", best[name]].scale)
+        if name in best: assert torch.equal(module.input_scale, wb.record.results[name, "input", best[name]].scale)
 
 
 def test_a_saved_run_shows_all_but_the_steps(wb, tmp_path):

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from qcal_nb.observers import DEFAULT_ARGS, new_observer
-from qcal_nb.records import conclude_from
+from qcal_nb.records import result_from_stats
 from qcal_nb.lifecycle import QuantizationMixin, QuantizationModifier
 from qcal_nb.observers import Registry
 from qcal_nb.pipelines import calibrate
@@ -44,7 +44,7 @@ def test_all_at_once_is_each_alone_in_a_calibration(scheme, dtype):
     data, compared = make_batches(3), Counter()
     run = record(one_layer(dtype), data, scheme=QuantizationMixin(scheme=SCHEMES[scheme], ignore=["lm_head"]), observers=OBSERVERS, **QUIET)
     for observer, part in itertools.product(OBSERVERS, ("weight", "input")):
-        found = {k[0]: c for k, c in run.conclusions.items() if k[1:] == (part, observer)}
+        found = {k[0]: c for k, c in run.results.items() if k[1:] == (part, observer)}
         assert len(found) == 7
         if part == "input" and "imatrix" in observer: impossible = "it weighs the columns of a weight"
         else:
@@ -66,7 +66,7 @@ def test_all_at_once_is_each_alone_in_a_calibration(scheme, dtype):
 def test_fused_weights_share_one_global_scale_of_each_observer():
     run = record(one_layer(), make_batches(1), scheme="NVFP4", observers=["static_minmax", "mse", "imatrix_mse"], **QUIET)
     for name in run.observers:
-        q, k, v, o = (run.conclusions[f"model.layers.0.self_attn.{n}_proj", "weight", name].global_scale for n in "qkvo")
+        q, k, v, o = (run.results[f"model.layers.0.self_attn.{n}_proj", "weight", name].global_scale for n in "qkvo")
         assert torch.equal(q, k) and torch.equal(k, v) and not torch.equal(q, o)
 
 
@@ -87,7 +87,7 @@ def test_with_nan_in_some_batches_too(policy, scheme):
         model = fresh()
         calibrate(model, data, QuantizationModifier(scheme=scheme, **{f"{part}_observer": observer}), nonfinite=policy, **QUIET)
         for layer in "02":
-            right, found = qparams(model)[f"{layer}.{part}_{field}"], run.conclusions[layer, part, observer]
+            right, found = qparams(model)[f"{layer}.{part}_{field}"], run.results[layer, part, observer]
             assert bits(getattr(found, field)) == bits(right), (observer, layer, part)
     stats = run["0", "input"]
     assert (stats.nan, stats.inf, stats.skipped, stats.batches) == (1, 1, 0 if policy == "record" else 2, 5 if policy == "record" else 3)
@@ -103,11 +103,11 @@ def test_a_weight_with_a_nan(policy):
     with torch.no_grad(): model[0].weight[1, 2] = math.nan
     run = record(model, [torch.ones(2, 8)], nonfinite=policy, scheme="FP8", observers=["static_minmax", "mse", "imatrix_mse"], **QUIET)
     for name in run.observers:
-        alone = new_observer(name, "weight", run.conclusions["0", "weight", name].args)
+        alone = new_observer(name, "weight", run.results["0", "weight", name].args)
         alone.nonfinite = policy
         if hasattr(alone, "hear"): alone.hear(torch.ones(2, 8))
         alone(model[0].weight.detach())
-        found = run.conclusions["0", "weight", name]
+        found = run.results["0", "weight", name]
         if alone.has_statistics: assert bits(found.scale) == bits(alone.get_qparams()["scale"]), name
         else: assert found.reason == "nothing finite was seen" and found.scale is None, name
     assert run["0", "weight"].nan == 1 and run["0", "weight"].count == (63 if policy == "record" else 0)
@@ -124,9 +124,9 @@ def test_an_observer_that_refuses_in_the_end_does_not_cost_the_record():
     scheme, strict = dict(weights=dict(num_bits=8, strategy="channel")), ("imatrix_mse", {"strict": True})
     run = record(model, [torch.ones(2, 8)], scheme=scheme, observers=[strict], **QUIET)
     label = "imatrix_mse(strict=True)"
-    assert run.conclusions["runs", "weight", label].scale is not None
-    assert "no data reached the module" in run.conclusions["idle", "weight", label].reason
-    assert run["idle", "input"].count == 0 and run.conclusions["idle", "input", label].scale is None
+    assert run.results["runs", "weight", label].scale is not None
+    assert "no data reached the module" in run.results["idle", "weight", label].reason
+    assert run["idle", "input"].count == 0 and run.results["idle", "input", label].scale is None
 
 
 def test_arguments_of_an_observer_count(tiny):
@@ -137,8 +137,8 @@ def test_arguments_of_an_observer_count(tiny):
     for one, label in zip(asked, run.observers):
         alone = new_observer(one, "input", DEFAULT_ARGS)
         for x in data: alone(x)
-        assert bits(run.conclusions["0", "input", label].scale) == bits(alone.get_qparams()["scale"])
-    assert len({run.conclusions["0", "input", label].scale.item() for label in run.observers}) == 4
+        assert bits(run.results["0", "input", label].scale) == bits(alone.get_qparams()["scale"])
+    assert len({run.results["0", "input", label].scale.item() for label in run.observers}) == 4
 
 
 @settings(max_examples=30)
@@ -151,4 +151,4 @@ def test_statistics_alone_conclude_what_the_observer_would(seed):
     for name in ("static_minmax", "percentile", "entropy", "histogram_mse"):
         alone = new_observer(name, "input", DEFAULT_ARGS)
         for x in data: alone(x)
-        assert bits(conclude_from(stats, "input", name).scale) == bits(alone.get_qparams()["scale"]), name
+        assert bits(result_from_stats(stats, "input", name).scale) == bits(alone.get_qparams()["scale"]), name
