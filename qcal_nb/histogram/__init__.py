@@ -1,6 +1,6 @@
 """Histograms that add up exactly, whatever the order of the data."""
 
-from ..stats.histogram import Distribution, Histogram
+from ..stats import Distribution, Histogram
 
 __all__ = [
     "Distribution",

@@ -1,7 +1,17 @@
 """What is counted of a tensor: histograms that add up, moments, extremes, and what a scale would cost."""
 
 from .compiled import bits_of, float_of, in_parts, shared_out
-from .histogram import Histogram, N_BUCKETS, bucket_counts, cells, count_buckets, dense_counts, is_bfloat16, sum_of
+from .histogram import (
+    Distribution,
+    Histogram,
+    N_BUCKETS,
+    bucket_counts,
+    cells,
+    count_buckets,
+    dense_counts,
+    is_bfloat16,
+    sum_of,
+)
 from .nonfinite import NonFinite, NonFiniteError, check_policy, current_batch, find_nonfinite
 from .quality import Quality, effective_bits, outer_limits, quality_of, sqnr_db
 from .tensor import (
@@ -18,6 +28,7 @@ from .tensor import (
 )
 
 __all__ = [
+    "Distribution",
     "Extreme",
     "Histogram",
     "Level",

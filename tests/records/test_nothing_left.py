@@ -107,7 +107,8 @@ def test_an_interrupt_at_any_line():
     model, data = Sequential(Linear(8, 8), Linear(8, 8)), [torch.randn(2, 8) for _ in range(3)]
     options = dict(observers=["minmax", "imatrix_mse"], scheme=dict(weights=dict(num_bits=8, strategy="channel")), progress=False)
     right = {n: record(model, data[:n], **options) for n in (1, 2, 3)}
-    files, lines = ("collector.py", "calibration_record.py", "tensor_stats.py"), [0]
+    files = ("records/collect.py", "records/observing.py", "records/tokens.py", "records/calibration_record.py", "stats/tensor.py")
+    lines = [0]
     def run(stop):
         lines[0] = 0
         def local(frame, event, _):
