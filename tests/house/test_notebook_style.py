@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 spec = importlib.util.spec_from_file_location("qcal_tools_drift", ROOT/"tools"/"drift.py")
 drift = importlib.util.module_from_spec(spec); spec.loader.exec_module(drift)
 
-MAX_CELLS, MAX_BYTES, MAX_LINES = 80, 150_000, 40
+MAX_CELLS, MAX_BYTES, MAX_LINES, MAX_COLUMNS = 80, 150_000, 60, 120
 MIN_PROSE, MAX_HIDDEN, MIN_SHOWN = 0.25, 0.10, 0.90
 SHOW_WITHIN = 3                                                           # cells after a definition
 EXPORTS = {"export", "exports", "exporti"}
@@ -40,7 +40,7 @@ def shows_something(cell):
 
 def plain(cell):
     "A cell's code as Python alone: magics and shell lines are comments"
-    return re.sub(r"^(\s*)([%!])", r"\1pass # \2", code(cell), flags=re.M)
+    return re.sub(r"^(\s*)([%!]\w)", r"\1pass # \2", code(cell), flags=re.M)
 
 def data_of(nb): return [(c, o) for c in nb["cells"] for o in c.get("outputs", [])]
 
@@ -67,10 +67,30 @@ def cell_lines(nb):
     counts = [(len(code(c).strip("\n").splitlines()), c) for c in exported(nb)]
     return [f"cell {c['id']} exports {n} lines, at most {MAX_LINES}" for n, c in counts if n > MAX_LINES]
 
-def function_lines(nb):
-    found = [(n.end_lineno-n.lineno+1, n.name) for c in exported(nb) for n in ast.walk(ast.parse(code(c)))
-             if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
-    return [f"{name} has {n} lines, at most {MAX_LINES}" for n, name in found if n > MAX_LINES]
+def width(nb):
+    lines = [(c["id"], line) for c in nb["cells"] if c["cell_type"] == "code" for line in code(c).splitlines()]
+    return [f"cell {i} has a line of {len(line)} columns, at most {MAX_COLUMNS}" for i, line in lines if len(line) > MAX_COLUMNS]
+
+
+GUARDS = ast.Return | ast.Raise | ast.Continue | ast.Break | ast.Pass
+
+
+def behind_a_colon(node) -> bool:
+    "Does a statement's block stand on its own line, though it is no guard (`if x: return y`)?"
+    if not isinstance(node, ast.If | ast.For | ast.While | ast.With | ast.Try): return False
+    is_guard = isinstance(node, ast.If) and len(node.body) == 1 and isinstance(node.body[0], GUARDS)
+    return node.body[0].lineno == node.lineno and not is_guard
+
+
+def one_statement_a_line(nb):
+    found = []
+    for cell in (c for c in nb["cells"] if c["cell_type"] == "code"):
+        tree = ast.parse(plain(cell))
+        bodies = [getattr(n, field) for n in ast.walk(tree) for field in ("body", "orelse", "finalbody") if isinstance(getattr(n, field, None), list)]
+        found += [f"cell {cell['id']}: two statements on line {b.lineno}" for body in bodies for a, b in zip(body, body[1:]) if a.end_lineno == b.lineno]
+        found += [f"cell {cell['id']}: a statement behind a colon on line {n.lineno}" for n in ast.walk(tree) if behind_a_colon(n)]
+    return found
+
 
 def shown(nb):
     cells = nb["cells"]
@@ -96,7 +116,7 @@ def folded(nb):
     shows = [(c["id"], part) for c in solutions for part in ("source", "outputs") if not c["metadata"].get("jupyter", {}).get(f"{part}_hidden")]
     return [f"the solution {cell} shows its {part}" for cell, part in shows]
 
-RULES = [size, prose, hiding, title, cell_lines, function_lines, shown, output_kinds, private_paths, folded]
+RULES = [size, prose, hiding, title, cell_lines, width, one_statement_a_line, shown, output_kinds, private_paths, folded]
 
 # --- our notebooks ---
 
@@ -107,9 +127,13 @@ def test_style(path, rule):
 
 def test_one_notebook_one_module(): assert {m: n for m, n in drift.modules(ROOT).items() if len(n) > 1} == {}
 
-def test_numbered_notebooks_export_and_others_do_not():
-    numbered = {p.name: (bool(re.match(r"\d", p.name)), drift.default_exp(p) is not None) for p in drift.notebooks(ROOT)}
-    assert {n: v for n, v in numbered.items() if v[0] != v[1]} == {}
+def test_a_notebook_lies_where_its_module_lies():
+    homes = {p.relative_to(ROOT/"nbs").as_posix(): drift.default_exp(p) for p in drift.notebooks(ROOT)}
+    assert {p: m for p, m in homes.items() if m and p != m.replace(".", "/")+".ipynb"} == {}
+
+
+def test_no_number_in_a_name_says_what_to_read_next():
+    assert [p.name for p in drift.notebooks(ROOT) if re.match(r"\d", p.name)] == []
 
 # --- the rules can complain ---
 
@@ -121,7 +145,6 @@ def book(*cells, **metadata): return dict(cells=[md("# name\n\n> One line."), *c
 
 def out(**data): return dict(output_type="display_data", metadata={}, data={k.replace("_", "/", 1): v for k, v in data.items()})
 
-LONG = "def f():\n" + "    x = 1\n"*MAX_LINES
 BAD = [
     (size, book(*[md("x")]*MAX_CELLS), "81 cells"),
     (size, book(md("x"*MAX_BYTES)), "bytes"),
@@ -130,9 +153,13 @@ BAD = [
     (title, dict(book(), cells=[py("1")]), "does not begin"),
     (title, dict(book(), cells=[md("# name")]), "does not begin"),
     (title, dict(book(), cells=[md("## name\n\n> line")]), "does not begin"),
-    (cell_lines, book(py("#| export\n" + "x = 1\n"*(MAX_LINES+1))), "exports 41 lines"),
-    (function_lines, book(py("#| export\n" + LONG)), "f has 41 lines"),
-    (function_lines, book(py("#| exporti\nclass A:\n    def f(self):\n" + "        x = 1\n"*MAX_LINES)), "f has 41 lines"),
+    (cell_lines, book(py("#| export\n" + "x = 1\n"*(MAX_LINES+1))), "exports 61 lines"),
+    (width, book(py("x = 1  # " + "x"*MAX_COLUMNS)), "has a line of 129 columns"),
+    (one_statement_a_line, book(py("x = 1; y = 2")), "two statements on line 1"),
+    (one_statement_a_line, book(py("if x: y = 1")), "a statement behind a colon on line 1"),
+    (one_statement_a_line, book(py("for x in y: print(x)")), "a statement behind a colon"),
+    (one_statement_a_line, book(py("with a: b()")), "a statement behind a colon"),
+    (one_statement_a_line, book(py("if x: return_ = 1; y = 2")), "two statements"),
     (shown, book(py("#| export\ndef f(): pass"), py("from a import b")), "1 of 1"),
     (shown, book(py("#| export\nclass A: pass"), md("prose"), md("prose"), md("prose"), py("A()")), "A"),
     (shown, book(py("#| export\ndef f(): pass"), py("#| hide\nf()")), "f"),
@@ -152,5 +179,5 @@ def test_a_bad_notebook_is_seen(rule, nb, complaint):
 
 def test_a_good_notebook_passes():
     good = book(md("Why."), py("#| default_exp name"), py("#| export\ndef f(x): return x"), md("It returns x."), py("f(1)", out(text_plain=["1"])),
-                md("Relative paths and addresses are fine."), py("p", out(text_html=["<a href='https://a.org/opt/x'>"], image_png="iVBO")))
+                py("def g(x):\n    if x: return 1\n    return 2\n\ndef h(): return 1"), md("Relative paths and addresses are fine."), py("p", out(text_html=["<a href='https://a.org/opt/x'>"], image_png="iVBO")))
     assert [c for rule in RULES for c in rule(good)] == []
