@@ -48,10 +48,10 @@ export: $(STAMP) ## write qcal_nb/ from the notebooks
 drift: $(STAMP) ## is qcal_nb/ exactly what the notebooks export?
 	@$(BIN)/python tools/drift.py
 
-notebooks: $(STAMP) ## run all notebooks as tests; one of them: NB=nbs/01_schemes.ipynb
+notebooks: $(STAMP) ## run all notebooks as tests; one of them: NB=nbs/schemes.ipynb
 	@$(RUN) OMP_NUM_THREADS=1 nbdev-test $(NB)
 
-outputs: export ## run the notebooks and keep their outputs, cleaned; one of them: NB=nbs/01_schemes.ipynb
+outputs: export ## run the notebooks and keep their outputs, cleaned; one of them: NB=nbs/schemes.ipynb
 	@$(RUN) OMP_NUM_THREADS=1 nbdev-test $(NB) --save
 	@$(MAKE) --no-print-directory clean-notebooks
 
