@@ -56,7 +56,7 @@ def tensor(kind, seed, size, rows, dtype):
 
 @SIZES_TAKEN_FOR
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(kind=st.sampled_from(sorted(KINDS)), seed=st.integers(0, 9999), size=SIZES, rows=st.sampled_from([1, 8, 100]),
        form=st.sampled_from(sorted(ARGS)), search=SEARCHES)
 def test_the_range_is_that_of_the_definition(taken, dtype, kind, seed, size, rows, form, search):
@@ -68,7 +68,7 @@ def test_the_range_is_that_of_the_definition(taken, dtype, kind, seed, size, row
     assert math.isclose(a, b, rel_tol=1e-6), (mine, plain, a, b)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(kind=st.sampled_from(sorted(KINDS)), seed=st.integers(0, 9999), size=SIZES, form=st.sampled_from(sorted(ARGS)),
        norm=st.sampled_from([2.0, 2.4, 4.0]), p=st.floats(0.05, 1.8))
 def test_the_bounds_hold(kind, seed, size, form, norm, p):
@@ -162,7 +162,7 @@ def same_but_for_ties(mine, plain, error_of):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(kind=st.sampled_from(sorted(KINDS)), seed=st.integers(0, 9999), size=SIZES, rows=st.sampled_from([2, 7, 60]),
        groups=st.sampled_from(sorted(SCALES)), form=st.sampled_from(sorted(ARGS)), search=SEARCHES)
 def test_many_scales_are_those_of_the_definition(dtype, kind, seed, size, rows, groups, form, search):
@@ -173,7 +173,7 @@ def test_many_scales_are_those_of_the_definition(dtype, kind, seed, size, rows, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(kind=st.sampled_from(sorted(KINDS)), seed=st.integers(0, 9999), size=SIZES, rows=st.sampled_from([2, 7, 60]),
        groups=st.sampled_from(["channel", "groups"]), form=st.sampled_from(sorted(ARGS)), search=SEARCHES, weighted=st.booleans())
 def test_weighted_scales_are_those_of_the_definition(dtype, kind, seed, size, rows, groups, form, search, weighted):
