@@ -127,6 +127,14 @@ def with_dark(text: str, folder: Path) -> str:
     return re.sub(r"!\[([^\]]*)\]\(([^)\s:]+\.png)\)", both, text)
 
 
+ANCHOR = re.compile(r"(\]\([^)\s]*\.ipynb#)([^)\s]+)\)")
+
+
+def with_anchors(text: str) -> str:
+    "Links to headings, which JupyterLab writes with capitals, as the site writes them."
+    return ANCHOR.sub(lambda found: f"{found[1]}{found[2].lower()})", text)
+
+
 def solved(words: str, code: str) -> str:
     "The words of a solution, still open at their end; the copy of its code, which JupyterLab needs, is dropped."
     words = words.replace(f"```python\n{code}\n```", "").rstrip()
@@ -148,7 +156,7 @@ def pages_cells(cells: list[dict], folder: Path) -> list[dict]:
         folded = solution
         if cell["cell_type"] == "markdown":
             section = ([section] + re.findall(r"^#+ (.+)", source, re.M))[-1]
-            found.append(markdown(with_dark(source, folder)))
+            found.append(markdown(with_dark(with_anchors(source), folder)))
         elif cell["cell_type"] == "code":
             found += code_cells(cell, section, anchored)
     return found + [markdown("</details>")] * folded
