@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qcal_nb.observers import Observer
-from qcal_nb.observers.search import bins as bounds, kernel as kernels
+from qcal_nb.observers.search import best, bins, kernel as kernels
 from qcal_nb.observers import sharing
 from qcal_nb.observers.search.bins import Binned, bounded_search, error_bounds, error_by_kernel
 from qcal_nb.observers.search.best import best_range
@@ -42,7 +42,7 @@ SEARCHES = st.fixed_dictionaries({}, optional=dict(
 def taken_for(size):
     "Tensors with one scale go where large ones go, to bounds and counts, or where small ones go, to the kernel."
     with pytest.MonkeyPatch.context() as patch:
-        for module in (bounds, kernels): patch.setattr(module, "MANY", {"large": 1, "small": 1 << 30}[size])
+        for module in (best, kernels): patch.setattr(module, "MANY", {"large": 1, "small": 1 << 30}[size])
         yield
 
 
@@ -91,7 +91,7 @@ def test_every_value_is_in_its_bin(kind, seed, size, threads, piece):
     x, before = tensor(kind, seed, size, rows, torch.float32), torch.get_num_threads()
     if not 1e-6 < (x.max() - x.min()).item(): return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bounds, "_MOST", piece)  # values that one word counts before it is unpacked
+        patch.setattr(bins, "_MOST_PACKED", piece)  # values that one word counts before it is unpacked
         torch.set_num_threads(threads)
         try: binned = Binned(x, x.min().item(), x.max().item())
         finally: torch.set_num_threads(before)
@@ -99,7 +99,7 @@ def test_every_value_is_in_its_bin(kind, seed, size, threads, piece):
     place = torch.bucketize(steps, torch.from_numpy(binned.edges).double(), right=True) - 1
     counts = torch.bincount(place, minlength=len(binned.counts))
     means = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, place, steps) / counts
-    assert counts.tolist() == binned.counts.tolist() and len(counts) <= bounds.BINS + 1
+    assert counts.tolist() == binned.counts.tolist() and len(counts) <= bins.BINS + 1
     assert torch.equal(means[counts > 0].float(), torch.from_numpy(binned.means)[counts > 0])
     assert ((steps - x.flatten()).abs() < binned.unit).all()
 
@@ -131,7 +131,7 @@ def test_searches_of_one_tensor_share_errors_and_nothing_else(dtype, shape, take
 def test_other_devices_go_to_the_definition():
     low = high = torch.zeros(1)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        assert bounds.way_for(torch.empty(1, 1, 4, dtype=dtype, device="meta"), low, high, 2.4) is None
+        assert best.way_for(torch.empty(1, 1, 4, dtype=dtype, device="meta"), low, high, 2.4) is None
 
 
 def test_values_out_of_reach_go_to_the_definition():
