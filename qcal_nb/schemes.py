@@ -10,6 +10,7 @@ __all__ = ['INT8_STATIC', 'preset_names', 'is_preset', 'preset', 'format_name', 
 import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
@@ -36,17 +37,18 @@ def is_preset(name: object) -> bool:
     return isinstance(name, str) and name.upper() in _PRESETS
 
 # %% ../nbs/schemes.ipynb #d9e543d3
+def _unknown_preset(name: object) -> ValueError:
+    near = difflib.get_close_matches(str(name).upper(), preset_names(), 3)
+    hint = f" (close to it: {', '.join(near)})" if near else ""
+    return ValueError(f"scheme={name!r} is not a preset; choose one of {', '.join(preset_names())}{hint}")
+
+
 def preset(
     name: str,                              # Name of a preset, in upper or lower case
     targets: Iterable[str] = ("Linear",),   # Modules it applies to: names, class names or "re:" patterns
 ) -> QuantizationScheme:
     "A fresh `QuantizationScheme` for a preset; an unknown name is a ValueError that lists the known ones."
-    if not is_preset(name):
-        near = difflib.get_close_matches(str(name).upper(), preset_names(), 3)
-        raise ValueError(
-            f"scheme={name!r} is not a preset; choose one of {', '.join(preset_names())}"
-            + f" (close to it: {', '.join(near)})" * bool(near)
-        )
+    if not is_preset(name): raise _unknown_preset(name)
     targets = [targets] if isinstance(targets, str) else list(targets)
     parts = {part: args.model_copy(deep=True) for part, args in _PRESETS[name.upper()].items()}
     return QuantizationScheme(targets=targets, **parts)
@@ -85,6 +87,13 @@ def needs_data(scheme: QuantizationScheme) -> bool:
     return (inputs is not None and inputs.dynamic is not True) or (outputs is not None and not outputs.dynamic)
 
 # %% ../nbs/schemes.ipynb #bfbab93f
+def _fault_in_words(fault: dict[str, Any]) -> str:
+    "Where it is and what it is; the place is left out if the fault is of the whole."
+    place = ".".join(map(str, fault["loc"]))
+    what = fault["msg"].removeprefix("Value error, ")
+    return ": ".join(part for part in (place, what) if part)
+
+
 def faults_of(error: ValidationError) -> Iterator[str]:
     "What pydantic found, a line each, without its links."
     for fault in error.errors():
@@ -92,14 +101,12 @@ def faults_of(error: ValidationError) -> Iterator[str]:
         if isinstance(inner, ValidationError):
             yield from faults_of(inner)
         else:
-            yield ": ".join(
-                p for p in (".".join(map(str, fault["loc"])), fault["msg"].removeprefix("Value error, ")) if p
-            )
+            yield _fault_in_words(fault)
 
 
 @contextmanager
 def in_plain_words() -> Iterator[None]:
-    "Inside the block what pydantic refuses is a ValueError of one line."
+    "Inside the block an error of pydantic becomes a ValueError of one line."
     try:
         yield
     except ValidationError as error:
@@ -109,15 +116,21 @@ def in_plain_words() -> Iterator[None]:
     raise ValueError(fault)
 
 # %% ../nbs/schemes.ipynb #59820cc6
-def code_points(args: QuantizationArgs) -> torch.Tensor:
-    """Every value that the format of `args` can hold before scaling (OCP FP8 and MX specifications): ascending,
-    distinct, float32. Values, not codes: 0.0 and -0.0, two codes of a floating-point format, are one value and
-    stand here once, as 0.0."""
-    low, high = (int(v) for v in calculate_range(args, "cpu"))
-    if args.type == "int": return torch.arange(low, high + 1, dtype=torch.float32)
-    if args.num_bits == 4:
-        half = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
-        return torch.cat([-half[1:].flip(0), half])
+def _fp4_points() -> torch.Tensor:
+    positive = torch.tensor([0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    return torch.cat([-positive.flip(0), torch.zeros(1), positive])
+
+
+def _fp8_points() -> torch.Tensor:
     bits = torch.arange(256, dtype=torch.int32).to(torch.uint8)
     values = bits.view(torch.float8_e4m3fn).float()
     return values[values.isfinite()].unique() + 0.0  # unique() may keep -0.0 of the two zeros; adding 0.0 makes it 0.0
+
+
+def code_points(args: QuantizationArgs) -> torch.Tensor:
+    """Every value that the format of `args` can hold before scaling (OCP FP8 and MX specifications): ascending,
+    distinct, float32. These are values, not codes: 0.0 and -0.0, two codes of a floating-point format, are one
+    value and appear once, as 0.0."""
+    if args.type != "int": return _fp4_points() if args.num_bits == 4 else _fp8_points()
+    low, high = calculate_range(args, "cpu")
+    return torch.arange(int(low), int(high) + 1, dtype=torch.float32)

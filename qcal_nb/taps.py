@@ -12,10 +12,11 @@ from torch import Tensor
 
 # %% ../nbs/taps.ipynb #442936bb
 def first_tensor(args: Any, kwargs: dict[str, Any] | None = None) -> Tensor | None:
-    """The first tensor that a module was called with: among the positional arguments, then among the named ones.
-    None without any."""
-    values = args if isinstance(args, (tuple, list)) else (args,)
-    return next((v for v in (*values, *(kwargs or {}).values()) if isinstance(v, Tensor)), None)
+    """The first tensor that a module was called with, first among the positional arguments, then among the named
+    ones. None if there is none."""
+    positional = args if isinstance(args, (tuple, list)) else (args,)
+    named = (kwargs or {}).values()
+    return next((value for value in (*positional, *named) if isinstance(value, Tensor)), None)
 
 # %% ../nbs/taps.ipynb #437de229
 STATES = ("q", "k", "v")

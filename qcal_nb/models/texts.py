@@ -35,14 +35,21 @@ def heldout_texts() -> list[str]:
     return list(_documents("heldout"))
 
 # %% ../../nbs/models/texts.ipynb #3a9a8562
+def _end_of_passage(text: str, starts: list[int], begin: int, size: int) -> int:
+    "Where the passage from `begin` ends: at the last line end within `size` tokens, else after so many tokens."
+    token = bisect_right(starts, begin) - 1 + size
+    limit = starts[min(token, len(starts) - 1)]
+    if limit == len(text): return limit
+    return text.rfind("\n", begin, limit) + 1 or limit
+
+
 def _passages(text: str, tokenizer: PreTrainedTokenizerFast, size: int = 500) -> Iterator[str]:
-    """`text` cut at line ends into passages of about `size` tokens at most."""
-    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
-    starts = [first for first, _ in offsets] + [len(text)]
+    """`text` cut at line ends into passages of at most about `size` tokens."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    starts = [first for first, _ in encoded["offset_mapping"]] + [len(text)]
     begin = 0
     while begin < len(text):
-        limit = starts[min(bisect_right(starts, begin) - 1 + size, len(offsets))]
-        end = limit if limit == len(text) else text.rfind("\n", begin, limit) + 1 or limit
+        end = _end_of_passage(text, starts, begin, size)
         yield text[begin:end].strip("\n")
         begin = end
 
@@ -56,7 +63,7 @@ def _calibration() -> tuple[str, ...]:
 
 
 def calibration_texts() -> list[str]:
-    """Passages of at most 512 tokens from texts that gave no gradient, in a fixed order: what to calibrate on."""
+    """What to calibrate on: passages of at most 512 tokens, in a fixed order, from texts that were not trained on."""
     return list(_calibration())
 
 # %% ../../nbs/models/texts.ipynb #3e388b24
@@ -86,13 +93,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def positions_of(model: nn.Module) -> int | None:
-    """How many positions a model was made for, as its config tells; None if it does not."""
+    """How many positions a model was made for, according to its config; None if it does not say."""
     return getattr(getattr(model, "config", None), "max_position_embeddings", None)
 
 
 def usual_length(model: nn.Module) -> int:
-    """Tokens to cut texts to where nobody said how many: the model's positions, 2,048 at most, for attention needs
-    memory by the square."""
+    """How many tokens to cut texts to by default: the model's positions, but at most 2,048, since the memory of
+    attention grows with the square."""
     return min(positions_of(model) or 2048, 2048)
 
 
@@ -102,18 +109,32 @@ def _surprise(model: nn.Module, ids: Tensor) -> float:
     return cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="sum").item()
 
 # %% ../../nbs/models/texts.ipynb #00e9d013
-def perplexity(
-    model: nn.Module,  # A causal language model of transformers, quantized or not
-    tokenizer,  # Its tokenizer
-    texts: Sequence[str],  # What to measure on, e.g. `heldout_texts()`
-    max_length: int | None = None,  # Tokens in a window; None: the model's positions, 2,048 at most
-) -> float:
-    """exp of the mean negative log likelihood per token over `texts`; inf or nan where the model's logits are."""
-    if isinstance(texts, str):
-        raise TypeError("texts must be a list of strings, got one string: write [text]")
+def _check_texts(texts: Sequence[str]) -> None:
+    if isinstance(texts, str): raise TypeError("texts must be a list of strings, got one string: write [text]")
+
+
+def _window_length(model: nn.Module, max_length: int | None) -> int:
     length = usual_length(model) if max_length is None else max_length
     if length < 2:
         raise ValueError(f"max_length must be at least 2, a token and the one to predict from it, got {length}")
+    return length
+
+
+def _exp(mean: float) -> float:
+    "exp of a mean surprise; inf where a float cannot hold it, nan for nan."
+    if math.isnan(mean): return math.nan
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def perplexity(
+    model: nn.Module,                # A causal language model of transformers, quantized or not
+    tokenizer,                       # Its tokenizer
+    texts: Sequence[str],            # What to measure on, e.g. `heldout_texts()`
+    max_length: int | None = None,   # Tokens in a window; None: the model's positions, 2,048 at most
+) -> float:
+    """exp of the mean negative log likelihood per token over `texts`; inf or nan where the model's logits are."""
+    _check_texts(texts)
+    length = _window_length(model, max_length)
     total = 0.0
     count = 0
     with evaluating(model):
@@ -123,5 +144,4 @@ def perplexity(
                 count += ids.shape[1] - 1
     if not count:
         raise ValueError(f"texts must hold at least one token to predict, got {len(texts)} texts with none")
-    mean = total / count
-    return math.exp(mean) if mean < 700 else math.inf if mean == mean else math.nan
+    return _exp(total / count)

@@ -31,7 +31,7 @@ def check_policy(policy: str) -> str:
 # %% ../../nbs/stats/nonfinite.ipynb #18955e52
 @dataclass(frozen=True)
 class NonFinite:
-    "Where non-finite values stand in one tensor: how many, and the first one's batch, position and value."
+    "The non-finite values of one tensor: how many, and batch, position and value of the first."
 
     count: int
     batch: int | None
@@ -39,15 +39,15 @@ class NonFinite:
     value: float
 
     def __str__(self) -> str:
-        values = "value" + "s" * (self.count > 1)
+        values = "value" if self.count == 1 else "values"
         batch = "" if self.batch is None else f" of batch {self.batch}"
         return f"{self.count} non-finite {values}, the first ({self.value}) at position {self.position}{batch}"
 
 
 def find_nonfinite(value: Tensor) -> NonFinite | None:
-    "The first non-finite element of a tensor and how many there are; None if there is none."
+    "How many elements of a tensor are not finite, and the first of them; None if all are finite."
     bad = ~torch.isfinite(value)
     if not bad.any(): return None
     first = bad.flatten().nonzero()[0, 0]
-    place = tuple(int(i) for i in torch.unravel_index(first, value.shape))
-    return NonFinite(int(bad.sum()), current_batch.get(), place, float(value[place]))
+    position = tuple(int(i) for i in torch.unravel_index(first, value.shape))
+    return NonFinite(int(bad.sum()), current_batch.get(), position, float(value[position]))

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qcal_nb.observers import Observer
-from qcal_nb.observers.search import best, bins as bounds, kernel as kernels
+from qcal_nb.observers.search import best, bins, kernel as kernels
 from qcal_nb.observers import sharing
 from qcal_nb.observers.search.bins import Binned, bounded_search, error_bounds, error_by_kernel
 from qcal_nb.observers.search.best import best_range
@@ -91,7 +91,7 @@ def test_every_value_is_in_its_bin(kind, seed, size, threads, piece):
     x, before = tensor(kind, seed, size, rows, torch.float32), torch.get_num_threads()
     if not 1e-6 < (x.max() - x.min()).item(): return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bounds, "_MOST", piece)  # values that one word counts before it is unpacked
+        patch.setattr(bins, "_MOST_PACKED", piece)  # values that one word counts before it is unpacked
         torch.set_num_threads(threads)
         try: binned = Binned(x, x.min().item(), x.max().item())
         finally: torch.set_num_threads(before)
@@ -99,7 +99,7 @@ def test_every_value_is_in_its_bin(kind, seed, size, threads, piece):
     place = torch.bucketize(steps, torch.from_numpy(binned.edges).double(), right=True) - 1
     counts = torch.bincount(place, minlength=len(binned.counts))
     means = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, place, steps) / counts
-    assert counts.tolist() == binned.counts.tolist() and len(counts) <= bounds.BINS + 1
+    assert counts.tolist() == binned.counts.tolist() and len(counts) <= bins.BINS + 1
     assert torch.equal(means[counts > 0].float(), torch.from_numpy(binned.means)[counts > 0])
     assert ((steps - x.flatten()).abs() < binned.unit).all()
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from qcal_nb.stats import N_EXTREMES, measure
-from qcal_nb.stats.tensor import _read, _read_once, largest_places
+from qcal_nb.stats.tensor import _read_each, _read_once, largest_places
 
 SHAPES = hnp.array_shapes(min_dims=2, max_dims=2, max_side=40)
 FEW = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-45, 3e38, -3e38, 0.1])  # ties, zeros of both signs, the ends of float32
@@ -29,7 +29,7 @@ def test_one_read_is_as_good_as_many(value, threads):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        quick, slow = _read_once(value), _read(value)
+        quick, slow = _read_once(value), _read_each(value)
     finally: torch.set_num_threads(before)
     for a, b in zip(quick[:3], slow[:3]): assert a.dtype == b.dtype and torch.equal(a, b)
     size = value.double().abs().sum().item()
