@@ -30,7 +30,7 @@ PIPELINES = ("basic", "sequential", "datafree")
 
 
 def _first_batches(
-    data: Any, modifier: QuantizationModifier, pipeline: str, **options: Any
+    data: Any, modifier: QuantizationModifier, pipeline: str, *options: Any
 ) -> Iterator[dict[str, Tensor]]:
     "The batches to feed, with the first one already made, so that bad data is found before anything changes."
     if pipeline not in PIPELINES:
@@ -40,7 +40,7 @@ def _first_batches(
             raise ValueError("pipeline='datafree' cannot find the scales of activations; "
                              "this scheme has static ones, use pipeline='basic' with data")
         return iter(())
-    stream = batches(data, **options)
+    stream = batches(data, *options)
     first = next(stream, None)
     if first is None: raise ValueError("data is empty: not a single batch came of it; pass at least one text or batch")
     return itertools.chain([first], stream)
@@ -78,6 +78,29 @@ def check_propagate(propagate: str, pipeline: str) -> None:
                          "only block by block are scales known before later blocks are fed")
 
 # %% ../../nbs/pipelines/basic.ipynb #3baba4fc
+def _check_options(
+    modifier: Any,
+    nonfinite: str | None,
+    on_uncalibrated: str | None,
+    attention: str,
+    propagate: str,
+    pipeline: str,
+    all_experts: bool,
+) -> None:
+    "TypeError or ValueError for arguments of `calibrate` that make no sense."
+    if not isinstance(modifier, QuantizationModifier):
+        raise TypeError(
+            f"modifier must be a QuantizationModifier, got {type(modifier).__name__}; "
+            "e.g. QuantizationModifier(scheme='FP8', ignore=['lm_head'])"
+        )
+    checks = (check_policy, nonfinite), (check_on_uncalibrated, on_uncalibrated), (check_attention, attention)
+    for check, value in checks:
+        if value is not None:
+            check(value)
+    check_propagate(propagate, pipeline)
+    if not isinstance(all_experts, bool): raise TypeError(f"all_experts={all_experts!r} must be True or False")
+
+
 def calibrate(
     model: Module,  # Any torch model; transformers models take all forms of data
     data: Any,  # Texts, token ids, tensors, dicts, a DataLoader; None if none is needed
@@ -94,26 +117,13 @@ def calibrate(
     attention: Literal["eager", "model"] = "eager",  # Attention to calibrate with
     progress: bool = True,  # Show a bar with tokens per second
 ) -> Module:
-    """Initialize, start, feed all data, end. Returns the same model, calibrated; what its observers saw is in
-    `modifier.coverage`."""
-    if not isinstance(modifier, QuantizationModifier):
-        raise TypeError(f"modifier must be a QuantizationModifier, got {type(modifier).__name__}; "
-                        "e.g. QuantizationModifier(scheme='FP8', ignore=['lm_head'])")
-    for check, value in (
-        (check_policy, nonfinite),
-        (check_on_uncalibrated, on_uncalibrated),
-        (check_attention, attention),
-    ):
-        if value is not None:
-            check(value)
-    check_propagate(propagate, pipeline)
-    if not isinstance(all_experts, bool): raise TypeError(f"all_experts={all_experts!r} must be True or False")
+    """Initialize, start, feed all data, end. Returns the same model, calibrated. `modifier.coverage` says what its
+    observers saw."""
+    _check_options(modifier, nonfinite, on_uncalibrated, attention, propagate, pipeline, all_experts)
     state = State(model)
     owner = f"calibrate {uuid.uuid4().hex}"
     with together("end calibrate()"), exclusive(model, "calibrate()"), each_warning_once():
-        stream = _first_batches(
-            data, modifier, pipeline, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length
-        )
+        stream = _first_batches(data, modifier, pipeline, tokenizer, batch_size, max_length)
         modifier.on_initialize(state, unfuse=True)
         with owned_by(owner):
             modifier.on_event(state, Event(EventType.CALIBRATION_START))  # hear nobody else from the start

@@ -60,24 +60,32 @@ def _cut(batch: Mapping[str, Any], max_length: int | None) -> dict[str, Any]:
     return {k: v[:, :max_length] if along(v) else v for k, v in batch.items()}
 
 # %% ../../nbs/pipelines/data.ipynb #f8572bca
+def _classify_tensor(item: Tensor, max_length: int | None) -> dict[str, Any]:
+    if item.ndim == 0:
+        raise ValueError("data holds a tensor without dimensions; token ids are (seq,) or (batch, seq)")
+    batch = {"input_ids": item[None] if item.ndim == 1 else item}
+    return {"ready": batch if item.is_floating_point() else _cut(batch, max_length)}
+
+
+def _classify_dict(item: Mapping[str, Any], tokenizer: Any, max_length: int | None) -> dict[str, Any]:
+    if any(isinstance(v, Tensor) and v.ndim >= 2 for v in item.values()): return {"ready": _cut(item, max_length)}
+    if any(isinstance(row, (list, tuple)) for row in item.get("input_ids", [])):
+        raise ValueError(
+            "data holds a dict whose input_ids are lists of lists; pass a row of ids in each dict, "
+            "or tensors (return_tensors='pt')"
+        )
+    if "input_ids" in item:
+        return {k: list(item[k])[:max_length] for k in ("input_ids", "attention_mask") if k in item}
+    if isinstance(item.get("text"), str): return _encode(item["text"], tokenizer, max_length)
+    keys = sorted(map(str, item))
+    raise ValueError(f"data holds a dict with keys {keys}; it needs tensors for the model, 'input_ids' or 'text'")
+
+
 def _classify(item: Any, tokenizer: Any, max_length: int | None) -> dict[str, Any]:
     "One element of the data as a ready batch (`ready` holds tensors) or as a row of token ids."
     if isinstance(item, str): return _encode(item, tokenizer, max_length)
-    if isinstance(item, Tensor):
-        if item.ndim == 0:
-            raise ValueError("data holds a tensor without dimensions; token ids are (seq,) or (batch, seq)")
-        batch = {"input_ids": item[None] if item.ndim == 1 else item}
-        return {"ready": batch if item.is_floating_point() else _cut(batch, max_length)}
-    if isinstance(item, Mapping):
-        if any(isinstance(v, Tensor) and v.ndim >= 2 for v in item.values()): return {"ready": _cut(item, max_length)}
-        if any(isinstance(row, (list, tuple)) for row in item.get("input_ids", [])):
-            raise ValueError("data holds a dict whose input_ids are lists of lists; pass a row of ids in each dict, "
-                             "or tensors (return_tensors='pt')")
-        if "input_ids" in item:
-            return {k: list(item[k])[:max_length] for k in ("input_ids", "attention_mask") if k in item}
-        if isinstance(item.get("text"), str): return _encode(item["text"], tokenizer, max_length)
-        keys = sorted(map(str, item))
-        raise ValueError(f"data holds a dict with keys {keys}; it needs tensors for the model, 'input_ids' or 'text'")
+    if isinstance(item, Tensor): return _classify_tensor(item, max_length)
+    if isinstance(item, Mapping): return _classify_dict(item, tokenizer, max_length)
     if isinstance(item, (list, tuple)) and item and all(isinstance(i, int) for i in item):
         return {"input_ids": list(item)[:max_length]}
     # a row of a TensorDataset: its first tensor
@@ -89,7 +97,7 @@ def _classify(item: Any, tokenizer: Any, max_length: int | None) -> dict[str, An
     )
 
 # %% ../../nbs/pipelines/data.ipynb #c8cc742b
-def _items(data: Any) -> Iterable[Any]:
+def _elements(data: Any) -> Iterable[Any]:
     "The elements of the data; a lone string, tensor or batch is one element."
     if isinstance(data, (str, Tensor)): return [data]
     if isinstance(data, Mapping) and any(isinstance(v, Tensor) for v in data.values()): return [data]
@@ -117,7 +125,7 @@ def batches(
     fillers = (getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None))
     pad = next((i for i in fillers if i is not None), 0)
     rows: list[Mapping[str, Any]] = []
-    for item in (one for several in _items(data) for one in _unpacked(several)):
+    for item in (one for several in _elements(data) for one in _unpacked(several)):
         found = _classify(item, tokenizer, max_length)
         if "ready" in found:
             yield found["ready"]
@@ -131,7 +139,7 @@ def batches(
 
 # %% ../../nbs/pipelines/data.ipynb #7add8be4
 def expected_batches(data: Any, batch_size: int) -> int | None:
-    "How many batches `data` will give, if it can be told without reading it."
+    "How many batches `data` will give, if that is known without reading it."
     if not isinstance(data, (list, tuple)): return None
     if all(isinstance(d, (str, list)) for d in data): return -(-len(data) // batch_size)  # grouped
     return len(data) if all(_is_batch(d) for d in data) else None
@@ -169,6 +177,17 @@ def warn_if_too_long(model: Module, batch: Mapping[str, Tensor]) -> None:
         warn_once(f"a batch of {length} tokens is longer than the model's {limit} positions; use max_length={limit}")
 
 # %% ../../nbs/pipelines/data.ipynb #43c3b371
+def _add_notes(error: Exception, model: Module, batch: Mapping[str, Tensor], index: int) -> None:
+    "Say on an error which batch it was, and what an encoder-decoder may lack."
+    shapes = ", ".join(f"{k} {tuple(v.shape)}" for k, v in batch.items() if isinstance(v, Tensor))
+    error.add_note(f"while feeding batch {index} ({shapes})")
+    if reads_two_sequences(model) and "decoder_input_ids" not in batch:
+        error.add_note(
+            f"{type(model).__name__} reads two sequences: each batch needs decoder_input_ids (or labels) too, "
+            "data=[dict(input_ids=…, decoder_input_ids=…), …]"
+        )
+
+
 def feed(model: Module, batch: Mapping[str, Tensor], index: int | None = None) -> int:
     """Run one batch through the model inside the calibration context, for its observers. Returns the number of tokens.
     `index` names the batch in errors."""
@@ -185,16 +204,7 @@ def feed(model: Module, batch: Mapping[str, Tensor], index: int | None = None) -
                 model(**_accepted(model, ready))
     except Exception as error:
         if index is not None and hasattr(error, "add_note"):
-            shapes = ", ".join(f"{k} {tuple(v.shape)}" for k, v in batch.items() if isinstance(v, Tensor))
-            error.add_note(f"while feeding batch {index} ({shapes})")
-            if (
-                getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-                and "decoder_input_ids" not in batch
-            ):
-                error.add_note(
-                    f"{type(model).__name__} reads two sequences: each batch needs decoder_input_ids (or labels) too, "
-                    "data=[dict(input_ids=…, decoder_input_ids=…), …]"
-                )
+            _add_notes(error, model, batch, index)
         raise
     finally:
         current_batch.reset(token)
@@ -293,7 +303,7 @@ def reads_two_sequences(model: Module) -> bool:
 
 
 def warn_of_padding(batch: Mapping[str, Any]) -> None:
-    "Padding is data too, as in the reference; whoever did not mean that is told how to leave it out."
+    "Padding is data too, as in the reference. The warning says how to leave it out."
     seen = batch.get("attention_mask")
     if isinstance(seen, Tensor) and seen.ndim == 2 and not seen.all():
         warn_once("batches are padded, and the padding counts like any token, as in llm-compressor; "

@@ -33,7 +33,7 @@ from ..lifecycle import UndoLog, LifecycleError, QuantizationMixin, edits, undo_
 from ..lifecycle import snapshot, uncomputed, undo
 from ..modeling import attention_modules, fused_experts, unfused_experts
 from .config import recipe_of
-from .plain import _PARTS, _config_to_dict, _one_format, storage_format
+from .plain import _SCHEME_PARTS, _config_to_dict, _one_format, storage_format
 from .yaml import to_yaml
 from ..schemes import describe_args
 from ..warn import warn_once
@@ -43,48 +43,53 @@ _Stored = dict[str, tuple[Module, QuantizationScheme, CompressionFormat]]
 
 
 def _calibrated(model: Module, verb: str) -> UndoLog:
-    ledger = undo_log_of(model)
-    if ledger is None or ledger.phase != "calibrated":
+    log = undo_log_of(model)
+    if log is None or log.phase != "calibrated":
         raise LifecycleError(f"cannot {verb} a model that is {phase_of(model)}; calibrate it first")
-    return ledger
+    return log
 
 
 def stored_modules(model: Module, config: QuantizationConfig) -> tuple[_Stored, list[str]]:
-    "The quantized modules with the schemes and formats they are stored in; and the names of those that were skipped."
+    "The quantized modules with the schemes and formats they are stored in, and the names of those that were skipped."
     chosen = {name: (m, s) for name, (m, s) in schemes_by_module(model, config).items() if is_module_quantized(m)}
     skipped = {tensor.rpartition(".")[0] for tensor in uncomputed(chosen)}
     stored = {n: (m, s, storage_format(s, type(m))) for n, (m, s) in chosen.items() if n not in skipped}
     return stored, [name for name in chosen if name in skipped]
 
 
+def _names_by_format(stored: _Stored, scheme: QuantizationScheme) -> dict[CompressionFormat, list[str]]:
+    "The modules of a scheme, by the format they are stored in; the most common format comes last."
+    names: dict[CompressionFormat, list[str]] = {}
+    for name, (_, other, form) in stored.items():
+        if other is scheme:
+            names.setdefault(form, []).append(name)
+    return dict(sorted(names.items(), key=lambda item: len(item[1])))
+
+
 def _stored_groups(groups: Mapping[str, QuantizationScheme], stored: _Stored) -> dict[str, QuantizationScheme]:
     """The groups that are in use, with their formats. A module that is stored in another format than most of its
-    group is named."""
+    group goes into a group of its own, by name."""
     found: dict[str, QuantizationScheme] = {}
     for group, scheme in groups.items():
-        forms: dict[CompressionFormat, list[str]] = {}
-        for name, (_, other, form) in stored.items():
-            if other is scheme:
-                forms.setdefault(form, []).append(name)
-        *others, most = sorted(forms, key=lambda form: len(forms[form])) or [None]
+        names = _names_by_format(stored, scheme)
+        if not names: continue
+        *others, most = names
         for form in others:
-            found[f"{group}_{form.value}"] = scheme.model_copy(
-                deep=True, update={"format": form, "targets": forms[form]}
-            )
-        if most:
-            found[group] = scheme.model_copy(deep=True, update={"format": most})
+            own = {"format": form, "targets": names[form]}
+            found[f"{group}_{form.value}"] = scheme.model_copy(deep=True, update=own)
+        found[group] = scheme.model_copy(deep=True, update={"format": most})
     return found
 
 # %% ../../nbs/recipes/checkpoint.ipynb #a5e5ae6b
 def _need_whole_attention(model: Module, config: QuantizationConfig, stored: _Stored) -> None:
     "ValueError if only some of the attention modules have scales: a checkpoint's config speaks of all or none of them."
-    all_of_them = attention_modules(model)
-    missing = [name for name in all_of_them if name not in stored]
-    if not missing or (config.kv_cache_scheme is None and len(missing) == len(all_of_them)): return
+    names = list(attention_modules(model))
+    missing = [name for name in names if name not in stored]
+    if not missing or (config.kv_cache_scheme is None and missing == names): return
     raise ValueError(
-        f"{len(missing)} of {len(all_of_them)} attention modules have no scales ({', '.join(missing[:3])}): "
-        "compressed-tensors hooks all "
-        "of them when it loads a checkpoint, whatever `ignore` says. Calibrate all of them, or none"
+        f"{len(missing)} of {len(names)} attention modules have no scales ({', '.join(missing[:3])}): "
+        "compressed-tensors hooks all of them when it loads a checkpoint, whatever `ignore` says. Calibrate all of "
+        "them, or none"
     )
 
 
@@ -92,7 +97,7 @@ def _checkpoint_config(model: Module) -> QuantizationConfig:
     "The config of the checkpoint that a calibrated model would be saved as."
     config = _calibrated(model, "save").config
     stored, skipped = stored_modules(model, config)
-    live = QuantizationConfig.from_pretrained(model)  # knows which modules vLLM has to be told to ignore
+    live = QuantizationConfig.from_pretrained(model)  # knows which modules vLLM has to ignore
     if live is None or not (stored or live.kv_cache_scheme):
         raise ValueError("nothing of this model is quantized; save it with model.save_pretrained")
     _need_whole_attention(model, config, stored)
@@ -106,22 +111,27 @@ def _checkpoint_config(model: Module) -> QuantizationConfig:
 
 def to_config(source: QuantizationMixin | Module) -> dict[str, Any]:
     """The `quantization_config` of a modifier, or of a calibrated model as `save_quantized` would write it: plain
-    data for JSON. A model's names every module that is not quantized, as vLLM needs it; `from_config` reads
-    both."""
+    data for JSON. That of a model names every module that is not quantized, because vLLM needs it. `from_config`
+    reads both."""
     if isinstance(source, QuantizationMixin): return _config_to_dict(source.resolved_config)
     return _config_to_dict(_checkpoint_config(source))
 
 # %% ../../nbs/recipes/checkpoint.ipynb #472f8efd
+def _zero_points_left_out(scheme: QuantizationScheme) -> set[str]:
+    "The zero points of what is not quantized or symmetric; queries, keys and values are as inputs are."
+    args = {base_name: getattr(scheme, part) for base_name, part in _SCHEME_PARTS.items()}
+    symmetric = [base_name for base_name, a in args.items() if a is None or a.symmetric]
+    if "input" in symmetric:
+        symmetric += ["q", "k", "v"]
+    return {f"{base_name}_zero_point" for base_name in symmetric}
+
+
 def packed_tensors(
     tensors: dict[str, Tensor], scheme: QuantizationScheme, form: CompressionFormat, name: str
 ) -> dict[str, Tensor]:
-    "A module's tensors, local names, as they are stored."
-    symmetric = [
-        base_name for base_name, part in _PARTS.items() if (args := getattr(scheme, part)) is None or args.symmetric
-    ]
-    if "input" in symmetric:
-        symmetric += ["q", "k", "v"]
-    tensors = {k: v for k, v in tensors.items() if k not in {f"{base_name}_zero_point" for base_name in symmetric}}
+    "The tensors of a module, by local names, as they are stored."
+    left_out = _zero_points_left_out(scheme)
+    tensors = {k: v for k, v in tensors.items() if k not in left_out}
     try:
         packed = BaseCompressor.get_value_from_registry(form.value).compress(tensors, scheme)
     except NotImplementedError as error:
@@ -132,11 +142,15 @@ def packed_tensors(
     return {k: v.contiguous().cpu() for k, v in packed.items()}
 
 
-def _untied(model: Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """An encoder-decoder whose head was untied says that nothing is tied: embeddings that are one tensor are then
-    stored once for each name."""
+def _says_untied(model: Module) -> bool:
     config = getattr(model, "config", None)
-    if not getattr(config, "is_encoder_decoder", False) or getattr(config, "tie_word_embeddings", True): return state
+    return getattr(config, "is_encoder_decoder", False) and not getattr(config, "tie_word_embeddings", True)
+
+
+def _untied(model: Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """An encoder-decoder whose head was untied says that nothing is tied. Its embeddings may still be one tensor,
+    which is then stored once for each name."""
+    if not _says_untied(model): return state
     seen: set[tuple[int, int]] = set()
     for name, value in state.items():
         place = (value.untyped_storage().data_ptr(), value.storage_offset())
@@ -146,35 +160,46 @@ def _untied(model: Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def _checkpoint_tensors(model: Module) -> tuple[dict[str, Tensor], set[torch.dtype]]:
-    "Every tensor of the checkpoint by name; and the dtypes to which weights are unpacked that had another."
-    stored, skipped = stored_modules(model, _calibrated(model, "save").config)
-    state = _untied(model, model.state_dict())
-    unpacked = {}
-    for name in skipped:
+def _drop_qparams(state: dict[str, Tensor], names: list[str]) -> None:
+    "Without the scales of modules that were never calibrated."
+    for name in names:
         for qparam in QPARAMS:
             state.pop(f"{name}.{qparam}", None)
+
+
+def _unpacked_dtype(packed: dict[str, Tensor], scheme: QuantizationScheme, form: CompressionFormat) -> torch.dtype:
+    return BaseCompressor.get_value_from_registry(form.value).decompress(packed, scheme)["weight"].dtype
+
+
+def _checkpoint_tensors(model: Module) -> tuple[dict[str, Tensor], set[torch.dtype]]:
+    "Every tensor of the checkpoint by name, and the dtypes that weights are unpacked to where they had another one."
+    stored, skipped = stored_modules(model, _calibrated(model, "save").config)
+    state = _untied(model, model.state_dict())
+    _drop_qparams(state, skipped)
+    unpacked = {}
     for name, (module, scheme, form) in stored.items():
-        local = [k for k in (*module._parameters, *module._buffers) if f"{name}.{k}" in state]
-        packed = packed_tensors({k: state.pop(f"{name}.{k}") for k in local}, scheme, form, name)
+        names = [k for k in (*module._parameters, *module._buffers) if f"{name}.{k}" in state]
+        packed = packed_tensors({k: state.pop(f"{name}.{k}") for k in names}, scheme, form, name)
         if form not in unpacked and scheme.weights is not None:
-            dtype = BaseCompressor.get_value_from_registry(form.value).decompress(packed, scheme)["weight"].dtype
+            dtype = _unpacked_dtype(packed, scheme, form)
             unpacked[form] = dtype if dtype != module.weight.dtype else None
         state |= {f"{name}.{k}": v for k, v in packed.items()}
     return state, set(unpacked.values()) - {None}
 
 # %% ../../nbs/recipes/checkpoint.ipynb #050c90d6
+_EXPERT_WEIGHT = re.compile(r"experts\.\*\.(\w+)\.weight$")
+_OUR_MATRICES = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
+
+
 def expert_names(model_type: str) -> dict[str, str]:
-    """Our name of an expert's matrix -> the name in checkpoints of that type, from transformers' conversions. Empty
-    where only stacks are stored."""
+    """Our name of an expert's matrix -> its name in checkpoints of that type, from the conversions of transformers.
+    Empty if only stacks are stored."""
     names: dict[str, str] = {}
-    ours = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
     for conversion in get_checkpoint_conversion_mapping(model_type) or ():
         target = conversion.target_patterns[0].rpartition("experts.")[2]
-        theirs = [
-            m[1] for source in conversion.source_patterns if (m := re.search(r"experts\.\*\.(\w+)\.weight$", source))
-        ]
-        names |= dict(zip(ours.get(target, ()), theirs))
+        hits = [_EXPERT_WEIGHT.search(source) for source in conversion.source_patterns]
+        theirs = [hit[1] for hit in hits if hit]
+        names |= dict(zip(_OUR_MATRICES.get(target, ()), theirs))
     return names
 
 
@@ -183,47 +208,60 @@ def _rename_experts(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[st
     paths = [re.escape(name) for name in unfused_experts(model)]
     if not paths or not names: return state
     pattern = re.compile(rf"^((?:{'|'.join(paths)})\.\d+\.)(\w+)(?=\.)")
-    return {pattern.sub(lambda m: m[1] + names.get(m[2], m[2]), key): value for key, value in state.items()}
+    def renamed(key: str) -> str: return pattern.sub(lambda m: m[1] + names.get(m[2], m[2]), key)
+    return {renamed(key): value for key, value in state.items()}
 
 # %% ../../nbs/recipes/checkpoint.ipynb #f9350aa9
+_NOT_LOADED = (
+    "transformers does not load a mixture of experts of which everything but the experts is quantized: "
+    "this checkpoint is for programs that do"
+)
+_FUSED_WHEN_LOADED = (
+    "transformers fuses experts when it loads them, and has no place for scales of what enters them or for global "
+    "scales: its logits will differ from this model's (vLLM's do not)"
+)
+
+
+def _stored_as_stacks(model_type: str) -> str:
+    return (
+        f"transformers stores the experts of a {model_type} as stacks and will not load them one by one: "
+        "this checkpoint is for programs that do"
+    )
+
+
 def _warn_about_experts(model: PreTrainedModel) -> None:
     _refuse_uneven_experts(model)
     experts = [m for c in unfused_experts(model).values() for m in c.modules() if is_module_quantized(m)]
-    if not experts and not fused_experts(model): return
+    model_type = model.config.model_type
     if not experts:
-        warn_once("transformers does not load a mixture of experts of which everything but the experts is quantized: "
-                  "this checkpoint is for programs that do")
-    elif not expert_names(model.config.model_type):
-        warn_once(
-            f"transformers stores the experts of a {model.config.model_type} as stacks and will not load them one "
-            "by one: "
-            "this checkpoint is for programs that do"
-        )
+        if fused_experts(model):
+            warn_once(_NOT_LOADED)
+    elif not expert_names(model_type):
+        warn_once(_stored_as_stacks(model_type))
     elif any(_more_than_weights(m.quantization_scheme) for m in experts):
-        warn_once(
-            "transformers fuses experts when it loads them, and has no place for scales of what enters them or "
-            "for global scales: "
-            "its logits will differ from this model's (vLLM's do not)"
-        )
+        warn_once(_FUSED_WHEN_LOADED)
+
+
+def _way_of(name: str, stored: _Stored) -> str:
+    "How a matrix is quantized, as text that can be compared."
+    if name not in stored: return "not quantized"
+    _, scheme, _ = stored[name]
+    return scheme.model_dump_json(exclude={"targets"})
 
 
 def _refuse_uneven_experts(model: PreTrainedModel) -> None:
     """ValueError if the matrices of a layer's experts are not all quantized in one way. Programs that load such a
-    checkpoint stack them, and what comes of unequal parts is a NaN or another expert."""
-    config = _calibrated(model, "save").config
-    stored, _ = stored_modules(model, config)
+    checkpoint stack them, and unequal parts give a NaN or a wrong expert."""
+    stored, _ = stored_modules(model, _calibrated(model, "save").config)
     for path, container in unfused_experts(model).items():
         linears = [f"{path}.{name}" for name, m in container.named_modules() if isinstance(m, torch.nn.Linear)]
-        ways = {
-            stored[name][1].model_dump_json(exclude={"targets"}) if name in stored else "not quantized"
-            for name in linears
-        }
-        if len(ways) > 1:
-            raise ValueError(
-                f"the experts in {path} are quantized in {len(ways)} ways ({sum(n in stored for n in linears)} of "
-                f"{len(linears)} matrices are "
-                "quantized at all); a checkpoint needs all matrices of a layer's experts in one way, or none of them"
-            )
+        ways = {_way_of(name, stored) for name in linears}
+        if len(ways) <= 1: continue
+        quantized = [name for name in linears if name in stored]
+        raise ValueError(
+            f"the experts in {path} are quantized in {len(ways)} ways ({len(quantized)} of {len(linears)} matrices are "
+            "quantized at all); a checkpoint needs all matrices of a layer's experts in one way, or none of them"
+        )
 
 
 def _more_than_weights(scheme: QuantizationScheme) -> bool:
@@ -246,7 +284,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _write_config(folder: Path, config: QuantizationConfig, dtype: torch.dtype | None) -> None:
-    """Add the quantization_config to the config.json that transformers wrote, and the dtype to load as if it is not
+    """Add the quantization_config to the config.json that transformers wrote, and the dtype to load if it differs from
     the model's."""
     path = folder/"config.json"
     data = json.loads(path.read_text(encoding="utf-8"))
@@ -254,26 +292,33 @@ def _write_config(folder: Path, config: QuantizationConfig, dtype: torch.dtype |
     if dtype is not None:
         data["dtype"] = str(dtype).removeprefix("torch.")
     if config.kv_cache_scheme is not None and "num_attention_heads" in data:
-        data.setdefault("num_key_value_heads", data["num_attention_heads"])  # OPT does not say; compressed-tensors asks
+        data.setdefault("num_key_value_heads", data["num_attention_heads"])  # OPT lacks it; compressed-tensors asks
     path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
-def _write(model: PreTrainedModel, folder: Path, tokenizer: Any) -> None:
-    "All files of the checkpoint, into a new folder."
-    config = _checkpoint_config(model)
-    (state, unpacked) = _checkpoint_tensors(model)
-    dtype = next(iter(unpacked), None)
-    if dtype is not None:
-        form = _one_format(list(config.config_groups.values())).value
-        warn_once(f"compressed-tensors unpacks {form} to {dtype}, but this model is {model.dtype}: "
-                  f"the checkpoint loads as {dtype}, and its logits differ by that rounding")
-    _warn_about_experts(model)
+def _save_model(model: PreTrainedModel, folder: Path, state: dict[str, Tensor]) -> None:
+    "Let transformers write the weights, and take back what it writes into the model."
     before = snapshot(model)
     try:
         with _quiet():
             model.save_pretrained(folder, state_dict=_rename_experts(model, state))
     finally:
         undo(edits(before, snapshot(model)))
+
+
+def _write_files(model: PreTrainedModel, folder: Path, tokenizer: Any) -> None:
+    "All files of the checkpoint, into a new folder."
+    config = _checkpoint_config(model)
+    state, unpacked = _checkpoint_tensors(model)
+    dtype = next(iter(unpacked), None)
+    if dtype is not None:
+        form = _one_format(list(config.config_groups.values())).value
+        warn_once(
+            f"compressed-tensors unpacks {form} to {dtype}, but this model is {model.dtype}: "
+            f"the checkpoint loads as {dtype}, and its logits differ by that rounding"
+        )
+    _warn_about_experts(model)
+    _save_model(model, folder, state)
     _write_config(folder, config, dtype)
     (folder/"recipe.yaml").write_text(to_yaml(recipe_of(model)), encoding="utf-8")
     if tokenizer is not None:
@@ -281,7 +326,7 @@ def _write(model: PreTrainedModel, folder: Path, tokenizer: Any) -> None:
 
 # %% ../../nbs/recipes/checkpoint.ipynb #e99ae193
 def free_folder(path: str | os.PathLike, argument: str = "path") -> Path:
-    """A path where a folder can be written: nothing is there, or an empty folder. Else a ValueError that names
+    """A path where a folder can be written: nothing is there, or an empty folder. Otherwise a ValueError that names
     `argument`."""
     folder = Path(path)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -292,8 +337,8 @@ def free_folder(path: str | os.PathLike, argument: str = "path") -> Path:
 
 
 def save_quantized(model: Module, path: str | os.PathLike, tokenizer: Any = None) -> Path:
-    """Write a calibrated transformers model as a compressed-tensors checkpoint, its recipe beside it. Returns the
-    folder. The model stays as it is; a failure leaves nothing behind. The folder must be new or empty."""
+    """Write a calibrated transformers model as a compressed-tensors checkpoint, with its recipe. Returns the folder,
+    which must be new or empty. The model stays as it is, and a failure leaves nothing behind."""
     _calibrated(model, "save")
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"a {type(model).__name__} has no checkpoint format, only models of transformers do; "
@@ -303,7 +348,7 @@ def save_quantized(model: Module, path: str | os.PathLike, tokenizer: Any = None
     with exclusive(model, "save_quantized()"):
         try:
             partial.mkdir(parents=True)
-            _write(model, partial, tokenizer)
+            _write_files(model, partial, tokenizer)
             if folder.exists():
                 folder.rmdir()
             partial.rename(folder)

@@ -11,59 +11,76 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 from compressed_tensors.utils.match import is_match, match_name, match_targets
 from torch.nn import Module
 
 from ..lifecycle import LifecycleError, QUANTIZABLE, QuantizationMixin, QuantizationModifier, undo_log_of
 from ..lifecycle import schemes_by_module
 from ..modeling import fused_experts
-from .plain import _METHOD, _PARTS, _config_to_dict, _modifier, _parse, _plain, _text_of
+from .plain import _METHOD, _SCHEME_PARTS, _config_to_dict, _modifier, _parse, _plain_value, _text_of
 from .plain import storage_format
 from .yaml import _OURS
 from ..schemes import describe_args
 from ..warn import warn_once
 
 # %% ../../nbs/recipes/config.ipynb #1017c566
-def _section_of(source: Any) -> tuple[dict[str, Any], str]:
-    """The quantization_config in a dict, a config object, JSON, a config.json or a checkpoint's folder; and what to
-    call it."""
-    if isinstance(source, QuantizationConfig): return _config_to_dict(source), "the config"
-    if isinstance(source, (str, os.PathLike)):
-        folder = "{" not in os.fspath(source) and Path(source).is_dir()
-        text, name = _text_of(Path(source)/"config.json" if folder else source, "config")
-        source = _parse(text, name)
-    else:
-        name = "the config"
-    if hasattr(source, "to_dict"):
-        source = source.to_dict()  # of transformers
-    if not isinstance(source, dict):
-        raise TypeError(f"source must be a dict, a config or a path, got {type(source).__name__}")
-    section = next((s for key in ("quantization_config", "compression_config") if (s := source.get(key))), source)
+def _config_in_file(source: str | os.PathLike) -> tuple[dict[str, Any], str]:
+    "The config in JSON text, a config.json or a checkpoint's folder; and a name for it in errors."
+    folder = "{" not in os.fspath(source) and Path(source).is_dir()
+    text, name = _text_of(Path(source)/"config.json" if folder else source, "config")
+    return _parse(text, name), name
+
+
+def _check_section(section: Any, name: str) -> None:
+    "ValueError if this is not the quantization_config of compressed-tensors."
     if not isinstance(section, dict):
         raise ValueError(f"{name}: quantization_config must hold keys and values, got {section!r}")
-    method = _plain(section.get("quant_method", _METHOD))
+    method = _plain_value(section.get("quant_method", _METHOD))
     if method != _METHOD: raise ValueError(f"{name}: quant_method is {method!r}; only {_METHOD!r} can be read")
     if not section.get("config_groups") and not section.get("kv_cache_scheme"):
         raise ValueError(f"{name} holds no config_groups: this is not the config of a quantized model")
+
+
+def _section_of(source: Any) -> tuple[dict[str, Any], str]:
+    """The quantization_config in a dict, a config object, JSON, a config.json or a checkpoint's folder; and a name for
+    it in errors."""
+    if isinstance(source, QuantizationConfig): return _config_to_dict(source), "the config"
+    name = "the config"
+    if isinstance(source, (str, os.PathLike)):
+        source, name = _config_in_file(source)
+    if hasattr(source, "to_dict"):
+        source = source.to_dict()  # a config of transformers
+    if not isinstance(source, dict):
+        raise TypeError(f"source must be a dict, a config or a path, got {type(source).__name__}")
+    section = source.get("quantization_config") or source.get("compression_config") or source
+    _check_section(section, name)
     return section, name
 
 
 def _unformatted(scheme: QuantizationScheme) -> QuantizationScheme:
     "A scheme without its format if that follows from the rest of it."
     plain = scheme.model_copy(update={"format": None})
-    return plain if scheme.format and storage_format(plain).value == _plain(scheme.format) else scheme
+    return plain if scheme.format and storage_format(plain).value == _plain_value(scheme.format) else scheme
 
 # %% ../../nbs/recipes/config.ipynb #64a49736
+def _warn_left_out(section: Mapping[str, Any], name: str) -> None:
+    for key in ("sparsity_config", "transform_config"):
+        left = section.get(key)
+        if left and left != {"format": "dense"}:
+            warn_once(f"{name} has a {key}, which is no part of a recipe here and is left out")
+
+
 def from_config(source: Any) -> QuantizationModifier:
-    """The modifier of a compressed-tensors `quantization_config`: a dict, a config object, JSON, a config.json, a
+    """The modifier of a compressed-tensors `quantization_config`: a dict, a config object, JSON, a config.json or a
     checkpoint's folder. Another quantization method or a damaged config is a ValueError that names the file."""
     section, name = _section_of(source)
-    for key in ("sparsity_config", "transform_config"):
-        if (left := section.get(key)) and left != {"format": "dense"}:
-            warn_once(f"{name} has a {key}, which is no part of a recipe here and is left out")
-    fields = {"config_groups": section.get("config_groups") or None, "ignore": section.get("ignore") or [],
-              "kv_cache_scheme": section.get("kv_cache_scheme")}
+    _warn_left_out(section, name)
+    fields = {
+        "config_groups": section.get("config_groups") or None,
+        "ignore": section.get("ignore") or [],
+        "kv_cache_scheme": section.get("kv_cache_scheme"),
+    }
     modifier = _modifier({k: v for k, v in fields.items() if v is not None}, name)
     if modifier.config_groups is None: return modifier
     groups = modifier.resolved_config.config_groups
@@ -71,22 +88,23 @@ def from_config(source: Any) -> QuantizationModifier:
 
 
 def recipe_of(model: Module) -> QuantizationModifier:
-    "The recipe that a model was initialized with, as its ledger has it. LifecycleError if it was not."
+    "The recipe that a model was initialized with. LifecycleError if it was not initialized."
     ledger = undo_log_of(model)
     if ledger is None:
         raise LifecycleError("this model carries no recipe: it was not initialized here. "
-                             "Of a checkpoint: from_config(path)")
+                             "For a checkpoint use from_config(path)")
     config = ledger.config
     fields = {"config_groups": config.config_groups, "ignore": config.ignore, "kv_cache_scheme": config.kv_cache_scheme}
     return QuantizationModifier(**{k: v for k, v in fields.items() if v})
 
 # %% ../../nbs/recipes/config.ipynb #4d1ab573
 def _group_of(groups: Mapping[str, QuantizationScheme], name: str, module: Module | None) -> str:
-    "The group that decides about a module, by compressed-tensors' order: its name, a pattern, its class."
+    "The group that decides about a module, in the order of compressed-tensors: its name, a pattern, its class."
     by_target = {target: group for group, scheme in groups.items() for target in scheme.targets}
     if module is not None: return by_target[match_targets(name, module, by_target)[0]]
-    hits = [target for target in sorted(by_target, key=lambda t: ("re:" in t, t)) if match_name(name, target)]
-    if hits: return by_target[hits[0]]
+    in_order = sorted(by_target, key=lambda target: ("re:" in target, target))
+    hit = next((target for target in in_order if match_name(name, target)), None)
+    if hit is not None: return by_target[hit]
     classes = {by_target[kind] for kind in ("Linear", "Embedding") if kind in by_target}
     if len(classes) == 1: return classes.pop()
     raise ValueError(
@@ -94,24 +112,42 @@ def _group_of(groups: Mapping[str, QuantizationScheme], name: str, module: Modul
     )
 
 
-def _observed_by(scheme: QuantizationScheme, choices: Mapping[str, Any], name: str) -> QuantizationScheme:
+def _observer_and_kwargs(choice: Any) -> tuple[str, Mapping[str, Any]] | None:
+    "What a choice names: an observer and its arguments. None if it is neither a name nor a pair of both."
+    observer, kwargs = choice if isinstance(choice, (tuple, list)) and len(choice) == 2 else (choice, {})
+    return (observer, kwargs) if isinstance(observer, str) and isinstance(kwargs, Mapping) else None
+
+
+def _observed_args(scheme: QuantizationScheme, base_name: str, name: str) -> QuantizationArgs:
+    "The arguments of a scheme for a base name. ValueError if no observer belongs to them."
+    if base_name not in _SCHEME_PARTS:
+        raise ValueError(f"{name!r}: {base_name!r} must be one of {', '.join(map(repr, _SCHEME_PARTS))}")
+    args = getattr(scheme, _SCHEME_PARTS[base_name])
+    if args is None or args.dynamic is True:
+        raise ValueError(f"{name!r}: its {base_name} has no observer that could be replaced: {describe_args(args)}")
+    return args
+
+
+def _with_observers(scheme: QuantizationScheme, choices: Mapping[str, Any], name: str) -> QuantizationScheme:
     "A copy of a scheme for one module, with other observers."
     scheme = scheme.model_copy(deep=True, update={"targets": [name]})
     for base_name, choice in choices.items():
-        if base_name not in _PARTS:
-            raise ValueError(f"{name!r}: {base_name!r} must be one of {', '.join(map(repr, _PARTS))}")
-        args = getattr(scheme, _PARTS[base_name])
-        if args is None or args.dynamic is True:
-            raise ValueError(f"{name!r}: its {base_name} has no observer that could be replaced: {describe_args(args)}")
-        observer, kwargs = choice if isinstance(choice, (tuple, list)) and len(choice) == 2 else (choice, {})
-        if not isinstance(observer, str) or not isinstance(kwargs, Mapping):
+        args = _observed_args(scheme, base_name, name)
+        named = _observer_and_kwargs(choice)
+        if named is None:
             raise ValueError(f"{name!r}: {base_name}={choice!r} must be an observer's name, or (name, arguments)")
-        args.observer, args.observer_kwargs = observer, dict(kwargs)
+        observer, kwargs = named
+        args.observer = observer
+        args.observer_kwargs = dict(kwargs)
     return scheme
 
 # %% ../../nbs/recipes/config.ipynb #36cdb02c
-def _by_name(modifier: QuantizationMixin, observers: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[None, dict]]:
-    "Choices by module name where there is no model to ask: patterns and ignored modules are a ValueError."
+_Choices = Mapping[str, Mapping[str, Any]]  # module or pattern -> base name -> observer
+_Plan = dict[str, tuple[Module | None, dict[str, Any]]]  # module's name -> the module if known, and its choices
+
+
+def _choices_by_name(modifier: QuantizationMixin, observers: _Choices) -> _Plan:
+    "Choices by module name if there is no model to ask. Patterns and ignored modules are a ValueError."
     for name in observers:
         if name.startswith("re:"):
             raise ValueError(f"{name!r} is a pattern; pass model= as well, to replace it by module names")
@@ -120,58 +156,74 @@ def _by_name(modifier: QuantizationMixin, observers: Mapping[str, Mapping[str, A
     return {name: (None, dict(choices)) for name, choices in observers.items()}
 
 
-def _by_model(
-    modifier: QuantizationMixin, observers: Mapping[str, Mapping[str, Any]], model: Module
-) -> dict[str, tuple[Module, dict]]:
-    """Choices by the names of modules that are quantized. What a name says is laid over what patterns say, later
-    over earlier."""
-    quantized = schemes_by_module(model, modifier.resolved_config)
-    plan: dict[str, tuple[Module, dict]] = {}
-    for key in sorted(observers, key=lambda k: k in quantized):
-        hits = [name for name, (module, _) in quantized.items() if is_match(name, module, key)]
-        if not hits:
-            apart = "; its experts are fused, see unfuse_experts(model)" if fused_experts(model) else ""
-            raise ValueError(f"{key!r} matches no module that is quantized; see match_report(model, modifier){apart}")
-        if any(not isinstance(quantized[name][0], QUANTIZABLE) for name in hits):
-            raise ValueError(
-                f"{key!r} is an attention module; its observer is named in kv_cache_scheme or in the group that "
-                "targets it"
-            )
-        for name in hits:
-            plan[name] = (quantized[name][0], plan.get(name, (None, {}))[1] | observers[key])
+def _matched_modules(key: str, quantized: Mapping[str, Module], model: Module) -> dict[str, Module]:
+    "The quantized modules that a name or pattern stands for. ValueError if there are none, or one is not a layer."
+    hits = {name: module for name, module in quantized.items() if is_match(name, module, key)}
+    if not hits:
+        apart = "; its experts are fused, see unfuse_experts(model)" if fused_experts(model) else ""
+        raise ValueError(f"{key!r} matches no module that is quantized; see match_report(model, modifier){apart}")
+    if not all(isinstance(module, QUANTIZABLE) for module in hits.values()):
+        raise ValueError(
+            f"{key!r} is an attention module; its observer is named in kv_cache_scheme or in the group that targets it"
+        )
+    return hits
+
+
+def _choices_by_model(modifier: QuantizationMixin, observers: _Choices, model: Module) -> _Plan:
+    """Choices by the names of quantized modules. What you say of a name overrides what you say of patterns, and later
+    patterns override earlier ones."""
+    schemes = schemes_by_module(model, modifier.resolved_config)
+    quantized = {name: module for name, (module, _) in schemes.items()}
+    plan: _Plan = {}
+    for key in sorted(observers, key=lambda key: key in quantized):
+        for name, module in _matched_modules(key, quantized, model).items():
+            _, earlier = plan.get(name, (None, {}))
+            plan[name] = (module, earlier | observers[key])
     return plan
 
 # %% ../../nbs/recipes/config.ipynb #a770d0aa
-def override(
-    modifier: QuantizationMixin,  # Stays as it is
-    observers: Mapping[str, Mapping[str, Any]],  # Module or pattern -> {"weight" | "input" | "output": observer}
-    model: Module | None = None,  # Needed for patterns; names are checked against it
-) -> QuantizationModifier:
-    """A new modifier in which these modules are observed differently: by a name, or a `(name, arguments)` pair.
-    Arguments not given are the observer's defaults. ValueError for a module that is not quantized."""
+def _check_choices(observers: _Choices) -> None:
     for key, choices in observers.items():
         if not isinstance(choices, Mapping):
             raise TypeError(
                 f"observers[{key!r}] must map 'weight', 'input' or 'output' to an observer, got {choices!r}"
             )
-    plan = _by_name(modifier, observers) if model is None else _by_model(modifier, observers, model)
+
+
+_KEPT_FIELDS = ("ignore", "kv_cache_scheme", "bypass_divisibility_checks", *_OURS)
+
+
+def override(
+    modifier: QuantizationMixin,  # Stays as it is
+    observers: Mapping[str, Mapping[str, Any]],  # Module or pattern -> {"weight" | "input" | "output": observer}
+    model: Module | None = None,  # Needed for patterns; names are checked against it
+) -> QuantizationModifier:
+    """A new modifier in which these modules have other observers: a name, or a pair `(name, arguments)`. Arguments
+    that are not given are the observer's defaults. ValueError for a module that is not quantized."""
+    _check_choices(observers)
+    by_model = model is not None
+    plan = _choices_by_model(modifier, observers, model) if by_model else _choices_by_name(modifier, observers)
     groups = {name: s.model_copy(deep=True) for name, s in modifier.resolved_config.config_groups.items()}
-    base = {name: _group_of(groups, name, module) for name, (module, _) in plan.items()}
-    new = [_observed_by(groups[base[name]], choices, name) for name, (_, choices) in plan.items()]
+    base = {name: groups[_group_of(groups, name, module)] for name, (module, _) in plan.items()}
+    new = [_with_observers(base[name], choices, name) for name, (_, choices) in plan.items()]
     for scheme in groups.values():
-        scheme.targets = [t for t in scheme.targets if t not in plan]
+        scheme.targets = [target for target in scheme.targets if target not in plan]
     groups = {name: scheme for name, scheme in groups.items() if scheme.targets}
     for scheme in new:
-        groups = _joined(groups, scheme)
-    kept = {n: getattr(modifier, n) for n in ("ignore", "kv_cache_scheme", "bypass_divisibility_checks", *_OURS)}
+        groups = _with_group(groups, scheme)
+    kept = {name: getattr(modifier, name) for name in _KEPT_FIELDS}
     return QuantizationModifier(config_groups=groups, **kept)
 
 
-def _joined(groups: dict[str, QuantizationScheme], scheme: QuantizationScheme) -> dict[str, QuantizationScheme]:
-    "The groups with a scheme for named modules: added to the group of names that is like it, or else a group in front."
+def _names_modules_only(scheme: QuantizationScheme) -> bool:
+    return not any(target in ("Linear", "Embedding") or target.startswith("re:") for target in scheme.targets)
+
+
+def _with_group(groups: dict[str, QuantizationScheme], scheme: QuantizationScheme) -> dict[str, QuantizationScheme]:
+    "The groups with a scheme for named modules, in a group of names with the same scheme or in a new first one."
     for other in groups.values():
         alike = other.model_copy(update={"targets": scheme.targets}) == scheme
-        if alike and not any(t in ("Linear", "Embedding") or t.startswith("re:") for t in other.targets):
+        if alike and _names_modules_only(other):
             other.targets = [*other.targets, *scheme.targets]
             return groups
     free = next(f"group_{i}" for i in range(len(groups) + 1) if f"group_{i}" not in groups)

@@ -26,33 +26,34 @@ from ..lifecycle import QuantizationModifier
 
 # %% ../../nbs/recipes/plain.ipynb #2d39c779
 _ALWAYS = ("num_bits", "type", "symmetric", "strategy", "dynamic")
-_PARTS = {"weight": "weights", "input": "input_activations", "output": "output_activations"}
+_SCHEME_PARTS = {"weight": "weights", "input": "input_activations", "output": "output_activations"}
 
 
-def _plain(value: Any) -> Any:
+def _plain_value(value: Any) -> Any:
     "What YAML and JSON can hold: an enum's value, a dtype's name, a copy of anything else."
     if isinstance(value, Enum): return value.value
     return str(value) if isinstance(value, torch.dtype) else deepcopy(value)
 
 
 def args_to_dict(args: QuantizationArgs) -> dict[str, Any]:
-    "The fields of `args` that say something, as plain data. `QuantizationArgs(**...)` makes equal args of them."
+    "The fields of `args` that are not defaults, as plain data. `QuantizationArgs(**...)` makes equal args of them."
     default = QuantizationArgs(num_bits=args.num_bits, type=args.type)
-    return {name: _plain(v) for name, v in args if name in _ALWAYS or v != getattr(default, name)}
+    return {name: _plain_value(v) for name, v in args if name in _ALWAYS or v != getattr(default, name)}
 
 
 def scheme_to_dict(scheme: QuantizationScheme) -> dict[str, Any]:
-    "Targets, the parts that are quantized, and the format if one was asked for, as plain data."
-    parts = {p: args_to_dict(args) for p in _PARTS.values() if (args := getattr(scheme, p)) is not None}
-    return {"targets": list(scheme.targets), **parts, **({"format": _plain(scheme.format)} if scheme.format else {})}
+    "Targets, the parts that are quantized, and the format if there is one, as plain data."
+    parts = {p: args_to_dict(args) for p in _SCHEME_PARTS.values() if (args := getattr(scheme, p)) is not None}
+    form = {"format": _plain_value(scheme.format)} if scheme.format else {}
+    return {"targets": list(scheme.targets), **parts, **form}
 
 # %% ../../nbs/recipes/plain.ipynb #0eb7a16b
-# values in one file; the largest mixture of experts with an override for every Linear has a tenth of it
-_MOST = 1_000_000
+# values in one file; the largest mixture of experts with an override for every Linear has a tenth of that
+_MOST_VALUES = 1_000_000
 
 
 class _Loader(yaml.SafeLoader):
-    "Plain YAML data; a key that stands twice is an error."
+    "Plain YAML data. A key that appears twice is an error."
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
@@ -62,7 +63,7 @@ class _Loader(yaml.SafeLoader):
 
 def _refuse_twice(names: Counter) -> None:
     if twice := [name for name, n in names.items() if n > 1]:
-        raise ValueError(f"{', '.join(map(str, twice))} stands twice")
+        raise ValueError(f"{', '.join(map(str, twice))} appears twice")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -71,12 +72,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_bomb(found: Any) -> None:
+    "ValueError for a small text whose references expand to millions of values."
     pending = [found]
     count = 0
     while pending:
         value = pending.pop()
         count = count + 1
-        if count > _MOST: raise ValueError(f"its references expand to more than {_MOST:,} values")
+        if count > _MOST_VALUES: raise ValueError(f"its references expand to more than {_MOST_VALUES:,} values")
         pending += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
@@ -95,7 +97,7 @@ def _parse(text: str, source: str) -> dict[str, Any]:
 
 # %% ../../nbs/recipes/plain.ipynb #4a8af76b
 def _text_of(source: str | os.PathLike, kind: str) -> tuple[str, str]:
-    "The text of a file, or the text itself if it has more than one line or braces; and what to call it."
+    "The text of a file, or the text itself if it has line breaks or braces; and a name for it in errors."
     if isinstance(source, str) and ("\n" in source or "{" in source): return source, f"the {kind}"
     if not isinstance(source, (str, os.PathLike)):
         raise TypeError(f"source must be a path or the text of a {kind}, got {type(source).__name__}")
@@ -106,9 +108,9 @@ def _text_of(source: str | os.PathLike, kind: str) -> tuple[str, str]:
 
 
 def _modifier(fields: Mapping[str, Any], source: str) -> QuantizationModifier:
-    "A modifier of fields that were read; whatever is wrong with them is a ValueError that names the source."
-    if unsaid := [k for k in fields if not isinstance(k, str)]:
-        raise ValueError(f"{source}: {unsaid[0]!r} is not a field's name")
+    "A modifier from fields that were read. Whatever is wrong with them is a ValueError that names the source."
+    if nameless := [k for k in fields if not isinstance(k, str)]:
+        raise ValueError(f"{source}: {nameless[0]!r} is not the name of a field")
     try:
         return QuantizationModifier(**fields)
     except (TypeError, ValueError, AttributeError, NotImplementedError) as error:
@@ -122,24 +124,30 @@ _KEEPS_NAME = ("int-quantized", "float-quantized", "naive-quantized", "dense")
 
 
 def storage_format(scheme: QuantizationScheme, kind: type[Module] | None = None) -> CompressionFormat:
-    """The format in which the weights of a scheme are stored: the one it asks for, else the one that follows from it.
-    `kind` is the modules' class. An Embedding is stored unpacked: transformers cannot load a packed one."""
+    """The format in which the weights of a scheme are stored: the one it names, else the one that follows from it.
+    `kind` is the class of the modules. An Embedding is stored unpacked: transformers cannot load a packed one."""
     if scheme.format: return CompressionFormat(scheme.format)
     embedding = scheme.targets == ["Embedding"] if kind is None else issubclass(kind, torch.nn.Embedding)
     inferred = infer_module_format(torch.nn.Embedding if embedding else torch.nn.Linear, scheme)
-    return CompressionFormat.naive_quantized if embedding and inferred.value not in _KEEPS_NAME else inferred
+    unpacked = inferred.value in _KEEPS_NAME
+    return CompressionFormat.naive_quantized if embedding and not unpacked else inferred
 
 
 def _one_format(schemes: list[QuantizationScheme]) -> CompressionFormat:
-    "What a config calls the format of all its groups: theirs, or that they differ."
+    "What a config calls the format of all its groups: their own, or `mixed_precision` if they differ."
     formats = {storage_format(s) for s in schemes} - {CompressionFormat.dense}
     if len(formats) > 1: return CompressionFormat.mixed_precision
     return formats.pop() if formats else CompressionFormat.dense
 
 
 def _config_to_dict(config: QuantizationConfig) -> dict[str, Any]:
-    kv_cache = args_to_dict(config.kv_cache_scheme) if config.kv_cache_scheme is not None else None
-    return {"quant_method": _METHOD, "format": _one_format(list(config.config_groups.values())).value,
-            "quantization_status": _plain(config.quantization_status),
-            "config_groups": {name: scheme_to_dict(s) for name, s in config.config_groups.items()},
-            "ignore": list(config.ignore or []), "kv_cache_scheme": kv_cache}
+    groups = config.config_groups
+    kv_cache = config.kv_cache_scheme
+    return {
+        "quant_method": _METHOD,
+        "format": _one_format(list(groups.values())).value,
+        "quantization_status": _plain_value(config.quantization_status),
+        "config_groups": {name: scheme_to_dict(scheme) for name, scheme in groups.items()},
+        "ignore": list(config.ignore or []),
+        "kv_cache_scheme": None if kv_cache is None else args_to_dict(kv_cache),
+    }

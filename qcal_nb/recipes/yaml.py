@@ -23,8 +23,8 @@ _OBSERVERS = ("weight_observer", "input_observer", "output_observer", "observer"
 
 
 def _needs_groups(modifier: QuantizationMixin) -> bool:
-    """Whether only `config_groups` can say what this modifier says: the reference knows its presets by name and
-    nothing else."""
+    """Whether only `config_groups` can say what this modifier says: the reference knows nothing but its presets by
+    name."""
     if modifier.scheme is None or isinstance(modifier.scheme, str):
         names = [modifier.scheme] if modifier.scheme else []
     elif isinstance(modifier.scheme, dict):
@@ -34,27 +34,34 @@ def _needs_groups(modifier: QuantizationMixin) -> bool:
     return modifier.config_groups is not None or any(name.upper() not in PRESET_SCHEMES for name in names)
 
 
-def _said(modifier: QuantizationMixin) -> dict[str, Any]:
-    "The fields of a modifier that were said, in the reference's words."
-    groups = modifier.resolved_config.config_groups
-    said = {}
-    if _needs_groups(modifier):
-        said["config_groups"] = {name: scheme_to_dict(s) for name, s in groups.items()}
+def _fields_of_presets(modifier: QuantizationMixin) -> dict[str, Any]:
+    "The fields that say what to quantize where presets do."
+    given: dict[str, Any] = {}
+    if isinstance(modifier.scheme, dict):
+        groups = modifier.resolved_config.config_groups.values()
+        given["scheme"] = dict(zip(modifier.scheme, (scheme.targets for scheme in groups)))
     else:
-        if isinstance(modifier.scheme, dict):
-            said["scheme"] = dict(zip(modifier.scheme, (s.targets for s in groups.values())))
-        elif modifier.scheme:
-            said["scheme"] = modifier.scheme
-        if modifier.targets != ["Linear"] and not isinstance(modifier.scheme, dict):
-            said["targets"] = modifier.targets
-        said |= {name: value for name in _OBSERVERS if (value := getattr(modifier, name))}
+        if modifier.scheme:
+            given["scheme"] = modifier.scheme
+        if modifier.targets != ["Linear"]:
+            given["targets"] = modifier.targets
+    return given | {name: value for name in _OBSERVERS if (value := getattr(modifier, name))}
+
+
+def _given_fields(modifier: QuantizationMixin) -> dict[str, Any]:
+    "The fields of a modifier that were given, in the reference's words."
+    if _needs_groups(modifier):
+        groups = modifier.resolved_config.config_groups
+        given = {"config_groups": {name: scheme_to_dict(scheme) for name, scheme in groups.items()}}
+    else:
+        given = _fields_of_presets(modifier)
     if modifier.ignore:
-        said["ignore"] = modifier.ignore
+        given["ignore"] = modifier.ignore
     if modifier.kv_cache_scheme is not None:
-        said["kv_cache_scheme"] = args_to_dict(modifier.kv_cache_scheme)
+        given["kv_cache_scheme"] = args_to_dict(modifier.kv_cache_scheme)
     if modifier.bypass_divisibility_checks:
-        said["bypass_divisibility_checks"] = True
-    return said
+        given["bypass_divisibility_checks"] = True
+    return given
 
 # %% ../../nbs/recipes/yaml.ipynb #682a113d
 PRODUCTION = (
@@ -71,62 +78,53 @@ PRODUCTION = (
 
 
 def production_note(names: Iterable[str]) -> str:
-    "What to know where some of these observers are none of llm-compressor's; empty if all are."
+    "What to know if llm-compressor lacks some of these observers; empty if it has them all."
     known = {observer_key(name) for name in PRODUCTION}
     lacking = [name for name in dict.fromkeys(names) if observer_key(name) not in known]
+    if not lacking: return ""
     return (
         f"llm-compressor has no observer {', '.join(lacking)}: calibrate with qcal_nb; the checkpoint of "
         "save_quantized runs in vLLM and transformers"
-        if lacking
-        else ""
     )
 
 
 def observers_of(modifier: QuantizationMixin) -> list[str]:
     "The names of observers that a recipe asks for and calibrates with."
     config = modifier.resolved_config
-    parts = [
-        getattr(s, part)
-        for s in config.config_groups.values()
-        for part in ("weights", "input_activations", "output_activations")
-    ]
-    return list(
-        dict.fromkeys(
-            a.observer
-            for a in [*parts, config.kv_cache_scheme]
-            if a is not None and a.dynamic is not True and a.observer
-        )
-    )
+    schemes = config.config_groups.values()
+    parts = [args for s in schemes for args in (s.weights, s.input_activations, s.output_activations)]
+    used = [args for args in (*parts, config.kv_cache_scheme) if args is not None and args.dynamic is not True]
+    return list(dict.fromkeys(args.observer for args in used if args.observer))
+
+
+_YAML_STYLE = dict(sort_keys=False, default_flow_style=None, width=140, allow_unicode=True)
 
 
 class _Dumper(yaml.SafeDumper):
-    "Plain YAML: a list that stands in two places is written twice, not as a reference."
+    "Plain YAML: a list that occurs in two places is written twice, not as a reference."
 
     def ignore_aliases(self, data: Any) -> bool: return True
 
 
 def to_yaml(modifier: QuantizationMixin) -> str:
-    """The modifier as an llm-compressor recipe. Holds what was said, in a fixed order; `from_yaml` reads it.
-    Observers that llm-compressor lacks are named in a comment."""
+    """The modifier as an llm-compressor recipe. It holds the fields that were given, in a fixed order; `from_yaml`
+    reads it. A comment names observers that llm-compressor lacks."""
     if not isinstance(modifier, QuantizationMixin):
         raise TypeError(
-            f"modifier must be a QuantizationModifier, got {type(modifier).__name__}; of a model: recipe_of(model)"
+            f"modifier must be a QuantizationModifier, got {type(modifier).__name__}; for a model use recipe_of(model)"
         )
-    recipe: dict[str, Any] = {"default_stage": {"default_modifiers": {"QuantizationModifier": _said(modifier)}}}
-    ours = {name: getattr(modifier, name) for name in _OURS if getattr(modifier, name) != "raise"}
+    fields = _given_fields(modifier)
+    recipe: dict[str, Any] = {"default_stage": {"default_modifiers": {"QuantizationModifier": fields}}}
+    ours = {name: value for name in _OURS if (value := getattr(modifier, name)) != "raise"}
+    if ours:
+        recipe["qcal_nb"] = ours
     note = production_note(observers_of(modifier))
+    comment = f"# {note}\n" if note else ""
     try:
-        return f"# {note}\n" * bool(note) + yaml.dump(
-            recipe | ({"qcal_nb": ours} if ours else {}),
-            Dumper=_Dumper,
-            sort_keys=False,
-            default_flow_style=None,
-            width=140,
-            allow_unicode=True,
-        )
+        return comment + yaml.dump(recipe, Dumper=_Dumper, **_YAML_STYLE)
     except yaml.representer.RepresenterError as error:
         raise ValueError(
-            f"the modifier holds a value that YAML cannot: {error}; use numbers, strings, lists and dicts"
+            f"the modifier holds a value that YAML cannot hold: {error}; use numbers, strings, lists and dicts"
         ) from None
 
 # %% ../../nbs/recipes/yaml.ipynb #d36fe931
@@ -149,27 +147,33 @@ def _modifiers_in(found: Mapping[str, Any], source: str) -> Iterator[tuple[str, 
             )
 
 
-def _the_one(steps: list[tuple[str, Any]], source: str) -> dict[str, Any]:
+def _only_modifier(steps: list[tuple[str, Any]], source: str) -> dict[str, Any]:
     "The fields of the one QuantizationModifier that a recipe holds."
-    if foreign := sorted({name for name, _ in steps} - {"QuantizationModifier"}):
-        raise ValueError(f"{source} asks for {', '.join(foreign)}; supported is QuantizationModifier, which observes "
-                         "and computes scales but never changes a weight. llm-compressor runs the others")
-    if len(steps) != 1:
+    foreign = {name for name, _ in steps} - {"QuantizationModifier"}
+    if foreign:
         raise ValueError(
-            f"{source} holds {len(steps) or 'no'} QuantizationModifier{'s' * (len(steps) > 1)}, it must hold one"
-            + "; put their targets side by side as config_groups of one" * (len(steps) > 1)
+            f"{source} asks for {', '.join(sorted(foreign))}; supported is QuantizationModifier, which observes and "
+            "computes scales but never changes a weight. llm-compressor runs the others"
         )
-    if not isinstance(steps[0][1], dict):
-        raise ValueError(f"{source}: QuantizationModifier must hold fields, got {steps[0][1]!r}")
-    return {k: v for k, v in steps[0][1].items() if k not in _TIMING}
+    if not steps: raise ValueError(f"{source} holds no QuantizationModifier, it must hold one")
+    if len(steps) > 1:
+        raise ValueError(
+            f"{source} holds {len(steps)} QuantizationModifiers, it must hold one; put their targets side by side as "
+            "config_groups of one"
+        )
+    _, fields = steps[0]
+    if not isinstance(fields, dict):
+        raise ValueError(f"{source}: QuantizationModifier must hold fields, got {fields!r}")
+    return {name: value for name, value in fields.items() if name not in _TIMING}
 
 # %% ../../nbs/recipes/yaml.ipynb #515e65bb
 def from_yaml(source: str | os.PathLike) -> QuantizationModifier:
-    """The modifier of an llm-compressor recipe, from a path or a text (YAML or JSON). Faults are a ValueError
-    naming the file."""
+    """The modifier of an llm-compressor recipe, from a path or a text (YAML or JSON). A fault is a
+    ValueError that names the file."""
     text, name = _text_of(source, "recipe")
     found = _parse(text, name)
     ours = found.pop("qcal_nb", None) or {}
     if not isinstance(ours, dict) or ours.keys() - set(_OURS):
         raise ValueError(f"{name}: qcal_nb={ours!r} must hold some of {', '.join(_OURS)}")
-    return _modifier(_the_one(list(_modifiers_in(found, name)), name) | ours, name)
+    fields = _only_modifier(list(_modifiers_in(found, name)), name)
+    return _modifier(fields | ours, name)

@@ -9,6 +9,7 @@ __all__ = ['Spans', 'Key', 'ResultKey', 'FORMAT', 'VERSION', 'spans_of', 'joined
 # %% ../../nbs/records/calibration_record.ipynb #68b06546
 import difflib
 import json
+import operator
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -18,8 +19,9 @@ from typing import Any
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs
+from torch import Tensor
 
-from .results import ObserverResult, merge_results, merges, of_one_part
+from .results import ObserverResult, merge_results, merges, result_of_one_part
 from .files import check_form, read_tree, write_tree
 from .tree import _FOUND, _STATS, _result_from_list, _result_to_list, _stats_from_tree
 from .tree import _stats_to_tree
@@ -37,44 +39,47 @@ def spans_of(indices: Iterable[int]) -> Spans:
             spans[-1][1] = i + 1
         else:
             spans.append([i, i + 1])
-    return tuple((first, end) for first, end in spans)
+    return tuple(map(tuple, spans))
 
 
 def joined_spans(a: Spans, b: Spans) -> Spans:
-    "Both together; ValueError that names a batch which is in both."
+    "Both together. ValueError that names a batch which is in both."
     joined: list[tuple[int, int]] = []
     for first, end in sorted((*a, *b)):
-        if joined and first < joined[-1][1]:
+        if not joined:
+            joined.append((first, end))
+            continue
+        last_first, last_end = joined[-1]
+        if first < last_end:
             raise ValueError(
                 f"batch {first} is in both records, so it would count twice; give the batches of each part global "
-                "indices "
-                "of their own: record(..., batch_indices=range(first, end))"
+                "indices of their own: record(..., batch_indices=range(first, end))"
             )
-        if joined and joined[-1][1] == first:
-            joined[-1] = joined[-1][0], end
+        if first == last_end:
+            joined[-1] = last_first, end
         else:
             joined.append((first, end))
     return tuple(joined)
 
 # %% ../../nbs/records/calibration_record.ipynb #a81a4482
-Key = tuple[str, str]               # (module, base_name)
+Key = tuple[str, str]             # (module, base_name)
 ResultKey = tuple[str, str, str]  # (module, base_name, observer)
 
 
 @dataclass(frozen=True)
 class About:
-    "What was run, once for the whole record."
+    "What was run: said once for the whole record."
 
     model: str = ""                                         # class of the model, e.g. LlamaForCausalLM
-    name: str = ""                                          # where it came from, as its config tells
-    config: Mapping[str, Any] | None = None  # the QuantizationConfig, as JSON; None: every Linear, nothing said
+    name: str = ""                                          # where it came from, by its config
+    config: Mapping[str, Any] | None = None                 # the QuantizationConfig, as JSON; None: every Linear
     versions: Mapping[str, str] = field(default_factory=dict)
     mask: str = ""                                          # what was left out, in words; empty: nothing
     phase: str = "original"                                 # whether the model was quantized: as `ledger.phase_of`
 
 # %% ../../nbs/records/calibration_record.ipynb #28328d5f
-class _Reading:
-    "Questions to a record."
+class _Answers:
+    "The questions that a record answers itself."
 
     @property
     def batches(self) -> int: return sum(end - first for first, end in self.spans)
@@ -87,18 +92,18 @@ class _Reading:
 
     @cached_property
     def observers(self) -> list[str]:
-        "The observers that were attached, as they were asked for."
+        "The attached observers, by the names they were asked for."
         return list(dict.fromkeys(name for _, _, name in self.results))
 
     @property
     def has_text(self) -> bool:
-        "Whether tokens of the calibration text are in it."
+        "Whether the record holds tokens of the calibration text."
         return any(e.token is not None for stats in self.tensors.values() for e in stats.top)
 
     def __len__(self) -> int: return len(self.tensors)
 
     def __getitem__(self, key: Key) -> TensorStats:
-        "The statistics of (module, base name); a KeyError that names what comes close."
+        "The statistics of (module, base name); a KeyError that names similar keys."
         if key in self.tensors: return self.tensors[key]
         near = difflib.get_close_matches(str(key), map(str, self.tensors), 3, 0.3)
         raise KeyError(f"{key!r} was not recorded" + (f"; close to it are {', '.join(near)}" if near else ""))
@@ -114,29 +119,34 @@ def _added(a: Mapping[Any, int], b: Mapping[Any, int]) -> dict[Any, int]:
     return {k: a.get(k, 0) + b.get(k, 0) for k in (a | b)}
 
 
+def _check_same_weight(name: str, a: TensorStats, b: TensorStats) -> None:
+    if a is b or same_stats(a, b): return
+    raise ValueError(f"{name}: its weight differs in the other record; records of two models cannot be merged")
+
+
 def joined_tensors(a: Mapping[Key, TensorStats], b: Mapping[Key, TensorStats]) -> dict[Key, TensorStats]:
-    "Tensor by tensor; a weight is the same in both, else a ValueError."
+    "Tensor by tensor. A weight has to be the same in both, else a ValueError."
     done: dict[tuple[int, int], TensorStats] = {}
     result = dict(a)
     for key, new in b.items():
-        old = a.get(key)
-        if old is None or old is new and key[1] == "weight":
+        if key not in a:
             result[key] = new
-        elif key[1] != "weight":
-            if (id(old), id(new)) not in done:
-                done[id(old), id(new)] = old | new
-            result[key] = done[id(old), id(new)]
-        elif not same_stats(old, new):
-            raise ValueError(
-                f"{key[0]}: its weight is another one in the other record; records of two models cannot be merged"
-            )
+            continue
+        old = a[key]
+        if key[1] == "weight":
+            _check_same_weight(key[0], old, new)
+            continue
+        pair = id(old), id(new)
+        if pair not in done:
+            done[pair] = old | new
+        result[key] = done[pair]
     return result
 
 # %% ../../nbs/records/calibration_record.ipynb #2265fd5a
 @dataclass(frozen=True, eq=False, repr=False)
-class CalibrationRecord(_Reading):
-    """What a pass over data left behind. A value: it holds no model and never changes. `record[module, base_name]`
-    are a tensor's statistics."""
+class CalibrationRecord(_Answers):
+    """What a pass over data left behind. It is a value: it holds no model and never changes.
+    `record[module, base_name]` is the statistics of a tensor."""
 
     tensors: Mapping[Key, TensorStats] = field(default_factory=dict)
     types: Mapping[str, str] = field(default_factory=dict)              # module -> its class, in model order
@@ -150,7 +160,7 @@ class CalibrationRecord(_Reading):
     def seen(
         self, news: Mapping[Key, TensorStats], batch: int, tokens: int = 0, seconds: float = 0.0
     ) -> "CalibrationRecord":
-        "The record that has also seen one batch, by its global index."
+        "The record that has seen one more batch, by its global index."
         level = level_of(batch)
         return replace(
             self,
@@ -196,7 +206,7 @@ def _check_same_run(a: CalibrationRecord, b: CalibrationRecord) -> None:
             raise ValueError("the records are of two runs: {} is {!r} in one and {!r} in the other".format(*found))
     other = {m: t for m, t in b.types.items() if a.types.get(m, t) != t}
     if other:
-        raise ValueError(f"the records are of two models: {', '.join(other)} are of other classes in the other record")
+        raise ValueError(f"the records are of two models: {', '.join(other)} have other classes in the other record")
 
 
 def _joined_result(
@@ -205,7 +215,7 @@ def _joined_result(
     if key in a.results and key in b.results:
         return merge_results(a.results[key], b.results[key], stats)
     has, lacks = (a, b) if key in a.results else (b, a)
-    return of_one_part(has.results[key], lacks.tensors.get(key[:2], TensorStats()).calls > 0, stats)
+    return result_of_one_part(has.results[key], lacks.tensors.get(key[:2], TensorStats()).calls > 0, stats)
 
 
 def joined_records(a: CalibrationRecord, b: CalibrationRecord) -> CalibrationRecord:
@@ -229,30 +239,48 @@ def joined_records(a: CalibrationRecord, b: CalibrationRecord) -> CalibrationRec
     )
 
 # %% ../../nbs/records/calibration_record.ipynb #93956911
+def _bits(tensor: Tensor | None) -> tuple | None:
+    "What has to be equal for tensors to be the same bit for bit."
+    if tensor is None: return None
+    return tensor.dtype, tuple(tensor.shape), tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _result_bits(c: ObserverResult) -> list:
+    found = [c.low, c.high, c.scale, c.zero_point, c.global_scale]
+    return [_bits(tensor) for tensor in (*found, *(c.statistics[k] for k in sorted(c.statistics)))]
+
+
+def _result_facts(c: ObserverResult) -> tuple:
+    return c.observer, c.args.model_dump(), dict(c.kwargs), c.reason, sorted(c.statistics)
+
+
 def _same_result(a: ObserverResult, b: ObserverResult) -> bool:
-    def bits(c: ObserverResult) -> list:
-        tensors = [
-            c.low,
-            c.high,
-            c.scale,
-            c.zero_point,
-            c.global_scale,
-            *(c.statistics[k] for k in sorted(c.statistics)),
-        ]
-        return [
-            t if t is None else (t.dtype, tuple(t.shape), t.contiguous().view(torch.uint8).numpy().tobytes())
-            for t in tensors
-        ]
-    facts = [(c.observer, c.args.model_dump(), dict(c.kwargs), c.reason, sorted(c.statistics)) for c in (a, b)]
-    return facts[0] == facts[1] and bits(a) == bits(b)
+    return _result_facts(a) == _result_facts(b) and _result_bits(a) == _result_bits(b)
 
 
-def _compared(a: Mapping, b: Mapping, same: Callable[[Any, Any], bool]) -> list[str]:
-    return [
-        f"{' '.join(key) if isinstance(key, tuple) else key}"
-        for key in {**a, **b}
-        if key not in a or key not in b or not same(a[key], b[key])
-    ]
+def _differing_names(a: Mapping, b: Mapping, same: Callable[[Any, Any], bool]) -> list[str]:
+    "The keys, in words, of entries that are missing in one of two dicts or not the same in both."
+    keys = [key for key in {**a, **b} if key not in a or key not in b or not same(a[key], b[key])]
+    return [" ".join(key) if isinstance(key, tuple) else f"{key}" for key in keys]
+
+
+def _lasting_results(record: CalibrationRecord) -> dict[ResultKey, ObserverResult]:
+    "The results that do not depend on the order of batches."
+    return {key: c for key, c in record.results.items() if merges(c) and not c.reason}
+
+
+def _record_facts(record: CalibrationRecord) -> dict[str, Any]:
+    about = record.about
+    return dict(
+        model=about.model,
+        config=about.config,
+        mask=about.mask,
+        phase=about.phase,
+        types=dict(record.types),
+        batches=record.spans,
+        tokens={k: n for k, n in record.level_tokens.items() if n},
+        experts=dict(record.expert_tokens),
+    )
 
 
 def unequal_parts(a: CalibrationRecord, b: CalibrationRecord) -> list[str]:
@@ -260,27 +288,14 @@ def unequal_parts(a: CalibrationRecord, b: CalibrationRecord) -> list[str]:
     for record in (a, b):
         if not isinstance(record, CalibrationRecord):
             raise TypeError(f"a record must be a CalibrationRecord, got {type(record).__name__}")
-    found = [f"statistics of {name}" for name in _compared(a.tensors, b.tensors, same_stats)]
-    lasting = [{k: c for k, c in r.results.items() if merges(c) and not c.reason} for r in (a, b)]
-    found += [f"conclusion of {name}" for name in _compared(*lasting, _same_result)]
-    facts = [
-        dict(
-            model=r.about.model,
-            config=r.about.config,
-            mask=r.about.mask,
-            phase=r.about.phase,
-            types=dict(r.types),
-            batches=r.spans,
-            tokens={k: n for k, n in r.level_tokens.items() if n},
-            experts=dict(r.expert_tokens),
-        )
-        for r in (a, b)
-    ]
-    return found + [name for name in facts[0] if facts[0][name] != facts[1][name]]
+    tensors = _differing_names(a.tensors, b.tensors, same_stats)
+    results = _differing_names(_lasting_results(a), _lasting_results(b), _same_result)
+    facts = _differing_names(_record_facts(a), _record_facts(b), operator.eq)
+    return [*(f"statistics of {name}" for name in tensors), *(f"conclusion of {name}" for name in results), *facts]
 
 
 def record_equal(a: CalibrationRecord, b: CalibrationRecord) -> bool:
-    "Whether two records are the same, but for the time they took and for what depends on the order of batches."
+    "Whether two records are the same, apart from the time they took and from what depends on the order of batches."
     return not unequal_parts(a, b)
 
 # %% ../../nbs/records/calibration_record.ipynb #d79b8e97
@@ -294,11 +309,14 @@ def _numbered(values: Iterable[Any]) -> tuple[list[Any], dict[int, int]]:
     return list(distinct.values()), {key: i for i, key in enumerate(distinct)}
 
 # %% ../../nbs/records/calibration_record.ipynb #5c919b0d
+def _args_text(c: ObserverResult) -> str: return json.dumps(c.args.model_dump(mode="json"), sort_keys=True)
+
+
 def to_tree(record: CalibrationRecord) -> dict[str, Any]:
     "A record as nested plain values and tensors."
     stats, stat_numbers = _numbered(record.tensors.values())
-    found, numbers = _numbered(record.results.values())
-    texts = [json.dumps(c.args.model_dump(mode="json"), sort_keys=True) for c in found]
+    results, result_numbers = _numbered(record.results.values())
+    texts = list(map(_args_text, results))
     args = list(dict.fromkeys(texts))
     return dict(
         about=asdict(record.about),
@@ -307,12 +325,12 @@ def to_tree(record: CalibrationRecord) -> dict[str, Any]:
         seconds=record.seconds,
         level_tokens=list(record.level_tokens.items()),
         expert_tokens=dict(record.expert_tokens),
-        stats=[_stats_to_tree(s) for s in stats],
+        stats=list(map(_stats_to_tree, stats)),
         tensors=[[*key, stat_numbers[id(s)]] for key, s in record.tensors.items()],
         args=args,
-        found=[_result_to_list(c, args.index(text)) for c, text in zip(found, texts)],
-        # the key of the file format, version by version the same
-        conclusions=[[*key, numbers[id(c)]] for key, c in record.results.items()],
+        found=[_result_to_list(c, args.index(text)) for c, text in zip(results, texts)],
+        # the names of the keys are part of the file format
+        conclusions=[[*key, result_numbers[id(c)]] for key, c in record.results.items()],
     )
 
 # %% ../../nbs/records/calibration_record.ipynb #9b8b9bb2
@@ -331,13 +349,20 @@ _FORM = dict(
 )
 
 
-def from_tree(t: Mapping[str, Any]) -> CalibrationRecord:
-    "The way back. ValueError and the like if it is none."
-    check_form(t, _FORM, "the record")
-    stats = [_stats_from_tree(s) for s in t["stats"]]
+def _results_from_tree(t: Mapping[str, Any]) -> dict[ResultKey, ObserverResult]:
     args = [QuantizationArgs.model_validate(json.loads(text)) for text in t["args"]]
     found = [_result_from_list(c, args) for c in t["found"]]
+    return {(module, base_name, asked): found[i] for module, base_name, asked, i in t["conclusions"]}
+
+
+def from_tree(t: Mapping[str, Any]) -> CalibrationRecord:
+    "The record of a tree. ValueError and similar errors if the tree is not one of a record."
+    check_form(t, _FORM, "the record")
+    stats = list(map(_stats_from_tree, t["stats"]))
     tensors = {(module, base_name): stats[i] for module, base_name, i in t["tensors"]}
-    results = {(module, base_name, asked): found[i] for module, base_name, asked, i in t["conclusions"]}
-    return CalibrationRecord(tensors, t["types"], results, About(**t["about"]), tuple(map(tuple, t["spans"])),
-                             dict(t["level_tokens"]), t["expert_tokens"], t["seconds"])
+    about = About(**t["about"])
+    spans = tuple(map(tuple, t["spans"]))
+    level_tokens = dict(t["level_tokens"])
+    return CalibrationRecord(
+        tensors, t["types"], _results_from_tree(t), about, spans, level_tokens, t["expert_tokens"], t["seconds"]
+    )

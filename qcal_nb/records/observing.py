@@ -39,22 +39,22 @@ class Attached:
         return self.observer
 
     def look(self, memory: Memory, name: str, see: Callable[[Observer], Any]) -> Memory:
-        "What it remembers after it was shown something; `name` is the module's, for errors."
+        "What it remembers after it was shown something. `name` is the module's, for errors."
         observer = self.remembering(memory)
         observer.module_name = name
         see(observer)
         return dict(observer.__dict__)
 
     def alone(self, memory: Memory) -> Observer:
-        "An observer of its own with this memory."
+        "A new observer with this memory."
         observer = new_observer(self.asked, self.base_name, self.args)
         observer.__dict__.update(memory)
         return observer
 
 # %% ../../nbs/records/observing.ipynb #d04ecae7
 class Observers:
-    """What the observers that were asked for remember of every tensor. Changes of a batch in hand are kept with
-    `keep`, or forgotten with `begin`."""
+    """What the attached observers remember of every tensor. `keep` keeps the changes of the current batch, `begin`
+    forgets them."""
 
     def __init__(
         self,
@@ -72,8 +72,8 @@ class Observers:
         self._made: dict[tuple, Attached | str] = {}
 
     def of(self, name: str, base_name: str) -> dict[str, Attached | str]:
-        """By label: the observer of a tensor, or why there cannot be one. The same for all tensors of the same
-        arguments."""
+        """By label, the observer of a tensor, or why there cannot be one. Tensors with the same arguments share
+        theirs."""
         args = self.args(name, base_name)
         wanted = self.labels.get(base_name, self.labels.get("", ()))
         return {
@@ -93,13 +93,13 @@ class Observers:
     def show(
         self, once: TensorMemo, attached: Attached, key: ResultKey, value: Tensor, see: Callable[[Observer], Any]
     ) -> None:
-        "Let one observer see something of a tensor, unless it has for another module with the same past."
+        "Let one observer see a tensor, unless it saw it for another module with the same past."
         old = self._new.get(key) or self.memory.get(key) or attached.fresh
         self._new[key] = once(value, (id(attached), id(old)), lambda: (attached.look(old, key[0], see), old))[0]
 
     def see(self, once: TensorMemo, name: str, base_name: str, value: Tensor, shown: Tensor) -> None:
-        """Show `shown`, what counts of `value`, to the observers of the tensor; and what a module is fed to those
-        of its weight that listen."""
+        """Show `shown`, the part of `value` that counts, to the observers of the tensor. The input of a module is also
+        shown to the observers of its weight that listen."""
         for label, one in self.of(name, base_name).items():
             if isinstance(one, Attached) and not one.derived and not one.listens:
                 self.show(once, one, (name, base_name, label), value, lambda o: o(shown))
@@ -109,7 +109,9 @@ class Observers:
                 self.show(once, one, (name, "weight", label), value, lambda o: o.hear(shown))
 
 # %% ../../nbs/records/observing.ipynb #3fee0b93
-def _made(made: dict[tuple, Attached | str], asked: ObserverSpec, base_name: str, args: Any, nonfinite: str) -> Attached | str:
+def _made(
+    made: dict[tuple, Attached | str], asked: ObserverSpec, base_name: str, args: Any, nonfinite: str
+) -> Attached | str:
     key = label_of(asked), base_name, id(args)
     if key not in made:
         try:

@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import reduce
 from importlib.metadata import version
 from operator import or_
@@ -31,14 +31,14 @@ from ..lifecycle import QUANTIZABLE, QuantizationMixin, check_schemes, experts_a
 from ..lifecycle import reaches_experts, restore, schemes_by_module, snapshot, warn_unmatched
 from ..modeling import attention_classes, attention_faults, attention_modules, embeddings_of, hook_attention
 from ..modeling import hook_kv_cache, tokens_per_expert, unfused_experts
-from ..observers import ObserverSpec, DEFAULT_ARGS, args_or_default, specs_from_config, feeding, find_observer, label_of
-from ..observers import name_and_kwargs
+from ..observers import DEFAULT_ARGS, ObserverSpec, args_or_default, feeding, find_observer, label_of
+from ..observers import name_and_kwargs, specs_from_config
 from ..pipelines import batches, calibration_context, check_mask, expected_batches, feed, mask_in_words
 from ..pipelines import not_empty, numbered, reads_two_sequences, running_of, warn_of_padding
 from .calibration_record import About, CalibrationRecord
 from .collect import Collector, look_at_weights
-from .live_results import results_now
 from .files import write_whole
+from .live_results import results_now
 from ..schemes import preset
 from ..stats import TensorStats, check_policy
 from ..taps import STATES
@@ -49,7 +49,7 @@ RECORDABLE = ("input", "weight", "output", "lm_head_output", "q", "k", "v")
 
 
 def recipe_to_record(scheme: Any = None, ignore: Iterable[str] = ("lm_head",)) -> QuantizationMixin:
-    "What a recording is about: a modifier itself, or that of a preset's name; of None every Linear."
+    "The recipe that says what to record: a modifier itself, or the one of a preset's name; None is every Linear."
     if isinstance(scheme, QuantizationMixin): return scheme
     return QuantizationMixin(scheme=preset("INT8_STATIC") if scheme is None else scheme, ignore=list(ignore))
 
@@ -57,38 +57,35 @@ def recipe_to_record(scheme: Any = None, ignore: Iterable[str] = ("lm_head",)) -
 def modules_to_record(
     model: Module, scheme: Any = None, ignore: Iterable[str] = ("lm_head",), check: bool = True
 ) -> dict[str, Module]:
-    """The modules that a scheme (a preset's name, a modifier, or None for every Linear) would quantize; ValueError
-    that lists those it does not fit. `check=False`: of a model that has the scheme already, whose modules are
+    """The modules that a scheme (a preset's name, a modifier, or None for every Linear) would quantize. ValueError
+    that lists those it does not fit. `check=False` is for a model that has the scheme already: its modules are
     wrapped and would not pass."""
     recipe = recipe_to_record(scheme, ignore)
-    chosen = {
-        n: (m, s)
-        for n, (m, s) in schemes_by_module(model, recipe.resolved_config).items()
-        if isinstance(m, QUANTIZABLE)
-    }
+    matched = schemes_by_module(model, recipe.resolved_config)
+    chosen = {name: (module, scheme) for name, (module, scheme) in matched.items() if isinstance(module, QUANTIZABLE)}
     if check:
         check_schemes(model, chosen, recipe.bypass_divisibility_checks)
     return {name: module for name, (module, _) in chosen.items()}
 
 
 def args_by_tensor(model: Module, recipe: QuantizationMixin) -> Any:
-    "A function from module and base name to the arguments that observers are given."
+    "A function from module and base name to the arguments that observers get."
     schemes = {name: scheme for name, (_, scheme) in schemes_by_module(model, recipe.resolved_config).items()}
     return lambda name, base_name: args_or_default(args_in(schemes.get(name), base_name))
 
 # %% ../../nbs/records/run.ipynb #4ab23ddb
 def check_base_names(base_names: Iterable[str]) -> tuple[str, ...]:
     "The base names that can be recorded, or a ValueError."
-    if not isinstance(base_names, Iterable):
-        raise TypeError(f"base_names={base_names!r} must be some of {', '.join(map(repr, RECORDABLE))}")
+    known = ", ".join(map(repr, RECORDABLE))
+    if not isinstance(base_names, Iterable): raise TypeError(f"base_names={base_names!r} must be some of {known}")
     names = (base_names,) if isinstance(base_names, str) else tuple(base_names)
     if not names or any(name not in RECORDABLE for name in names):
-        raise ValueError(f"base_names={names!r} must be some of {', '.join(map(repr, RECORDABLE))}")
+        raise ValueError(f"base_names={names!r} must be some of {known}")
     return tuple(dict.fromkeys(names))
 
 
 def check_observers(observers: Iterable[ObserverSpec]) -> list[ObserverSpec]:
-    "The observers that were asked for. ValueError or TypeError for an unknown name or a bad argument."
+    "The observers that were asked for, as a list. ValueError or TypeError for an unknown name or a bad argument."
     if not isinstance(observers, Iterable):
         raise TypeError(f"observers={observers!r} must be names, or pairs of a name and its arguments")
     asked = [observers] if isinstance(observers, str) else list(observers)
@@ -97,50 +94,48 @@ def check_observers(observers: Iterable[ObserverSpec]) -> list[ObserverSpec]:
     return asked
 
 
-USUAL_OBSERVERS = "static_minmax"  # the observer of those who name none
+USUAL_OBSERVERS = "static_minmax"  # the observer if none is named
 
 
-def observers_to_record(observers: Iterable[ObserverSpec] | None = None, scheme: Any = None) -> dict[str, list[ObserverSpec]]:
-    """By base name (`""`: any other): the observers that were asked for; of None `static_minmax`, and those that a
+def _with_usual(specs: Iterable[ObserverSpec]) -> list[ObserverSpec]:
+    return [USUAL_OBSERVERS, *(spec for spec in specs if label_of(spec) != USUAL_OBSERVERS)]
+
+
+def observers_to_record(
+    observers: Iterable[ObserverSpec] | None = None, scheme: Any = None
+) -> dict[str, list[ObserverSpec]]:
+    """By base name (`""`: any other), the observers that were asked for. None: `static_minmax`, and those that a
     modifier calibrates with."""
     if observers is not None: return {"": check_observers(observers)}
     own = specs_from_config(scheme.resolved_config) if isinstance(scheme, QuantizationMixin) else {"": []}
-    return {base: [USUAL_OBSERVERS, *(one for one in some if label_of(one) != USUAL_OBSERVERS)] for base, some in own.items()}
+    return {base_name: _with_usual(specs) for base_name, specs in own.items()}
 
 # %% ../../nbs/records/run.ipynb #63b788ee
+def _recordable_of(module: Module, is_head: bool) -> tuple[str, ...]:
+    "The tensors of a quantizable module that can be recorded."
+    if not isinstance(module, Linear): return ("weight",)  # the input of an Embedding is token ids
+    return ("input", "weight") if is_head else ("input", "weight", "output")
+
+
 def tensors_to_record(
     model: Module, modules: Mapping[str, Module], base_names: Iterable[str]
 ) -> dict[tuple[str, str], Module]:
-    "(module, base name) -> module of everything that is to be measured, in model order."
+    "(module, base name) -> module of everything that will be measured, in model order."
     head = embeddings_of(model)[1]
-    names = set(base_names)
+    wanted = set(base_names)
     found = {}
     for name, module in model.named_modules():
         if name in modules:
-            linear = isinstance(module, Linear)  # what an Embedding is fed are token ids
-            wanted = dict(input=linear, weight=True, output=linear and module is not head)
-            found |= {
-                (name, base_name): module
-                for base_name in ("input", "weight", "output")
-                if base_name in names and wanted[base_name]
-            }
-        if module is head and "lm_head_output" in names:
+            found |= {(name, base_name): module for base_name in _recordable_of(module, module is head)
+                      if base_name in wanted}
+        if module is head and "lm_head_output" in wanted:
             found[name, "output"] = module
-    found |= {
-        (name, state): module for name, module in attention_modules(model).items() for state in STATES if state in names
-    }
-    return found
+    states = [state for state in STATES if state in wanted]
+    return found | {(name, state): module for name, module in attention_modules(model).items() for state in states}
 
 # %% ../../nbs/records/run.ipynb #1c6a4bb3
-@contextmanager
-def attention_open(model: Module, states: Iterable[str]) -> Iterator[None]:
-    """Inside the block queries (`q`), keys and values of all attention modules pass a hook; afterwards the model is
-    as before. ValueError if they cannot."""
-    states = set(states) & set(STATES)
-    modules = attention_modules(model)
-    if not states:
-        yield
-        return
+def _check_attention(model: Module, modules: Mapping[str, Module], states: set[str]) -> None:
+    "ValueError if queries, keys or values of these attention modules cannot be seen."
     if not modules:
         raise ValueError(
             f"base_names has {sorted(states)}, but no attention of this {type(model).__name__} can be looked "
@@ -150,10 +145,23 @@ def attention_open(model: Module, states: Iterable[str]) -> Iterator[None]:
     queries = "q" in states
     faults = [fault for name, m in modules.items() for fault in attention_faults(model, name, m, probe, queries)]
     if faults: raise ValueError(f"base_names has {sorted(states)}, which cannot be seen: {faults[0]}")
+
+
+@contextmanager
+def attention_open(model: Module, states: Iterable[str]) -> Iterator[None]:
+    """Inside the block queries (`q`), keys and values of all attention modules pass a hook. Afterwards the model is
+    as before. ValueError if they cannot."""
+    states = set(states) & set(STATES)
+    if not states:
+        yield
+        return
+    modules = attention_modules(model)
+    _check_attention(model, modules, states)
+    hook = hook_attention if "q" in states else hook_kv_cache
     before = snapshot(model)
     try:
         for module in modules.values():
-            (hook_attention if queries else hook_kv_cache)(model, module)
+            hook(model, module)
         yield
     finally:
         restore(model, before)
@@ -163,31 +171,33 @@ def new_collector(
     model: Module,
     recipe: QuantizationMixin,
     base_names: Iterable[str] = ("input", "weight"),
-    asked_args: bool = True,
-    check: bool = True,
+    asked_args: bool = True,  # Observers get the recipe's arguments, else the default ones
+    check: bool = True,  # As in `modules_to_record`
     **options: Any,
 ) -> Collector:
-    """A collector for what a recipe is about. `asked_args`: observers get the recipe's arguments, else the default
-    ones. `check`: as in `modules_to_record`."""
+    "A collector for what a recipe says."
     tensors = tensors_to_record(model, modules_to_record(model, recipe, check=check), base_names)
     return Collector(tensors, args=args_by_tensor(model, recipe) if asked_args else None, **options)
+
+
+_PACKAGES = ("torch", "transformers", "compressed-tensors")
+
+
+def _about(model: Module, recipe: QuantizationMixin | None, mask: Any) -> About:
+    name = getattr(getattr(model, "config", None), "name_or_path", "") or ""
+    config = None if recipe is None else recipe.resolved_config.model_dump(mode="json")
+    versions = dict(qcal_nb=__version__, **{package: version(package) for package in _PACKAGES})
+    return About(type(model).__name__, name, config, versions, mask_in_words(mask), phase_of(model))
 
 
 def new_record(
     model: Module, collector: Collector, recipe: QuantizationMixin | None = None, mask: Any = None
 ) -> CalibrationRecord:
-    "A record before any data: its weights are measured at once, everything else was never seen so far."
-    packages = ("torch", "transformers", "compressed-tensors")
-    about = About(
-        type(model).__name__,
-        getattr(getattr(model, "config", None), "name_or_path", "") or "",
-        None if recipe is None else recipe.resolved_config.model_dump(mode="json"),
-        dict(qcal_nb=__version__, **{package: version(package) for package in packages}),
-        mask_in_words(mask),
-        phase_of(model),
-    )
+    "A record before any data: its weights are measured at once, and everything else was not seen yet."
+    about = _about(model, recipe, mask)
     tensors = dict.fromkeys(collector.tensors, TensorStats()) | look_at_weights(collector)
-    return CalibrationRecord(tensors, {name: type(m).__name__ for name, m in collector.modules.items()}, about=about)
+    types = {name: type(m).__name__ for name, m in collector.modules.items()}
+    return CalibrationRecord(tensors, types, about=about)
 
 # %% ../../nbs/records/run.ipynb #ed18ad2b
 def _bar(total: int | None, progress: bool) -> tqdm:
@@ -196,7 +206,7 @@ def _bar(total: int | None, progress: bool) -> tqdm:
 
 @contextmanager
 def _tokens_from_zero(model: Module) -> Iterator[None]:
-    "Experts that were taken apart before count tokens from zero; afterwards they have what they had."
+    "Experts that were taken apart before count tokens from zero. Afterwards they have their old counts."
     before = [(experts, experts.tokens) for experts in unfused_experts(model).values()]
     try:
         for experts, _ in before:
@@ -207,29 +217,44 @@ def _tokens_from_zero(model: Module) -> Iterator[None]:
             experts.tokens = tokens
 
 
-def one_pass(model: Module, stream: Iterator[tuple[int, Any]], collector: Collector, result: CalibrationRecord,
-             mask: Any = None, total: int | None = None, progress: bool = False) -> CalibrationRecord:
-    """Run numbered batches (inside `exclusive`) and return the record that has seen them too; interrupted, those
-    that were finished."""
-    # changes at once: whenever an interrupt comes, both are of the same batches
+
+def _record_batch(
+    model: Module, batch: Any, index: int, collector: Collector, result: CalibrationRecord, mask: Any
+) -> CalibrationRecord:
+    "The record that has seen one more batch."
+    if mask is None:
+        warn_of_padding(batch)
+    running = running_of(batch, index, mask, reads_two_sequences(model))
+    began = time.perf_counter()
+    collector.begin(running)
+    with feeding(collector.owner):
+        feed(model, batch, index)
+    news = collector.take()
+    routed = {f"{e.module}.{e.expert}": e.tokens for e in tokens_per_expert(model)}
+    seen = result.seen(news, index, running.tokens, time.perf_counter() - began)
+    return replace(seen, expert_tokens=routed)
+
+
+def one_pass(
+    model: Module,
+    stream: Iterator[tuple[int, Any]],
+    collector: Collector,
+    result: CalibrationRecord,
+    mask: Any = None,
+    total: int | None = None,
+    progress: bool = False,
+) -> CalibrationRecord:
+    """Run numbered batches (inside `exclusive`) and return the record that has seen them too. After an interrupt it
+    has seen those that were finished."""
+    # record and memory change at once: whenever an interrupt comes, both are of the same batches
     done = result, collector.observers.memory
     bar = _bar(total, progress)
     try:
         with collector.attached(), calibration_context(model), guarded(model), _tokens_from_zero(model), bar:
             for index, batch in stream:
-                if mask is None:
-                    warn_of_padding(batch)
-                running = running_of(batch, index, mask, reads_two_sequences(model))
-                began = time.perf_counter()
-                collector.begin(running)
-                with feeding(collector.owner):
-                    feed(model, batch, index)
-                news = collector.take()
-                routed = {f"{e.module}.{e.expert}": e.tokens for e in tokens_per_expert(model)}
-                seen = done[0].seen(news, index, running.tokens, time.perf_counter() - began)
-                done = replace(seen, expert_tokens=routed), collector.observers.memory
+                done = _record_batch(model, batch, index, collector, done[0], mask), collector.observers.memory
                 bar.update()
-                bar.set_postfix_str(f"{seen.tokens / seen.seconds:,.0f} tokens/s")
+                bar.set_postfix_str(f"{done[0].tokens / done[0].seconds:,.0f} tokens/s")
     except KeyboardInterrupt:
         bar.write(f"interrupted: the record holds the {done[0].batches} batches that were finished")
     result, collector.observers.memory = done
@@ -237,7 +262,7 @@ def one_pass(model: Module, stream: Iterator[tuple[int, Any]], collector: Collec
 
 # %% ../../nbs/records/run.ipynb #0a34b0db
 def check_options(model: Module, tokenizer: Any, mask: Any, keep_text: bool, nonfinite: str) -> None:
-    "TypeError or ValueError for options of `record` that make no sense, or none for this model."
+    "TypeError or ValueError for options of `record` that make no sense, or make none for this model."
     check_policy(nonfinite)
     undo_log_of(model)  # a TypeError unless it is a model
     if tokenizer is not None and not (callable(tokenizer) and hasattr(tokenizer, "decode")):
@@ -249,81 +274,94 @@ def check_options(model: Module, tokenizer: Any, mask: Any, keep_text: bool, non
     if mask is not None and reads_two_sequences(model):
         raise ValueError(
             f"mask: {type(model).__name__} reads two sequences, one in its encoder and one in its decoder, "
-            "and a mask is of one; record without a mask, or the encoder by itself"
+            "and a mask is for one; record without a mask, or the encoder by itself"
         )
 
 # %% ../../nbs/records/run.ipynb #5e86eb94
+@dataclass(frozen=True)
+class _Request:
+    "What a recording was asked for, checked."
+
+    base_names: tuple[str, ...]
+    observers: dict[str, list[ObserverSpec]]
+    recipe: QuantizationMixin
+    has_scheme: bool                            # False: the recipe is every Linear
+    mask: Any
+    tokenizer: Any                              # None: no text in the record
+    nonfinite: str
+
+
+def _begun(model: Module, request: _Request) -> tuple[Collector, CalibrationRecord]:
+    "The collector of a recording, and its record before any data."
+    options = dict(observers=request.observers, tokenizer=request.tokenizer, nonfinite=request.nonfinite)
+    owner = f"record {uuid.uuid4().hex}"
+    collector = new_collector(model, request.recipe, request.base_names, request.has_scheme, owner=owner, **options)
+    if not collector.tensors:
+        raise ValueError(
+            f"there is nothing to record: {type(model).__name__} has no Linear or Embedding that the scheme matches "
+            f"and that has any of {', '.join(map(repr, request.base_names))}"
+        )
+    if not request.has_scheme: return collector, new_record(model, collector, None, request.mask)
+    config = request.recipe.resolved_config
+    warn_unmatched(model, config, schemes_by_module(model, config))
+    return collector, new_record(model, collector, request.recipe, request.mask)
+
+# %% ../../nbs/records/run.ipynb #a1a04250
 def record(
     model: Module,  # Any torch model
     data: Any,  # Texts, token ids, tensors, dicts, a DataLoader; None for weights alone
     *,
-    scheme: Any = None,  # A preset, a modifier, or None for every Linear but lm_head
-    observers: Iterable[ObserverSpec]
-    | None = None,  # Names, or pairs of a name and its arguments; None: static_minmax and a modifier's own
+    scheme: Any = None,  # Which modules: a preset, a modifier, or None for every Linear but lm_head
+    observers: Iterable[ObserverSpec] | None = None,  # Names, (name, arguments); None: static_minmax, a modifier's own
     tokenizer: Any = None,  # Needed for texts; and the largest values get their tokens
     mask: Any = None,  # Token ids to leave out, or a function of the batch -> bool (batch, seq), True = count
     batch_size: int = 1,  # Texts or rows in a batch
     max_length: int | None = None,  # Cut longer texts to so many tokens
-    base_names: Iterable[str] = ("input", "weight"),  # What to look at; also "output", "lm_head_output", "q", "k", "v"
+    base_names: Iterable[str] = ("input", "weight"),  # Also "output", "lm_head_output", "q", "k", "v"
     nonfinite: str = "record",  # NaN and infinity: "record" where, "skip" the batch for that tensor, or "raise"
     batch_indices: Iterable[int] | None = None,  # Global indices of these batches, to merge parts with `|`
     keep_text: bool = True,  # Whether tokens of the data may stand in the record
     progress: bool = True,  # Show a bar with tokens per second and the time left
 ) -> CalibrationRecord:
     """Run data through the model once and keep what was seen: a `CalibrationRecord`. Nothing stays on the model; an
-    interrupt returns the record so far.
-
-    `scheme` says which modules (None: every Linear but lm_head) and what observers are asked for; `observers` are
-    names or (name, arguments), None `static_minmax` and those that a modifier calibrates with; `base_names` what to
-    look at: "input", "weight", "output", "lm_head_output", "q", "k", "v". `mask` leaves tokens out: their ids, or a
-    function of the batch that returns bool (batch, seq), True = count. `tokenizer`: for texts, and to name the
-    tokens of the largest values (`keep_text=False`: not in the record). `batch_indices`: global ones, to merge parts
-    with `a | b`. Bad arguments and busy models are refused before anything is run."""
+    interrupt returns the record so far. Bad arguments and busy models are refused before anything runs."""
     with together("check what to record"):  # a rank that finds a fault does not leave the others waiting
         names = check_base_names(base_names)
         asked = observers_to_record(observers, scheme)
         mask = check_mask(mask)
         recipe = recipe_to_record(scheme)
         check_options(model, tokenizer, mask, keep_text, nonfinite)
+    request = _Request(names, asked, recipe, scheme is not None, mask, tokenizer if keep_text else None, nonfinite)
     stream = iter(()) if data is None and names == ("weight",) else batches(data, tokenizer, batch_size, max_length)
-    options = dict(
-        observers=asked,
-        tokenizer=tokenizer if keep_text else None,
-        nonfinite=nonfinite,
-        owner=f"record {uuid.uuid4().hex}",
-    )
-    with (
-        exclusive(model, "record()"),
-        each_warning_once(),
-        experts_apart(model, reaches_experts(model, recipe.resolved_config)),
-        attention_open(model, names),
-    ):
-        stream = not_empty(numbered(stream, batch_indices), names)
-        collector = new_collector(model, recipe, names, scheme is not None, **options)
-        if not collector.tensors:
-            raise ValueError(
-                f"there is nothing to record: {type(model).__name__} has no Linear or Embedding that the scheme "
-                "matches "
-                f"and that has any of {', '.join(map(repr, names))}"
-            )
-        if scheme is not None:
-            warn_unmatched(model, recipe.resolved_config, schemes_by_module(model, recipe.resolved_config))
-        begun = new_record(model, collector, recipe if scheme is not None else None, mask)
-        result = one_pass(model, stream, collector, begun, mask, expected_batches(data, batch_size), progress)
-        if result.batches and not result.tokens:
-            warn_once("mask leaves out every token: nothing was seen but weights")
-        return replace(result, results=results_now(collector, model, result.tensors))
+    with exclusive(model, "record()"), each_warning_once():
+        with experts_apart(model, reaches_experts(model, recipe.resolved_config)), attention_open(model, names):
+            stream = not_empty(numbered(stream, batch_indices), names)
+            collector, begun = _begun(model, request)
+            result = one_pass(model, stream, collector, begun, mask, expected_batches(data, batch_size), progress)
+            if result.batches and not result.tokens:
+                warn_once("mask leaves out every token: nothing was seen but weights")
+            return replace(result, results=results_now(collector, model, result.tensors))
 
 # %% ../../nbs/records/run.ipynb #0652a8b7
+def _gathered(data: bytes) -> list[Any]:
+    "Collective: the bytes of every rank."
+    parts: list[Any] = [None] * rank_and_size()[1]
+    dist.all_gather_object(parts, data)
+    return parts
+
+
+def _merged_files(parts: Iterable[bytes]) -> CalibrationRecord:
+    with tempfile.TemporaryDirectory() as folder:
+        paths = (write_whole(Path(folder)/str(i), part) for i, part in enumerate(parts))
+        return reduce(or_, map(CalibrationRecord.load, paths))
+
+
 def all_ranks(part: CalibrationRecord) -> CalibrationRecord:
-    """Collective: the record of all ranks, from each one's part. Alone: the part itself. RankError if a rank fails
+    """Collective: the record of all ranks, from the part of each. Alone: the part itself. RankError if a rank fails
     or holds another run."""
     if rank_and_size()[1] == 1: return part
     with together("put their records together"), tempfile.TemporaryDirectory() as folder:
         data = part.save(Path(folder)/"part").read_bytes()  # as it would be read from a file: nothing is unpickled
-    parts: list[Any] = [None] * rank_and_size()[1]
-    dist.all_gather_object(parts, data)
-    with together("put their records together"), tempfile.TemporaryDirectory() as folder:
-        return reduce(
-            or_, (CalibrationRecord.load(write_whole(Path(folder) / str(i), found)) for i, found in enumerate(parts))
-        )
+    parts = _gathered(data)
+    with together("put their records together"):
+        return _merged_files(parts)

@@ -21,7 +21,7 @@ from .files import check_form
 from ..stats import Extreme, Histogram, Level, NonFinite, TensorStats, Timeline
 
 # %% ../../nbs/records/tree.ipynb #f80d7c6d
-def _end(value: float) -> float | None: return value if math.isfinite(value) else None
+def _finite_or_none(value: float) -> float | None: return value if math.isfinite(value) else None
 
 
 def _place_to_list(place: NonFinite | None) -> list | None:
@@ -29,15 +29,17 @@ def _place_to_list(place: NonFinite | None) -> list | None:
 
 
 def _place_from_list(found: list | None) -> NonFinite | None:
-    if found is not None:
-        check_form(found, (int, int | None, [int], str), "a place of non-finite values")
-    return None if found is None else NonFinite(found[0], found[1], tuple(found[2]), float(found[3]))
+    if found is None: return None
+    check_form(found, (int, int | None, [int], str), "a place of non-finite values")
+    count, batch, position, value = found
+    return NonFinite(count, batch, tuple(position), float(value))
 
 
 def _level_to_list(k: int, level: Level) -> list:
     h = level.histogram
     steps = np.diff(h.codes.astype(np.int32), prepend=np.int32(0)).astype(np.int32)
-    return [k, _end(level.min), _end(level.max), steps, h.counts, h.nan, h.pos_inf, h.neg_inf, h.exact]
+    ends = _finite_or_none(level.min), _finite_or_none(level.max)
+    return [k, *ends, steps, h.counts, h.nan, h.pos_inf, h.neg_inf, h.exact]
 
 
 def _level_from_list(found: list) -> tuple[int, Level]:
@@ -46,13 +48,23 @@ def _level_from_list(found: list) -> tuple[int, Level]:
     return k, Level(math.inf if low is None else low, -math.inf if high is None else high, histogram)
 
 # %% ../../nbs/records/tree.ipynb #c33ce5e6
+def _timeline_to_list(timeline: Timeline) -> list:
+    points = timeline.points
+    return [timeline.stride, np.array(list(points), np.int64), np.array(list(points.values()), np.float64)]
+
+
+def _timeline_from_list(found: list) -> Timeline:
+    stride, indices, points = found
+    pairs = map(tuple, points.reshape(-1, 2).tolist())
+    return Timeline(dict(zip(indices.tolist(), pairs)), stride)
+
+
+def _extreme_from_list(found: list) -> Extreme:
+    value, batch, position, *rest = found
+    return Extreme(value, batch, tuple(position), *rest)
+
+
 def _stats_to_tree(s: TensorStats) -> dict[str, Any]:
-    line = [
-        s.timeline.stride,
-        np.array(list(s.timeline.points), np.int64),
-        np.array(list(s.timeline.points.values()), np.float64),
-    ]
-    top = [[e.value, e.batch, e.position, e.channel, e.token, e.context] for e in s.top]
     return dict(
         levels=[_level_to_list(k, level) for k, level in s.levels.items()],
         sums=[str(s.sum), str(s.sum_squares)],
@@ -60,32 +72,38 @@ def _stats_to_tree(s: TensorStats) -> dict[str, Any]:
         dtypes=sorted(s.dtypes),
         shapes=s.shapes,
         channels=s.channels,
-        top=top,
-        timeline=line,
+        top=[[e.value, e.batch, e.position, e.channel, e.token, e.context] for e in s.top],
+        timeline=_timeline_to_list(s.timeline),
         counts=[s.calls, s.batches, s.skipped],
     )
 
 
 def _stats_from_tree(t: Mapping[str, Any]) -> TensorStats:
-    stride, indices, points = t["timeline"]
-    timeline = Timeline({i: tuple(p) for i, p in zip(indices.tolist(), points.reshape(-1, 2).tolist())}, stride)
-    top = tuple(Extreme(value, batch, tuple(position), *rest) for value, batch, position, *rest in t["top"])
+    total, total_squares = map(Fraction, t["sums"])
     return TensorStats(
         dict(map(_level_from_list, t["levels"])),
-        *map(Fraction, t["sums"]),
+        total,
+        total_squares,
         _place_from_list(t["first_nonfinite"]),
         frozenset(t["dtypes"]),
         tuple(map(tuple, t["shapes"])),
         t["channels"].numpy(),
-        top,
-        timeline,
+        tuple(map(_extreme_from_list, t["top"])),
+        _timeline_from_list(t["timeline"]),
         *t["counts"],
     )
 
 # %% ../../nbs/records/tree.ipynb #f3933f67
+def _counts_to_list(n: Counts) -> list:
+    return [n.observations, n.elements, n.batches, n.skipped, n.nonfinite, _place_to_list(n.first_nonfinite)]
+
+
+def _counts_from_list(found: list) -> Counts:
+    *numbers, place = found
+    return Counts(*numbers, _place_from_list(place))
+
+
 def _result_to_list(c: ObserverResult, args: int) -> list:
-    n = c.counts
-    counts = [n.observations, n.elements, n.batches, n.skipped, n.nonfinite, _place_to_list(n.first_nonfinite)]
     return [
         c.observer,
         c.base_name,
@@ -97,14 +115,14 @@ def _result_to_list(c: ObserverResult, args: int) -> list:
         c.scale,
         c.zero_point,
         c.global_scale,
-        counts,
+        _counts_to_list(c.counts),
         c.reason,
     ]
 
 
 def _result_from_list(found: list, args: list[QuantizationArgs]) -> ObserverResult:
     observer, base_name, i, *rest, counts, reason = found
-    return ObserverResult(observer, base_name, args[i], *rest, Counts(*counts[:5], _place_from_list(counts[5])), reason)
+    return ObserverResult(observer, base_name, args[i], *rest, _counts_from_list(counts), reason)
 
 # %% ../../nbs/records/tree.ipynb #987110fc
 _ENDS = int | float | None

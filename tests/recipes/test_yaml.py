@@ -51,8 +51,8 @@ BAD_RECIPES = {
     "two of them": ("a_stage: {m_modifiers: {QuantizationModifier: {scheme: FP8}}}\nb_stage: {m_modifiers: {QuantizationModifier: {scheme: FP8}}}",
                     "holds 2 QuantizationModifiers, it must hold one; put their targets side by side"),
     "the same key twice": ("m_modifiers:\n  QuantizationModifier: {scheme: FP8}\n  QuantizationModifier: {scheme: W8A8}",
-                           "QuantizationModifier stands twice"),
-    "twice in JSON": ('{"QuantizationModifier": {"scheme": "FP8", "scheme": "W8A8"}}', "scheme stands twice"),
+                           "QuantizationModifier appears twice"),
+    "twice in JSON": ('{"QuantizationModifier": {"scheme": "FP8", "scheme": "W8A8"}}', "scheme appears twice"),
     "not YAML": ("default_stage: {default_modifiers: [", "cannot be read: while parsing"),
     "a list": ("- QuantizationModifier\n- b", "holds list, not keys and values"),
     "a tag": ("QuantizationModifier: {scheme: !!python/object/apply:os.system [ls]}", "could not determine a constructor for the tag"),
@@ -65,7 +65,7 @@ BAD_RECIPES = {
     "unknown level": ("default: {QuantizationModifier: {scheme: FP8}}", "'default' is neither a stage (`..._stage:`)"),
     "a list of modifiers": ("quant_modifiers: [{QuantizationModifier: {scheme: FP8}}]", "'quant_modifiers' is neither"),
     "no fields": ("QuantizationModifier: FP8\n", "QuantizationModifier must hold fields, got 'FP8'"),
-    "a field without a name": ("QuantizationModifier: {1: 2}", "1 is not a field's name"),
+    "a field without a name": ("QuantizationModifier: {1: 2}", "1 is not the name of a field"),
     "unknown in our section": ("QuantizationModifier: {scheme: FP8}\nqcal_nb: {nonfinit: skip}", "must hold some of nonfinite, on_uncalibrated"),
     "a bomb": ("l0: &l0 [x, x]\n" + "".join(f"l{i + 1}: &l{i + 1} [{', '.join([f'*l{i}'] * 10)}]\n" for i in range(8)),
                "expand to more than 1,000,000 values"),
@@ -88,7 +88,7 @@ def test_sources_that_are_none(tmp_path):
     with pytest.raises(FileNotFoundError, match="no_such.yaml"): from_yaml("no_such.yaml")
     (tmp_path/"binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="binary.yaml is not text"): from_yaml(tmp_path/"binary.yaml")
-    with pytest.raises(TypeError, match="got LlamaForCausalLM; of a model: recipe_of"): to_yaml(make_model("llama_gqa"))
+    with pytest.raises(TypeError, match="got LlamaForCausalLM; for a model use recipe_of"): to_yaml(make_model("llama_gqa"))
     with pytest.raises(ValueError, match="a value that YAML cannot"):
         to_yaml(QuantizationModifier(config_groups={"g": QuantizationScheme(targets=["Linear"], input_activations=dict(
             **INT8, strategy="tensor", observer="minmax", observer_kwargs={"triton_error_buffer": object()}))}))

@@ -118,7 +118,7 @@ def forged(path, tree_text, counts=None, pools=None):
     "A file with any text as its tree and any counts, its digest right."
     arrays = {n: squeeze(t) for n, t in dict(pools or {}, tree=torch.tensor(list(tree_text), dtype=torch.uint8)).items()}
     facts = json.dumps(dict(counts=dict({n: len(t) for n, t in (pools or {}).items()}, tree=len(tree_text), **{}) if counts is None else counts))
-    header = dict(format=FORMAT, version=str(VERSION), about=facts, digest=qcal_nb.records.files._digest(arrays, facts))
+    header = dict(format=FORMAT, version=str(VERSION), about=facts, digest=qcal_nb.records.files._content_digest(arrays, facts))
     path.write_bytes(save(arrays, header))
     return path
 

@@ -108,7 +108,7 @@ def test_tensors_of_every_dtype_and_shape(dtype, tmp_path):
 
 def test_what_is_unpacked_is_bounded():
     bomb = torch.frombuffer(bytearray(zlib.compress(bytes(50_000_000))), dtype=torch.uint8)
-    with pytest.raises(ValueError, match="another number of elements than 10"): unsqueeze(bomb, torch.uint8, 10)
+    with pytest.raises(ValueError, match="does not hold 10 elements"): unsqueeze(bomb, torch.uint8, 10)
     for count in (-1, 7):
         with pytest.raises(ValueError): unsqueeze(squeeze(torch.zeros(6)), torch.float32, count)
     with pytest.raises(ValueError, match="cannot be unpacked"): unsqueeze(torch.zeros(9, dtype=torch.uint8), torch.uint8, 9)

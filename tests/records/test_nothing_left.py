@@ -123,7 +123,7 @@ def test_an_interrupt_at_any_line():
                 back = back.f_back
             return False
         def trace(frame, event, _):
-            watched = frame.f_code.co_filename.endswith(files) and frame.f_code.co_name not in ("_attached", "_hooks", "attached")
+            watched = frame.f_code.co_filename.endswith(files) and frame.f_code.co_name not in ("_attached", "_module_hooks", "attached")
             return local if watched and inside(frame) else None
         sys.settrace(trace)
         try: return record(model, data, **options)

@@ -68,11 +68,11 @@ def test_what_cannot_be_merged_is_refused_with_words(batches_and_whole):
     refused(record(model, data[1:2], **options), "batch 0 is in both records, so it would count twice; .*batch_indices")
     refused(record(make_model("llama_gqa"), data[:1], batch_indices=[1], **options), "two runs: model is '.*' in one and '.*' in the other")
     refused(record(model, data[:1], scheme="FP8", batch_indices=[1], **options), "two runs: config is")
-    refused(record(mixture(seed=1), data[:1], batch_indices=[1], **options), "its weight is another one in the other record")
+    refused(record(mixture(seed=1), data[:1], batch_indices=[1], **options), "its weight differs in the other record")
     class Other(Linear): pass
     mixed = Sequential(Linear(4, 4)), Sequential(Other(4, 4))
     a, b = (record(m, [torch.ones(1, 4)], batch_indices=[i], base_names="input", **QUIET) for i, m in enumerate(mixed))
-    with pytest.raises(ValueError, match="0 are of other classes"): _ = a | b
+    with pytest.raises(ValueError, match="0 have other classes"): _ = a | b
     with pytest.raises(TypeError): _ = one | 3
     with pytest.raises(TypeError, match="must be a CalibrationRecord, got int"): record_equal(one, 3)
 

@@ -77,5 +77,5 @@ def test_all_ranks_have_the_whole(two, one, folders):
     alone = CalibrationRecord.load(folders[1]/"together.0.record")
     for rank in (0, 1): assert unequal_parts(CalibrationRecord.load(folders[2]/f"together.{rank}.record"), alone) == []
     assert [r["record_together"]["own"] for r in two] == [((0, 3),), ((3, 4),)] and all(r["record_together"]["batches"] == ((0, 4),) for r in two)
-    assert all("its weight is another one in the other record" in r["record_together"]["error"] for r in two)
+    assert all("its weight differs in the other record" in r["record_together"]["error"] for r in two)
     assert one["record_together"]["error"] == "no error"

@@ -184,7 +184,7 @@ def test_conclusions_are_found_when_asked_for_and_are_those_of_a_recording():
     with pytest.raises(KeyError): lazy[(*key[:2], "nobody")]
     again = pickle.loads(pickle.dumps(lazy))
     assert type(again) is dict and unequal(again, lazy) == []
-    assert lazy._collector is None and lazy._model is None  # all is found: no model is held
+    assert lazy._finder is None  # all is found: no model is held
 
 
 # --- without the model ---
