@@ -7,79 +7,80 @@ __all__ = ['DIFF_COLUMNS', 'diff']
 
 # %% ../../nbs/analysis/difference.ipynb #928f7ab1
 import math
-from typing import Any
 
 import pandas as pd
 
-from .tables import WHERE, check_record, model_table, where_in
-from ..records import CalibrationRecord, ObserverResult, Key
+from .tables import ID_COLUMNS, Row, check_record, id_columns, model_table
+from ..records import CalibrationRecord, Key, ObserverResult
+from ..stats import TensorStats
 
 # %% ../../nbs/analysis/difference.ipynb #7166f327
 DIFF_COLUMNS = [
-    *WHERE,
-    "min_a",
-    "min_b",
-    "max_a",
-    "max_b",
-    "range_ratio",
-    "std_ratio",
-    "observer",
-    "scale_ratio",
-    "moved",
-    "only_in",
+    *ID_COLUMNS, "min_a", "min_b", "max_a", "max_b", "range_ratio", "std_ratio", "observer", "scale_ratio",
+    "moved", "only_in"
 ]
 
 
-def _ratio(a: float, b: float) -> float: return b / a if a and math.isfinite(a) and math.isfinite(b) else math.nan
+def _ratio(a: float, b: float) -> float:
+    return b / a if a and math.isfinite(a) and math.isfinite(b) else math.nan
 
 
-def _moved(*ratios: float) -> float: return max((abs(math.log2(r)) for r in ratios if r and r == r), default=0.0)
+def _moved(*ratios: float) -> float:
+    "The largest of some ratios as a power of two; 0 without any."
+    return max((abs(math.log2(r)) for r in ratios if r and r == r), default=0.0)
 
 
 def _scale_ratio(a: ObserverResult, b: ObserverResult) -> float:
     "The ratio of the scale that moved most; nan if there are none to compare."
     if a.scale is None or b.scale is None or a.scale.shape != b.scale.shape: return math.nan
     ratios = (b.scale.double() / a.scale.double()).reshape(-1)
-    return ratios[ratios.log2().abs().nan_to_num(-1).argmax()].item()
+    size = ratios.log2().abs().nan_to_num(-1)
+    return ratios[size.argmax()].item()
 
 
-def _diff_rows(a: CalibrationRecord, b: CalibrationRecord, key: Key) -> list[dict[str, Any]]:
+def _scale_ratios(a: CalibrationRecord, b: CalibrationRecord, key: Key) -> dict[str, float]:
+    "By observer that both records have of a tensor: the ratio of its scales. nan under an empty name without any."
+    names = [n for n in a.observers if (*key, n) in a.results and (*key, n) in b.results]
+    if not names: return {"": math.nan}
+    return {n: _scale_ratio(a.results[(*key, n)], b.results[(*key, n)]) for n in names}
+
+
+def _both_ends(one: TensorStats, two: TensorStats) -> Row:
+    if not (one.count and two.count): return {}
+    return dict(min_a=one.min, min_b=two.min, max_a=one.max, max_b=two.max)
+
+# %% ../../nbs/analysis/difference.ipynb #e9f88961
+def _diff_rows(a: CalibrationRecord, b: CalibrationRecord, key: Key) -> list[Row]:
+    "The rows of a tensor that both records have: one per observer."
     one = a.tensors[key]
     two = b.tensors[key]
-    ends = dict(min_a=one.min, min_b=two.min, max_a=one.max, max_b=two.max) if one.count and two.count else {}
     ratios = dict(range_ratio=_ratio(one.absmax, two.absmax), std_ratio=_ratio(one.std, two.std))
-    names = [n for n in a.observers if (*key, n) in a.results and (*key, n) in b.results] or [""]
-    scales = {n: _scale_ratio(a.results[(*key, n)], b.results[(*key, n)]) if n else math.nan for n in names}
+    common = _both_ends(one, two) | ratios
     return [
-        ends | ratios | dict(observer=n, scale_ratio=r, moved=_moved(*ratios.values(), r), only_in="")
-        for n, r in scales.items()
+        common | dict(observer=name, scale_ratio=ratio, moved=_moved(*ratios.values(), ratio), only_in="")
+        for name, ratio in _scale_ratios(a, b, key).items()
     ]
 
 # %% ../../nbs/analysis/difference.ipynb #6968a61d
-def _alone(record: CalibrationRecord, key: Key, name: str) -> dict[str, Any]:
-    "The row of a tensor that only one of two records has."
-    s = record.tensors[key]
-    return (
-        where_in(record, key)
-        | ({f"min_{name}": s.min, f"max_{name}": s.max} if s.count else {})
-        | dict(observer="", only_in=name)
-    )
+def _one_sided_row(record: CalibrationRecord, key: Key, name: str) -> Row:
+    "The row of a tensor that only the record called `name` has."
+    stats = record.tensors[key]
+    ends = {f"min_{name}": stats.min, f"max_{name}": stats.max} if stats.count else {}
+    return id_columns(record, key) | ends | dict(observer="", only_in=name)
+
+
+def _one_sided_rows(record: CalibrationRecord, other: CalibrationRecord, name: str) -> list[Row]:
+    return [_one_sided_row(record, key, name) for key in record.tensors if key not in other.tensors]
 
 
 def diff(a: CalibrationRecord, b: CalibrationRecord) -> pd.DataFrame:
     """A row per tensor and observer, the most moved first: range (absmax), standard deviation and scale of b over
-    those of a; `moved` is the largest of them in powers of two. Last what only one of them has, as `only_in`
-    says."""
-    keys = [key for key in check_record(a).tensors if key in check_record(b).tensors]
-    both = model_table([where_in(a, key) | row for key in keys for row in _diff_rows(a, b, key)], DIFF_COLUMNS, a)
-    both = both.sort_values("moved", ascending=False, kind="stable")
-    alone = [
-        _alone(r, key, name)
-        for name, r, other in (("a", a, b), ("b", b, a))
-        for key in r.tensors
-        if key not in other.tensors
-    ]
-    rows = both.to_dict("records") + alone
-    table = pd.DataFrame(rows, columns=DIFF_COLUMNS).astype({"layer": "Int64"})
+    those of a; `moved` is the largest of them in powers of two. Tensors that only one record has come last, and
+    `only_in` says which record."""
+    shared = [key for key in check_record(a).tensors if key in check_record(b).tensors]
+    rows = [id_columns(a, key) | row for key in shared for row in _diff_rows(a, b, key)]
+    both = model_table(rows, DIFF_COLUMNS, a).sort_values("moved", ascending=False, kind="stable")
+    alone = _one_sided_rows(a, b, "a") + _one_sided_rows(b, a, "b")
+    table = pd.DataFrame(both.to_dict("records") + alone, columns=DIFF_COLUMNS).astype({"layer": "Int64"})
     table.attrs |= dict(batches_a=a.batches, batches_b=b.batches, tokens_a=a.tokens, tokens_b=b.tokens)
     return table

@@ -22,7 +22,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, StepPatch
 from matplotlib.transforms import Bbox, TransformedBbox
 
-from ..analysis import BY_HAND, LOUD, at_limit, best_of, check_record
+from ..analysis import BY_HAND, CHANNEL_THRESHOLD, at_limit, best_of, check_record
 from ..observers import ObserverSpec
 from .model import results_for, legend
 from .style import BASE_COLORS, CLIPPED, OTHER, SMOOTH, as_png, counts_between, dark, dots, drawable
@@ -401,7 +401,7 @@ def plot_timeline(record: CalibrationRecord, module: str, base_name: str = "inpu
 # %% ../../nbs/plots/tensor.ipynb #12527685
 def _name_channels(ax: Axes, sizes: np.ndarray, middle: float) -> np.ndarray:
     "Mark the outlier channels, at most eight of them by number, and return which they are."
-    loud = np.flatnonzero(sizes > LOUD * middle) if middle > 0 else np.zeros(0, int)
+    loud = np.flatnonzero(sizes > CHANNEL_THRESHOLD * middle) if middle > 0 else np.zeros(0, int)
     for channel in sorted(loud, key=lambda i: -sizes[i])[:8]:
         right = channel < len(sizes) * 0.9
         where = dict(xytext=(5 if right else -5, 0), textcoords="offset points")
@@ -448,5 +448,5 @@ def plot_channels(record: CalibrationRecord, module: str, base_name: str = "inpu
         ylabel="largest |value|",
         xlim=(-0.02 * len(sizes) - 0.5, 1.02 * len(sizes)),
     )
-    headline(ax, f"{_title(module, base_name)}: {many} more than {LOUD:g} times as large as the median")
+    headline(ax, f"{_title(module, base_name)}: {many} more than {CHANNEL_THRESHOLD:g} times as large as the median")
     return ax

@@ -24,7 +24,7 @@ import pandas as pd
 from torch.nn import Module
 
 from ..calibration import args_in, claim, exclusive, guarded, scheme_args
-from ..evaluate import best_observers, compare_schemes, comparison, named_schemes, observers_to_compare
+from ..evaluate import best_observers, compare_for_recipe, compare_schemes, named_schemes, observers_to_compare
 from ..evaluate import schemes_of_record, unfit_schemes
 from ..lifecycle import Match, ModuleChange, QuantizationModifier, Snapshot, State, changes, lacking_data
 from ..lifecycle import undo_log_of, match_report, phase_of, reset_quantization, restore, schemes_by_module
@@ -301,7 +301,8 @@ class _Answers:
     def comparison(self, base_names: Iterable[str] = ("input", "weight")) -> pd.DataFrame:
         """`analysis.compare_observers` of the record, each tensor with the arguments that the recipe has for it;
         weights of many scales are measured."""
-        return comparison(self.record, _args_of(self), observers_to_compare(self.modifier), base_names, weight_of(self))
+        asked = observers_to_compare(self.modifier)
+        return compare_for_recipe(self.record, _args_of(self), asked, base_names, weight_of(self))
 
     def why_not(self, what: str) -> str | None:
         "Why `use_best` or `compare_schemes` cannot be done now; None if it can."

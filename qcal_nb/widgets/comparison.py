@@ -23,8 +23,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from traitlets import Bool, TraitError
 
-from ..analysis import choose, mark_best, unnamed
-from ..evaluate import TABLE_ORDERS, TENSOR_COLUMNS, UNKNOWN, best_by_tensor, in_order, own_of
+from ..analysis import choose, mark_best, without_observer
+from ..evaluate import TABLE_ORDERS, TENSOR_COLUMNS, UNKNOWN, best_by_tensor, scheme_observers, sort_rows
 from ..evaluate import scheme_args_by_module
 from ..observers import label_of, name_and_kwargs
 from ..plots import NAMED, new_axes, plot_observers, say_nothing, to_png
@@ -104,9 +104,9 @@ def question_of(session: Session, state: WorkbenchState) -> Question:
     all; with the recipe's observers."""
     args = scheme_args_by_module(session.record, config_of(session), state.base_name)
     different = {id(a): a for a in args.values()}.values()  # modules of a group share theirs
-    formats = {unnamed(a).model_dump_json(): unnamed(a) for a in different}
+    formats = {without_observer(a).model_dump_json(): without_observer(a) for a in different}
     asked = state.args() or next((a for a in formats.values() if len(formats) == 1 and a.dynamic is not True), None)
-    names = {name for a in different for name in own_of({"": a}, state.base_name).values()}
+    names = {name for a in different for name in scheme_observers({"": a}, state.base_name).values()}
     return Question(state.base_name, asked, tuple(sorted(names)))
 
 # %% ../../nbs/widgets/comparison.ipynb #6a331b52
@@ -232,7 +232,7 @@ def _show_compared(panel: "ObserverComparison") -> None:
         choose(table, state.pattern, state.base_name, None if state.layer < 0 else state.layer) if len(table) else table
     )
     if len(chosen):
-        chosen = mark_best(chosen, own_of(args, state.base_name))
+        chosen = mark_best(chosen, scheme_observers(args, state.base_name))
     panel.rows = best_by_tensor(chosen, args, state.base_name) if len(chosen) else pd.DataFrame(columns=TENSOR_COLUMNS)
     _draw(panel, chosen)
     if len(table) and not len(chosen):
@@ -331,7 +331,7 @@ def _show_rows(panel: "ObserverComparison") -> None:
     if len(rows) and not (rows.best != UNKNOWN).any():
         panel.table.value = ""
     else:
-        panel.table.value = tensors_html(in_order(rows, panel.order.value))
+        panel.table.value = tensors_html(sort_rows(rows, panel.order.value))
     panel.order.layout.display, panel.select.layout.display = (
         None if panel.table.value else "none",
         None if len(rows) else "none",

@@ -22,7 +22,7 @@ from compressed_tensors.quantization import QuantizationArgs
 from matplotlib.axes import Axes
 from traitlets import TraitError
 
-from ..analysis import Answers, BY_HAND, DERIVED, args_of, best_of, result_by_hand, outlier_ratio
+from ..analysis import Answers, BY_HAND, DERIVED, recorded_args, best_of, result_by_hand, outlier_ratio
 from ..analysis import place_in_words, usual_observers
 from ..observers import ObserverSpec, label_of
 from ..plots import HAND, LiveHistogram, fixed_axes, plot_channels, plot_histogram, plot_scales, plot_timeline
@@ -379,7 +379,7 @@ def _refresh(panel: "HistogramInspector", what: str) -> None:
         if attached
         else "the default: no observer was attached while recording"
     )
-    panel.heading.value = heading_html(record[key], key, of, state.args() or args_of(record, key), source)
+    panel.heading.value = heading_html(record[key], key, of, state.args() or recorded_args(record, key), source)
     (_show_histogram, _show_scales, _show_batches, _show_channels)[panel.tabs.selected_index or 0](panel, key, what)
 
 # %% ../../nbs/widgets/inspector.ipynb #f2d04cdf
@@ -418,7 +418,7 @@ def _ask(panel: "HistogramInspector", key: Key, name: str, live: bool) -> Observ
     if not slow or not (live or _waiting(panel)): return panel.answers.conclusion(record, key, name, args)
     if not live:
         panel._todo.append(lambda: panel.answers.row(panel.answers.conclusion(record, key, name, args), record[key]))
-    return ObserverResult(name, key[1], args or args_of(record, key), reason=SEARCHING)
+    return ObserverResult(name, key[1], args or recorded_args(record, key), reason=SEARCHING)
 
 # %% ../../nbs/widgets/inspector.ipynb #f827dca7
 def _waiting(panel: "HistogramInspector") -> bool:
@@ -458,7 +458,7 @@ def _show_histogram(panel: "HistogramInspector", key: Key, what: str) -> None:
     stats = panel.session.record[key]
     names = usual_observers(record, key[1])
     found = [_ask(panel, key, name, what == "batch") for name in names]
-    found.append(result_by_hand(stats, key[1], state.args() or args_of(record, key), state.clip))
+    found.append(result_by_hand(stats, key[1], state.args() or recorded_args(record, key), state.clip))
     costs = [panel.answers.row(c, stats) for c in found]
     panel.rows = readout(found, costs, _own(panel, key))
     panel.readout_box.value, panel.verdict.value = readout_html(panel.rows), block(verdict(panel.rows, state.clip))
@@ -550,7 +550,7 @@ def _static_inspector(panel: "HistogramInspector") -> bytes:
     state = panel.state
     (key, _) = panel.shown()
     if key is None or not record[key].count: return static_picture(panel.session)
-    hand = result_by_hand(record[key], key[1], state.args() or args_of(record, key), state.clip)
+    hand = result_by_hand(record[key], key[1], state.args() or recorded_args(record, key), state.clip)
     names = [row["observer"] for row in panel.rows if row["observer"] != BY_HAND and not row["reason"]] or [
         "static_minmax"
     ]

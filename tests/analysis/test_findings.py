@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qcal_nb.analysis import compare_observers, ranges
-from qcal_nb.analysis.summary import FAR
+from qcal_nb.analysis.summary import OUTLIER_THRESHOLD
 from qcal_nb.analysis import Finding, findings
 from qcal_nb.lifecycle import QuantizationModifier
 from qcal_nb.models import calibration_texts, inject_outliers, load_tiny_llama
@@ -46,7 +46,7 @@ def test_outliers_are_counted_as_the_table_counts_them(factor):
     x = torch.randn(4000, 8, generator=torch.Generator().manual_seed(0))
     x[17, 3] = factor * x.abs().max()
     run = CalibrationRecord({("a", "input"): measure(x, 0)}, spans=((0, 1),), level_tokens={0: 4000})
-    found, many = said(run, "Outliers:"), int((ranges(run).outlier_ratio > FAR).sum())
+    found, many = said(run, "Outliers:"), int((ranges(run).outlier_ratio > OUTLIER_THRESHOLD).sum())
     assert many == int(factor > 1) and found.words.startswith(f"Outliers: {many} of 1 inputs") and len(found.tensors) == many
     loud = said(run, "Outlier channels")
     assert (loud is not None) == (factor > 1) and (loud is None or "channel 3" in loud.tensors[0])

@@ -67,12 +67,12 @@ def by_hand(page):
 
 
 LOOK = """
-from qcal_nb.analysis import args_of, result_by_hand
+from qcal_nb.analysis import recorded_args, result_by_hand
 from qcal_nb.plots.tensor import stored_values
 def _ends():
     "The smallest and the largest number that the scale by hand can store, from the record and the state alone."
     key = panel.shown()[0]
-    found = result_by_hand(session.record[key], key[1], panel.state.args() or args_of(session.record, key), panel.state.clip)
+    found = result_by_hand(session.record[key], key[1], panel.state.args() or recorded_args(session.record, key), panel.state.clip)
     return [stored_values(found)[[0, -1]].tolist()]
 def _written():
     row = panel.table.set_index("observer").loc["by hand"]
