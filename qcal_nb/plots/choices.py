@@ -11,13 +11,14 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
@@ -25,99 +26,107 @@ from ..analysis import check_record, compare_observers, result_of, convergence, 
 from ..analysis import percent_of
 from ..lifecycle import extreme_scales
 from ..observers import ObserverSpec, specs_from_config, label_of
-from .model import choose_base, legend
-from .style import BASE_COLORS, CLIPPED, NAMED, OTHER, PHASE_COLORS, bars, dark, dots, headline
+from .model import NOTE_BOX, bar_width, choose_base, legend
+from .style import BASE_COLORS, CLIPPED, NAMED, PHASE_COLORS, bars, base_color, column_edges, dark, dots, headline
 from .style import label_depth, light, log_values, new_axes, packed, say_nothing, shades, short_name
 from ..records import CalibrationRecord, ObserverResult, check_observers
 
 # %% ../../nbs/plots/choices.ipynb #ae4d0ca2
-def _matrix(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str], np.ndarray, np.ndarray]:
-    "One row per tensor, the observers, and SQNR and best (observers, tensors) of a comparison."
+class _Comparison(NamedTuple):
+    "A comparison of observers as a matrix: a row for each observer, a column for each tensor."
+
+    tensors: pd.DataFrame    # module, base_name, layer of each column
+    observers: list[str]
+    sqnr: np.ndarray         # in dB, nan where it is not known
+    best: np.ndarray         # is this the best observer of its column?
+
+
+def _matrix(table: pd.DataFrame) -> _Comparison:
     tensors = table.drop_duplicates(["module", "base_name"])[["module", "base_name", "layer"]].reset_index(drop=True)
-    names = list(dict.fromkeys(table.observer))
-    column = {key: i for i, key in enumerate(zip(tensors.module, tensors.base_name))}
-    sqnr = np.full((len(names), len(tensors)), np.nan)
-    best = np.zeros((len(names), len(tensors)), bool)
-    for m, b, name, db, chosen in zip(
-        table.module, table.base_name, table.observer, table.sqnr_db.astype(float), table.best.astype(bool)
-    ):
-        at = names.index(name), column[m, b]
-        sqnr[at] = db
-        best[at] = chosen
-    return tensors, names, sqnr, best
+    observers = list(dict.fromkeys(table.observer))
+    at = pd.Index(observers).get_indexer(table.observer), _keys(tensors).get_indexer(_keys(table))
+    sqnr = np.full((len(observers), len(tensors)), np.nan)
+    best = np.zeros(sqnr.shape, bool)
+    sqnr[at] = table.sqnr_db.astype(float)
+    best[at] = table.best.astype(bool)
+    return _Comparison(tensors, observers, sqnr, best)
 
 
+def _keys(table: pd.DataFrame) -> pd.MultiIndex: return pd.MultiIndex.from_frame(table[["module", "base_name"]])
+
+# %% ../../nbs/plots/choices.ipynb #7c2f4e01
 def _hatch(ax: Axes, missing: np.ndarray) -> None:
     "Hatch the runs of cells about which nothing is known."
+    style = dict(fc="white", ec="0.6", hatch="////", lw=0.4, zorder=2)
     for y, row in enumerate(missing):
         edges = np.flatnonzero(np.diff(np.concatenate([[0], row.astype(int), [0]])))
         for first, end in edges.reshape(-1, 2):
-            ax.add_patch(
-                Rectangle((first - 0.5, y - 0.5), end - first, 1, fc="white", ec="0.6", hatch="////", lw=0.4, zorder=2)
-            )
+            ax.add_patch(Rectangle((first - 0.5, y - 0.5), end - first, 1, **style))
 
 
 def _write_cells(ax: Axes, sqnr: np.ndarray, best: np.ndarray, middle: float) -> None:
     "SQNR in each cell, where there is room; the best of a column in a frame."
     digits = int(sqnr.shape[1] <= 30)
+    style = dict(ha="center", va="center", fontsize=7 - 0.8 * digits, zorder=4)
     for (y, x), db in np.ndenumerate(sqnr):
         if np.isnan(db): continue
-        ax.text(
-            x,
-            y,
-            f"{db:.{digits}f}" if np.isfinite(db) else "∞",
-            ha="center",
-            va="center",
-            fontsize=7 - 0.8 * digits,
-            color="white" if db > middle else "black",
-            weight="bold" if best[y, x] and not digits else "normal",
-            zorder=4,
-        )
-        for ec, lw in (("white", 3), ("black", 1.2)) if best[y, x] else ():
-            ax.add_patch(Rectangle((x - 0.49, y - 0.42), 0.98, 0.84, fill=False, ec=ec, lw=lw, zorder=5))
+        text = f"{db:.{digits}f}" if np.isfinite(db) else "∞"
+        weight = "bold" if best[y, x] and not digits else "normal"
+        ax.text(x, y, text, color="white" if db > middle else "black", weight=weight, **style)
+        if best[y, x]:
+            _frame_cell(ax, x, y)
+
+
+def _frame_cell(ax: Axes, x: int, y: int) -> None:
+    "Black on white, to be seen on every colour."
+    for color, width in (("white", 3), ("black", 1.2)):
+        ax.add_patch(Rectangle((x - 0.49, y - 0.42), 0.98, 0.84, fill=False, ec=color, lw=width, zorder=5))
 
 # %% ../../nbs/plots/choices.ipynb #47f75cfa
 def _reasons(table: pd.DataFrame) -> list[Patch]:
     "Why cells are empty: at most three reasons, for the legend."
-    why = [r for r in table[table.sqnr_db.isna() & (table.reason != "")].reason.drop_duplicates()]
-    why = list(dict.fromkeys(re.sub(r"^[\d,]+ scales", "many scales", r) for r in why))
-    return [
-        Patch(fc="white", ec="0.6", hatch="////", label=f"unknown: {r if len(r) < 130 else r[:129] + '…'}")
-        for r in why[:3]
-    ]
+    why = table[table.sqnr_db.isna() & (table.reason != "")].reason.drop_duplicates()
+    alike = dict.fromkeys(re.sub(r"^[\d,]+ scales", "many scales", reason) for reason in why)
+    short = [reason if len(reason) < 130 else reason[:129] + "…" for reason in alike]
+    return [Patch(fc="white", ec="0.6", hatch="////", label=f"unknown: {reason}") for reason in short[:3]]
 
 
 def _row_name(name: str, sqnr: np.ndarray, best: np.ndarray) -> str:
     "An observer, and for how many tensors it is the best; or that nothing is known of it."
-    return f"{name}\n" + (f"best for {best.sum():,} of {len(best):,}" if np.isfinite(sqnr).any() else "unknown")
+    if not np.isfinite(sqnr).any(): return f"{name}\nunknown"
+    return f"{name}\nbest for {best.sum():,} of {len(best):,}"
 
-
-def _draw_sqnr(ax: Axes, sqnr: np.ndarray, best: np.ndarray, color: str) -> Any:
-    "The field of colours, its marks and hatches."
+# %% ../../nbs/plots/choices.ipynb #7c2f4e05
+def _sqnr_limits(sqnr: np.ndarray) -> tuple[float, float]:
+    "What the lightest and the darkest colour mean: 1 dB apart at least."
     finite = sqnr[np.isfinite(sqnr)]
-    low, high = (finite.min(), max(finite.max(), finite.min() + 1)) if len(finite) else (0.0, 1.0)
+    if not len(finite): return 0.0, 1.0
+    return finite.min(), max(finite.max(), finite.min() + 1)
+
+
+def _sqnr_field(ax: Axes, sqnr: np.ndarray, low: float, high: float, color: str) -> QuadMesh:
+    "A coloured cell for each observer and tensor; with very many tensors the worst of neighbours."
     field, share = packed(sqnr, np.fmin)
-    x = np.minimum(np.arange(field.shape[1] + 1) * share, sqnr.shape[1]) - 0.5
     seen = np.ma.masked_invalid(np.where(np.isposinf(field), high, field))
-    mesh = ax.pcolormesh(x, np.arange(len(sqnr) + 1) - 0.5, seen, cmap=shades(color), vmin=low, vmax=high)
+    x = column_edges(sqnr.shape[1], share)
+    y = np.arange(len(sqnr) + 1) - 0.5
+    mesh = ax.pcolormesh(x, y, seen, cmap=shades(color), vmin=low, vmax=high)
     mesh.set_gid("sqnr_db")
+    return mesh
+
+
+def _draw_sqnr(ax: Axes, sqnr: np.ndarray, best: np.ndarray, color: str) -> QuadMesh:
+    "The field of colours, its marks and hatches."
+    low, high = _sqnr_limits(sqnr)
+    tensors = sqnr.shape[1]
+    mesh = _sqnr_field(ax, sqnr, low, high, color)
     _hatch(ax, np.isnan(sqnr))
-    if sqnr.shape[1] <= NAMED:
+    if tensors <= NAMED:
         _write_cells(ax, sqnr, best, (low + high) / 2)
-    y, at = np.nonzero(best)
-    if sqnr.shape[1] <= 150:
-        dots(
-            ax,
-            at,
-            y,
-            "best",
-            ls="",
-            marker="" if sqnr.shape[1] <= NAMED else "o",
-            ms=4,
-            color="white",
-            mec="black",
-            zorder=5,
-        )
+    if tensors <= 150:
+        y, x = np.nonzero(best)
+        marker = "" if tensors <= NAMED else "o"
+        dots(ax, x, y, "best", ls="", marker=marker, ms=4, color="white", mec="black", zorder=5)
     return mesh
 
 # %% ../../nbs/plots/choices.ipynb #c60a7ca3
@@ -133,27 +142,40 @@ def plot_observers(
     whole = record if isinstance(record, pd.DataFrame) else compare_observers(check_record(record), observers, args)
     base_name = choose_base(list(whole.base_name), base_name)
     table = whole[whole.base_name == base_name]
-    tensors, names, sqnr, best = _matrix(table)
+    found = _matrix(table)
     own = ax is None
-    ax = ax or new_axes(9.0, 1.7 + 0.4 * max(2, len(names)))
+    ax = ax or new_axes(9.0, 1.7 + 0.4 * max(2, len(found.observers)))
     if not len(table): return say_nothing(ax, "Nothing recorded yet: feed a batch")
-    mesh = _draw_sqnr(ax, sqnr, best, BASE_COLORS.get(base_name, OTHER))
-    label_depth(ax, tensors.module, tensors.layer)
-    ax.set_yticks(range(len(names)), [_row_name(*row) for row in zip(names, sqnr, best)], fontsize=8, parse_math=False)
-    ax.set_ylim(len(names) - 0.5, -0.5)
-    ax.figure.colorbar(mesh, ax=ax, pad=0.01, fraction=0.03, aspect=15).set_label("SQNR in dB", fontsize=8)
-    asked = next(
-        (t.partition(": ")[2] for t in whole.attrs.get("args", "").split("; ") if t.startswith(f"{base_name}: ")), ""
-    )
-    asked = asked.removesuffix(", static")
-    headline(
-        ax,
-        f"Which observer loses least at every {base_name}: the darker, the better{f' ({asked})' if asked else ''}",
-        len(tensors),
-    )
-    if (handles := _reasons(table)) and own:
-        ax.figure.legend(handles=handles, frameon=False, fontsize=7, loc="outside lower center")
+    _draw_comparison(ax, found, base_color(base_name))
+    title = f"Which observer loses least at every {base_name}: the darker, the better"
+    headline(ax, title + _args_in_words(whole, base_name), len(found.tensors))
+    if own:
+        _explain_empty(ax, table)
     return ax
+
+# %% ../../nbs/plots/choices.ipynb #7c2f4e06
+def _draw_comparison(ax: Axes, found: _Comparison, color: str) -> None:
+    "The cells, the names of rows and columns, and the colorbar."
+    mesh = _draw_sqnr(ax, found.sqnr, found.best, color)
+    label_depth(ax, found.tensors.module, found.tensors.layer)
+    rows = map(_row_name, found.observers, found.sqnr, found.best)
+    ax.set_yticks(range(len(found.observers)), rows, fontsize=8, parse_math=False)
+    ax.set_ylim(len(found.observers) - 0.5, -0.5)
+    ax.figure.colorbar(mesh, ax=ax, pad=0.01, fraction=0.03, aspect=15).set_label("SQNR in dB", fontsize=8)
+
+
+def _args_in_words(table: pd.DataFrame, base_name: str) -> str:
+    "What the tensors of a base name were quantized to, in brackets; for the title."
+    parts = [part.partition(": ") for part in table.attrs.get("args", "").split("; ")]
+    words = next((args for name, colon, args in parts if colon and name == base_name), "")
+    words = words.removesuffix(", static")
+    return f" ({words})" if words else ""
+
+
+def _explain_empty(ax: Axes, table: pd.DataFrame) -> None:
+    handles = _reasons(table)
+    if handles:
+        ax.figure.legend(handles=handles, frameon=False, fontsize=7, loc="outside lower center")
 
 # %% ../../nbs/plots/choices.ipynb #2d0f53c7
 AskResult = Callable[[CalibrationRecord, tuple[str, str], ObserverSpec, QuantizationArgs | None], ObserverResult]
@@ -167,28 +189,26 @@ def _extremes(
     kind: str, bits: int, symmetric: bool, strategy: str, scale_dtype: torch.dtype | None, dtype: torch.dtype
 ) -> tuple[float, float]:
     "As `extreme_scales`, from the arguments that matter for it."
-    group = (
-        dict(group_size=16) if "group" in strategy else dict(block_structure=[16, 16]) if strategy == "block" else {}
-    )
-    return extreme_scales(
-        QuantizationArgs(
-            num_bits=bits, type=kind, symmetric=symmetric, strategy=strategy, scale_dtype=scale_dtype, **group
-        ),
-        dtype,
-    )
+    size = {}
+    if "group" in strategy:
+        size = dict(group_size=16)
+    elif strategy == "block":
+        size = dict(block_structure=[16, 16])
+    same = dict(num_bits=bits, type=kind, symmetric=symmetric, strategy=strategy, scale_dtype=scale_dtype)
+    return extreme_scales(QuantizationArgs(**same, **size), dtype)
 
 
-def _kinds(c: ObserverResult) -> dict[str, np.ndarray]:
-    "The scales of a conclusion in the tensor's units, and those that are suspicious, by kind."
+def _scales_by_kind(c: ObserverResult) -> dict[str, np.ndarray]:
+    "The ordinary scales of a result, in the tensor's units, and which of all are suspicious, by kind."
+    args = c.args
+    least, most = _extremes(args.type, args.num_bits, args.symmetric, args.strategy, args.scale_dtype, c.scale.dtype)
     stored = c.scale.detach().float().reshape(-1).numpy()
-    least, most = _extremes(
-        c.args.type, c.args.num_bits, c.args.symmetric, c.args.strategy, c.args.scale_dtype, c.scale.dtype
-    )
-    unit = stored if c.global_scale is None else stored / c.global_scale.float().reshape(-1)[0].item()
     marks = dict(zero=stored == 0, eps=stored == least, saturated=stored >= most)
-    return dict(scale=unit[np.isfinite(unit) & (unit > 0) & ~marks["eps"]]) | marks
+    unit = stored if c.global_scale is None else stored / c.global_scale.float().reshape(-1)[0].item()
+    ordinary = np.isfinite(unit) & (unit > 0) & ~marks["eps"]
+    return dict(scale=unit[ordinary]) | marks
 
-
+# %% ../../nbs/plots/choices.ipynb #7c2f4e02
 def scales_by_module(
     record: CalibrationRecord,
     observer: ObserverSpec,
@@ -199,13 +219,22 @@ def scales_by_module(
     """For each module (the experts of a layer together, as `*`) its ordinary scales, and which of all are `zero`,
     `eps`, `saturated`."""
     check_observers([observer])
-    order = {module: i for i, module in enumerate(record.types)}
     parts: dict[str, list[dict[str, np.ndarray]]] = {}
-    for module in sorted((m for m, b in record.tensors if b == base_name), key=lambda m: order.get(m, len(order))):
+    for module in _modules_in_order(record, base_name):
         found = conclude(record, (module, base_name), observer, args)
         if found.scale is not None:
-            parts.setdefault(_pooled(module), []).append(_kinds(found))
-    return {module: {k: np.concatenate([p[k] for p in many]) for k in many[0]} for module, many in parts.items()}
+            parts.setdefault(_pooled(module), []).append(_scales_by_kind(found))
+    return {module: _joined(many) for module, many in parts.items()}
+
+
+def _modules_in_order(record: CalibrationRecord, base_name: str) -> list[str]:
+    "The modules of which this was recorded, in the order of the model."
+    order = {module: i for i, module in enumerate(record.types)}
+    return sorted((m for m, b in record.tensors if b == base_name), key=lambda m: order.get(m, len(order)))
+
+
+def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {kind: np.concatenate([part[kind] for part in parts]) for kind in parts[0]}
 
 # %% ../../nbs/plots/choices.ipynb #5f631351
 _SUSPICIOUS = {
@@ -216,68 +245,69 @@ _SUSPICIOUS = {
 
 
 def _mark_suspicious(ax: Axes, found: list[dict[str, np.ndarray]]) -> list[Line2D]:
-    "Marks at the edge of the picture, with how many there are; for the legend."
-    handles = []
-    for name, (marker, y, words) in _SUSPICIOUS.items():
-        counts = [int(kinds[name].sum()) for kinds in found]
-        at = np.flatnonzero(counts)
-        if not len(at): continue
-        style = dict(marker=marker, ls="", ms=8 if len(found) <= 100 else 5, color=CLIPPED, mec="black", mew=0.7)
-        dots(ax, at, np.full(len(at), y), name, transform=ax.get_xaxis_transform(), zorder=6, **style)
-        for x in at[:20]:
-            ax.text(
-                x + 0.35, y, f"{counts[x]:,}", transform=ax.get_xaxis_transform(), fontsize=7, va="center", zorder=6
-            )
-        handles.append(
-            Line2D([], [], **style, label=f"{words} ({sum(counts):,} of {sum(len(kinds[name]) for kinds in found):,})")
-        )
-    return handles
+    "Marks at the edge of the picture, with how many there are. Returns what the legend says of them."
+    handles = [_mark_kind(ax, name, [kinds[name] for kinds in found]) for name in _SUSPICIOUS]
+    return [handle for handle in handles if handle is not None]
 
 
-def _draw_scales(ax: Axes, found: list[dict[str, np.ndarray]], color: str) -> list:
-    "Bars and dots; for the legend."
-    ends = np.array(
-        [
-            np.quantile(s, [0, 0.25, 0.5, 0.75, 1]) if len(s) > 1 else np.full(5, *s or [np.nan])
-            for s in (k["scale"].tolist() for k in found)
-        ]
-    )
-    x = np.arange(len(found))
-    width = max(0.55, min(11.0, 330 / len(found)))
-    many = any(len(k["scale"]) > 1 for k in found)
-    if many:
-        bars(ax, x, ends[:, 0], ends[:, 4], "range", lw=width, color=light(color, 0.65))
-        bars(ax, x, ends[:, 1], ends[:, 3], "core", lw=width, color=light(color, 0.15))
-    dots(ax, x, ends[:, 2], "median", ls="", marker="o", ms=max(1.5, min(5, 500 / len(found))), color=dark(color, 0.7))
+def _mark_kind(ax: Axes, name: str, found: list[np.ndarray]) -> Line2D | None:
+    "The marks of one kind; None if there are none."
+    marker, y, words = _SUSPICIOUS[name]
+    counts = [int(marks.sum()) for marks in found]
+    at = np.flatnonzero(counts)
+    if not len(at): return None
+    across = dict(transform=ax.get_xaxis_transform(), zorder=6)
+    style = dict(marker=marker, ls="", ms=8 if len(found) <= 100 else 5, color=CLIPPED, mec="black", mew=0.7)
+    dots(ax, at, np.full(len(at), y), name, **across, **style)
+    for x in at[:20]:
+        ax.text(x + 0.35, y, f"{counts[x]:,}", fontsize=7, va="center", **across)
+    return Line2D([], [], **style, label=f"{words} ({sum(counts):,} of {sum(map(len, found)):,})")
+
+# %% ../../nbs/plots/choices.ipynb #7c2f4e03
+def _quartiles(scales: list[float]) -> np.ndarray:
+    "Smallest, first quartile, median, third quartile and largest; nan if there is none."
+    if len(scales) > 1: return np.quantile(scales, [0, 0.25, 0.5, 0.75, 1])
+    return np.full(5, scales[0] if scales else np.nan)
+
+
+def _draw_scales(ax: Axes, found: list[np.ndarray], color: str) -> list:
+    "Bars and dots of ordinary scales. Returns what the legend says of them."
+    ends = np.array([_quartiles(scales.tolist()) for scales in found])
+    many = any(len(scales) > 1 for scales in found)
+    handles = _draw_spread(ax, ends, color) if many else []
+    size = max(1.5, min(5, 500 / len(found)))
+    style = dict(ls="", marker="o", color=dark(color, 0.7))
+    dots(ax, np.arange(len(found)), ends[:, 2], "median", ms=size, **style)
     if np.isfinite(ends).any():
         log_values(ax, np.nanmin(ends) / 1.4, np.nanmax(ends) * 1.2)
-    dot = Line2D(
-        [],
-        [],
-        ls="",
-        marker="o",
-        ms=5,
-        color=dark(color, 0.7),
-        label="median scale" if many else "the scale of the tensor",
-    )
-    if not many: return [dot]
-    return [
-        Patch(color=light(color, 0.65), label="all scales"),
-        Patch(color=light(color, 0.15), label="middle half"),
-        dot,
-    ]
+    label = "median scale" if many else "the scale of the tensor"
+    return [*handles, Line2D([], [], ms=5, label=label, **style)]
+
+
+def _draw_spread(ax: Axes, ends: np.ndarray, color: str) -> list[Patch]:
+    "A light bar over all scales of a module, and a dark one over the middle half."
+    x = np.arange(len(ends))
+    width = bar_width(len(ends))
+    least, first, _, third, most = ends.T
+    bars(ax, x, least, most, "range", lw=width, color=light(color, 0.65))
+    bars(ax, x, first, third, "core", lw=width, color=light(color, 0.15))
+    return [Patch(color=light(color, 0.65), label="all scales"), Patch(color=light(color, 0.15), label="middle half")]
 
 # %% ../../nbs/plots/choices.ipynb #55b17115
 def observer_to_draw(record: CalibrationRecord, base_name: str) -> str | None:
     """The observer that is drawn where none is named: the recipe's if it was attached, else the first that was;
     None if none has a scale."""
-    attached = list(
-        dict.fromkeys(n for (_, b, n), c in record.results.items() if b == base_name and c.scale is not None)
-    )
+    attached = [name for (_, b, name), c in record.results.items() if b == base_name and c.scale is not None]
+    if not attached: return None
+    of_recipe = map(label_of, _recipe_observers(record, base_name))
+    return next((name for name in of_recipe if name in attached), attached[0])
+
+
+def _recipe_observers(record: CalibrationRecord, base_name: str) -> list[ObserverSpec]:
     config = record.about.config
-    asked = specs_from_config(QuantizationConfig.model_validate(config)) if config else {"": []}
-    of_recipe = asked.get(base_name, asked[""])
-    return next((name for name in map(label_of, of_recipe) if name in attached), attached[0] if attached else None)
+    if not config: return []
+    specs = specs_from_config(QuantizationConfig.model_validate(config))
+    return specs.get(base_name, specs[""])
 
 # %% ../../nbs/plots/choices.ipynb #b5a306aa
 def plot_scales(
@@ -287,7 +317,7 @@ def plot_scales(
     ax: Axes | None = None,          # Where to draw; a new figure if None
     *,
     args: QuantizationArgs | None = None,   # None: those of the recorded scheme, or int8 symmetric per tensor
-    conclude: AskResult = result_of,     # Who is asked what an observer concludes; one that remembers is quicker
+    conclude: AskResult = result_of,     # Gives the result of an observer; one that remembers results is quicker
 ) -> Axes:
     """The scales themselves, over channels, groups and experts: a bar per module over the depth; suspicious ones
     marked. Returns the axes."""
@@ -299,20 +329,23 @@ def plot_scales(
     by_module = scales_by_module(record, observer, base_name, args, conclude)
     name = label_of(observer)
     if not by_module:
-        first = next((conclude(record, key, observer, args) for key in record.tensors if key[1] == base_name), None)
-        return say_nothing(
-            ax, f"{name} has no scale for any {base_name}:\n{first.reason if first else 'nothing was recorded'}"
-        )
+        keys = (key for key in record.tensors if key[1] == base_name)
+        reason = next((conclude(record, key, observer, args).reason for key in keys), "nothing was recorded")
+        return say_nothing(ax, f"{name} has no scale for any {base_name}:\n{reason}")
+    _draw_modules(ax, by_module, base_color(base_name), own)
+    total = sum(len(kinds["eps"]) for kinds in by_module.values())
+    title = f"The scales of every {base_name}, {total:,} in {len(by_module):,} modules, as {name} chose them"
+    headline(ax, title, len(by_module))
+    return ax
+
+# %% ../../nbs/plots/choices.ipynb #7c2f4e07
+def _draw_modules(ax: Axes, by_module: dict[str, dict[str, np.ndarray]], color: str, own: bool) -> None:
+    "The scales of each module, marks at suspicious ones, the names below and the legend."
     found = list(by_module.values())
-    handles = _draw_scales(ax, found, BASE_COLORS.get(base_name, OTHER)) + _mark_suspicious(ax, found)
-    label_depth(ax, by_module, [layer_of(m) for m in by_module])
+    handles = _draw_scales(ax, [kinds["scale"] for kinds in found], color) + _mark_suspicious(ax, found)
+    label_depth(ax, by_module, map(layer_of, by_module))
     ax.set_ylabel("scale (logarithmic)")
     legend(ax, handles, own)
-    total = sum(len(k["eps"]) for k in found)
-    headline(
-        ax, f"The scales of every {base_name}, {total:,} in {len(found):,} modules, as {name} chose them", len(found)
-    )
-    return ax
 
 # %% ../../nbs/plots/choices.ipynb #2b697d26
 SETTLED = {"range_settled": ("range", "o", "-"), "sqnr_settled": ("quantization error", "D", "--")}
@@ -322,12 +355,11 @@ def settled_share(table: pd.DataFrame, column: str) -> tuple[np.ndarray, np.ndar
     """Tokens, and the share of tensors that had settled by then, before the end of the data; the last point is the
     end itself."""
     seen = table[table[column].notna()]
-    early = seen[seen[column] < seen.tokens]
-    at = np.unique(early[column].to_numpy(float))
-    at = np.append(at, float(table.tokens.max()))
-    return at, np.array(
-        [(early[column] <= t).mean() * len(early) / max(1, len(seen)) if len(early) else 0.0 for t in at]
-    )
+    early = seen[column][seen[column] < seen.tokens]
+    at = np.append(np.unique(early.to_numpy(float)), float(table.tokens.max()))
+    if not len(early): return at, np.zeros(len(at))
+    share = [(early <= tokens).mean() * len(early) / max(1, len(seen)) for tokens in at]
+    return at, np.array(share)
 
 
 def _slowest(table: pd.DataFrame) -> str:
@@ -335,9 +367,32 @@ def _slowest(table: pd.DataFrame) -> str:
     late = table[~table.enough]
     if not len(late): return ""
     counts = [f"{(late[column] >= late.tokens).sum():,} {words}s" for column, (words, _, _) in SETTLED.items()]
-    names = [f"{m} ({b})" for m, b in zip(late.module[:3], late.base_name[:3])]
-    more = f"\nand {len(late) - 3:,} more" if len(late) > 3 else ""
-    return f"Still moving in the last half: {' and '.join(counts)}\n" + "\n".join(names) + more
+    lines = [f"Still moving in the last half: {' and '.join(counts)}"]
+    lines += [f"{module} ({base})" for module, base in zip(late.module[:3], late.base_name[:3])]
+    if len(late) > 3:
+        lines.append(f"and {len(late) - 3:,} more")
+    return "\n".join(lines)
+
+# %% ../../nbs/plots/choices.ipynb #7c2f4e04
+def _draw_settled(ax: Axes, table: pd.DataFrame, label: str) -> None:
+    "A curve for ranges and one for errors: how many tensors had settled after so many tokens."
+    colors = BASE_COLORS["input"], dark(CLIPPED, 0.2)
+    for (column, (words, marker, line)), color in zip(SETTLED.items(), colors):
+        at, share = settled_share(table, column)
+        style = dict(marker=marker, ls=line, ms=5, lw=1.6, drawstyle="steps-post")
+        dots(ax, at, 100 * share, column, color=color, label=f"{words} settled to {label}", **style)
+
+
+def _token_axis(ax: Axes, table: pd.DataFrame) -> None:
+    "Tokens, halved from tick to tick; the last half is grey."
+    total = float(table.tokens.max())
+    first = min(float(table[list(SETTLED)].min().min()), total / 4)
+    halvings = math.ceil(math.log2(total / first))
+    ticks = (total / 2.0 ** np.arange(halvings + 1)[::-1])[-10:]
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks], fontsize=8)
+    ax.set(xlim=(first / 1.15, total * 1.15), xlabel="tokens read (logarithmic)")
+    ax.axvspan(total / 2, total, color="0.92", zorder=0)
 
 # %% ../../nbs/plots/choices.ipynb #e6ed3205
 def plot_convergence(
@@ -351,36 +406,12 @@ def plot_convergence(
     table = record if isinstance(record, pd.DataFrame) else convergence(check_record(record))
     seen = table[table.range_settled.notna()]
     if not len(seen) or not seen.tokens.max(): return say_nothing(ax, "No activation was recorded yet: feed a batch")
-    for (column, (words, marker, line)), color in zip(SETTLED.items(), (BASE_COLORS["input"], dark(CLIPPED, 0.2))):
-        at, share = settled_share(seen, column)
-        dots(
-            ax,
-            at,
-            100 * share,
-            column,
-            color=color,
-            marker=marker,
-            ls=line,
-            ms=5,
-            lw=1.6,
-            drawstyle="steps-post",
-            label=f"{words} settled to {percent_of(table)}",
-        )
-    total = float(seen.tokens.max())
-    first = min(float(seen[list(SETTLED)].min().min()), total / 4)
-    ax.set_xscale("log", base=2)
-    ticks = total / 2.0 ** np.arange(math.ceil(math.log2(total / first)) + 1)[::-1]
-    ax.set_xticks(ticks[-10:], [f"{t:,.0f}" for t in ticks[-10:]], fontsize=8)
-    ax.set(xlim=(first / 1.15, total * 1.15), ylim=(-4, 108), xlabel="tokens read (logarithmic)", ylabel="% of tensors")
-    ax.axvspan(total / 2, total, color="0.92", zorder=0)
-    style = dict(
-        va="top",
-        fontsize=7.5,
-        parse_math=False,
-        bbox=dict(fc=(1, 1, 1, 0.85), ec="0.7", lw=0.6, boxstyle="round,pad=0.3"),
-        zorder=6,
-    )
-    if late := _slowest(seen):
+    _draw_settled(ax, seen, percent_of(table))
+    _token_axis(ax, seen)
+    ax.set(ylim=(-4, 108), ylabel="% of tensors")
+    late = _slowest(seen)
+    if late:
+        style = dict(va="top", fontsize=7.5, parse_math=False, bbox=NOTE_BOX, zorder=6)
         ax.text(0.012, 0.97, late, transform=ax.transAxes, **style)
     legend(ax, [*ax.get_legend_handles_labels()[0], Patch(color="0.92", label="last half of the data")], own)
     headline(ax, f"Was it enough data? {enough_in_words(table)}".replace(": ", "\n", 1))
@@ -391,26 +422,49 @@ def _damage(table: pd.DataFrame, measure: str) -> tuple[np.ndarray, np.ndarray]:
     """What quantizing each alone adds, and what leaving it out takes away, in nats per token; nan where the table
     does not say."""
     if measure not in ("loss", "kl"): raise ValueError(f"measure={measure!r} must be 'loss' or 'kl'")
+    before, after = _whole_model(table, measure)
+    only, without = (table[f"{measure}_{which}"].to_numpy(float) for which in ("only", "without"))
+    return only - before, after - without
+
+
+def _whole_model(table: pd.DataFrame, measure: str) -> tuple[float, float]:
+    "The measure of the original and of the quantized model; nan if the table does not say."
     told = table.attrs
-    nan = math.nan
-    if measure == "kl":
-        return table.kl_only.to_numpy(float), told.get("kl_quantized", nan) - table.kl_without.to_numpy(float)
+    if measure == "kl": return 0.0, told.get("kl_quantized", math.nan)
     missing = {"loss_original", "loss_quantized"} - told.keys()
     if missing and len(table):
         raise ValueError(
             f"the table has no attrs {', '.join(sorted(missing))}: pass it as evaluate.sensitivity returned it, "
             "or measure='kl'"
         )
-    return table.loss_only.to_numpy(float) - told.get("loss_original", nan), told.get(
-        "loss_quantized", nan
-    ) - table.loss_without.to_numpy(float)
+    return told.get("loss_original", math.nan), told.get("loss_quantized", math.nan)
 
 
 def _worst(table: pd.DataFrame, only: np.ndarray) -> str:
     "The three that cost most, in words."
-    order = [i for i in np.argsort(-np.nan_to_num(only, nan=-np.inf), kind="stable")[:3] if np.isfinite(only[i])]
-    layers = ["" if pd.isna(table.layer.iloc[i]) else f"layer {table.layer.iloc[i]} " for i in order]
-    return ", ".join(f"{layer}{short_name(table.module.iloc[i])} {only[i]:+.3g}" for layer, i in zip(layers, order))
+    order = np.argsort(-np.nan_to_num(only, nan=-np.inf), kind="stable")
+    return ", ".join(f"{_place(table.iloc[i])} {only[i]:+.3g}" for i in order[:3] if np.isfinite(only[i]))
+
+
+def _place(row: Any) -> str:
+    layer = "" if pd.isna(row.layer) else f"layer {row.layer} "
+    return layer + short_name(row.module)
+
+# %% ../../nbs/plots/choices.ipynb #7c2f4e08
+def _draw_alone(ax: Axes, only: np.ndarray, what: str) -> None:
+    "The dots, each on a stem: only this module is quantized."
+    x = np.arange(len(only))
+    width = max(0.5, min(2, 200 / len(only)))
+    bars(ax, x, np.minimum(only, 0), np.maximum(only, 0), "_stem", color="0.7", lw=width)
+    style = dict(ls="", marker="o", ms=3 if len(only) > 100 else 6, color=BASE_COLORS["input"], zorder=4)
+    dots(ax, x, only, "only", label=f"only this one quantized: {what} added", **style)
+
+
+def _draw_left_out(ax: Axes, without: np.ndarray, what: str) -> None:
+    "The diamonds: all modules but this one are quantized."
+    style = dict(ls="", marker="D", ms=3.5 if len(without) > 100 else 6, zorder=3)
+    style |= dict(mfc="white", mec=CLIPPED, mew=1.3)
+    dots(ax, np.arange(len(without)), without, "without", label=f"all but this one quantized: {what} saved", **style)
 
 # %% ../../nbs/plots/choices.ipynb #5f413d8d
 def plot_sensitivity(
@@ -426,37 +480,24 @@ def plot_sensitivity(
     own = ax is None
     ax = ax or new_axes()
     if not len(table): return say_nothing(ax, "No module was measured yet")
-    x = np.arange(len(table))
-    small = len(table) > 100
-    what = dict(kl="KL").get(measure, measure)
+    what = "KL" if measure == "kl" else measure
     ax.axhline(0, color="0.5", lw=0.8, zorder=0)
-    bars(ax, x, np.minimum(only, 0), np.maximum(only, 0), "_stem", color="0.7", lw=max(0.5, min(2, 200 / len(table))))
-    dots(ax, x, only, "only", ls="", marker="o", ms=3 if small else 6, color=BASE_COLORS["input"], zorder=4,
-         label=f"only this one quantized: {what} added")
-    dots(
-        ax,
-        x,
-        without,
-        "without",
-        ls="",
-        marker="D",
-        ms=3.5 if small else 6,
-        mfc="white",
-        mec=CLIPPED,
-        mew=1.3,
-        zorder=3,
-        label=f"all but this one quantized: {what} saved",
-    )
+    _draw_alone(ax, only, what)
+    _draw_left_out(ax, without, what)
     label_depth(ax, table.module, table.layer)
     ax.set_ylabel(f"{what}, nats per token")
     ax.margins(y=0.12)
     handles = ax.get_legend_handles_labels()[0]
     legend(ax, handles if np.isfinite(without).any() else handles[:1], own)
-    told = table.attrs
-    damage = told.get("kl_quantized", math.nan) if measure == "kl" else told["loss_quantized"] - told["loss_original"]
-    all_of_it = f" ({what}; all quantized: +{damage:.3g})" if np.isfinite(damage) else ""
+    all_of_it = _whole_damage(table, measure, what)
     headline(ax, f"Which modules suffer most from being quantized{all_of_it}\nmost: {_worst(table, only)}", len(table))
     return ax
+
+
+def _whole_damage(table: pd.DataFrame, measure: str, what: str) -> str:
+    before, after = _whole_model(table, measure)
+    if not np.isfinite(after - before): return ""
+    return f" ({what}; all quantized: +{after - before:.3g})"
 
 # %% ../../nbs/plots/choices.ipynb #78bd144c
 def plot_phases(current: str, ax: Axes | None = None) -> Axes:
@@ -467,27 +508,17 @@ def plot_phases(current: str, ax: Axes | None = None) -> Axes:
     ax = ax or new_axes(9.0, 1.2)
     ax.set(xlim=(-0.5, 3.5), ylim=(-0.6, 0.6))
     ax.set_axis_off()
-    for i, (name, color) in enumerate(PHASE_COLORS.items()):
-        now = name == current
-        box = dict(boxstyle="round,pad=0.5", fc=color if now else "white", ec="0.4")
-        ax.text(
-            i,
-            0.15,
-            name.capitalize(),
-            ha="center",
-            va="center",
-            fontsize=11,
-            fontweight="bold" if now else "normal",
-            bbox=box,
-        )
-        if i:
-            ax.annotate("", (i - 0.3, 0.15), (i - 0.7, 0.15), arrowprops=dict(arrowstyle="->", color="0.4"))
-    ax.text(
-        1.5,
-        -0.45,
-        "A live workbench: run this notebook to step through the calibration",
-        ha="center",
-        fontsize=8,
-        color="0.4",
-    )
+    for i, name in enumerate(PHASE_COLORS):
+        _draw_phase(ax, i, name, name == current)
+    what_to_do = "A live workbench: run this notebook to step through the calibration"
+    ax.text(1.5, -0.45, what_to_do, ha="center", fontsize=8, color="0.4")
     return ax
+
+
+def _draw_phase(ax: Axes, i: int, name: str, current: bool) -> None:
+    "A box with the name of a phase, and the arrow that leads to it."
+    box = dict(boxstyle="round,pad=0.5", fc=PHASE_COLORS[name] if current else "white", ec="0.4")
+    style = dict(ha="center", va="center", fontsize=11, fontweight="bold" if current else "normal")
+    ax.text(i, 0.15, name.capitalize(), bbox=box, **style)
+    if i:
+        ax.annotate("", (i - 0.3, 0.15), (i - 0.7, 0.15), arrowprops=dict(arrowstyle="->", color="0.4"))

@@ -128,7 +128,7 @@ def test_a_wrong_command_line_is_2(words, capsys):
 def test_an_interrupt_is_130_and_leaves_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     def interrupted(*_, **__): raise KeyboardInterrupt
-    monkeypatch.setattr("qcal_nb.records.run.record", interrupted)
+    monkeypatch.setattr("qcal_nb.records.record", interrupted)  # where the command line looks it up
     assert main(["calibrate", "tiny", "--limit", "1", "--out", "run", "--quiet"]) == 130
     assert "interrupted" in capsys.readouterr().err and not Path("run").exists()
 
