@@ -30,8 +30,8 @@ from ..calibration import observer_of, observers_in, qparams_of, refuse_if_held,
 from ..calibration import update_qparams, write_qparams
 from .config import _Fields, check_on_uncalibrated, config_needs_data, resolve_config
 from .coverage import Coverage, coverage_rows, expert_tokens_of
-from .undo_log import UndoLog, LifecycleError, undo_log_of, phase_of, refuse_quantized, start_anew, step
-from .undo_log import take_over_offload, unfuse_experts
+from .undo_log import LifecycleError, UndoLog, phase_of, refuse_quantized, start_anew, step
+from .undo_log import take_over_offload, undo_log_of, unfuse_experts
 from .match import QUANTIZABLE, _need_attention, _warn_about, check_schemes, is_cache_scheme
 from .match import observed_names, reaches_experts, schemes_by_module
 from .snapshots import restore, snapshot
