@@ -20,7 +20,7 @@ from ..stats import check_policy
 from ..warn import warn_once
 
 # %% ../../nbs/lifecycle/config.ipynb #283b8e69
-_FIELDS = frozenset(QuantizationScheme.model_fields) - {"targets"}
+_SCHEME_FIELDS = frozenset(QuantizationScheme.model_fields) - {"targets"}
 
 
 def _groups_from_scheme(scheme: Any, targets: list[str]) -> dict[str, QuantizationScheme]:
@@ -28,13 +28,13 @@ def _groups_from_scheme(scheme: Any, targets: list[str]) -> dict[str, Quantizati
     if isinstance(scheme, str): return {"group_0": preset(scheme, targets)}
     if not isinstance(scheme, dict):
         raise ValueError(f"scheme={scheme!r} must be a preset name, a QuantizationScheme or a dict")
-    fields = scheme.keys() & _FIELDS
+    fields = scheme.keys() & _SCHEME_FIELDS
     presets = [k for k in scheme if is_preset(k)]
     unknown = [k for k in scheme if k not in fields and k not in presets]
     if unknown:
         raise ValueError(
             f"scheme has unknown keys {unknown}; a dict maps presets ({', '.join(preset_names())}) to targets, "
-            f"or holds {sorted(_FIELDS)}"
+            f"or holds {sorted(_SCHEME_FIELDS)}"
         )
     if fields and presets:
         raise ValueError(
@@ -60,7 +60,7 @@ def _groups_from_config(groups: dict[str, Any]) -> dict[str, QuantizationScheme]
 
 # %% ../../nbs/lifecycle/config.ipynb #502eec02
 def _check_pattern(name: str) -> str:
-    """A target or an entry of `ignore` itself; ValueError if it is a pattern (`re:...`) that is not a regular
+    """The name itself, a target or an entry of `ignore`; ValueError if it is a pattern (`re:...`) but not a regular
     expression."""
     try:
         re.compile(name.removeprefix("re:") if name.startswith("re:") else "")
@@ -71,15 +71,15 @@ def _check_pattern(name: str) -> str:
 
 def _check_observer(args: QuantizationArgs, base_name: str) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the replacement of a weight observer is announced when it happens
+        warnings.simplefilter("ignore")  # that a weight observer is replaced is warned about when it happens
         known = find_observer(observer_name(args, base_name))
         asked = find_observer(args.observer) if args.observer else known
-        asked(base_name, args)  # made once, to be refused now rather than when calibration starts
+        asked(base_name, args)  # made once here, so that it is refused now and not when calibration starts
 
 
 def _choose_observers(scheme: QuantizationScheme, chosen: dict[str, str | None]) -> None:
-    """Write observers into our copy of a scheme: the one asked for, else the scheme's, else the default; none where
-    fully dynamic."""
+    """Write observers into our copy of a scheme: the chosen one, else the scheme's, else the default; none if the
+    scales are fully dynamic."""
     parts = (("weights", "weight", "memoryless_minmax"), ("input_activations", "input", "minmax"),
              ("output_activations", "output", "minmax"))
     for part, base_name, default in parts:
@@ -92,7 +92,7 @@ def _choose_observers(scheme: QuantizationScheme, chosen: dict[str, str | None])
             if args.dynamic is True:
                 warn_once(
                     f"observer {chosen[base_name]!r} has no effect: the {base_name} scales of this scheme are "
-                    "found anew for every token"
+                    "computed again for every token"
                 )
         elif args.observer is None:
             args.observer = None if args.dynamic is True else default
@@ -101,17 +101,17 @@ def _choose_observers(scheme: QuantizationScheme, chosen: dict[str, str | None])
 
 # %% ../../nbs/lifecycle/config.ipynb #5fd766c2
 class _Checked(BaseModel):
-    "Fields that are checked when it is made, with faults in plain words."
+    "Fields that are checked when the object is made; faults are explained in plain words."
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
     def __init__(self, **fields: Any) -> None:
-        "What pydantic refuses is a ValueError in plain words."
+        "If pydantic refuses a field, the error is a ValueError in plain words."
         with in_plain_words():
             super().__init__(**fields)
 
     def model_copy(self, *, update: dict[str, Any] | None = None, deep: bool = False) -> "_Checked":
-        "One of its own with some fields changed; checked like a new one."
+        "A new object with some fields changed; it is checked like any other."
         return type(self)(**{n: getattr(self, n) for n in self.model_fields_set} | (update or {}))
 
 # %% ../../nbs/lifecycle/config.ipynb #13e96845
@@ -141,13 +141,13 @@ class _Fields(_Checked):
     @field_validator("observer")
     @classmethod
     def validate_observer(cls, value: dict[str, str] | None) -> dict[str, str] | None:
-        "Only the keys `weights`, `input` and `output` name observers."
+        "Only the keys `weights`, `input` and `output` are allowed."
         if unknown := sorted(set(value or {}) - {"weights", "input", "output"}):
             raise ValueError(f"observer has unknown keys {unknown}; valid are 'weights', 'input', 'output'")
         return value
 
     def has_config(self) -> bool:
-        "Whether anything was said about what to quantize."
+        "Whether any field says what to quantize."
         given = self.config_groups is not None or self.scheme is not None or self.kv_cache_scheme is not None
         return given or self.targets != ["Linear"] or self.ignore != []
 
@@ -175,7 +175,7 @@ def _chosen_observers(fields: _Fields) -> dict[str, str | None]:
 
 
 def resolve_config(fields: _Fields) -> QuantizationConfig:
-    "One QuantizationConfig from whichever fields were given. Everything in it is a copy."
+    "One QuantizationConfig from the fields that were given. Everything in it is a copy."
     if fields.scheme is not None and fields.config_groups is not None:
         raise ValueError("scheme and config_groups are both given; use one or the other")
     if fields.scheme is not None:

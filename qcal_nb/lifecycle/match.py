@@ -29,12 +29,22 @@ QUANTIZABLE = (torch.nn.Linear, torch.nn.Embedding)
 # %% ../../nbs/lifecycle/match.ipynb #e28422ce
 def schemes_by_module(model: Module, config: QuantizationConfig) -> dict[str, tuple[Module, QuantizationScheme]]:
     """Name -> (module, scheme) for every module that the config would quantize, in model order: Linear and
-    Embedding modules, attention modules that a target means narrowly (not their parents or children too) or that
-    the KV cache scheme reaches."""
-    by_target = {target: scheme for scheme in config.config_groups.values() for target in scheme.targets}
+    Embedding modules; attention modules that a target matches narrowly (not also their parents or children), or
+    that the KV cache scheme reaches."""
     names = dict(model.named_modules())
+    found = _schemes_by_target(model, config, names)
+    if config.kv_cache_scheme is not None:
+        found |= _cache_schemes(model, config, found)
+    return {name: found[name] for name in names if name in found}
+
+
+def _schemes_by_target(
+    model: Module, config: QuantizationConfig, names: dict[str, Module]
+) -> dict[str, tuple[Module, QuantizationScheme]]:
+    "The modules that the groups' targets match, each with the scheme of its most specific target."
+    by_target = {target: scheme for scheme in config.config_groups.values() for target in scheme.targets}
     found = {}
-    # classes and patterns: asked of every module
+    # classes and patterns, which every module is compared with
     wide = {target: scheme for target, scheme in by_target.items() if target not in names}
     exact = [
         (name, names[name])
@@ -47,25 +57,30 @@ def schemes_by_module(model: Module, config: QuantizationConfig) -> dict[str, tu
             is_cached_attention_module(m) and is_narrow_match(model, scheme.targets, name, m)
         ):
             found[name] = (m, scheme)
-    if config.kv_cache_scheme is None: return {name: found[name] for name in names if name in found}
+    return found
+
+
+def _cache_schemes(
+    model: Module, config: QuantizationConfig, found: dict[str, tuple[Module, QuantizationScheme]]
+) -> dict[str, tuple[Module, QuantizationScheme]]:
+    "The attention modules that the KV cache scheme reaches, without those that a target matches."
     cache = QuantizationScheme(targets=list(KV_CACHE_TARGETS), input_activations=config.kv_cache_scheme)
-    found |= {
+    return {
         n: (m, cache)
         for n, m in attention_modules(model).items()
         if n not in found and not is_match(n, m, config.ignore or [])
     }
-    return {name: found[name] for name in names if name in found}
 
 
 def reaches_experts(model: Module, config: QuantizationConfig) -> bool:
-    "Whether the config would quantize Linear modules that fused experts are not yet taken apart into."
+    "Whether the config would quantize the Linear modules that fused experts become when they are taken apart."
     return matches_experts(
         model, [target for scheme in config.config_groups.values() for target in scheme.targets], config.ignore or []
     )
 
 
 def is_cache_scheme(scheme: QuantizationScheme) -> bool:
-    "Whether a scheme comes from `kv_cache_scheme`, and so leaves the queries alone."
+    "Whether a scheme comes from `kv_cache_scheme`: queries are then not quantized."
     return scheme.targets == list(KV_CACHE_TARGETS)
 
 # %% ../../nbs/lifecycle/match.ipynb #bfd33bad
@@ -82,8 +97,8 @@ def _indivisible(name: str, module: Module, scheme: QuantizationScheme) -> Itera
 
 
 def _impossible(name: str, module: Module, scheme: QuantizationScheme) -> Iterator[str]:
-    """What no shape can mend: strategies that no activation has, inputs that are token ids, forwards that cannot be
-    wrapped."""
+    """What no other shape would fix: strategies that activations cannot have, inputs that are token ids, forwards
+    that cannot be wrapped."""
     for part in ("input_activations", "output_activations"):
         args = getattr(scheme, part)
         if args is None: continue
@@ -98,7 +113,7 @@ def _impossible(name: str, module: Module, scheme: QuantizationScheme) -> Iterat
         yield (
             f"{name}: the input of an Embedding is token ids, which cannot be quantized; use a scheme for weights only"
         )
-    # accelerate's wrapper is taken off first
+    # accelerate's wrapper is removed before
     if not hasattr(module.forward, "__func__") and "_hf_hook" not in module.__dict__:
         yield f"{name}: its forward was replaced by a plain function, which cannot be wrapped; make it a method"
 
@@ -116,8 +131,8 @@ def _partly_fused(model: Module, chosen: dict[str, tuple[Module, QuantizationSch
 def check_schemes(
     model: Module, chosen: dict[str, tuple[Module, QuantizationScheme]], bypass_divisibility: bool = False
 ) -> None:
-    """ValueError that counts all modules whose shape or neighbours do not allow their scheme, and lists a dozen.
-    Looks only."""
+    """ValueError that counts the modules whose shape or neighbours do not allow their scheme, and lists a dozen.
+    Changes nothing."""
     matrices = {name: (m, s) for name, (m, s) in chosen.items() if isinstance(m, QUANTIZABLE)}
     faults = [] if bypass_divisibility else [f for name, (m, s) in matrices.items() for f in _indivisible(name, m, s)]
     hint = "change the scheme or `ignore`"
@@ -161,19 +176,19 @@ def warn_unmatched(
 
 
 def _out_of_reach(module: Module) -> bool:
-    "A matrix product in a class that no scheme can reach: GPT-2's Conv1D, experts fused into one parameter."
+    "Whether a module multiplies matrices, but no scheme can reach it: GPT-2's Conv1D, fused experts."
     own = [p for name, p in stored_parameters(module).items() if name not in QPARAMS]
     return type(module).__name__ == "Conv1D" or any(p is not None and p.ndim == 3 for p in own)
 
 # %% ../../nbs/lifecycle/match.ipynb #76256ccd
-# they read the weights of their Linear modules themselves
+# torch reads the weights of their Linear modules directly
 _FAST = (torch.nn.MultiheadAttention, torch.nn.TransformerEncoderLayer)
 
 
 def _warn_about(
     model: Module, config: QuantizationConfig, chosen: dict[str, tuple[Module, QuantizationScheme]]
 ) -> None:
-    "Say what a person would otherwise find out too late: what is not quantized, and which names match nothing."
+    "Warn about what you would otherwise find out too late: what is not quantized, and which names match nothing."
     warn_unmatched(model, config, chosen)
     ignore = config.ignore or []
     kinds = Counter(

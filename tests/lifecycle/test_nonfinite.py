@@ -83,5 +83,5 @@ def test_a_weight_that_cannot_be_observed_stops_the_end_before_it_writes():
     model[1](torch.randn(2, 8))
     model[0].input_observer(torch.randn(2, 8))
     before = fingerprint(model)
-    with pytest.raises(ValueError, match=r"0\.weight\. Their weights hold non-finite values: mend them"): modifier.on_end(State(model))
+    with pytest.raises(ValueError, match=r"0\.weight\. Their weights hold non-finite values: repair them"): modifier.on_end(State(model))
     assert differences(before, fingerprint(model)) == []

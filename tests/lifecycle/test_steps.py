@@ -78,7 +78,7 @@ def test_end_calibration_without_what_writes_the_scales_says_what_does():
     model, modifier = make_model(next(iter(CONFIGS))), QuantizationModifier(**STATIC)
     run_until(model, modifier, "fed", make_batches())
     before = fingerprint(model)
-    said = r"not computed: .*Their observers have seen data; on_end\(State\(model\)\) writes"
+    said = r"not computed: .*Their observers have seen data: on_end\(State\(model\)\) writes"
     with pytest.raises(ValueError, match=said): modifier.end_calibration(model)
     assert fingerprint(model) == before and phase_of(model) == "calibrating"
     modifier.on_end(State(model))
