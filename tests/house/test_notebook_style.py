@@ -82,12 +82,18 @@ def behind_a_colon(node) -> bool:
     return node.body[0].lineno == node.lineno and not is_guard
 
 
+def neighbours(node):
+    "Pairs of statements that follow each other in a block of `node`."
+    bodies = [getattr(node, field, None) for field in ("body", "orelse", "finalbody")]
+    return [pair for body in bodies if isinstance(body, list) for pair in zip(body, body[1:])]
+
+
 def one_statement_a_line(nb):
     found = []
     for cell in (c for c in nb["cells"] if c["cell_type"] == "code"):
         tree = ast.parse(plain(cell))
-        bodies = [getattr(n, field) for n in ast.walk(tree) for field in ("body", "orelse", "finalbody") if isinstance(getattr(n, field, None), list)]
-        found += [f"cell {cell['id']}: two statements on line {b.lineno}" for body in bodies for a, b in zip(body, body[1:]) if a.end_lineno == b.lineno]
+        pairs = [pair for node in ast.walk(tree) for pair in neighbours(node)]
+        found += [f"cell {cell['id']}: two statements on line {b.lineno}" for a, b in pairs if a.end_lineno == b.lineno]
         found += [f"cell {cell['id']}: a statement behind a colon on line {n.lineno}" for n in ast.walk(tree) if behind_a_colon(n)]
     return found
 
@@ -178,6 +184,8 @@ def test_a_bad_notebook_is_seen(rule, nb, complaint):
     assert complaint in " ".join(rule(nb))
 
 def test_a_good_notebook_passes():
-    good = book(md("Why."), py("#| default_exp name"), py("#| export\ndef f(x): return x"), md("It returns x."), py("f(1)", out(text_plain=["1"])),
-                py("def g(x):\n    if x: return 1\n    return 2\n\ndef h(): return 1"), md("Relative paths and addresses are fine."), py("p", out(text_html=["<a href='https://a.org/opt/x'>"], image_png="iVBO")))
+    good = book(md("Why."), py("#| default_exp name"), py("#| export\ndef f(x): return x"), md("It returns x."),
+                py("f(1)", out(text_plain=["1"])),
+                py("def g(x):\n    if x: return 1\n    return 2\n\ndef h(): return 1"), md("Relative paths and addresses are fine."),
+                py("p", out(text_html=["<a href='https://a.org/opt/x'>"], image_png="iVBO")))
     assert [c for rule in RULES for c in rule(good)] == []
