@@ -24,7 +24,7 @@ from ..warn import warn_once
 
 # %% ../../nbs/calibration/immediate.ipynb #29fbfb7f
 def call_observer(module: Module, base_name: str, value: Tensor | None = None) -> None:
-    """Observe and update at once, without consuming: the statistics go on growing.
+    """Observe and update at once, without consuming: the statistics keep growing.
     Anything but a weight needs `value`, else ValueError."""
     if value is None and check_base_name(base_name) != "weight":
         raise ValueError(

@@ -34,7 +34,7 @@ def rank_and_size() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def _alone() -> bool: return rank_and_size()[1] == 1
+def _is_single() -> bool: return rank_and_size()[1] == 1
 
 
 def _device() -> torch.device:
@@ -54,7 +54,7 @@ class RankError(RuntimeError):
     "Another rank failed, stands at another step, holds another model, or is gone. The message says which, and why."
 
 
-def _digest(data: bytes) -> int: return int.from_bytes(hashlib.sha256(data).digest()[:7], "big")
+def _digest_number(data: bytes) -> int: return int.from_bytes(hashlib.sha256(data).digest()[:7], "big")
 
 
 def _same_everywhere(numbers: Sequence[int]) -> list[bool]:
@@ -80,14 +80,14 @@ def _difference(reports: list[tuple[str, str | None, list[str]]]) -> str:
 def agree(step: str, error: Exception | None = None, lines: Sequence[str] = ()) -> None:
     """Collective: returns where all ranks are at this step with the same lines and none brings an error.
     Otherwise every rank raises: its own error, or a RankError."""
-    if _alone():
+    if _is_single():
         if error is not None: raise error
         return
     if error is not None:
         error._agreed = True  # the others hear of it here, and nowhere else
     try:
         if (
-            all(_same_everywhere([_digest("\n".join([step, *lines]).encode()), int(error is not None)]))
+            all(_same_everywhere([_digest_number("\n".join([step, *lines]).encode()), int(error is not None)]))
             and error is None
         ):
             return
@@ -108,7 +108,7 @@ def together(step: str, lines: Sequence[str] = ()) -> Iterator[None]:
     try:
         yield
     except Exception as failed:
-        if _alone() or isinstance(failed, RankError) or getattr(failed, "_agreed", False): raise
+        if _is_single() or isinstance(failed, RankError) or getattr(failed, "_agreed", False): raise
         error = failed
     agree(step, error, lines)
 
@@ -133,28 +133,28 @@ def contributions(observer: Observer) -> list[Contribution]:
     ]
 
 # %% ../../nbs/calibration/ranks.ipynb #c0e0abb8
-_DTYPES = sorted({d for d in vars(torch).values() if isinstance(d, torch.dtype)}, key=str)
+_TORCH_DTYPES = sorted({d for d in vars(torch).values() if isinstance(d, torch.dtype)}, key=str)
 _DIMENSIONS = 6
 _UNKNOWN = -(2**62)
 
 
-def _row(value: Tensor | None) -> list[int]:
+def _form_row(value: Tensor | None) -> list[int]:
     "dtype, number of dimensions and sizes of a tensor as numbers, and the same negated."
     if value is None: return [_UNKNOWN] * 2 * (2 + _DIMENSIONS)
-    row = [_DTYPES.index(value.dtype), value.ndim, *value.shape, *[0] * (_DIMENSIONS - value.ndim)]
+    row = [_TORCH_DTYPES.index(value.dtype), value.ndim, *value.shape, *[0] * (_DIMENSIONS - value.ndim)]
     return row + [-n for n in row]
 
 
-def _kinds(found: Sequence[Contribution]) -> list[tuple[torch.dtype, torch.Size]]:
+def _agreed_forms(found: Sequence[Contribution]) -> list[tuple[torch.dtype, torch.Size]]:
     "Collective: dtype and shape of each statistic. ValueError on all ranks where two of them know different ones."
-    table = _reduced(torch.tensor([_row(c.value) for c in found]), dist.ReduceOp.MAX).tolist()
+    table = _reduced(torch.tensor([_form_row(c.value) for c in found]), dist.ReduceOp.MAX).tolist()
     for c, row in zip(found, table):
         if row[:2 + _DIMENSIONS] != [-n for n in row[2 + _DIMENSIONS:]]:
             raise ValueError(
                 f"{c.observer.module_name or 'unnamed module'}, {c.observer.base_name}: {c.name} has another shape or "
                 "dtype on another rank; give all ranks the same model and the same recipe"
             )
-    return [(_DTYPES[row[0]], torch.Size(row[2:2 + row[1]])) for row in table]
+    return [(_TORCH_DTYPES[row[0]], torch.Size(row[2:2 + row[1]])) for row in table]
 
 # %% ../../nbs/calibration/ranks.ipynb #4f105cb1
 _ADDING = (dist.ReduceOp.SUM, dist.ReduceOp.AVG)
@@ -174,24 +174,35 @@ def _identity(dtype: torch.dtype, op: Any) -> float:
     return torch.iinfo(dtype).max if op == dist.ReduceOp.MIN else torch.iinfo(dtype).min
 
 
+def _part_of(c: Contribution, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    "What one rank puts into the buffer, flat: its value, or one that changes nothing."
+    value = torch.full(shape, _identity(dtype, c.op)) if c.value is None else c.value
+    return value.to(_device(), dtype).reshape(-1)
+
+
+def _by_buffer(
+    found: Sequence[Contribution], dtypes: Sequence[torch.dtype]
+) -> dict[tuple[torch.dtype, Any], list[int]]:
+    "The contributions that travel together, by dtype and operation."
+    buffers = defaultdict(list)
+    for i, c in enumerate(found):
+        buffers[_travels_as(dtypes[i], c.op), c.op].append(i)
+    return buffers
+
+
 def _combined(found: Sequence[Contribution], holders: Sequence[int]) -> list[Tensor]:
     "Collective: the statistics over all ranks, as new tensors. `holders`: how many ranks contribute to each."
-    kinds = _kinds(found)
-    buffers = defaultdict(list)
+    forms = _agreed_forms(found)
     result = [torch.empty(0)] * len(found)
-    for i, (c, (dtype, _)) in enumerate(zip(found, kinds)):
-        buffers[_travels_as(dtype, c.op), c.op].append(i)
-    for (dtype, op), members in buffers.items():
-        parts = [
-            found[i].value if found[i].value is not None else torch.full(kinds[i][1], _identity(dtype, op))
-            for i in members
-        ]
-        flat = torch.cat([part.to(_device(), dtype).reshape(-1) for part in parts])
+    for (dtype, op), members in _by_buffer(found, [dtype for dtype, _ in forms]).items():
+        parts = [_part_of(found[i], forms[i][1], dtype) for i in members]
+        flat = torch.cat(parts)
         dist.all_reduce(flat, op=dist.ReduceOp.SUM if op == dist.ReduceOp.AVG else op)
         for i, piece in zip(members, flat.split([part.numel() for part in parts])):
+            own_dtype, shape = forms[i]
             if op == dist.ReduceOp.AVG:
                 piece = piece / holders[i]
-            result[i] = piece.reshape(kinds[i][1]).to(kinds[i][0], copy=True)
+            result[i] = piece.reshape(shape).to(own_dtype, copy=True)
     return result
 
 # %% ../../nbs/calibration/ranks.ipynb #616aeb6a
@@ -199,7 +210,7 @@ def _is_new(c: Contribution) -> bool:
     return c.value is not None and c.value is not getattr(c.observer, "_combined", {}).get(c.name)
 
 
-def _put(c: Contribution, value: Tensor) -> None:
+def _give_combined(c: Contribution, value: Tensor) -> None:
     "Give an observer a combined statistic, on the device where its own was or its module is."
     observer = c.observer
     module = c.observer._module()
@@ -222,7 +233,7 @@ def _combine(found: Sequence[Contribution]) -> None:
     if not taking: return
     values = _combined([found[i] for i in taking], [holders[i] for i in taking])
     for i, value in zip(taking, values):
-        _put(found[i], value)
+        _give_combined(found[i], value)
 
 # %% ../../nbs/calibration/ranks.ipynb #f88ab735
 def _line(observer: Observer) -> str:
@@ -239,7 +250,7 @@ def sync_statistics(observers: Iterable[Observer]) -> None:
     """Collective: all ranks, the same observers in the same order. Each statistic becomes what its class declares
     over all ranks, identical on each; RankError where ranks do not match. Alone: nothing happens. Write the
     scales before you observe on: a sum that grows after it was combined would be counted once per rank."""
-    if _alone(): return
+    if _is_single(): return
     observers = list(dict.fromkeys(observers))
     found = [c for o in observers for c in contributions(o)]
     agree("combine the statistics of observers", lines=[_line(o) for o in observers])
@@ -287,7 +298,7 @@ def split_weights(modules: Iterable[Module], ranks: int) -> list[list[Module]]:
     return [sorted(part, key=place.get) for part in parts]
 
 # %% ../../nbs/calibration/ranks.ipynb #ba6f3408
-def _found(observer: Observer, mine: bool) -> list[Contribution]:
+def _own_contributions(observer: Observer, mine: bool) -> list[Contribution]:
     "An observer's statistics as one rank's alone: MAX hands them to the others."
     known = mine and observer.has_statistics and not observer.consumed
     return [
@@ -308,13 +319,14 @@ def observe_weights(modules: Iterable[Module]) -> None:
     with together("search the ranges of weights", lines):
         observe(share, "weight")
     if size > 1:
-        _combine([c for m, o in zip(modules, observers) for c in _found(o, m in mine)])
+        _combine([c for m, o in zip(modules, observers) for c in _own_contributions(o, m in mine)])
 
 # %% ../../nbs/calibration/ranks.ipynb #a2103886
 def differing_qparams(model: Module) -> list[str]:
     "Collective: the names of the scales and zero points that are not the same on every rank, bit for bit. Alone: none."
-    if _alone(): return []
+    if _is_single(): return []
     found = {f"{name}.{kind}": p.detach() for name, m in model.named_modules() for kind, p in qparams_of(m).items()}
     agree("compare scales", lines=[f"{name}: {p.dtype} {tuple(p.shape)}" for name, p in found.items()])
-    bits = [_digest(p.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()) for p in found.values()]
+    raw = [p.cpu().contiguous().reshape(-1).view(torch.uint8).numpy() for p in found.values()]
+    bits = [_digest_number(values.tobytes()) for values in raw]
     return [name for name, same in zip(found, _same_everywhere(bits)) if not same]
