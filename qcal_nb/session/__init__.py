@@ -13,7 +13,7 @@ from .session import (
     pause,
     resume,
     stop,
-    weight_of,
+    weight_lookup,
 )
 from .state import FORMATS, SHOWN, WorkbenchState, args_for
 
@@ -35,5 +35,5 @@ __all__ = [
     "resume",
     "scales_table",
     "stop",
-    "weight_of",
+    "weight_lookup",
 ]

@@ -36,7 +36,7 @@ def _scale_row(name: str, module: Module, base_name: str) -> dict[str, Any] | No
 def scale_row(
     name: str, base_name: str, args: Any, scale: Tensor, zero_point: Tensor | None, global_scale: Tensor | None
 ) -> dict[str, Any]:
-    "What the scales of a tensor are, in the middle, and what they can represent at the widest."
+    "The median scale of a tensor, and the widest range that its scales can represent."
     low, high = calculate_range(args, scale.device)
     zero = (scale.new_zeros(1) if zero_point is None else zero_point).to(scale.dtype)
     unit = scale if global_scale is None else scale / global_scale
@@ -74,14 +74,13 @@ def is_plain(value: Any) -> bool:
 
 
 def options_code(options: Mapping[str, Any], modifier: QuantizationModifier) -> str:
-    """Options as keyword arguments in Python; those that cannot be written are said as the recipe that they come
-    down to."""
+    "Options as keyword arguments in Python; as a whole recipe, if one of them cannot be written down."
     if all(map(is_plain, options.values())): return ", ".join(f"{k}={v!r}" for k, v in options.items())
     return f"recipe=from_yaml({to_yaml(modifier)!r})"
 
 
 def read_recipe(recipe: Any) -> QuantizationModifier | None:
-    "A modifier itself, or of a recipe's path or text. TypeError for anything else."
+    "A modifier itself, or the modifier in a recipe's path or text. TypeError for anything else."
     if recipe is None or isinstance(recipe, QuantizationModifier): return recipe
     if isinstance(recipe, (str, os.PathLike)): return from_yaml(recipe)
     raise TypeError(

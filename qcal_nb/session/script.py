@@ -10,6 +10,7 @@ import ast
 import inspect
 import os
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from ..lifecycle import QuantizationMixin
@@ -21,117 +22,111 @@ from .scales import options_code
 def _source_of(cls: type) -> str | None:
     """A class as it was written, decorators included; None if that is not known. A notebook's class has no file,
     but its methods know their cell."""
-    method = next((one for one in vars(cls).values() if inspect.isfunction(one)), None)
+    lines = _lines_around(cls)
     try:
-        lines = [] if method is None else inspect.findsource(method)[0]
-    except OSError:
-        return None  # typed at a prompt that keeps nothing
-    try:
-        nodes = [
-            node
-            for node in ast.parse("".join(lines)).body
-            if isinstance(node, ast.ClassDef) and node.name == cls.__name__
-        ]
+        body = ast.parse("".join(lines)).body
     except SyntaxError:
         return None  # a cell with magics
-    if not nodes: return None
-    first = min(node.lineno for node in (nodes[0], *nodes[0].decorator_list))
-    return "".join(lines[first - 1:nodes[0].end_lineno]).rstrip()
+    node = next((node for node in body if isinstance(node, ast.ClassDef) and node.name == cls.__name__), None)
+    if node is None: return None
+    first = min(part.lineno for part in (node, *node.decorator_list))
+    return "".join(lines[first - 1:node.end_lineno]).rstrip()
+
+
+def _lines_around(cls: type) -> list[str]:
+    "The lines of the file or cell that defines a class; none if they are not known."
+    method = next((one for one in vars(cls).values() if inspect.isfunction(one)), None)
+    if method is None: return []
+    try:
+        return inspect.findsource(method)[0]
+    except OSError:
+        return []  # typed at a prompt that keeps nothing
 
 
 def _is_foreign(cls: type) -> bool:
-    """Whether the package does not have this observer. It may have it and not be where the class is from: where its
-    chapter was run in this kernel."""
+    """Whether the package lacks this observer. A class from elsewhere may still be one of the package's: its chapter
+    was run in this kernel."""
     if not issubclass(cls, Observer) or cls.__module__.startswith("qcal_nb."): return False
-    ours = [
-        vars(m)[cls.__name__]
-        for name, m in sys.modules.items()
-        if name.startswith("qcal_nb.observers.") and cls.__name__ in vars(m)
-    ]
-    return not ours or _source_of(cls) != _source_of(ours[0])
+    modules = [vars(m) for name, m in sys.modules.items() if name.startswith("qcal_nb.observers.")]
+    ours = next((names[cls.__name__] for names in modules if cls.__name__ in names), None)
+    return ours is None or _source_of(cls) != _source_of(ours)
 
-
+# %% ../../nbs/session/script.ipynb #8e4c6f03
 def observer_code(*recipes: QuantizationMixin) -> list[str]:
-    """What makes the observers known that recipes name and the package does not have: their source, an import, or a
-    word on where they are."""
+    """What defines the observers that recipes name and the package lacks: their source, an import, or a note on
+    where they are."""
     named = [find_observer(name) for r in recipes for name in observers_of(r)]
-    lines = []
-    for cls in dict.fromkeys(base for one in named for base in reversed(one.__mro__) if _is_foreign(base)):
-        where = f"{cls.__module__}:{cls.__qualname__}"
-        if cls.__module__ != "__main__":
-            lines.append(f"import {cls.__module__}  # registers the observer {where}")
-        elif (source := _source_of(cls)) is None:
-            lines.append(f"# the observer {where} has to be defined or imported here, its source is not known")
-        else:
-            lines.append(f"# an observer of your own; it needs the imports and functions that it uses\n{source}")
-    return lines
+    foreign = dict.fromkeys(base for one in named for base in reversed(one.__mro__) if _is_foreign(base))
+    return [_definition(cls) for cls in foreign]
+
+
+def _definition(cls: type) -> str:
+    where = f"{cls.__module__}:{cls.__qualname__}"
+    if cls.__module__ != "__main__": return f"import {cls.__module__}  # registers the observer {where}"
+    source = _source_of(cls)
+    if source is None: return f"# the observer {where} has to be defined or imported here, its source is not known"
+    return f"# an observer of your own; it needs the imports and functions that it uses\n{source}"
 
 # %% ../../nbs/session/script.ipynb #5ca1809a
 def call_code(session: Any) -> str:
     "The call that made the session."
     made = session.made
-    defaults = dict(ignore=["lm_head"], targets=["Linear"], recipe=None, batch_size=1, max_length=None)
-    said = {k: v for k, v in made.options.items() if defaults.get(k, ...) != v and k != "recipe"}
-    if made.options["recipe"] is not None:
-        said = {"recipe": made.options["recipe"]}
-    options = [
-        options_code(said, made.modifier),
-        options_code({k: v for k, v in made.rest.items() if defaults[k] != v}, made.modifier),
-    ]
+    options = {"recipe": made.options["recipe"]} if made.options["recipe"] is not None else _not_default(made.options)
+    arguments = ["model, data, tokenizer", options_code(options, made.modifier)]
+    arguments.append(options_code(_not_default(made.rest), made.modifier))
     if isinstance(made.record, (str, os.PathLike)):
-        options.append(f"record={os.fspath(made.record)!r}")
+        arguments.append(f"record={os.fspath(made.record)!r}")
     elif made.record is not None:
-        options.append("record=...")
-    return f"session = Session({', '.join(['model, data, tokenizer', *filter(None, options)])})"
+        arguments.append("record=...")
+    return f"session = Session({', '.join(filter(None, arguments))})"
+
+
+_DEFAULTS = dict(ignore=["lm_head"], targets=["Linear"], recipe=None, batch_size=1, max_length=None)
+
+
+def _not_default(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if _DEFAULTS.get(name, ...) != value}
 
 
 def imports_first(lines: list[str]) -> tuple[list[str], list[str]]:
+    "The imports among some lines, sorted and once each; and the other lines."
     imports = {line for line in lines if line.startswith(("from ", "import "))}
-    return sorted(imports, key=lambda line: (not line.startswith("import "), line)), [
-        line for line in lines if line not in imports
-    ]
+    in_order = sorted(imports, key=lambda line: (not line.startswith("import "), line))
+    return in_order, [line for line in lines if line not in imports]
 
-
+# %% ../../nbs/session/script.ipynb #8e4c6f04
 def script_of(session: Any) -> str:
+    "The Python that repeats a session."
     call = call_code(session)
     steps = [f"session.{line}" for line in session.code]
     lines = [*observer_code(session.made.modifier, session.modifier), *session.origin]
-    lines += ["from qcal_nb.session.session import Session"] + ["from qcal_nb.recipes import from_yaml"] * any(
-        "from_yaml(" in line for line in (call, *steps)
-    )
+    lines.append("from qcal_nb.session import Session")
+    if any("from_yaml(" in line for line in (call, *steps)):
+        lines.append("from qcal_nb.recipes import from_yaml")
     imports, rest = imports_first(lines)
-    notes = ["# record=...: the record that was passed; save it with record.save(path), and pass the path"] * (
-        "record=..." in call
-    )
-    return "\n".join([*imports, "", *rest, "", *notes, call, *steps, "session.scales()"]) + "\n"
+    if "record=..." in call:
+        call = f"# record=...: the record that was passed; save it with record.save(path), and pass the path\n{call}"
+    return "\n".join([*imports, "", *rest, "", call, *steps, "session.scales()"]) + "\n"
 
 # %% ../../nbs/session/script.ipynb #a8ddd2ee
+_NEEDED = [
+    "from pathlib import Path",
+    "from llmcompressor import oneshot",
+    "from torch.utils.data import DataLoader",
+    "from qcal_nb.pipelines import batches",
+]
+
+
 def production_of(session: Any) -> str:
-    recipe = to_yaml(session.modifier)
-    warn = [f"# This stops: {note}"] if (note := production_note(observers_of(session.modifier))) else []
-    options = "".join(
-        f", {k}={v!r}" for k, v in session.made.rest.items() if v != dict(batch_size=1, max_length=None)[k]
-    )
-    needed = [
-        "from pathlib import Path",
-        "from llmcompressor import oneshot",
-        "from torch.utils.data import DataLoader",
-        "from qcal_nb.pipelines import batches",
+    "The Python that gives the same scales with llm-compressor."
+    note = production_note(observers_of(session.modifier))
+    options = "".join(f", {name}={value!r}" for name, value in _not_default(session.made.rest).items())
+    imports, rest = imports_first([*_NEEDED, *session.origin])
+    calibration = [
+        f'recipe = """\n{to_yaml(session.modifier)}"""',
+        'Path("recipe.yaml").write_text(recipe)',
+        f"loader = DataLoader(list(batches(data, tokenizer{options})), batch_size=None)",
+        'oneshot(model=model, recipe="recipe.yaml", processor=tokenizer, dataset=loader, pipeline="basic")',
     ]
-    imports, rest = imports_first([*needed, *session.origin])
-    return (
-        "\n".join(
-            [
-                *warn,
-                *imports,
-                "",
-                *rest,
-                "",
-                f'recipe = """\n{recipe}"""',
-                'Path("recipe.yaml").write_text(recipe)',
-                f"loader = DataLoader(list(batches(data, tokenizer{options})), batch_size=None)",
-                'oneshot(model=model, recipe="recipe.yaml", processor=tokenizer, dataset=loader, pipeline="basic")',
-            ]
-        )
-        + "\n"
-    )
+    warning = [f"# This stops: {note}"] if note else []
+    return "\n".join([*warning, *imports, "", *rest, "", *calibration]) + "\n"

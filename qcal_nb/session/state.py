@@ -25,10 +25,9 @@ def args_for(format: str, symmetric: bool = True) -> QuantizationArgs:
 
 # %% ../../nbs/session/state.ipynb #52c5cfd9
 class WorkbenchState(HasTraits):
-    """What is selected in a workbench. Every trait can be set from Python; a wrong value is a TraitError and
-    changes nothing."""
+    "What is selected in a workbench. You can set every trait; a wrong value is a TraitError and changes nothing."
 
-    selected = Unicode("", help="Module path of the tensor that is pointed out; empty for none")
+    selected = Unicode("", help="Module path of the tensor that is highlighted; empty for none")
     base_name = Enum(SHOWN, "input", help="Which tensor of each module is shown")
     pattern = Unicode("", help="Regular expression that module names must contain")
     layer = CInt(-1, help="Only this layer; -1 for all")

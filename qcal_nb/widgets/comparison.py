@@ -31,7 +31,7 @@ from ..plots import NAMED, new_axes, plot_observers, say_nothing, to_png
 from ..recipes import production_note
 from ..records import CalibrationRecord
 from ..schemes import describe_args
-from ..session import FORMATS, Session, WorkbenchState, weight_of
+from ..session import FORMATS, Session, WorkbenchState, weight_lookup
 from .comparison_html import config_of, counted_words, observers_html, tensors_html, unknown_html
 from .comparison_html import verdict_html
 from .html import block, empty_html, error_html, warning_html
@@ -499,7 +499,7 @@ class ObserverComparison(_Comparison):
         self._question = question_of(session, self.state)
         self.rows = pd.DataFrame(columns=TENSOR_COLUMNS)
         self.compared = pd.DataFrame()
-        self.tables = ComparisonTables(self._made, weight_of(session))
+        self.tables = ComparisonTables(self._made, weight_lookup(session))
         self.picture = Picture()
         for name in ("verdict", "note", "problem", "observers", "table", "used", "empty"):
             setattr(self, name, w.HTML())
