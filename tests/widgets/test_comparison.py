@@ -8,7 +8,8 @@ import torch
 from helpers import make_batches, make_model
 
 from qcal_nb.widgets import comparison as drawing
-from qcal_nb.widgets import comparison_html as comparison
+from qcal_nb.evaluate import best, scheme_args_by_module
+from qcal_nb.widgets import work
 from qcal_nb.analysis import DERIVED, compare_observers
 from qcal_nb.calibration import scheme_args
 from qcal_nb.widgets import ObserverComparison
@@ -39,7 +40,7 @@ def plain(column): return column.astype(object).where(column.notna(), None).toli
 
 @pytest.mark.parametrize("base_name", ["input", "weight"])
 def test_pieces_are_the_whole(monkeypatch, base_name):
-    monkeypatch.setattr(comparison, "PIECE", 3)
+    monkeypatch.setattr(best, "TENSORS_AT_ONCE", 3)
     run = record(make_model("llama_gqa"), make_batches(2), observers=["mse"], progress=False)
     for args in (None, args_for("int4")):
         whole = compare_observers(run, [*DERIVED, "mse"], args)
@@ -60,7 +61,7 @@ def test_a_question_that_nobody_asks_any_more_is_given_up(monkeypatch, session):
         tick(7, 14)
         made.append(f"{base_name} done")
         return compare_observers(run, observers or None, args)
-    monkeypatch.setattr(comparison, "compare_in_pieces", slow)
+    monkeypatch.setattr(work, "compare_in_pieces", slow)
     tables = ComparisonTables(lambda ready: None)
     assert tables.of(session.record, Question("input")) is None
     tables.want(Question("input"))
@@ -82,7 +83,7 @@ def test_the_schemes_observer_is_that_of_the_model(session):
     run = record(model, make_batches(1), progress=False)
     modifier.initialize_quantization(model)
     for base_name in ("input", "weight"):
-        found = comparison.scheme_args_by_module(run, modifier.resolved_config, base_name)
+        found = scheme_args_by_module(run, modifier.resolved_config, base_name)
         real = {name: scheme_args(m, base_name) for name, m in model.named_modules() if name in run.types and scheme_args(m, base_name) is not None}
         assert {n: a.observer for n, a in found.items()} == {n: a.observer for n, a in real.items()} and len(found) in (11, 12)
 
@@ -164,7 +165,7 @@ def test_a_question_asked_before_is_not_asked_again(monkeypatch, session):
     panel = ready(feed(session))
     panel.base_name.value = "weight"
     panel.wait()
-    monkeypatch.setattr(comparison, "compare_in_pieces", lambda *_: pytest.fail("asked again"))
+    monkeypatch.setattr(work, "compare_in_pieces", lambda *_: pytest.fail("asked again"))
     monkeypatch.setattr(drawing, "plot_observers", lambda *_, **__: pytest.fail("drawn again"))
     for base_name in ("input", "weight", "input"):
         panel.base_name.value = base_name
@@ -242,7 +243,7 @@ def test_a_minmax_of_a_weight_is_known_as_static_minmax(session):
 def test_dynamic_activations_are_said():
     session = feed(Session(make_model("llama_gqa"), make_batches(2), scheme="W8A8"))
     panel = ready(session)
-    assert "finds these scales anew while the model runs" in panel.verdict.value and "int8" in panel.verdict.value
+    assert "computes these scales while the model runs" in panel.verdict.value and "int8" in panel.verdict.value
     panel.close()
 
 
@@ -261,11 +262,11 @@ def test_nan_zeros_and_an_exact_format():
 
 def test_a_comparison_that_fails_is_explained_and_the_panel_goes_on(session, monkeypatch):
     feed(session)
-    real = comparison.compare_in_pieces
+    real = work.compare_in_pieces
     def broken(run, base_name, args, observers, tick, weight_of):
         if base_name == "weight": raise ValueError("no such <thing>")
         return real(run, base_name, args, observers, tick, weight_of)
-    monkeypatch.setattr(comparison, "compare_in_pieces", broken)
+    monkeypatch.setattr(work, "compare_in_pieces", broken)
     panel = ready(session, WorkbenchState(base_name="weight"))
     assert "no such &lt;thing&gt;" in panel.problem.value and panel.picture.alt == "The comparison failed"
     panel.base_name.value = "input"
