@@ -23,10 +23,11 @@ from .html import CHIPS, PHASES, STYLE
 _PICTURE_JS = """
 function render({ model, el }) {
   const box = document.createElement("div"), img = document.createElement("img"), tip = document.createElement("div");
-  const frame = document.createElement("div");  // where the page is narrower than a picture can be read, the picture scrolls
+  const frame = document.createElement("div");  // on a narrow page the picture scrolls, so that it stays readable
   frame.style.cssText = "overflow-x: auto; max-width: 100%"; el.style.minWidth = "0";
   box.style.cssText = "position: relative; display: inline-block; max-width: 100%";
-  img.className = "qcal-picture"; img.style.cssText = "max-width: 100%; background: white; border-radius: 4px; vertical-align: bottom";
+  img.className = "qcal-picture";
+  img.style.cssText = "max-width: 100%; background: white; border-radius: 4px; vertical-align: bottom";
   tip.style.cssText = "position: absolute; display: none; pointer-events: none; background: #222; color: white; "
     + "padding: 3px 8px; font-size: 12px; border-radius: 3px; white-space: pre";
   img.addEventListener("load", () => { box.style.minWidth = Math.min(img.naturalWidth, 780) + "px"; });
@@ -41,7 +42,11 @@ function render({ model, el }) {
     return [(e.clientX - r.left) / r.width, (e.clientY - r.top) / r.height];
   };
   const send = (name, at) => { model.set(name, at); model.save_changes(); };
-  const hint = () => { const text = model.get("hint"); tip.textContent = text; tip.style.display = text ? "block" : "none"; };
+  const hint = () => {
+    const text = model.get("hint");
+    tip.textContent = text;
+    tip.style.display = text ? "block" : "none";
+  };
   img.addEventListener("mousemove", (e) => {
     const at = place(e), r = img.getBoundingClientRect();
     tip.style.left = Math.min(at[0] * r.width + 14, r.width - 240) + "px"; tip.style.top = at[1] * r.height + 14 + "px";
@@ -77,36 +82,36 @@ def bar_at(ax: Axes, x: float, count: int) -> int | None:
     return index if 0 <= index < count and 0 <= (x - left) / width <= 1 else None
 
 # %% ../../nbs/widgets/panel.ipynb #38b6c59c
-SHARE = 0.025  # of the time of a feed, that a panel may take for drawing while it runs
+SHARE = 0.025  # the share of a feed's time that a panel may use for drawing
 
 
 class _Seen(w.VBox):
-    "A box that redraws itself only while somebody can see it."
+    "A box that redraws itself only while it can be seen."
 
     seen = True
     _missed = False
     _quiet_until = 0.0
 
     def refresh(self, what: str = "") -> None:
-        "Show what the session and the state are now."
+        "Show the session and the state as they are now."
 
     def redraw(self, what: str = "") -> None:
-        "`refresh` if the panel is seen, else when it is."
+        "`refresh` now if the panel can be seen, otherwise as soon as it can."
         if self.seen:
             self.refresh(what)
         else:
             self._missed = True
 
     def show(self, seen: bool) -> None:
-        "Say whether the panel can be seen, behind a tab for example; one that could not catches up."
+        "Say whether the panel can be seen (it may be behind a tab). If it missed a change, it catches up."
         self.seen = seen
         if seen and self._missed:
             self._missed = False
             self.refresh("shown")
 
     def _heard(self, what: str) -> None:
-        """Redraw after a change; while batches run, a few times a second at most, and for `SHARE` of the time. A
-        panel that is not seen waits."""
+        """Redraw after a change; while batches run, at most a few times a second and for `SHARE` of the time. A panel
+        that is not seen waits."""
         began = time.monotonic()
         if what == "batch" and (not self.seen or began < self._quiet_until): return
         self.redraw(what)
@@ -141,7 +146,7 @@ class Panel(_Seen):
         super().close()
 
     def __del__(self) -> None:
-        "Forgotten is not closed: a panel that nobody refers to any more must not act on the model."
+        "Being forgotten is not being closed: a panel without references must not act on the model."
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
         bundle = super()._repr_mimebundle_(**kwargs)
@@ -149,7 +154,7 @@ class Panel(_Seen):
 
 # %% ../../nbs/widgets/panel.ipynb #8161a048
 def static_picture(session: Session) -> bytes:
-    "What a reader without a kernel sees: the ranges, or before there are any the phase."
+    "What a reader without a kernel sees: the ranges, or the phase if there are none yet."
     if any(base_name == "input" and stats.count for (_, base_name), stats in session.record.tensors.items()):
         return to_png(plot_ranges(session.record, clips=session.scales()))
     return to_png(plot_phases(CHIPS[PHASES[session.phase]][0]))

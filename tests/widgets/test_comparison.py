@@ -8,7 +8,7 @@ import torch
 from helpers import make_batches, make_model
 
 from qcal_nb.widgets import comparison as drawing
-from qcal_nb.evaluate import best
+from qcal_nb.evaluate import best, scheme_args_by_module
 from qcal_nb.widgets import work
 from qcal_nb.analysis import DERIVED, compare_observers
 from qcal_nb.calibration import scheme_args
@@ -83,7 +83,7 @@ def test_the_schemes_observer_is_that_of_the_model(session):
     run = record(model, make_batches(1), progress=False)
     modifier.initialize_quantization(model)
     for base_name in ("input", "weight"):
-        found = best.scheme_args_by_module(run, modifier.resolved_config, base_name)
+        found = scheme_args_by_module(run, modifier.resolved_config, base_name)
         real = {name: scheme_args(m, base_name) for name, m in model.named_modules() if name in run.types and scheme_args(m, base_name) is not None}
         assert {n: a.observer for n, a in found.items()} == {n: a.observer for n, a in real.items()} and len(found) in (11, 12)
 
@@ -243,7 +243,7 @@ def test_a_minmax_of_a_weight_is_known_as_static_minmax(session):
 def test_dynamic_activations_are_said():
     session = feed(Session(make_model("llama_gqa"), make_batches(2), scheme="W8A8"))
     panel = ready(session)
-    assert "finds these scales anew while the model runs" in panel.verdict.value and "int8" in panel.verdict.value
+    assert "computes these scales while the model runs" in panel.verdict.value and "int8" in panel.verdict.value
     panel.close()
 
 

@@ -12,7 +12,7 @@ from qcal_nb.session import Session
 def test_schemes_are_compared_in_the_background_and_the_session_stays(session):
     panel = SchemeComparison(session)
     panel.names.value = [OWN, "W8A8"]
-    assert not panel.go.disabled and panel.halt.disabled and "which flatters" in panel.result.value
+    assert not panel.go.disabled and panel.halt.disabled and "makes the figures look better" in panel.result.value
     notes, bars = [], []
     session.listen(lambda what: (notes.append(panel.note.value), bars.append(panel.bar.value)) if what == "compare" else None)
     panel.go.click()
@@ -24,7 +24,7 @@ def test_schemes_are_compared_in_the_background_and_the_session_stays(session):
     assert "Closest to the original" in panel.result.value
     session.eval_data = ["x"]
     panel.refresh()
-    assert "flatters" not in panel.result.value
+    assert "look better" not in panel.result.value
     panel.close()
 
 
@@ -91,7 +91,7 @@ def test_lines_of_text_are_escaped_and_shown():
     panel.go.click()
     session._thread.join(180)
     table = session.compared
-    assert table.text.notna().all() and "goes on with" in panel.result.value
+    assert table.text.notna().all() and "continues with" in panel.result.value
     html = schemes_html(table.assign(text="<b>\n", weight_bytes=None, worst_sqnr_db=float("inf")))
     assert "&lt;b&gt; ↵" in html and "unknown" in html and "∞" in html and winners_html(table.iloc[:1]) == ""
     panel.close()

@@ -180,7 +180,7 @@ def test_readout_and_picture_are_what_the_analysis_says(run, key, show, base_nam
 
 def test_moving_the_clip_range_asks_no_observer_again(run, key, show, monkeypatch):
     panel = show(run, selected=key[0], format="int4")
-    monkeypatch.setattr("qcal_nb.analysis.observers.conclusion_of", lambda *a: pytest.fail("an observer was asked again"))
+    monkeypatch.setattr("qcal_nb.analysis.observers.result_of", lambda *a: pytest.fail("an observer was asked again"))
     before = picture(panel)
     for clip in (0.9, 0.5, 0.1): panel.clip.value = clip
     after = picture(panel)
@@ -346,7 +346,7 @@ def test_many_scales_are_shown_as_what_they_are(show, scheme):
     run = record(make_model("llama_gqa"), None, scheme=scheme, observers=["memoryless_minmax"], base_names=["weight"], progress=False)
     panel = show(run, base_name="weight", clip=0.5)
     row = panel.table.set_index("observer").loc["memoryless_minmax"]
-    assert row.scales > 1 and "drawn is the largest" in panel.readout_box.value and "many scales" in panel.notes.value
+    assert row.scales > 1 and "the largest is drawn" in panel.readout_box.value and "many scales" in panel.notes.value
     assert BY_HAND in picture(panel) and np.isfinite(panel.table.set_index("observer").sqnr_db[BY_HAND]) and panel.problem.value == ""
     panel.tabs.selected_index = 1
     assert picture(panel, "Scales")["range"] and panel.problem.value == ""

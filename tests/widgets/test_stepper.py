@@ -132,7 +132,7 @@ def test_fields_are_shut_once_the_scheme_is_in_use_and_say_why(panel):
 def test_schemes_set_from_python_have_a_label(panel):
     s = panel.session
     s.configure(scheme={"FP8": ["re:.*mlp.*"], "W8A8": ["re:.*self_attn.*"]})
-    assert panel.scheme.value == "custom" and "re:.*mlp.*" in panel.words.value and "groups of modules have schemes of their own" in panel.why.value
+    assert panel.scheme.value == "custom" and "re:.*mlp.*" in panel.words.value and "groups of modules have different schemes" in panel.why.value
     assert all(f.disabled for f in fields(panel).values())
     s.configure(scheme=QuantizationScheme(targets=["Linear"], weights=dict(num_bits=4, strategy="group", group_size=32)))
     assert panel.scheme.value == "custom" and fields(panel)["group_size"].value == 32
@@ -178,7 +178,7 @@ def test_stopped_half_way(panel):
     halt = s.listen(lambda what: what == "batch" and s.fed == 3 and stop(s))
     press(panel, "feed_all")
     halt()
-    assert s.fed == 3 and "Stopped after 3 of 4 batches" in panel.note.value and "Feed all goes on from there" in panel.note.value
+    assert s.fed == 3 and "Stopped after 3 of 4 batches" in panel.note.value and "Feed all continues from there" in panel.note.value
     assert panel.bar.value == 0.75 and panel.buttons["feed_all"].button_style == "primary" and not panel.buttons["end"].disabled
     press(panel, "feed_all")
     assert "4 of 4 batches fed" in panel.note.value and "all data was seen" in panel.note.value and "Stopped" not in panel.note.value
@@ -210,7 +210,7 @@ def test_an_error_while_feeding_says_what_is_kept_and_what_to_do():
     ids = [torch.tensor([[1, 2, 3]])] * 2 + [torch.tensor([[99999]])]
     panel = LifecycleStepper(Session(make_model("llama_gqa"), ids))
     press(panel, "initialize", "start", "feed_all")
-    assert "The batch was taken back; 2 batches before it are kept. End uses what was fed" in panel.error.value
+    assert "The failed batch was undone; 2 batches before it are kept. End uses what was fed" in panel.error.value
     assert panel.session.fed == 2 and panel.session.phase == "fed"
     press(panel, "end")
     assert panel.session.phase == "ended" and panel.error.value == ""

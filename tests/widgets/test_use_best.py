@@ -20,7 +20,7 @@ def test_use_best_says_what_it_changed_and_what_comes_next(session):
     for step in ("initialize", "start", "end"): getattr(session, step)()
     assert {m: s.input_activations.observer for m, s in session.modifier.resolved_config.config_groups.items() if s.targets != ["Linear"]}
     panel.wait()
-    assert "The scheme has the best of them everywhere" in panel.verdict.value and "there is nothing to change" in panel.verdict.value
+    assert "The scheme already has the best observer everywhere" in panel.verdict.value and "there is nothing to change" in panel.verdict.value
     panel.use_for.value = ("input", "weight")
     panel.use.click()
     assert session.code[-1] == "use_best(['input', 'weight'])" and "weight tensors: " in panel.used.value

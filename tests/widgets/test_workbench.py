@@ -275,7 +275,7 @@ def test_many_scales_are_not_told_as_one():
     wb = Workbench(model, calibration_texts()[:1], tokenizer, scheme="W4A16")
     press(wb, "initialize", "start", "feed_all", "end")
     wb.state.base_name, wb.selected = "weight", "model.layers.0.mlp.down_proj"
-    assert "1,024 scales," in wb.explorer.numbers.value and "in the middle; the widest can hold" in wb.explorer.numbers.value
+    assert "1,024 scales," in wb.explorer.numbers.value and "in the middle; the widest covers" in wb.explorer.numbers.value
     wb.close()
 
 
@@ -308,9 +308,9 @@ def test_best_observers_by_buttons_need_no_second_feed(wb):
     wb.turn_to("Compare")
     wb.comparison.wait()
     wb.comparison.use.click()
-    assert wb.session.phase == "original" and "Start takes them up" in wb.stepper.note.value
+    assert wb.session.phase == "original" and "Start uses them" in wb.stepper.note.value
     press(wb, "initialize", "start")
-    assert "Taken up from the record, 4 batches" in wb.stepper.note.value and "nothing has to be fed again" in wb.stepper.note.value
+    assert "Taken from the record: 4 batches" in wb.stepper.note.value and "Nothing has to be fed again" in wb.stepper.note.value
     assert wb.stepper.buttons["end"].button_style == "primary"
     press(wb, "end")
     best = dict(zip(wb.comparison.rows.module, wb.comparison.rows.best))
@@ -343,7 +343,7 @@ def test_a_record_and_a_recipe_bring_the_session_back(wb, tmp_path):
     wb.code.save("record", str(tmp_path / "run.record"))
     again = Workbench(make_model("llama_gqa"), record=tmp_path / "run.record", recipe=tmp_path / "recipe.yaml")
     press(again, "initialize", "start")
-    assert "Taken up from the record" in again.stepper.note.value
+    assert "Taken from the record" in again.stepper.note.value
     press(again, "end")
     assert again.scales().equals(wb.scales()) and "record=" in again.script()
     again.session.reset()
