@@ -1,6 +1,7 @@
 """Pictures of records and tables, in matplotlib."""
 
-from .choices import observer_to_draw, plot_convergence, plot_observers, plot_phases, plot_scales, plot_sensitivity
+from .choices import observer_to_draw, plot_convergence, plot_observers, plot_scales, plot_sensitivity
+from .gallery import plot_phases
 from .model import clips_of, plot_density, plot_ranges
 from .style import (
     BASE_COLORS,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AskResult', 'SETTLED', 'plot_observers', 'scales_by_module', 'observer_to_draw', 'plot_scales', 'settled_share',
-           'plot_convergence', 'plot_sensitivity', 'plot_phases']
+           'plot_convergence', 'plot_sensitivity']
 
 # %% ../../nbs/plots/choices.ipynb #e9969409
 import math
@@ -27,7 +27,7 @@ from ..analysis import percent_of
 from ..lifecycle import extreme_scales
 from ..observers import ObserverSpec, specs_from_config, label_of
 from .model import NOTE_BOX, bar_width, choose_base, legend
-from .style import BASE_COLORS, CLIPPED, NAMED, PHASE_COLORS, bars, base_color, column_edges, dark, dots, headline
+from .style import BASE_COLORS, CLIPPED, NAMED, bars, base_color, column_edges, dark, dots, headline
 from .style import label_depth, light, log_values, new_axes, packed, say_nothing, shades, short_name
 from ..records import CalibrationRecord, ObserverResult, check_observers
 
@@ -498,27 +498,3 @@ def _whole_damage(table: pd.DataFrame, measure: str, what: str) -> str:
     before, after = _whole_model(table, measure)
     if not np.isfinite(after - before): return ""
     return f" ({what}; all quantized: +{after - before:.3g})"
-
-# %% ../../nbs/plots/choices.ipynb #78bd144c
-def plot_phases(current: str, ax: Axes | None = None) -> Axes:
-    """The four states of a model in a row, the current one (`original`, `initialized`, `calibration`, `frozen`) in
-    its colour. Returns the axes."""
-    if current not in PHASE_COLORS:
-        raise ValueError(f"current={current!r} is unknown; it must be one of {', '.join(map(repr, PHASE_COLORS))}")
-    ax = ax or new_axes(9.0, 1.2)
-    ax.set(xlim=(-0.5, 3.5), ylim=(-0.6, 0.6))
-    ax.set_axis_off()
-    for i, name in enumerate(PHASE_COLORS):
-        _draw_phase(ax, i, name, name == current)
-    what_to_do = "A live workbench: run this notebook to step through the calibration"
-    ax.text(1.5, -0.45, what_to_do, ha="center", fontsize=8, color="0.4")
-    return ax
-
-
-def _draw_phase(ax: Axes, i: int, name: str, current: bool) -> None:
-    "A box with the name of a phase, and the arrow that leads to it."
-    box = dict(boxstyle="round,pad=0.5", fc=PHASE_COLORS[name] if current else "white", ec="0.4")
-    style = dict(ha="center", va="center", fontsize=11, fontweight="bold" if current else "normal")
-    ax.text(i, 0.15, name.capitalize(), bbox=box, **style)
-    if i:
-        ax.annotate("", (i - 0.3, 0.15), (i - 0.7, 0.15), arrowprops=dict(arrowstyle="->", color="0.4"))

@@ -17,7 +17,7 @@ import pandas as pd
 from ..evaluate import check_causal
 from ..lifecycle import QuantizationModifier
 from ..schemes import preset_names
-from ..session import PHASES_IN_WORDS, Session, WorkbenchState, session as sessions
+from ..session import PHASES_IN_WORDS, Session, SessionError, WorkbenchState, run_in_background, stop
 from .comparison_html import _db
 from .html import block, error_html, table_html, warning_html
 from .panel import Panel, static_picture
@@ -156,7 +156,7 @@ def _make_scheme_widgets(panel: "SchemeComparison") -> None:
         getattr(panel, name).add_class(f"qcal-schemes-{name}")
     panel.names.observe(lambda _: panel.refresh(), names=["value"])
     panel.go.on_click(lambda _: panel.compare())
-    panel.halt.on_click(lambda _: sessions.stop(panel.session))
+    panel.halt.on_click(lambda _: stop(panel.session))
 
 # %% ../../nbs/widgets/schemes.ipynb #5f2016fd
 class SchemeComparison(Panel):
@@ -182,10 +182,10 @@ class SchemeComparison(Panel):
         self._beats = 0
         try:
             schemes = chosen_schemes(self.session, self.names.value)
-            if reason := why_not_compare(self.session): raise sessions.SessionError(f"cannot compare schemes: {reason}")
+            if reason := why_not_compare(self.session): raise SessionError(f"cannot compare schemes: {reason}")
             self._busy = True
             self.refresh()
-            return sessions.run_in_background(self.session, lambda: self._work(schemes))
+            return run_in_background(self.session, lambda: self._work(schemes))
         except Exception as error:
             self._busy = False
             self._fault = error
