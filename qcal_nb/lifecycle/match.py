@@ -59,7 +59,7 @@ def _schemes_by_target(
             found[name] = (m, scheme)
     return found
 
-
+# %% ../../nbs/lifecycle/match.ipynb #d2652aad
 def _cache_schemes(
     model: Module, config: QuantizationConfig, found: dict[str, tuple[Module, QuantizationScheme]]
 ) -> dict[str, tuple[Module, QuantizationScheme]]:
@@ -71,7 +71,7 @@ def _cache_schemes(
         if n not in found and not is_match(n, m, config.ignore or [])
     }
 
-
+# %% ../../nbs/lifecycle/match.ipynb #e5c88150
 def reaches_experts(model: Module, config: QuantizationConfig) -> bool:
     "Whether the config would quantize the Linear modules that fused experts become when they are taken apart."
     return matches_experts(

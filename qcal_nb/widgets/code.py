@@ -53,7 +53,7 @@ _CODE_CSS = """
 .qcal-code-box button { position: absolute; right: 18px; top: 6px; width: auto; padding: 0 10px }
 """
 
-
+# %% ../../nbs/widgets/code.ipynb #ba0f2d58
 class CodeBox(anywidget.AnyWidget):
     "Text with a button that copies it."
 

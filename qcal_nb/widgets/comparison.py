@@ -417,7 +417,7 @@ def _comparison_page(panel: "ObserverComparison", use: w.Widget) -> list[w.Widge
         panel.schemes,
     ]
 
-
+# %% ../../nbs/widgets/comparison.ipynb #777335df
 def _connect(panel: "ObserverComparison") -> None:
     "Controls set the state; the state and the picture move the panel."
     for name in ("base_name", "layer", "pattern", "format", "symmetric"):
