@@ -60,7 +60,8 @@ def _flatten_activation(value: Tensor, base_name: str, args: QuantizationArgs) -
         raise _illegal_strategy(args.strategy, base_name, "its scales follow each token, so the scheme must be dynamic")
     if args.strategy == "token": return value.reshape(1, -1, hidden)
     if args.strategy in ("group", "tensor_group"): return value.reshape(-1, hidden // args.group_size, args.group_size)
-    raise _illegal_strategy(args.strategy, base_name, "an activation takes tensor, or (dynamic) token, group or tensor_group")
+    takes = "an activation takes tensor, or (dynamic) token, group or tensor_group"
+    raise _illegal_strategy(args.strategy, base_name, takes)
 
 
 def _flatten_attention(value: Tensor, base_name: str, args: QuantizationArgs) -> Tensor:
