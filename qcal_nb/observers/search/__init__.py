@@ -1,1 +1,1 @@
-"""The search for the best range: its definition, its compiled loops, and `best.best_range`, which chooses between them."""
+"""The search for the best range: its definition, its compiled loops, and `best.best_range` to choose between them."""
