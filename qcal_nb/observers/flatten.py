@@ -32,7 +32,7 @@ def check_args(args: QuantizationArgs) -> QuantizationArgs:
     return args
 
 # %% ../../nbs/observers/flatten.ipynb #5c10534b
-def _impossible(strategy: str, base_name: str, why: str) -> ValueError:
+def _illegal_strategy(strategy: str, base_name: str, why: str) -> ValueError:
     return ValueError(f"strategy {strategy!r} is not possible for base name {base_name!r}: {why}")
 
 
@@ -48,7 +48,7 @@ def _flatten_weight(value: Tensor, args: QuantizationArgs) -> Tensor:
     if args.strategy == "channel": return value.unsqueeze(-2).unsqueeze(0)
     if args.strategy in ("group", "tensor_group"): return value.unflatten(-1, (-1, args.group_size)).unsqueeze(0)
     if args.strategy == "block": return _flatten_blocks(value, args.block_structure)
-    raise _impossible(
+    raise _illegal_strategy(
         args.strategy, "weight", "it belongs to activations; use tensor, channel, group, tensor_group or block"
     )
 
@@ -57,17 +57,18 @@ def _flatten_activation(value: Tensor, base_name: str, args: QuantizationArgs) -
     hidden = value.shape[-1]
     if args.strategy == "tensor": return value.reshape(-1, 1, hidden)
     if args.strategy in ("token", "group", "tensor_group") and not args.dynamic:
-        raise _impossible(args.strategy, base_name, "its scales follow each token, so the scheme must be dynamic")
+        raise _illegal_strategy(args.strategy, base_name, "its scales follow each token, so the scheme must be dynamic")
     if args.strategy == "token": return value.reshape(1, -1, hidden)
     if args.strategy in ("group", "tensor_group"): return value.reshape(-1, hidden // args.group_size, args.group_size)
-    raise _impossible(args.strategy, base_name, "an activation takes tensor, or (dynamic) token, group or tensor_group")
+    takes = "an activation takes tensor, or (dynamic) token, group or tensor_group"
+    raise _illegal_strategy(args.strategy, base_name, takes)
 
 
 def _flatten_attention(value: Tensor, base_name: str, args: QuantizationArgs) -> Tensor:
     tokens = value.transpose(1, 2).flatten(0, 1)  # (batch * seq, heads, head_dim)
     if args.strategy == "tensor": return tokens.flatten(-2).unsqueeze(-2)
     if args.strategy == "attn_head": return tokens.unsqueeze(-2).unsqueeze(-2)
-    raise _impossible(args.strategy, base_name, "attention states take tensor or attn_head")
+    raise _illegal_strategy(args.strategy, base_name, "attention states take tensor or attn_head")
 
 # %% ../../nbs/observers/flatten.ipynb #e06cd510
 def flatten_for_calibration(

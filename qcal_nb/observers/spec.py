@@ -113,7 +113,8 @@ def _specs_of_part(config: QuantizationConfig, base_name: str) -> list[ObserverS
     return [spec for args in parts for spec in specs_from_args(args, base_name)]
 
 
-def _without_doubles(specs: list[ObserverSpec]) -> list[ObserverSpec]: return list({label_of(s): s for s in specs}.values())
+def _without_doubles(specs: list[ObserverSpec]) -> list[ObserverSpec]:
+    return list({label_of(spec): spec for spec in specs}.values())
 
 
 def specs_from_config(config: QuantizationConfig) -> dict[str, list[ObserverSpec]]:

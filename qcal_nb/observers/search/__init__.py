@@ -1,1 +1,1 @@
-"""The search for the range that loses least: its definition, its compiled loops, and the door to both, `best.best_range`."""
+"""The search for the best range: its definition, its compiled loops, and `best.best_range` to choose between them."""

@@ -382,7 +382,8 @@ def bounded_range(observed: Tensor, low: Tensor, high: Tensor, search: Search, k
     binned = shared(observed, "binned", lambda: Binned(observed, *(extreme.item() for extreme in range_seen(observed))))
     def in_bins(lo: Tensor, hi: Tensor) -> list[Bounds]: return error_bounds(binned, lo, hi, args, norm)
     def remembering(look: Callable[..., Bounds]) -> Callable[[float], Bounds]:
-        def find(keys: list[Any]) -> list[Bounds]: return [look(observed, low * p, high * p, args, norm) for _, p in keys]
+        def find(keys: list[Any]) -> list[Bounds]:
+            return [look(observed, low * p, high * p, args, norm) for _, p in keys]
         return lambda p: remembered(known, [(look.__name__, p)], find)[0]
     bounds = some_at_a_time(in_bins, low, high, search.shrinks, known)
     looks = [remembering(look) for look in (error_by_kernel, error_in_pieces)]

@@ -423,8 +423,10 @@ def errors_of(problem: Problem, part: slice, shrinks: Sequence[float]) -> np.nda
     return np.concatenate(shared_out(some, *parts), axis=1)
 
 # %% ../../../nbs/observers/search/kernel.ipynb #dbbddbd0
-def remembered(known: dict[Any, Found], keys: Sequence[Any], find: Callable[[list[Any]], Iterable[Found]]) -> list[Found]:
-    "What `known` says of each of the `keys`. Of those it does not know `find` tells, and it knows them from then on."
+def remembered(
+    known: dict[Any, Found], keys: Sequence[Any], find: Callable[[list[Any]], Iterable[Found]]
+) -> list[Found]:
+    "What is `known` for each of the `keys`. What is missing is found by `find` and added to `known`."
     new = [key for key in keys if key not in known]
     if new:
         known.update(zip(new, find(new)))
