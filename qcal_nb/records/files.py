@@ -118,25 +118,29 @@ def _is_of_type(value: Any, kind: Any) -> bool:
 
 def _has_form(value: Any, form: Any) -> bool:
     "Whether a value is of a form, its parts aside."
-    if isinstance(form, dict): return isinstance(value, dict) and (str in form or value.keys() == form.keys())
     if isinstance(form, list): return isinstance(value, list)
     if isinstance(form, tuple): return isinstance(value, list) and len(value) == len(form)
-    return _is_of_type(value, form)
+    return isinstance(value, dict) and (str in form or value.keys() == form.keys())
 
 
-def _form_of_part(form: Any, key: Any) -> Any:
-    if isinstance(form, dict): return form.get(str, form.get(key))
-    return form[0] if isinstance(form, list) else form[key]
+def _check_parts(value: Any, form: Any, where: str) -> None:
+    if isinstance(form, dict):
+        for name, part in value.items():
+            check_form(part, form.get(str, form.get(name)), f"{where}, {name}")
+        return
+    forms = form if isinstance(form, tuple) else form * len(value)
+    for i, (part, part_form) in enumerate(zip(value, forms)):
+        check_form(part, part_form, f"{where}, {i}")
 
 
 def check_form(value: Any, form: Any, where: str = "it") -> None:
     """ValueError that says where a tree is not of a form: a type, [form of each], (form, form, …) or {name: form},
     {str: form} for any names."""
-    if not _has_form(value, form):
-        raise ValueError(f"{where} is {reprlib.repr(value)}, which is not what belongs there")
-    if not isinstance(form, (dict, list, tuple)): return
-    for key, part in value.items() if isinstance(value, dict) else enumerate(value):
-        check_form(part, _form_of_part(form, key), f"{where}, {key}")
+    nested = isinstance(form, (dict, list, tuple))
+    fits = _has_form(value, form) if nested else _is_of_type(value, form)
+    if not fits: raise ValueError(f"{where} is {reprlib.repr(value)}, which is not what belongs there")
+    if nested:
+        _check_parts(value, form, where)
 
 # %% ../../nbs/records/files.ipynb #9ebcadc3
 def write_whole(path: str | os.PathLike, data: bytes) -> Path:
