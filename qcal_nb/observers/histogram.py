@@ -229,7 +229,7 @@ def least_divergence(seen: Histogram, n: int, start: float, end: float, cuts: np
     low, high = inside
     return float(edges[low]), float(edges[high])
 
-
+# %% ../../nbs/observers/histogram.ipynb #b39aaa19
 def without_zeros(seen: Histogram) -> Histogram:
     "The same without the two buckets at zero."
     keep = (seen.codes != 0) & (seen.codes != -1)

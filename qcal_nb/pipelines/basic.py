@@ -100,7 +100,7 @@ def _check_options(
     check_propagate(propagate, pipeline)
     if not isinstance(all_experts, bool): raise TypeError(f"all_experts={all_experts!r} must be True or False")
 
-
+# %% ../../nbs/pipelines/basic.ipynb #769d8c53
 def calibrate(
     model: Module,  # Any torch model; transformers models take all forms of data
     data: Any,  # Texts, token ids, tensors, dicts, a DataLoader; None if none is needed

@@ -29,7 +29,8 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.utils import logging as transformers_logging
 
 from ..calibration import QPARAMS, exclusive
-from ..lifecycle import UndoLog, LifecycleError, QuantizationMixin, edits, undo_log_of, phase_of, schemes_by_module
+from ..lifecycle import UndoLog, LifecycleError, QuantizationMixin, edits, undo_log_of, phase_of
+from ..lifecycle import schemes_by_module
 from ..lifecycle import snapshot, uncomputed, undo
 from ..modeling import attention_modules, fused_experts, unfused_experts
 from .config import recipe_of
@@ -170,7 +171,7 @@ def _drop_qparams(state: dict[str, Tensor], names: list[str]) -> None:
 def _unpacked_dtype(packed: dict[str, Tensor], scheme: QuantizationScheme, form: CompressionFormat) -> torch.dtype:
     return BaseCompressor.get_value_from_registry(form.value).decompress(packed, scheme)["weight"].dtype
 
-
+# %% ../../nbs/recipes/checkpoint.ipynb #3cff0566
 def _checkpoint_tensors(model: Module) -> tuple[dict[str, Tensor], set[torch.dtype]]:
     "Every tensor of the checkpoint by name, and the dtypes that weights are unpacked to where they had another one."
     stored, skipped = stored_modules(model, _calibrated(model, "save").config)

@@ -105,7 +105,7 @@ class _Dumper(yaml.SafeDumper):
 
     def ignore_aliases(self, data: Any) -> bool: return True
 
-
+# %% ../../nbs/recipes/yaml.ipynb #6980fef2
 def to_yaml(modifier: QuantizationMixin) -> str:
     """The modifier as an llm-compressor recipe. It holds the fields that were given, in a fixed order; `from_yaml`
     reads it. A comment names observers that llm-compressor lacks."""

@@ -33,7 +33,7 @@ def _fused_names(model: Module) -> list[list[str]]:
 
 def _shares_scale(c: ObserverResult) -> bool: return not c.reason and c.args.strategy == "tensor_group"
 
-
+# %% ../../nbs/records/live_results.ipynb #8591f614
 class _Finder:
     "Finds results from what a collector's observers remember; one result for all tensors that share what it needs."
 

@@ -189,7 +189,7 @@ def _about(model: Module, recipe: QuantizationMixin | None, mask: Any) -> About:
     versions = dict(qcal_nb=__version__, **{package: version(package) for package in _PACKAGES})
     return About(type(model).__name__, name, config, versions, mask_in_words(mask), phase_of(model))
 
-
+# %% ../../nbs/records/run.ipynb #1eac69ee
 def new_record(
     model: Module, collector: Collector, recipe: QuantizationMixin | None = None, mask: Any = None
 ) -> CalibrationRecord:

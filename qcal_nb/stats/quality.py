@@ -139,7 +139,7 @@ def quality_of(
     if not stats.count: raise ValueError("nothing finite was seen")
     return _quality(stats, _Quantization(args, scale, zero_point))
 
-
+# %% ../../nbs/stats/quality.ipynb #4eb2ecec
 def _quality(stats: TensorStats, quantization: _Quantization) -> Quality:
     places = _sample_places(stats)
     counts = stats.histogram.counts

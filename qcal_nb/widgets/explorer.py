@@ -279,7 +279,7 @@ def _set_control(field: Any, options: tuple | None, value: Any) -> None:
     if field.value != value:
         field.value = value
 
-
+# %% ../../nbs/widgets/explorer.ipynb #a527e483
 def _refresh_controls(panel: "RangeExplorer", known: _Known) -> None:
     "Make all controls show the state, even a value for which this record has no tensor."
     s = panel.state
@@ -442,7 +442,7 @@ def _connect_ranges(panel: "RangeExplorer") -> None:
     panel.picture.observe(lambda change: panel.click(change.new), names=["clicked"])
     panel.state.observe(panel._follow, names=[*_CONTROLS, "selected"])
 
-
+# %% ../../nbs/widgets/explorer.ipynb #64b844ff
 class RangeExplorer(_Chosen):
     """Range or density of every tensor over the model's depth, live while batches run. Hover over a column to see
     its tensor's name, click to select it."""

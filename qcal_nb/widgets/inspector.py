@@ -117,7 +117,7 @@ def _name(row: dict[str, Any]) -> str:
     marks = [own] * bool(row["own"]) + [limit] * bool(row["at_limit"]) + [best] * bool(row["best"])
     return f"{dot}{escape(row['observer'])}{''.join(marks)}"
 
-
+# %% ../../nbs/widgets/inspector.ipynb #161be623
 def readout_html(table: list[dict[str, Any]]) -> str:
     "The read-out as a table; observers without a result are listed below it, with the reason."
     head = "".join(f'<th title="{tip}" scope="col">{name}</th>' for name, tip in _HEAD.items())
@@ -535,7 +535,7 @@ def _scales_axes(panel: "HistogramInspector", base: str, own: dict[Key, Any], na
 def _show_batches(panel: "HistogramInspector", key: Key, what: str) -> None:
     _picture(panel, "Batches", plot_timeline(panel.session.record, *key, ax=fixed_axes(9.0, 3.6, top=0.55)))
 
-
+# %% ../../nbs/widgets/inspector.ipynb #043950d2
 def _show_channels(panel: "HistogramInspector", key: Key, what: str) -> None:
     _picture(panel, "Channels", plot_channels(panel.session.record, *key, ax=fixed_axes(9.0, 3.6, top=0.35)))
 

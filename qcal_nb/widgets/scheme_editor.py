@@ -177,7 +177,7 @@ def _part_widgets(part: str) -> dict[str, Any]:
         observer=w.Dropdown(options=observers, description="Observer", **wide),
     )
 
-
+# %% ../../nbs/widgets/scheme_editor.ipynb #722cb9fd
 class PartFields(w.VBox):
     """The fields of weights or of inputs. `edit(part, name, value)` is called when you change one; `show` fills
     them."""

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 spec = importlib.util.spec_from_file_location("qcal_tools_drift", ROOT/"tools"/"drift.py")
 drift = importlib.util.module_from_spec(spec); spec.loader.exec_module(drift)
 
-MAX_CELLS, MAX_BYTES, MAX_LINES, MAX_COLUMNS = 80, 150_000, 60, 120
+MAX_CELLS, MAX_BYTES, MAX_LINES, MAX_COLUMNS = 80, 160_000, 60, 120    # bytes: a statement a line takes room
 MIN_PROSE, MAX_HIDDEN, MIN_SHOWN = 0.25, 0.10, 0.90
 SHOW_WITHIN = 3                                                           # cells after a definition
 EXPORTS = {"export", "exports", "exporti"}

@@ -182,7 +182,7 @@ def sorted_into(ruler: Ruler, flat: np.ndarray) -> tuple[np.ndarray, np.ndarray]
         unpack_bins(words, counts, above)
     return counts, above
 
-
+# %% ../../../nbs/observers/search/bins.ipynb #d0d20c2a
 class Binned:
     "A float32 tensor sorted into bins between its extremes: how many values are in each, and their mean."
 
