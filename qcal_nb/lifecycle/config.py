@@ -99,7 +99,7 @@ def _choose_observers(scheme: QuantizationScheme, chosen: dict[str, str | None])
         if args.dynamic is not True:
             _check_observer(args, base_name)
 
-# %% ../../nbs/lifecycle/config.ipynb #5fd766c2
+
 class _Checked(BaseModel):
     "Fields that are checked when the object is made; faults are explained in plain words."
 

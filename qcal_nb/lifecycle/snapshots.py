@@ -103,7 +103,7 @@ def edits(before: Snapshot, after: Snapshot) -> list[Edit]:
                   if not _same(old.get(p, _ABSENT), new.get(p, _ABSENT))]
     return sorted(found, key=lambda edit: -len(edit.place))  # a dictionary is put back before its entries
 
-# %% ../../nbs/lifecycle/snapshots.ipynb #243b73ce
+
 def undo(done: Iterable[Edit]) -> None:
     "Put back what was there before, the latest edit first."
     for edit in reversed(list(done)):

@@ -77,7 +77,7 @@ def check_propagate(propagate: str, pipeline: str) -> None:
         raise ValueError(f"propagate={propagate!r} needs pipeline='sequential', got pipeline={pipeline!r}: "
                          "only block by block are scales known before later blocks are fed")
 
-# %% ../../nbs/pipelines/basic.ipynb #3baba4fc
+
 def _check_options(
     modifier: Any,
     nonfinite: str | None,

@@ -372,7 +372,7 @@ def _at_the_beginning(session: Session) -> None:
     session.compared: pd.DataFrame | None = None
     session.ledger = None      # the model's undo log after our last step; a different one means a change from outside
 
-# %% ../../nbs/session/session.ipynb #8e4c6f02
+
 def _nothing_running(session: Session) -> None:
     session.owner = f"session {uuid.uuid4().hex[:8]}"
     session.running = ""
@@ -485,7 +485,7 @@ def _run_feed(session: Session, n: int | None, line: str) -> None:
     "Feed up to `n` batches (None: all that are left) in this thread, as one step that can be taken back."
     _run_claimed(session, n, line, _claim_feed(session, n, line))
 
-# %% ../../nbs/session/session.ipynb #2b3108ad
+
 def _base_names(session: Session) -> list[str]:
     "What to record: inputs and weights, and whatever else the recipe looks at."
     extra = {name for m in session.model.modules() for name in (*states_of(m), "output")
@@ -545,7 +545,7 @@ def _conclude(session: Session, collector: Collector) -> None:
     session.memory = collector.observers.memory
     session.record = replace(session.record, results=LiveResults(collector, session.model, session.record.tensors))
 
-# %% ../../nbs/session/session.ipynb #a0d44b6a
+
 def _feed_batches(session: Session, n: int | None, collector: Collector) -> None:
     first = session.fed
     tokens = 0

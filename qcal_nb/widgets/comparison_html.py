@@ -48,7 +48,7 @@ def verdict_html(rows: pd.DataFrame, base_name: str, words: str) -> str:
         text += f"Nothing is known about {len(rows) - len(known):,}. "
     return block(text + _gain_words(rows, known, base_name))
 
-# %% ../../nbs/widgets/comparison_html.ipynb #97abe51c
+
 def _gain_words(rows: pd.DataFrame, known: pd.DataFrame, base_name: str) -> str:
     "What the scheme's own observers lose against the best, or why that cannot be said."
     gains = known[np.isfinite(known.gain_db.astype(float))]
