@@ -25,6 +25,7 @@ extensions = [
 nb_execution_mode = "off"
 nb_merge_streams = True
 myst_enable_extensions = ["amsmath", "attrs_block", "attrs_inline", "dollarmath"]
+myst_heading_anchors = 3  # what links of notebooks lead to
 myst_dmath_double_inline = True  # $$…$$ in the middle of a paragraph, as Jupyter has it
 
 # the API
