@@ -2,17 +2,21 @@
 chapters and from words in prose to the API."""
 import importlib
 import inspect
+import pkgutil
 import re
 from collections import Counter
 from functools import cache
 from types import ModuleType
 
 import toc
+
+import qcal_nb
 from docutils import nodes
 from fastcore.docments import docments
 from sphinx.util.nodes import make_refnode
 
-PACKAGES = ("qcal_nb", "qcal_nb.observers")  # written by hand: they hand on what their modules define
+# Doors, written by hand: they hand on what their modules define.
+PACKAGES = ["qcal_nb", *(f"qcal_nb.{info.name}" for info in pkgutil.iter_modules(qcal_nb.__path__) if info.ispkg)]
 INSIDE_CLASS = ("method", "property", "attribute")
 
 

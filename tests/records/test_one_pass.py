@@ -33,7 +33,7 @@ def looks(monkeypatch):
             return function(*args, **kwargs)
         return counted
     monkeypatch.setattr(qcal_nb.records.collect, "measure", counting("measure", qcal_nb.records.collect.measure))
-    for read in ("_read_once", "_read"): monkeypatch.setattr(qcal_nb.stats.tensor, read, counting(read, getattr(qcal_nb.stats.tensor, read)))
+    for read in ("_read_once", "_read_each"): monkeypatch.setattr(qcal_nb.stats.tensor, read, counting(read, getattr(qcal_nb.stats.tensor, read)))
     monkeypatch.setattr(MinMaxObserver, "update_statistics_from_observed", counting("minmax", MinMaxObserver.update_statistics_from_observed))
     monkeypatch.setattr(qcal_nb.observers.histogram, "bucket_counts", counting("histogram", qcal_nb.observers.histogram.bucket_counts))
     return counts
@@ -51,7 +51,7 @@ def test_one_pass_for_any_number_of_observers(looks, observers):
     run = record(model, make_batches(3), observers=observers, **QUIET)
     handle.remove()
     tensors = 2 * 4 * 3 + 14
-    assert (looks["forward"], looks["measure"], looks["_read_once"], looks["_read"], looks["histogram"]) == (3, tensors, tensors, 0, 0)
+    assert (looks["forward"], looks["measure"], looks["_read_once"], looks["_read_each"], looks["histogram"]) == (3, tensors, tensors, 0, 0)
     assert looks["minmax"] == (2 * 4 * 3 if "minmax" in observers else 0)  # a weight's follows from what was measured
     for layer in ("model.layers.0", "model.layers.1"):
         q, k, v = (run[f"{layer}.self_attn.{n}_proj", "input"] for n in "qkv")

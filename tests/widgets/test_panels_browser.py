@@ -69,7 +69,7 @@ def test_use_best_changes_the_scheme_and_the_next_end_yields_those_scales(app, r
     until(app, f"(lambda named: {{m: named.get(m, named.get('Linear')) for m in {list(best)!r}}})({named})", best)
     until(app, "wb.session.phase", "original")
     for step, phase in (("initialize", "initialized"), ("start", "fed"), ("end", "ended")): click(app, step, phase)
-    scales = f"[(m.input_scale, wb.record.conclusions[n, 'input', {best!r}[n]].scale) for n, m in wb.session.model.named_modules() if n in {best!r}]"
+    scales = f"[(m.input_scale, wb.record.results[n, 'input', {best!r}[n]].scale) for n, m in wb.session.model.named_modules() if n in {best!r}]"
     assert ask(app, f"(lambda pairs: [len(pairs), all(torch.equal(a, b) for a, b in pairs)])({scales})") == [28, True]
     shot(app, request, "compare-used")
     assert not app.console_errors
