@@ -230,7 +230,7 @@ def test_api_and_chapters_lead_to_each_other(site):
 
 @pytest.mark.slow
 def test_comments_describe_parameters(site):
-    text = " ".join(text_of(site / "api" / "qcal_nb.models.tiny_llama.html").split())
+    text = " ".join(text_of(site / "api" / "qcal_nb.models.outliers.html").split())
     assert "Parameters:" in text
     said = names.parameters(qcal_nb.models.inject_outliers)
     assert len(said) > 2 and all(words.replace("`", "").replace("...", "…") in text for words in said.values())
