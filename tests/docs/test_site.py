@@ -19,6 +19,7 @@ import pytest
 import toc
 
 import qcal_nb
+from qcal_nb.models import inject_outliers
 
 ELSEWHERE = re.compile(r"(?i)^(https?:)?//")
 VOID = "meta link img input br hr path circle line polyline rect col source wbr".split()
@@ -232,7 +233,7 @@ def test_api_and_chapters_lead_to_each_other(site):
 def test_comments_describe_parameters(site):
     text = " ".join(text_of(site / "api" / "qcal_nb.models.outliers.html").split())
     assert "Parameters:" in text
-    said = names.parameters(qcal_nb.models.inject_outliers)
+    said = names.parameters(inject_outliers)
     assert len(said) > 2 and all(words.replace("`", "").replace("...", "…") in text for words in said.values())
 
 
