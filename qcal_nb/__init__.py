@@ -11,14 +11,25 @@ if TYPE_CHECKING:
     from .records import CalibrationRecord, record
     from .workbench import Workbench
 
-_homes = dict(Workbench="workbench", record="records", CalibrationRecord="records", calibrate="pipelines", load_tiny_llama="models")
+_homes = {
+    "CalibrationRecord": "records",
+    "Workbench": "workbench",
+    "calibrate": "pipelines",
+    "load_tiny_llama": "models",
+    "record": "records",
+}
 
 __all__ = ["CalibrationRecord", "Workbench", "__version__", "calibrate", "load_tiny_llama", "record"]
 
+
 def __getattr__(name: str):
     "Import a public name from its module on first use, so that `import qcal_nb` alone stays light."
-    if name not in _homes: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f".{_homes[name]}", __name__), name)
+    if name not in _homes:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = import_module(f".{_homes[name]}", __name__)
+    value = globals()[name] = getattr(home, name)
     return value
 
-def __dir__() -> list[str]: return sorted({*globals(), *_homes})
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_homes})

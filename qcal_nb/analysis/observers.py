@@ -19,8 +19,8 @@ import pandas as pd
 from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
-from .tables import ID_COLUMNS, Row, check_record, model_table, id_columns
-from ..observers import Observer, ObserverSpec, DEFAULT_ARGS, check_args, label_of, new_observer
+from .tables import ID_COLUMNS, Row, check_record, id_columns, model_table
+from ..observers import DEFAULT_ARGS, Observer, ObserverSpec, check_args, label_of, new_observer
 from ..records import CalibrationRecord, Key, ObserverResult, check_observers, counts_of, observer_result
 from ..records import result_from_stats, statistics_from
 from ..schemes import describe_args

@@ -13,7 +13,7 @@ import pandas as pd
 from compressed_tensors.quantization import QuantizationArgs
 
 from .tables import ID_COLUMNS, Row, check_record, id_columns, model_table, once_each
-from ..observers import ObserverSpec, DEFAULT_ARGS
+from ..observers import DEFAULT_ARGS, ObserverSpec
 from ..records import CalibrationRecord, Key, result_from_stats
 from ..stats import TensorStats, quality_of
 

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from ..lifecycle import Coverage, QuantizationMixin, suspicious_scales
-from ..records import CalibrationRecord, ObserverResult, Key
+from ..records import CalibrationRecord, Key, ObserverResult
 from ..stats import NonFinite, TensorStats
 
 # %% ../../nbs/analysis/tables.ipynb #df19115d

@@ -27,8 +27,7 @@ from ..calibration import scheme_args
 from .divergence import Batches, Divergence, QuantizationSwitches, as_modifier, check_causal
 from .divergence import divergence_of, eval_batches, logits_of, name_of, undisturbed
 from ..lifecycle import LifecycleError, QuantizationModifier, borrowed, check_schemes, phase_of
-from ..lifecycle import schemes_by_module
-from ..lifecycle import undo_log_of
+from ..lifecycle import schemes_by_module, undo_log_of
 from ..models import positions_of
 from ..pipelines import batches, calibrate
 from ..recipes import packed_tensors, stored_modules

@@ -2,7 +2,7 @@
 
 from .outliers import inject_outliers
 from .texts import calibration_texts, evaluating, heldout_texts, perplexity, positions_of, usual_length
-from .tiny_llama import load_tiny_llama
+from .tiny_llama import load_tiny_llama, no_progress_bars
 
 __all__ = [
     "calibration_texts",
@@ -10,6 +10,7 @@ __all__ = [
     "heldout_texts",
     "inject_outliers",
     "load_tiny_llama",
+    "no_progress_bars",
     "perplexity",
     "positions_of",
     "usual_length",

@@ -22,10 +22,10 @@ from matplotlib.collections import QuadMesh
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
-from ..analysis import check_record, compare_observers, result_of, convergence, enough_in_words, layer_of
-from ..analysis import percent_of
+from ..analysis import check_record, compare_observers, convergence, enough_in_words, layer_of, percent_of
+from ..analysis import result_of
 from ..lifecycle import extreme_scales
-from ..observers import ObserverSpec, specs_from_config, label_of
+from ..observers import ObserverSpec, label_of, specs_from_config
 from .model import NOTE_BOX, bar_width, choose_base, legend
 from .style import BASE_COLORS, CLIPPED, NAMED, bars, base_color, column_edges, dark, dots, headline
 from .style import label_depth, light, log_values, new_axes, packed, say_nothing, shades, short_name

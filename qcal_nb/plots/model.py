@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from ..analysis import DERIVED, check_record, result_of, layer_of, ranges
+from ..analysis import DERIVED, check_record, layer_of, ranges, result_of
 from ..observers import ObserverSpec
 from .style import SMOOTH, bars, base_color, column_edges, counts_between, headline, label_depth, light
 from .style import new_axes, packed, say_nothing, shades, symlog, symlog_edges, symlog_from

@@ -24,9 +24,9 @@ from matplotlib.transforms import Bbox, TransformedBbox
 
 from ..analysis import BY_HAND, CHANNEL_THRESHOLD, at_limit, best_of, check_record
 from ..observers import ObserverSpec
-from .model import results_for, legend
-from .style import CLIPPED, SMOOTH, as_png, base_color, counts_between, dark, dots, drawable
-from .style import headline, light, log_values, new_axes, say_nothing, symlog, symlog_edges
+from .model import legend, results_for
+from .style import CLIPPED, SMOOTH, as_png, base_color, counts_between, dark, dots, drawable, headline
+from .style import light, log_values, new_axes, say_nothing, symlog, symlog_edges
 from ..records import CalibrationRecord, ObserverResult
 from ..schemes import code_points, describe_args
 from ..stats import TensorStats, quality_of

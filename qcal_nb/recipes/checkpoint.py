@@ -11,8 +11,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +25,12 @@ from torch import Tensor
 from torch.nn import Module
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-from transformers.utils import logging as transformers_logging
 
 from ..calibration import QPARAMS, exclusive
-from ..lifecycle import UndoLog, LifecycleError, QuantizationMixin, edits, undo_log_of, phase_of
-from ..lifecycle import schemes_by_module
-from ..lifecycle import snapshot, uncomputed, undo
+from ..lifecycle import LifecycleError, QuantizationMixin, UndoLog, edits, phase_of, schemes_by_module, snapshot
+from ..lifecycle import uncomputed, undo, undo_log_of
 from ..modeling import attention_modules, fused_experts, unfused_experts
+from ..models import no_progress_bars
 from .config import recipe_of
 from .plain import _SCHEME_PARTS, _config_to_dict, _one_format, storage_format
 from .yaml import to_yaml
@@ -271,19 +269,6 @@ def _more_than_weights(scheme: QuantizationScheme) -> bool:
     )
 
 # %% ../../nbs/recipes/checkpoint.ipynb #4a55522f
-@contextmanager
-def _quiet() -> Iterator[None]:
-    "No progress bars of transformers inside the block."
-    shown = transformers_logging.is_progress_bar_enabled()
-    if shown:
-        transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
-
-
 def _write_config(folder: Path, config: QuantizationConfig, dtype: torch.dtype | None) -> None:
     """Add the quantization_config to the config.json that transformers wrote, and the dtype to load if it differs from
     the model's."""
@@ -301,7 +286,7 @@ def _save_model(model: PreTrainedModel, folder: Path, state: dict[str, Tensor]) 
     "Let transformers write the weights, and take back what it writes into the model."
     before = snapshot(model)
     try:
-        with _quiet():
+        with no_progress_bars():
             model.save_pretrained(folder, state_dict=_rename_experts(model, state))
     finally:
         undo(edits(before, snapshot(model)))

@@ -15,8 +15,8 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from compressed_tensors.utils.match import is_match, match_name, match_targets
 from torch.nn import Module
 
-from ..lifecycle import LifecycleError, QUANTIZABLE, QuantizationMixin, QuantizationModifier, undo_log_of
-from ..lifecycle import schemes_by_module
+from ..lifecycle import LifecycleError, QUANTIZABLE, QuantizationMixin, QuantizationModifier, schemes_by_module
+from ..lifecycle import undo_log_of
 from ..modeling import fused_experts
 from .plain import _METHOD, _SCHEME_PARTS, _config_to_dict, _modifier, _parse, _plain_value, _text_of
 from .plain import storage_format

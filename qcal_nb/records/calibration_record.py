@@ -23,8 +23,7 @@ from torch import Tensor
 
 from .results import ObserverResult, merge_results, merges, result_of_one_part
 from .files import check_form, read_tree, write_tree
-from .tree import _FOUND, _STATS, _result_from_list, _result_to_list, _stats_from_tree
-from .tree import _stats_to_tree
+from .tree import _FOUND, _STATS, _result_from_list, _result_to_list, _stats_from_tree, _stats_to_tree
 from ..stats import TensorStats, level_of, same_stats
 
 # %% ../../nbs/records/calibration_record.ipynb #ffd4ce89

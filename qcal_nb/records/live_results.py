@@ -15,7 +15,7 @@ from torch.nn import Module
 
 from ..modeling import fused_layers
 from ..observers import Observer
-from .calibration_record import ResultKey, Key
+from .calibration_record import Key, ResultKey
 from .collect import Collector
 from .observing import Attached, Memory
 from .results import NEVER_SEEN, ObserverResult, counts_of, observer_result, result_from_stats

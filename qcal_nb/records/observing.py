@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..observers import ObserverSpec, DEFAULT_ARGS, Observer, TensorMemo, label_of, new_observer
+from ..observers import DEFAULT_ARGS, Observer, ObserverSpec, TensorMemo, label_of, new_observer
 from .calibration_record import ResultKey
 from .results import follows_from_stats
 

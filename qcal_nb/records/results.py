@@ -16,9 +16,8 @@ import torch.distributed as dist
 from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
-from ..observers import ObserverSpec, Counts, DEFAULT_ARGS, Observer, find_observer, fuse, label_of
-from ..observers import new_observer
-from ..observers import qparams_for
+from ..observers import Counts, DEFAULT_ARGS, Observer, ObserverSpec, find_observer, fuse, label_of
+from ..observers import new_observer, qparams_for
 from ..schemes import describe_args
 from ..stats import TensorStats, dense_counts, dtype_of, first_place
 

@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 from .. import __version__
 from ..calibration import args_in, exclusive, guarded, rank_and_size, together
-from ..lifecycle import QUANTIZABLE, QuantizationMixin, check_schemes, experts_apart, undo_log_of, phase_of
-from ..lifecycle import reaches_experts, restore, schemes_by_module, snapshot, warn_unmatched
+from ..lifecycle import QUANTIZABLE, QuantizationMixin, check_schemes, experts_apart, phase_of, reaches_experts
+from ..lifecycle import restore, schemes_by_module, snapshot, undo_log_of, warn_unmatched
 from ..modeling import attention_classes, attention_faults, attention_modules, embeddings_of, hook_attention
 from ..modeling import hook_kv_cache, tokens_per_expert, unfused_experts
 from ..observers import DEFAULT_ARGS, ObserverSpec, args_or_default, feeding, find_observer, label_of

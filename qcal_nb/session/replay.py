@@ -17,7 +17,7 @@ from ..analysis import same_args
 from ..calibration import observer_of
 from ..lifecycle import observed_names
 from ..observers import Counts, Observer, find_observer, observer_name
-from ..records import Attached, CalibrationRecord, Collector, ObserverResult, ResultKey, Key, Memory, counts_of
+from ..records import Attached, CalibrationRecord, Collector, Key, Memory, ObserverResult, ResultKey, counts_of
 from ..records import follows_from_stats, statistics_from
 
 # %% ../../nbs/session/replay.ipynb #72765ae4

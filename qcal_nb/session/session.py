@@ -24,16 +24,14 @@ from torch.nn import Module
 from ..calibration import args_in, claim, exclusive, guarded, scheme_args
 from ..evaluate import best_observers, compare_for_recipe, compare_schemes, named_schemes, observers_to_compare
 from ..evaluate import schemes_of_record, unfit_schemes
-from ..lifecycle import Match, ModuleChange, QuantizationModifier, State, changes, lacking_data
-from ..lifecycle import undo_log_of, match_report, phase_of, reset_quantization, restore, schemes_by_module
-from ..lifecycle import snapshot
+from ..lifecycle import Match, ModuleChange, QuantizationModifier, State, changes, lacking_data, match_report
+from ..lifecycle import phase_of, reset_quantization, restore, schemes_by_module, snapshot, undo_log_of
 from ..modeling import states_of
 from ..models import positions_of
-from ..observers import ObserverSpec, all_or_nothing, specs_from_args, feeding, label_of
+from ..observers import ObserverSpec, all_or_nothing, feeding, label_of, specs_from_args
 from ..pipelines import RepeatableBatches, batches, calibration_context, expected_batches, feed, running_of
 from ..recipes import from_config, override
-from ..records import About, CalibrationRecord, Collector, LiveResults, new_collector
-from ..records import new_record
+from ..records import About, CalibrationRecord, Collector, LiveResults, new_collector, new_record
 from .progress import PHASES_IN_WORDS, Past, Progress, SessionError, ended_in_time
 from .provenance import data_code, model_code
 from .replay import collector_memory, restore_statistics, statistics_by_observer

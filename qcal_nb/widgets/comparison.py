@@ -24,8 +24,8 @@ from matplotlib.figure import Figure
 from traitlets import Bool, TraitError
 
 from ..analysis import choose, mark_best, without_observer
-from ..evaluate import TABLE_ORDERS, TENSOR_COLUMNS, UNKNOWN, best_by_tensor, scheme_observers, sort_rows
-from ..evaluate import scheme_args_by_module
+from ..evaluate import TABLE_ORDERS, TENSOR_COLUMNS, UNKNOWN, best_by_tensor, scheme_args_by_module
+from ..evaluate import scheme_observers, sort_rows
 from ..observers import label_of, name_and_kwargs
 from ..plots import NAMED, new_axes, plot_observers, say_nothing, to_png
 from ..recipes import production_note
@@ -37,7 +37,7 @@ from .comparison_html import verdict_html
 from .html import block, empty_html, error_html, warning_html
 from .panel import Panel, Picture, bar_at, static_picture
 from .schemes import SchemeComparison
-from .work import Question, ComparisonTables
+from .work import ComparisonTables, Question
 
 # %% ../../nbs/widgets/comparison.ipynb #aaa26a52
 def heatmap_axes(observers: int, tensors: int) -> Axes:

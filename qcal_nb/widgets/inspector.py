@@ -23,12 +23,12 @@ from compressed_tensors.quantization import QuantizationArgs
 from matplotlib.axes import Axes
 from traitlets import TraitError
 
-from ..analysis import Answers, BY_HAND, DERIVED, recorded_args, best_of, result_by_hand, outlier_ratio
-from ..analysis import place_in_words, usual_observers
+from ..analysis import Answers, BY_HAND, DERIVED, best_of, outlier_ratio, place_in_words, recorded_args
+from ..analysis import result_by_hand, usual_observers
 from ..observers import ObserverSpec, label_of
 from ..plots import HAND, LiveHistogram, fixed_axes, plot_channels, plot_histogram, plot_scales, plot_timeline
 from ..plots import to_png
-from ..records import CalibrationRecord, ObserverResult, Key
+from ..records import CalibrationRecord, Key, ObserverResult
 from ..schemes import code_points, describe_args
 from ..session import FORMATS, SHOWN, Session, WorkbenchState
 from ..stats import TensorStats

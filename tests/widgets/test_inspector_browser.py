@@ -7,6 +7,8 @@ import zlib
 
 import pytest
 
+from tests.widgets.page import KERNEL, PICTURE, ask
+
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 CELL = """
@@ -19,30 +21,13 @@ session.initialize(); session.start(); session.feed_all()
 panel = HistogramInspector(session)
 panel
 """
-KERNEL = """async code => {
-  const kernel = window.jupyterapp.shell.currentWidget.sessionContext.session.kernel;
-  const future = kernel.requestExecute({ code, silent: false, store_history: false });
-  let text = '', error = null;
-  future.onIOPub = m => { if (m.header.msg_type === 'stream') text += m.content.text;
-                          if (m.header.msg_type === 'error') error = m.content.ename + ': ' + m.content.evalue; };
-  await future.done;
-  return { text, error };
-}"""
-BYTES = "async img => Array.from(new Uint8Array(await (await fetch(img.src)).arrayBuffer()))"
 READOUT = """table => Object.fromEntries(Array.from(table.rows).slice(1).map(
   row => [row.cells[0].innerText, Array.from(row.cells).slice(1).map(cell => cell.innerText)]))"""
 
 
-def ask(page, expression):
-    "The value of an expression in the notebook's kernel."
-    answer = page.evaluate(KERNEL, f"import json; print(json.dumps({expression}))")
-    assert answer["error"] is None, answer["error"]
-    return json.loads(answer["text"])
-
-
 def data_of(page, name):
     "What was drawn, read from the very PNG that the page shows."
-    data, at = bytes(page.locator(f".qcal-inspector-{name} img").evaluate(BYTES)), 8
+    data, at = bytes(page.locator(f".qcal-inspector-{name} img").evaluate(PICTURE)), 8
     while at < len(data):
         size, kind = struct.unpack(">I4s", data[at:at + 8])
         body = data[at + 8:at + 8 + size]
