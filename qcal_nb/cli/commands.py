@@ -56,18 +56,28 @@ def _observer(word: str) -> tuple[str, str]:
 
 def _common(parser: argparse.ArgumentParser) -> None:
     "What `lab` and `calibrate` both take."
-    parser.add_argument("model", metavar="MODEL", help="a model's folder or hub name; 'tiny' is the embedded one")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a model's folder or hub name; 'tiny' is the embedded one, 'smollm2' a real one that pip installs",
+    )
     parser.add_argument(
         "--data",
         metavar="FILE",
-        help="texts: .txt with paragraphs (or lines), .jsonl or .json with \"text\" (may be left out with 'tiny', "
-        "which brings its own)",
+        help="texts: .txt with paragraphs (or lines), .jsonl or .json with \"text\" (may be left out with 'tiny' "
+        "and 'smollm2', which get texts of ours)",
     )
     parser.add_argument(
         "--scheme",
         default=None,
         metavar="NAME",
         help="a preset: FP8, INT8_STATIC, W4A16, NVFP4, ... (default: FP8); an unknown name lists all of them",
+    )
+    parser.add_argument(
+        "--group-size",
+        type=_positive,
+        metavar="N",
+        help="weights in a group, for presets that have groups (W4A16: 128), where 128 does not divide the rows",
     )
 
 # %% ../../nbs/cli/commands.ipynb #37c3179a
@@ -161,19 +171,21 @@ def modifier_from_options(options: argparse.Namespace) -> Any:
     "The `QuantizationModifier` that was asked for."
     from qcal_nb.lifecycle import QuantizationModifier
     from qcal_nb.recipes import from_yaml
+    from qcal_nb.schemes import adjusted
     if options.recipe is not None:
         _check_alone(options)
         return from_yaml(Path(options.recipe))
     ignore = ["lm_head"] if options.ignore is None else options.ignore
     observers = {f"{base}_observer": name for base, name in options.observer}
-    return QuantizationModifier(scheme=options.scheme or "FP8", targets=["Linear"], ignore=ignore, **observers)
+    scheme = adjusted(options.scheme or "FP8", group_size=options.group_size)
+    return QuantizationModifier(scheme=scheme, targets=["Linear"], ignore=ignore, **observers)
 
 
 def _check_alone(options: argparse.Namespace) -> None:
     "ValueError if an option says what the recipe says already."
-    for name in ("scheme", "ignore", "observer"):
+    for name in ("scheme", "group_size", "ignore", "observer"):
         if getattr(options, name):
-            raise ValueError(f"--{name} and --recipe: the recipe says it already; give one of them")
+            raise ValueError(f"--{name.replace('_', '-')} and --recipe: the recipe says it already; give one of them")
 
 
 @contextmanager
@@ -269,8 +281,8 @@ def calibrate_command(options: argparse.Namespace) -> None:
 # %% ../../nbs/cli/commands.ipynb #98a41656
 def _seen_from(folder: Path, name: str | None) -> str | None:
     "A path as a notebook in `folder` has to write it; `tiny` and a hub's name stay as they are."
-    from qcal_nb.cli.inputs import TINY
-    if name in (None, TINY) or not Path(name).exists(): return name
+    from qcal_nb.cli.inputs import OURS
+    if name is None or name in OURS or not Path(name).exists(): return name
     return os.path.relpath(name, folder)
 
 
@@ -330,7 +342,7 @@ def _notebook_to_open(options: argparse.Namespace) -> Path:
     from qcal_nb.cli.inputs import workbench_notebook
     folder = Path(options.notebook or ".").parent
     model, data = (_seen_from(folder, name) for name in (options.model, options.data))
-    notebook = workbench_notebook(model, data, options.scheme or "FP8")
+    notebook = workbench_notebook(model, data, options.scheme or "FP8", options.group_size)
     path = _notebook_path(options.notebook, notebook.metadata["qcal_nb"])
     if path.exists():
         print(f"{path} exists and is opened as it is", file=sys.stderr)
@@ -357,7 +369,7 @@ def main(words: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("qcal-nb: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, TypeError, RuntimeError, OSError) as why:
+    except (ValueError, TypeError, RuntimeError, OSError, ImportError) as why:
         if options.traceback: raise
         print(f"qcal-nb: {_one_line(why)}", file=sys.stderr)
         return 1

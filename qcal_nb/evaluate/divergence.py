@@ -24,7 +24,7 @@ from ..lifecycle import QuantizationModifier
 from ..modeling import embeddings_of
 from ..models import evaluating
 from ..pipelines import batches, warn_if_too_long
-from ..schemes import describe
+from ..schemes import describe, is_adjusted
 
 # %% ../../nbs/evaluate/divergence.ipynb #d4592175
 Batches = list[dict[str, Any]]
@@ -207,10 +207,10 @@ def undisturbed(model: Module, purpose: str) -> Iterator[None]:
 def as_modifier(scheme: Any) -> QuantizationModifier:
     "A modifier itself, or that of a preset's name, a `QuantizationScheme` or its fields, with `lm_head` left as it is."
     if isinstance(scheme, QuantizationModifier): return scheme
-    if not isinstance(scheme, (str, dict)) and not hasattr(scheme, "input_activations"):
+    if not isinstance(scheme, (str, dict)) and not is_adjusted(scheme) and not hasattr(scheme, "input_activations"):
         raise TypeError(
-            "a scheme must be a preset's name, a QuantizationScheme or a QuantizationModifier, got "
-            f"{type(scheme).__name__}"
+            "a scheme must be a preset's name, a pair of one and its fields, a QuantizationScheme or a "
+            f"QuantizationModifier, got {type(scheme).__name__}"
         )
     return QuantizationModifier(scheme=scheme, ignore=["lm_head"])
 
@@ -220,10 +220,18 @@ def _formats(scheme: Any) -> str:
     return " ".join(f"{part} {text}" for part, text in said.items() if text != "not quantized")
 
 
+def _preset_name(scheme: Any) -> str:
+    "A preset's name, with the fields that were changed; empty for anything else."
+    if isinstance(scheme, str): return scheme
+    if not is_adjusted(scheme): return ""
+    name, fields = scheme
+    return ", ".join([name, *(f"{field}={value!r}" for field, value in fields.items())])
+
+
 def _format_name(modifier: QuantizationModifier) -> str:
     "The preset, else the formats of all groups; and the KV cache, if there is one."
-    parts = [modifier.scheme]
-    if not isinstance(modifier.scheme, str):
+    parts = [_preset_name(modifier.scheme)]
+    if not parts[0]:
         parts = [_formats(group) for group in modifier.resolved_config.config_groups.values()]
     if modifier.kv_cache_scheme is not None:
         parts.append("KV cache")

@@ -279,6 +279,7 @@ def compare_observers(
     observers: Iterable[ObserverSpec] = ("static_minmax",),  # Names, or pairs of a name and its arguments
     *,
     scheme: Any = None,  # A preset or a modifier; None: int8 symmetric per tensor, every Linear but lm_head
+    group_size: int | None = None,  # Of a preset with groups, instead of its own
     base_names: Iterable[str] = ("input", "weight"),  # What to look at; also "output", "lm_head_output", "q", "k", "v"
     tokenizer: Any = None,  # Needed for texts
     mask: Any = None,  # Token ids to leave out, or a function of the batch -> bool (batch, seq), True = count
@@ -294,7 +295,7 @@ def compare_observers(
     mask = check_mask(mask)
     with borrowed(model, "compare_observers()"):
         pass  # or a LifecycleError
-    recipe = recipe_to_record(scheme)
+    recipe = recipe_to_record(scheme, group_size=group_size)
     weights_alone = data is None and names == ("weight",)
     stream = None if weights_alone else list(batches(data, tokenizer, batch_size, max_length))
     asked_scheme = None if scheme is None else recipe

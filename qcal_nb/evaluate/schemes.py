@@ -31,6 +31,7 @@ from ..lifecycle import schemes_by_module, undo_log_of
 from ..models import positions_of
 from ..pipelines import batches, calibrate
 from ..recipes import packed_tensors, stored_modules
+from ..schemes import adjusted, has_groups, is_adjusted, is_preset
 from ..stats import sqnr_db
 from ..taps import first_tensor
 
@@ -296,7 +297,16 @@ def _is_fields(schemes: Any) -> bool:
 
 def _is_one_scheme(schemes: Any) -> bool:
     named = isinstance(schemes, (str, QuantizationModifier))
-    return named or _is_fields(schemes) or hasattr(schemes, "input_activations")
+    return named or is_adjusted(schemes) or _is_fields(schemes) or hasattr(schemes, "input_activations")
+
+
+def _regrouped(schemes: Any, group_size: int) -> Any:
+    "The same schemes with another group size, where a preset has groups. ValueError if none has."
+    if _is_one_scheme(schemes): return adjusted(schemes, group_size=group_size)
+    def one(scheme: Any) -> Any:
+        return adjusted(scheme, group_size=group_size) if is_preset(scheme) and has_groups(scheme) else scheme
+    if isinstance(schemes, Mapping): return {label: one(scheme) for label, scheme in schemes.items()}
+    return [one(scheme) for scheme in schemes]
 
 
 def _by_label(schemes: Mapping[Any, Any]) -> dict[str, QuantizationModifier]:
@@ -316,8 +326,11 @@ def _by_unique_name(schemes: Iterable[Any]) -> dict[str, QuantizationModifier]:
     return found
 
 # %% ../../nbs/evaluate/schemes.ipynb #aea1a7d7
-def named_schemes(schemes: Any) -> dict[str, QuantizationModifier]:
-    "Label -> modifier, of a dict or of an iterable of presets and modifiers; a label that comes twice is numbered."
+def named_schemes(schemes: Any, group_size: int | None = None) -> dict[str, QuantizationModifier]:
+    """Label -> modifier, of a dict or of an iterable of presets and modifiers; a label that comes twice is numbered.
+    `group_size`: of the presets that have groups, instead of their own."""
+    if group_size is not None:
+        schemes = _regrouped(schemes, group_size)
     if _is_one_scheme(schemes): return _by_unique_name([schemes])
     if isinstance(schemes, Mapping): return _by_label(schemes)
     if isinstance(schemes, Iterable): return _by_unique_name(schemes)
@@ -435,6 +448,7 @@ def compare_schemes(
     data: Any,  # What to calibrate on, in any form; None if no scheme needs data
     schemes: Any,  # Presets and modifiers, or a dict label -> preset or modifier
     *,
+    group_size: int | None = None,  # Of presets with groups, instead of their own
     eval_data: Any,  # What to evaluate on, in any form; text that is not in `data`
     tokenizer: Any = None,  # Needed for texts
     batch_size: int = 1,  # Texts or rows in a batch; padding does not count in the evaluation
@@ -449,7 +463,7 @@ def compare_schemes(
     signal, so it does not see what is lost in small channels beside outlier channels. Works on the one model and
     leaves it as it was, also after errors; an interrupt gives the rows so far."""
     _check_comparable(model, tokenizer, prompt)
-    modifiers = named_schemes(schemes)
+    modifiers = named_schemes(schemes, group_size)
     options = dict(tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
     unfit = unfit_schemes(model, modifiers)
     fitting = {label: modifier for label, modifier in modifiers.items() if label not in unfit}

@@ -28,6 +28,7 @@ from .schemes import calibration_batches, check_fit
 from ..lifecycle import QuantizationModifier, borrowed
 from ..modeling import fused_layers
 from ..pipelines import calibrate
+from ..schemes import adjusted
 
 # %% ../../nbs/evaluate/sensitivities.ipynb #b29536f1
 Unit = tuple[str, ...]  # names of modules that are switched together
@@ -321,6 +322,7 @@ def sensitivity(
     data: Any,                              # What to calibrate on, in any form; None if the scheme needs none
     scheme: Any,                            # A preset or a modifier
     *,
+    group_size: int | None = None,          # Of a preset with groups, instead of its own
     eval_data: Any,                         # What to evaluate on, in any form; text that is not in `data`
     tokenizer: Any = None,                  # Needed for texts
     batch_size: int = 1,                    # Texts or rows in a batch; padding does not count in the evaluation
@@ -334,7 +336,7 @@ def sensitivity(
     kl_quantized. Leaves the model as it was; an interrupt gives the rows so far."""
     with borrowed(check_causal(model), "sensitivity()"):
         pass  # or a LifecycleError
-    modifier = as_modifier(scheme)
+    modifier = as_modifier(adjusted(scheme, group_size=group_size))
     options = dict(tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
     label = name_of(modifier)
     check_fit(model, modifier, label)

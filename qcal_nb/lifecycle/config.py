@@ -12,10 +12,11 @@ from typing import Any, Literal
 
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 from compressed_tensors.quantization import QuantizationStatus
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 from ..observers import find_observer, known_kwargs, observer_name
-from ..schemes import in_plain_words, is_preset, needs_data, preset, preset_names
+from ..schemes import ARGS_FIELDS, adjusted, adjusted_preset, in_plain_words, is_adjusted, is_preset
+from ..schemes import needs_data, preset, preset_names
 from ..stats import check_policy
 from ..warn import warn_once
 
@@ -26,8 +27,10 @@ _SCHEME_FIELDS = frozenset(QuantizationScheme.model_fields) - {"targets"}
 def _groups_from_scheme(scheme: Any, targets: list[str]) -> dict[str, QuantizationScheme]:
     if isinstance(scheme, QuantizationScheme): return {"group_0": scheme.model_copy(deep=True)}
     if isinstance(scheme, str): return {"group_0": preset(scheme, targets)}
+    if is_adjusted(scheme): return {"group_0": adjusted_preset(*scheme, targets)}
     if not isinstance(scheme, dict):
-        raise ValueError(f"scheme={scheme!r} must be a preset name, a QuantizationScheme or a dict")
+        raise ValueError(f"scheme={scheme!r} must be a preset's name, a pair of one and its fields, a "
+                         "QuantizationScheme or a dict")
     fields = scheme.keys() & _SCHEME_FIELDS
     presets = [k for k in scheme if is_preset(k)]
     unknown = [k for k in scheme if k not in fields and k not in presets]
@@ -116,7 +119,8 @@ class _Checked(BaseModel):
 
 # %% ../../nbs/lifecycle/config.ipynb #13e96845
 class _Fields(_Checked):
-    "The fields of a quantization recipe."
+    """The fields of a quantization recipe. Beside a preset you can also pass fields of `QuantizationArgs`, such as
+    `group_size=64`."""
 
     config_groups: dict[str, Any] | None = None
     targets: str | list[str] = ["Linear"]
@@ -130,6 +134,16 @@ class _Fields(_Checked):
     bypass_divisibility_checks: bool = False
     nonfinite: str = "raise"
     on_uncalibrated: Literal["raise", "skip"] = "raise"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _adjust_scheme(cls, values: dict[str, Any]) -> dict[str, Any]:
+        "Fields of `QuantizationArgs` beside a preset, such as `group_size`, become part of `scheme`."
+        beside = values.keys() & ARGS_FIELDS
+        if not beside: return values
+        left = {name: value for name, value in values.items() if name not in beside}
+        scheme = adjusted(left.get("scheme"), **{name: values[name] for name in beside})
+        return {**left, "scheme": scheme}
 
     @field_validator("targets", "ignore")
     @classmethod

@@ -39,7 +39,7 @@ from .calibration_record import About, CalibrationRecord
 from .collect import Collector, look_at_weights
 from .files import write_whole
 from .live_results import results_now
-from ..schemes import preset
+from ..schemes import adjusted, preset
 from ..stats import TensorStats, check_policy
 from ..taps import STATES
 from ..warn import each_warning_once, warn_once
@@ -48,8 +48,11 @@ from ..warn import each_warning_once, warn_once
 RECORDABLE = ("input", "weight", "output", "lm_head_output", "q", "k", "v")
 
 
-def recipe_to_record(scheme: Any = None, ignore: Iterable[str] = ("lm_head",)) -> QuantizationMixin:
+def recipe_to_record(
+    scheme: Any = None, ignore: Iterable[str] = ("lm_head",), group_size: int | None = None
+) -> QuantizationMixin:
     "The recipe that says what to record: a modifier itself, or the one of a preset's name; None is every Linear."
+    scheme = adjusted(scheme, group_size=group_size)
     if isinstance(scheme, QuantizationMixin): return scheme
     return QuantizationMixin(scheme=preset("INT8_STATIC") if scheme is None else scheme, ignore=list(ignore))
 
@@ -312,6 +315,7 @@ def record(
     data: Any,  # Texts, token ids, tensors, dicts, a DataLoader; None for weights alone
     *,
     scheme: Any = None,  # Which modules: a preset, a modifier, or None for every Linear but lm_head
+    group_size: int | None = None,  # Of a preset with groups, instead of its own
     observers: Iterable[ObserverSpec] | None = None,  # Names, (name, arguments); None: static_minmax, a modifier's own
     tokenizer: Any = None,  # Needed for texts; and the largest values get their tokens
     mask: Any = None,  # Token ids to leave out, or a function of the batch -> bool (batch, seq), True = count
@@ -329,7 +333,7 @@ def record(
         names = check_base_names(base_names)
         asked = observers_to_record(observers, scheme)
         mask = check_mask(mask)
-        recipe = recipe_to_record(scheme)
+        recipe = recipe_to_record(scheme, group_size=group_size)
         check_options(model, tokenizer, mask, keep_text, nonfinite)
     request = _Request(names, asked, recipe, scheme is not None, mask, tokenizer if keep_text else None, nonfinite)
     stream = iter(()) if data is None and names == ("weight",) else batches(data, tokenizer, batch_size, max_length)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from ..models import calibration_texts, heldout_texts, load_tiny_llama
+from ..models import calibration_texts, heldout_texts, load_smollm2, load_tiny_llama
 
 # %% ../../nbs/session/provenance.ipynb #1e1b8c8b
 def same_weights(model: Module, other: Module) -> bool:
@@ -27,13 +27,10 @@ def same_weights(model: Module, other: Module) -> bool:
     )
 
 
-def _is_embedded(model: Module) -> bool:
-    "Whether it is the embedded model, unchanged. Quantizing does not change its weights, and only they are compared."
-    if type(model).__name__ != "LlamaForCausalLM" or sum(p.numel() for p in model.parameters()) > 10_000_000:
-        return False
-    dtype = next(model.parameters()).dtype
+def _is_unchanged(model: Module, fresh: Module) -> bool:
+    "Whether a model has the weights of a fresh one. Quantizing adds scales and changes no weight."
     plain = {n: p for n, p in model.named_parameters() if not n.endswith(("_scale", "_zero_point"))}
-    theirs = dict(load_tiny_llama(dtype=dtype)[0].named_parameters())
+    theirs = dict(fresh.named_parameters())
     return plain.keys() == theirs.keys() and all(
         p.shape == theirs[n].shape and torch.equal(p, theirs[n]) for n, p in plain.items()
     )
@@ -45,29 +42,53 @@ def _origin(thing: Any) -> str:
     return str(getattr(config, "name_or_path", "") or "")
 
 
-
 def _dtype_of(model: Module) -> str:
     "The floating dtype of a model's parameters, as Python."
     return str(next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32))
 
+
+_SMOLLM2 = "SmolLM2-135M-Instruct, "  # then which weights
+
+
+def _call_that_loads(model: Module) -> str:
+    "The call of a function in `qcal_nb.models` that gives this model, weight for weight; empty if there is none."
+    if type(model).__name__ != "LlamaForCausalLM": return ""
+    dtype = _dtype_of(model)
+    named = [] if dtype == "torch.float32" else [f"dtype={dtype}"]
+    kind = _origin(model)
+    if kind.startswith(_SMOLLM2):
+        weights = kind.removeprefix(_SMOLLM2)
+        fresh = load_smollm2(model.dtype, weights)[0]
+        call = f"load_smollm2({', '.join([*named, f'weights={weights!r}'])})"
+    elif sum(p.numel() for p in model.parameters()) < 10_000_000:
+        fresh = load_tiny_llama(model.dtype)[0]
+        call = f"load_tiny_llama({', '.join(named)})"
+    else:
+        return ""
+    return call if _is_unchanged(model, fresh) else ""
+
 # %% ../../nbs/session/provenance.ipynb #e37ead4e
 def model_code(model: Module, tokenizer: Any = None) -> list[str]:
     "Lines that make `model` and `tokenizer`; with `...` for you to fill in where that is not known."
-    if _is_embedded(model): return _embedded_code(_dtype_of(model))
+    if call := _call_that_loads(model): return _our_model_code(call)
     return [*_other_model_code(model), *_tokenizer_code(tokenizer)]
 
 
-def _embedded_code(dtype: str) -> list[str]:
-    load = "from qcal_nb.models import load_tiny_llama"
-    if dtype == "torch.float32": return [load, "model, tokenizer = load_tiny_llama()"]
-    return ["import torch", load, f"model, tokenizer = load_tiny_llama(dtype={dtype})"]
+def _our_model_code(call: str) -> list[str]:
+    load = f"from qcal_nb.models import {call.partition('(')[0]}"
+    return ["import torch"] * ("torch." in call) + [load, f"model, tokenizer = {call}"]
+
+
+def _changed_since(path: str) -> str:
+    "The call of ours that a model came from before its weights were changed; empty if it was another."
+    if path.startswith(_SMOLLM2): return f"load_smollm2(weights={path.removeprefix(_SMOLLM2)!r})"
+    return "load_tiny_llama()" if Path(path).name == "tiny_llama" else ""
 
 
 def _other_model_code(model: Module) -> list[str]:
     path = _origin(model)
     kind = type(model).__name__
-    if Path(path).name == "tiny_llama":
-        return ["model = ...  # load_tiny_llama()[0], whose weights were changed since"]
+    if call := _changed_since(path): return [f"model = ...  # {call}[0], whose weights were changed since"]
     if not path: return [f"model = ...  # your {kind} of {sum(p.numel() for p in model.parameters()):,} parameters"]
     load = f"model = {kind}.from_pretrained({path!r}, dtype={_dtype_of(model)})"
     return ["import torch", f"from transformers import {kind}", load]
@@ -76,8 +97,8 @@ def _other_model_code(model: Module) -> list[str]:
 def _tokenizer_code(tokenizer: Any) -> list[str]:
     if tokenizer is None: return ["tokenizer = None"]
     path = _origin(tokenizer)
-    if Path(path).name == "tiny_llama":
-        return ["from qcal_nb.models import load_tiny_llama", "tokenizer = load_tiny_llama()[1]"]
+    if call := _changed_since(path):
+        return [f"from qcal_nb.models import {call.partition('(')[0]}", f"tokenizer = {call}[1]"]
     if not path: return [f"tokenizer = ...  # your {type(tokenizer).__name__}"]
     return ["from transformers import AutoTokenizer", f"tokenizer = AutoTokenizer.from_pretrained({path!r})"]
 

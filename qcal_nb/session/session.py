@@ -32,6 +32,7 @@ from ..observers import ObserverSpec, all_or_nothing, feeding, label_of, specs_f
 from ..pipelines import RepeatableBatches, batches, calibration_context, expected_batches, feed, running_of
 from ..recipes import from_config, override
 from ..records import About, CalibrationRecord, Collector, LiveResults, new_collector, new_record
+from ..schemes import adjusted
 from .progress import PHASES_IN_WORDS, Past, Progress, SessionError, ended_in_time
 from .provenance import data_code, model_code
 from .replay import collector_memory, restore_statistics, statistics_by_observer
@@ -319,12 +320,14 @@ class Session(_Options, _Views, _Steps, _Choices):
         max_length: int | None = None,
         record: CalibrationRecord | str | os.PathLike | None = None,
         recipe: Any = None,
+        group_size: int | None = None,
         eval_data: Any = None,
     ) -> None:
         _check_original(model)
         self.model = model
         self.tokenizer = tokenizer
         self.eval_data = eval_data
+        scheme = adjusted(scheme, group_size=group_size)
         self._options = dict(scheme=scheme, ignore=list(ignore), targets=list(targets), recipe=read_recipe(recipe))
         self.modifier = _made_of(self._options)
         self.record = _first_record(record, model)

@@ -172,6 +172,7 @@ class Workbench(_Values):
         max_length: int | None = None,
         record: Any = None,
         recipe: Any = None,
+        group_size: int | None = None,
         eval_data: Any = None,
     ) -> None:
         self._build(
@@ -186,6 +187,7 @@ class Workbench(_Values):
                 max_length=max_length,
                 record=record,
                 recipe=recipe,
+                group_size=group_size,
                 eval_data=eval_data,
             )
         )

@@ -120,7 +120,7 @@ WRONG = {
     "data text": (dict(data=["a text"]), ValueError, "tokenizer=None; pass the model's tokenizer"),
     "data strange": (dict(data=[object()]), TypeError, "data holds a object"),
     "scheme name": (dict(scheme="FP9"), ValueError, "scheme='FP9' is not a preset"),
-    "scheme number": (dict(scheme=0), ValueError, "scheme=0 must be a preset name"),
+    "scheme number": (dict(scheme=0), ValueError, "scheme=0 must be a preset"),
     "scheme empty": (dict(scheme=""), ValueError, "scheme='' is not a preset"),
     "scheme that does not fit": (dict(scheme="W4A16"), ValueError, "group_size is 128"),
     "observers name": (dict(observers="minmacks"), ValueError, "observer='minmacks' is unknown; registered are"),
