@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['initialize_observer', 'observer_of', 'each', 'observe', 'calibrate_input_hook', 'is_computed',
-           'calibrate_output_hook', 'calibrate_query_hook', 'calibrate_key_hook', 'calibrate_value_hook',
-           'update_qparams', 'write_qparams', 'apply_calibration_status', 'reset_quantization_status',
-           'freeze_module_quantization', 'get_modules', 'observers_in', 'claim']
+           'calibrate_output_hook', 'quantize_output_hook', 'calibrate_query_hook', 'calibrate_key_hook',
+           'calibrate_value_hook', 'update_qparams', 'write_qparams', 'apply_calibration_status',
+           'reset_quantization_status', 'freeze_module_quantization', 'get_modules', 'observers_in', 'claim']
 
 # %% ../../nbs/calibration/functions.ipynb #4f633455
 from collections.abc import Iterable, Iterator
@@ -67,8 +67,8 @@ def observe(module: Module | Iterable[Module], base_name: str) -> None:
 def calibrate_input_hook(module: Module, args: Any, kwargs: dict[str, Any] | None = None) -> None:
     "Forward-pre hook: show the module's first input to its input observer."
     value = first_tensor(args, kwargs)
-    if value is not None and module.input_observer.hears():
-        module.input_observer(value)
+    if value is not None:
+        module.input_observer.see(value)
 
 
 def is_computed(module: Module, base_name: str) -> bool:
@@ -83,28 +83,29 @@ def is_computed(module: Module, base_name: str) -> bool:
 def calibrate_output_hook(module: Module, _args: Any, output: Tensor) -> Tensor:
     """Forward hook: show the output to its observer. Quantizes it only once its scale exists and quantization is
     enabled."""
-    if module.output_observer.hears():
-        module.output_observer(output)
+    module.output_observer.see(output)
+    return quantize_output_hook(module, _args, output)
+
+
+def quantize_output_hook(module: Module, _args: Any, output: Tensor) -> Tensor:
+    "Forward hook: quantize the output, once its scale exists and quantization is enabled."
     if not (getattr(module, "quantization_enabled", False) is True and is_computed(module, "output")): return output
     return forward_quantize(module, output, "output", module.quantization_scheme.output_activations)
 
 # %% ../../nbs/calibration/functions.ipynb #97408068
 def calibrate_query_hook(module: Module, query_states: Tensor) -> None:
     "Show the query states (batch, heads, seq, head_dim) to the `q` observer."
-    if module.q_observer.hears():
-        module.q_observer(query_states)
+    module.q_observer.see(query_states)
 
 
 def calibrate_key_hook(module: Module, key_states: Tensor) -> None:
     "Show the key states to the `k` observer."
-    if module.k_observer.hears():
-        module.k_observer(key_states)
+    module.k_observer.see(key_states)
 
 
 def calibrate_value_hook(module: Module, value_states: Tensor) -> None:
     "Show the value states to the `v` observer."
-    if module.v_observer.hears():
-        module.v_observer(value_states)
+    module.v_observer.see(value_states)
 
 # %% ../../nbs/calibration/functions.ipynb #65568c99
 def update_qparams(

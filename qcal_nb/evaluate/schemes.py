@@ -11,11 +11,11 @@ __all__ = ['POSITIONS_AT_ONCE', 'NEW_TOKENS', 'SCHEME_COLUMNS', 'ORIGINAL', 'pow
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
-from compressed_tensors.modeling import IMPL_ATTR, KV_CACHE_ATTR
 from compressed_tensors.offload import disable_onloading
 from compressed_tensors.quantization.lifecycle.forward import forward_quantize
 from torch import Tensor
@@ -33,7 +33,7 @@ from ..pipelines import batches, calibrate
 from ..recipes import packed_tensors, stored_modules
 from ..schemes import adjusted, has_groups, is_adjusted, is_preset
 from ..stats import sqnr_db
-from ..taps import first_tensor
+from ..taps import STATES, has_tap, watch
 
 # %% ../../nbs/evaluate/schemes.ipynb #02c7e9d7
 POSITIONS_AT_ONCE = 1 << 20  # values at a time: 8 MB in float64
@@ -112,32 +112,12 @@ class Damage:
         return min(((db, name) for name, db in found.items() if db == db), default=(math.nan, ""))
 
 # %% ../../nbs/evaluate/schemes.ipynb #95933cfd
-def _attention_hooks(see: Callable[[str, Any], None], module: Module) -> Iterator[Any]:
-    "What shows an attention module's queries, keys and values to `see`; nothing of another module."
-    def query(_: Module, args: Any, kwargs: dict[str, Any]) -> None:
-        bound = dict(zip(("module", "query"), args)) | kwargs
-        see("q", bound["query"])
-    def cache(_: Module, args: Any, kwargs: dict[str, Any]) -> None:
-        bound = dict(zip(("key_states", "value_states"), args)) | kwargs
-        for base_name, key in (("k", "key_states"), ("v", "value_states")):
-            see(base_name, bound[key])
-    for inside, hook in ((IMPL_ATTR, query), (KV_CACHE_ATTR, cache)):
-        part = module._modules.get(inside)
-        if part is not None:
-            yield part.register_forward_pre_hook(hook, with_kwargs=True)
-
-
 def _damage_hooks(damage: Damage, name: str, module: Module) -> Iterator[Any]:
     "What shows a module's input and output, or an attention module's queries, keys and values, to `damage`."
-    def see(base_name: str, value: Any) -> None: damage.add(name, module, base_name, value)
-    def before(_: Module, args: Any, kwargs: dict[str, Any]) -> None: see("input", first_tensor(args, kwargs))
-    def after(_: Module, args: Any, output: Any) -> None: see("output", output)
-    yield from _attention_hooks(see, module)
-    if module._modules.get(IMPL_ATTR) is not None or module._modules.get(KV_CACHE_ATTR) is not None: return
-    if scheme_args(module, "input") is not None:
-        yield module.register_forward_pre_hook(before, with_kwargs=True)
-    if scheme_args(module, "output") is not None:
-        yield module.register_forward_hook(after)
+    states = [base_name for base_name in STATES if has_tap(module, base_name)]
+    for base_name in states or ("input", "output"):
+        if states or scheme_args(module, base_name) is not None:
+            yield watch(module, base_name, partial(damage.add, name, module, base_name))
 
 # %% ../../nbs/evaluate/schemes.ipynb #32eb8c52
 def _place(tensor: Tensor) -> tuple[int, ...]:

@@ -12,10 +12,10 @@ import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from functools import partial
 from typing import Any
 
 import torch
-from compressed_tensors.modeling import IMPL_ATTR, KV_CACHE_ATTR
 from compressed_tensors.offload import disable_onloading, update_offload_parameter
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, apply_quantization_config
 from compressed_tensors.quantization import disable_quantization, enable_quantization
@@ -24,7 +24,7 @@ from pydantic import PrivateAttr, model_validator
 from torch.nn import Module
 from torch.nn.parameter import UninitializedParameter
 
-from ..calibration import apply_calibration_status, calibrate_input_hook, calibrate_output_hook, each
+from ..calibration import apply_calibration_status, each, quantize_output_hook
 from ..calibration import freeze_module_quantization, initialize_observer, is_computed, observe_weights
 from ..calibration import observer_of, observers_in, qparams_of, refuse_if_held, sync_statistics, together
 from ..calibration import update_qparams, write_qparams
@@ -36,8 +36,9 @@ from .match import QUANTIZABLE, _need_attention, _warn_about, check_schemes, is_
 from .match import observed_names, reaches_experts, schemes_by_module
 from .snapshots import restore, snapshot
 from ..modeling import attach_attention_scheme, fused_layers, has_accelerate_hooks, hold_while_running
-from ..modeling import observe_key_value, observe_query, unfused_experts, untie_embeddings, watch_attention
+from ..modeling import unfused_experts, untie_embeddings
 from ..observers import ACTIVATIONS, BASE_NAMES, all_or_nothing, fuse
+from ..taps import has_tap, unwatch, watch
 from ..warn import each_warning_once
 
 # %% ../../nbs/lifecycle/steps.ipynb #711e950a
@@ -171,11 +172,10 @@ def _watch(name: str, module: Module, nonfinite: str) -> None:
         observer = observer_of(module, base_name)
         observer.module_name = name
         observer.nonfinite = nonfinite
-    if observer_of(module, "input"):
-        module.register_forward_pre_hook(calibrate_input_hook, with_kwargs=True)
-    if observer_of(module, "output"):
-        module.register_forward_hook(calibrate_output_hook)
-    watch_attention(module)
+    for base_name in filter(partial(has_tap, module), observed_names(module)):
+        watch(module, base_name, observer_of(module, base_name).see)
+    if observer_of(module, "output") is not None:
+        module.register_forward_hook(quantize_output_hook)
     apply_calibration_status(module)
 
 
@@ -200,18 +200,13 @@ def uncomputed(chosen: dict[str, tuple[Module, Any]]) -> list[str]:
             for base_name in observed_names(m) if not is_computed(m, base_name)]
 
 # %% ../../nbs/lifecycle/steps.ipynb #a19192cc
-_HOOKS = (calibrate_input_hook, calibrate_output_hook, observe_query, observe_key_value)
-
-
 def remove_hooks(module: Module) -> None:
     "Remove our hooks, and only ours, from a module and from what is hooked inside an attention module."
-    watched = [module, *(m for n in (IMPL_ATTR, KV_CACHE_ATTR) if (m := module._modules.get(n)) is not None)]
-    pre = [(m._forward_pre_hooks, m._forward_pre_hooks_with_kwargs) for m in watched]
-    post = [(m._forward_hooks, m._forward_hooks_with_kwargs) for m in watched]
-    for store, flags in (*pre, *post):
-        for key in [k for k, hook in store.items() if hook in _HOOKS]:
-            del store[key]
-            flags.pop(key, None)
+    for base_name in BASE_NAMES:
+        if (observer := observer_of(module, base_name)) is not None:
+            unwatch(module, observer.see)
+    for key in [key for key, hook in module._forward_hooks.items() if hook is quantize_output_hook]:
+        del module._forward_hooks[key]
 
 
 def refuse_unset(unset: list[str], seen: bool = False) -> None:

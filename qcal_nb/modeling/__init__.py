@@ -8,10 +8,7 @@ from .attention import (
     eager_beneath,
     hook_attention,
     hook_kv_cache,
-    observe_key_value,
-    observe_query,
     states_of,
-    watch_attention,
 )
 from .blocks import blocks_of, fused_layers
 from .embeddings import configs_of, embeddings_of, untie_embeddings
@@ -44,13 +41,10 @@ __all__ = [
     "hook_attention",
     "hook_kv_cache",
     "matches_experts",
-    "observe_key_value",
-    "observe_query",
     "release",
     "states_of",
     "take_experts_apart",
     "tokens_per_expert",
     "unfused_experts",
     "untie_embeddings",
-    "watch_attention",
 ]

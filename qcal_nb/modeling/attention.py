@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HOOKED', 'attention_modules', 'attention_classes', 'HookedKVCache', 'head_config', 'hook_kv_cache', 'eager_beneath',
            'attention_function', 'has_eager_function', 'HookedAttention', 'hook_attention', 'attach_attention_scheme',
-           'attention_faults', 'observe_query', 'observe_key_value', 'states_of', 'watch_attention']
+           'attention_faults', 'states_of']
 
 # %% ../../nbs/modeling/attention.ipynb #31f74c7a
 import sys
@@ -26,7 +26,6 @@ from torch.nn import Module
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..calibration import calibrate_key_hook, calibrate_query_hook, calibrate_value_hook, observer_of
 from ..calibration import scheme_args
 
 # %% ../../nbs/modeling/attention.ipynb #b8106b02
@@ -175,29 +174,8 @@ def _hooked_by_another(model: Module, module: Module) -> bool:
     return not any(IMPL_ATTR in m._modules for m in model.modules())
 
 # %% ../../nbs/modeling/attention.ipynb #16171cce
-def observe_query(impl: Module, args: Any, kwargs: dict[str, Any]) -> None:
-    "Forward-pre hook of `impl`: show the query to the module's observer."
-    bound = dict(zip(("module", "query"), args)) | kwargs
-    calibrate_query_hook(bound["module"], bound["query"])
-
-
-def observe_key_value(cache: Module, args: Any, kwargs: dict[str, Any]) -> None:
-    "Forward-pre hook of `kv_cache`: show key and value to the module's observers."
-    bound = dict(zip(("key_states", "value_states"), args)) | kwargs
-    calibrate_key_hook(cache.attn_module(), bound["key_states"])
-    calibrate_value_hook(cache.attn_module(), bound["value_states"])
-
-
 def states_of(module: Module) -> list[str]:
     "Which of `q`, `k`, `v` pass a hook of this module and need scales from calibration."
     args = scheme_args(module, "q")
     if args is None or args.dynamic is True or not is_cached_attention_module(module): return []
     return ["q"] * (IMPL_ATTR in module._modules) + ["k", "v"] * (KV_CACHE_ATTR in module._modules)
-
-
-def watch_attention(module: Module) -> None:
-    "Register the hooks for the attention observers that the module has."
-    if observer_of(module, "q") is not None:
-        module._modules[IMPL_ATTR].register_forward_pre_hook(observe_query, with_kwargs=True)
-    if observer_of(module, "k") is not None:
-        module._modules[KV_CACHE_ATTR].register_forward_pre_hook(observe_key_value, with_kwargs=True)

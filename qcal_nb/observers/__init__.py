@@ -5,7 +5,7 @@ from .flatten import ACTIVATIONS, BASE_NAMES, check_args, check_base_name, flatt
 from .hearing import NOBODY, current_feed, feed_owner, feeding, owned_by, unobserved
 from .histogram import EntropyObserver, HistogramMSEObserver, HistogramObserver, PercentileObserver
 from .imatrix import IMatrixMSEObserver, NVFP4ExpandedIMatrixObserver
-from .memo import TensorMemo, sharing
+from .memo import Answers, TensorMemo, sharing
 from .minmax import MemorylessMinMaxObserver, MinMaxObserver, StaticMinMaxObserver
 from .mse import FourOverSixObserver, MSEObserver, MemorylessMSEObserver, NVFP4ExpandedMSEObserver
 from .registry import Registry, find_observer, observer_key
@@ -23,6 +23,7 @@ from .spec import (
 )
 
 __all__ = [
+    "Answers",
     "ACTIVATIONS",
     "BASE_NAMES",
     "Counts",

@@ -364,6 +364,11 @@ class Observer(Fusable, Registry, ABC):
         without statistics."""
         return qparams_for(self, *self.clip_range())
 
+    def see(self, value: Tensor) -> None:
+        "Look at a tensor that passes, if this observer hears the forward pass that runs."
+        if self.hears():
+            self(value)
+
     def hears(self) -> bool:
         """Whether this observer is to look at the forward pass that runs in this thread: its owner's pass, or without
         an owner a pass of nobody."""

@@ -15,7 +15,7 @@ from .base import Observer
 from .memo import shared
 from .minmax import MinMaxObserver
 from .search.best import best_range
-from .search.definition import SEARCH, check_search
+from .search.definition import SEARCH, check_search, search_key
 from ..warn import warn_once
 
 # %% ../../nbs/observers/mse.ipynb #eac23c9f
@@ -40,7 +40,7 @@ class MSEObserver(MinMaxObserver):
     def range_of(self, observed: Tensor) -> tuple[Tensor, Tensor]:
         "The best range of one batch, two tensors of shape `qparam_shape`, which may be shared."
         search = {name: self.kwargs[name] for name in SEARCH}
-        question = ("best_range", repr(self.args), *search.values())
+        question = ("best_range", *search_key(self.args), *search.values())
         return shared(observed, question, lambda: best_range(observed, self.args, **search))
 
 # %% ../../nbs/observers/mse.ipynb #684de07d

@@ -9,82 +9,72 @@ __all__ = ['Collector', 'look_at_weights']
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
-from compressed_tensors.modeling import IMPL_ATTR, KV_CACHE_ATTR
 from torch import Tensor
 from torch.nn import Module
 
-from ..observers import ObserverSpec, TensorMemo, current_feed, sharing
+from ..observers import Answers, ObserverSpec, TensorMemo, current_feed, sharing
 from ..pipelines import Running
 from .calibration_record import Key
 from .observing import Observers
 from .tokens import TokenContext, kept_of, leading_shape, selected
 from ..stats import Histogram, Level, N_EXTREMES, NonFiniteError, TensorStats, measure
-from ..taps import STATES, first_tensor
+from ..taps import STATES, watch
 
 # %% ../../nbs/records/collect.ipynb #250f6e54
 @contextmanager
 def _attached(self: "Collector") -> Iterator["Collector"]:
     with ExitStack() as end:  # all of it is done, whatever interrupts a part
         end.callback(self.begin)
-        for name, module in self.modules.items():
-            for handle in _module_hooks(self, name, module):
-                end.callback(handle.remove)
+        for name, base_name in _watched(self):
+            handle = watch(self.modules[name], base_name, partial(self.look, name, base_name))
+            end.callback(handle.remove)
         yield self
 
 
-def _module_hooks(self: "Collector", name: str, module: Module) -> Iterator[Any]:
-    "Our hooks on one module."
-    def before(_: Module, args: Any, kwargs: dict[str, Any]) -> None:
-        self.look(name, "input", first_tensor(args, kwargs))
-    def after(_: Module, args: Any, output: Any) -> None: self.look(name, "output", first_tensor(output))
-    if (name, "input") in self.tensors or self.observers.listen(name):
-        yield module.register_forward_pre_hook(before, with_kwargs=True)
-    if (name, "output") in self.tensors:
-        yield module.register_forward_hook(after)
-    for state, inner, place in (("q", IMPL_ATTR, 1), ("k", KV_CACHE_ATTR, 0), ("v", KV_CACHE_ATTR, 1)):
-        if (name, state) in self.tensors:
-            yield module._modules[inner].register_forward_pre_hook(
-                _state_hook(self, name, state, place), with_kwargs=True
-            )
-
-
-def _state_hook(self: "Collector", name: str, state: str, place: int) -> Callable[..., None]:
-    "A forward-pre hook that looks at one argument of what stands in for attention or its cache."
-    names = dict(q="query", k="key_states", v="value_states")
-    def see(_: Module, args: Any, kwargs: dict[str, Any]) -> None:
-        self.look(name, state, kwargs[names[state]] if names[state] in kwargs else args[place])
-    return see
+def _watched(self: "Collector") -> Iterator[Key]:
+    "What has to be looked at: all tensors but weights, and inputs for the observers of weights that listen to them."
+    listening = ((name, "input") for name in self.modules if self.observers.listen(name))
+    tensors = (key for key in self.tensors if key[1] != "weight")
+    yield from dict.fromkeys((*tensors, *listening))
 
 # %% ../../nbs/records/collect.ipynb #351d8a63
-def _see(self: "Collector", name: str, base_name: str, value: Tensor) -> None:
+def _see(self: "Collector", key: Key, value: Tensor) -> None:
     "Measure a tensor and show it to observers. What was done for the same tensor already is not done again."
-    keep = kept_of(value, name, base_name, self.running)
-    if (name, base_name) in self.tensors:
-        _measure_once(self, (name, base_name), value, keep)
-    shown = value if keep is None else self.once(value, "shown", lambda: selected(value, keep))
-    self.observers.see(self.once, name, base_name, value, shown)
+    keep = kept_of(value, *key, self.running)
+    known = self.once.about(value)
+    if key in self.tensors:
+        stats = _measured(self, key, value, keep, known)
+        old = self.news.get(key)
+        self.news[key] = stats if old is None else known(("after", id(old)), lambda: (_both_calls(old, stats), old))[0]
+    shown = value if keep is None else known("shown", lambda: selected(value, keep))
+    self.observers.see(known, key, shown)
 
 
-def _measure_once(self: "Collector", key: Key, value: Tensor, keep: Tensor | None) -> None:
+def _measured(
+    self: "Collector", key: Key, value: Tensor, keep: Tensor | None, known: Answers
+) -> TensorStats:
     running = self.running
-    stats = self.once(value, "stats", lambda: measure(value, running.index, keep, leading_shape(value, running)))
-    place = stats.first_nonfinite
-    least = self._least.get(key, 0.0)
-    old = self.news.get(key)
-    if place is not None and self.nonfinite == "raise":
+    least = self.least_extreme(key)
+    def look() -> TensorStats: return measure(value, running.index, keep, leading_shape(value, running), least)
+    stats = known(("stats", least), look)
+    if stats.first_nonfinite is not None:
+        _apply_policy(self, key, stats)
+    if self.teller is None or not stats.top or not _stands_on_tokens(value, key[1], running): return stats
+    return known(("told", least), lambda: _told(self.teller, stats))
+
+
+def _apply_policy(self: "Collector", key: Key, stats: TensorStats) -> None:
+    if self.nonfinite == "raise":
         raise NonFiniteError(
-            f"{key[0]}, {key[1]}: {place}. Fix the data or the model, or record with nonfinite='skip' "
+            f"{key[0]}, {key[1]}: {stats.first_nonfinite}. Fix the data or the model, or record with nonfinite='skip' "
             "(leave such batches out) or 'record' (leave such elements out)"
         )
-    if place is not None and self.nonfinite == "skip":
+    if self.nonfinite == "skip":
         self.tainted.add(key)
-    if self.teller is not None and _stands_on_tokens(value, key[1], self.running):
-        stats = self.once(value, ("told", least), lambda: _told(self.teller, stats, least))
-    self.news[key] = (
-        stats if old is None else self.once(value, ("after", id(old)), lambda: (_both_calls(old, stats), old))[0]
-    )
 
 # %% ../../nbs/records/collect.ipynb #edb2f991
 def _stands_on_tokens(value: Tensor, base_name: str, running: Running) -> bool:
@@ -100,8 +90,8 @@ def _both_calls(first: TensorStats, second: TensorStats) -> TensorStats:
     return replace(first | second, batches=max(first.batches, second.batches))
 
 
-def _told(teller: TokenContext, stats: TensorStats, least: float) -> TensorStats:
-    return replace(stats, top=tuple(teller(e) if abs(e.value) >= least else e for e in stats.top))
+def _told(teller: TokenContext, stats: TensorStats) -> TensorStats:
+    return replace(stats, top=tuple(map(teller, stats.top)))
 
 
 def _without_values(stats: TensorStats) -> TensorStats:
@@ -144,11 +134,15 @@ class Collector:
         self.teller = None
         self.news: dict[Key, TensorStats] = {}
         self.tainted: set[Key] = set()      # to be skipped in this batch
-        self._least: dict[Key, float] = {}  # size of the smallest extreme so far
+        self.earlier: Mapping[Key, TensorStats] = {}    # what is known from batches before
 
-    def begin(self, running: Running = _NO_BATCH) -> None:
-        "Start a new batch. Nothing is left of one that failed."
-        self.running, self.news, self.tainted = running, {}, set()
+    def begin(self, running: Running = _NO_BATCH, earlier: Mapping[Key, TensorStats] = MappingProxyType({})) -> None:
+        """Start a new batch. Nothing is left of one that failed. `earlier`: the statistics that this batch will be
+        added to, so that values which cannot be among the largest of all need not be looked for."""
+        self.running = running
+        self.earlier = earlier
+        self.news = {}
+        self.tainted = set()
         self.teller = (
             TokenContext(self.tokenizer, running) if self.tokenizer is not None and running.ids is not None else None
         )
@@ -158,13 +152,15 @@ class Collector:
     def look(self, name: str, base_name: str, value: Any) -> None:
         "See one tensor of a module."
         if current_feed.get() != self.owner or not isinstance(value, Tensor) or not value.is_floating_point(): return
-        _see(self, name, base_name, value.detach())
+        _see(self, (name, base_name), value.detach())
+
+    def least_extreme(self, key: Key) -> float:
+        "The size that a value needs at least to be among the largest of a tensor."
+        before = self.earlier.get(key)
+        return abs(before.top[-1].value) if before is not None and len(before.top) == N_EXTREMES else 0.0
 
     def take(self) -> dict[Key, TensorStats]:
         "What was seen of the batch. From now on observers remember it."
-        for key, stats in self.news.items():
-            if len(stats.top) == N_EXTREMES and key not in self.tainted:
-                self._least[key] = max(self._least.get(key, 0.0), abs(stats.top[-1].value))
         self.observers.keep()
         news = {key: _without_values(s) if key in self.tainted else s for key, s in self.news.items()}
         self.begin()
@@ -186,7 +182,7 @@ def look_at_weights(self: Collector) -> dict[Key, TensorStats]:
         if stats.first_nonfinite is not None and self.nonfinite == "skip":
             found[name, "weight"] = _without_values(stats)
         with sharing():
-            self.observers.see(self.once, name, "weight", weight, weight)
+            self.observers.see(self.once.about(weight), (name, "weight"), weight)
     self.observers.keep()
     self.once.clear()
     return found

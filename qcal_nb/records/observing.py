@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..observers import DEFAULT_ARGS, Observer, ObserverSpec, TensorMemo, label_of, new_observer
-from .calibration_record import ResultKey
+from ..observers import Answers, DEFAULT_ARGS, Observer, ObserverSpec, label_of, new_observer
+from .calibration_record import Key, ResultKey
 from .results import follows_from_stats
 
 # %% ../../nbs/records/observing.ipynb #48750458
@@ -70,17 +70,20 @@ class Observers:
         self.memory: dict[ResultKey, Memory] = {}
         self._new: dict[ResultKey, Memory] = {}
         self._made: dict[tuple, Attached | str] = {}
+        self._of: dict[Key, dict[str, Attached | str]] = {}
 
     def of(self, name: str, base_name: str) -> dict[str, Attached | str]:
         """By label, the observer of a tensor, or why there cannot be one. Tensors with the same arguments share
         theirs."""
-        args = self.args(name, base_name)
-        wanted = self.labels.get(base_name, self.labels.get("", ()))
-        return {
-            label: _made(self._made, asked, base_name, args, self.nonfinite)
-            for label, asked in self.asked.items()
-            if label in wanted
-        }
+        if (name, base_name) not in self._of:
+            args = self.args(name, base_name)
+            wanted = self.labels.get(base_name, self.labels.get("", ()))
+            self._of[name, base_name] = {
+                label: _made(self._made, asked, base_name, args, self.nonfinite)
+                for label, asked in self.asked.items()
+                if label in wanted
+            }
+        return self._of[name, base_name]
 
     def listen(self, name: str) -> bool:
         "Whether an observer of the module's weight needs to hear what the module is fed."
@@ -90,23 +93,21 @@ class Observers:
 
     def keep(self) -> None: self.memory, self._new = self.memory | self._new, {}
 
-    def show(
-        self, once: TensorMemo, attached: Attached, key: ResultKey, value: Tensor, see: Callable[[Observer], Any]
-    ) -> None:
-        "Let one observer see a tensor, unless it saw it for another module with the same past."
+    def show(self, known: Answers, attached: Attached, key: ResultKey, see: Callable[[Observer], Any]) -> None:
+        "Let one observer see a tensor of which `known` is known, unless it saw it for another module with its past."
         old = self._new.get(key) or self.memory.get(key) or attached.fresh
-        self._new[key] = once(value, (id(attached), id(old)), lambda: (attached.look(old, key[0], see), old))[0]
+        self._new[key] = known((id(attached), id(old)), lambda: (attached.look(old, key[0], see), old))[0]
 
-    def see(self, once: TensorMemo, name: str, base_name: str, value: Tensor, shown: Tensor) -> None:
-        """Show `shown`, the part of `value` that counts, to the observers of the tensor. The input of a module is also
-        shown to the observers of its weight that listen."""
-        for label, one in self.of(name, base_name).items():
+    def see(self, known: Answers, key: Key, shown: Tensor) -> None:
+        """Show `shown`, the part that counts of a tensor of which `known` is known, to its observers. The input of a
+        module is also shown to the observers of its weight that listen."""
+        for label, one in self.of(*key).items():
             if isinstance(one, Attached) and not one.derived and not one.listens:
-                self.show(once, one, (name, base_name, label), value, lambda o: o(shown))
-        if base_name != "input" or not shown.numel(): return
-        for label, one in self.of(name, "weight").items():
+                self.show(known, one, (*key, label), lambda observer: observer(shown))
+        if key[1] != "input" or not shown.numel(): return
+        for label, one in self.of(key[0], "weight").items():
             if isinstance(one, Attached) and one.listens:
-                self.show(once, one, (name, "weight", label), value, lambda o: o.hear(shown))
+                self.show(known, one, (key[0], "weight", label), lambda observer: observer.hear(shown))
 
 # %% ../../nbs/records/observing.ipynb #3fee0b93
 def _made(

@@ -229,7 +229,7 @@ def _record_batch(
         warn_of_padding(batch)
     running = running_of(batch, index, mask, reads_two_sequences(model))
     began = time.perf_counter()
-    collector.begin(running)
+    collector.begin(running, result.tensors)
     with feeding(collector.owner):
         feed(model, batch, index)
     news = collector.take()

@@ -562,7 +562,7 @@ def _feed_batches(session: Session, n: int | None, collector: Collector) -> None
 
 
 def _feed_one(session: Session, batch: dict, collector: Collector) -> int:
-    collector.begin(running_of(batch, session.fed))
+    collector.begin(running_of(batch, session.fed), session.record.tensors)
     with feeding(session.owner), all_or_nothing():
         tokens = feed(session.model, batch, session.fed)
     session.record = session.record.seen(collector.take(), session.fed, tokens)

@@ -14,10 +14,10 @@ from .histogram import (
 )
 from .nonfinite import NonFinite, NonFiniteError, check_policy, current_batch, find_nonfinite
 from .quality import Quality, effective_bits, outer_limits, quality_of, sqnr_db
+from .reading import N_EXTREMES
 from .tensor import (
     Extreme,
     Level,
-    N_EXTREMES,
     TensorStats,
     Timeline,
     dtype_of,

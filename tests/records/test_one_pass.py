@@ -33,7 +33,7 @@ def looks(monkeypatch):
             return function(*args, **kwargs)
         return counted
     monkeypatch.setattr(qcal_nb.records.collect, "measure", counting("measure", qcal_nb.records.collect.measure))
-    for read in ("_read_once", "_read_each"): monkeypatch.setattr(qcal_nb.stats.tensor, read, counting(read, getattr(qcal_nb.stats.tensor, read)))
+    for read in ("_read_once", "_read_each"): monkeypatch.setattr(qcal_nb.stats.reading, read, counting(read, getattr(qcal_nb.stats.reading, read)))
     monkeypatch.setattr(MinMaxObserver, "update_statistics_from_observed", counting("minmax", MinMaxObserver.update_statistics_from_observed))
     monkeypatch.setattr(qcal_nb.observers.histogram, "bucket_counts", counting("histogram", qcal_nb.observers.histogram.bucket_counts))
     return counts

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..memo import shared, sharing
 from ..minmax import range_seen
 from .bins import bounded_range, counted_range
-from .definition import Search, search_error, shrink_search, shrink_steps
+from .definition import Search, search_error, search_key, shrink_search, shrink_steps
 from .kernel import BLOCK, MANY, MOST, fits_kernel, row_search
 
 # %% ../../../nbs/observers/search/best.ipynb #276bfe17
@@ -53,7 +53,7 @@ def best_range(
     search = Search(args, shrink_steps(maxshrink, grid), patience, norm)
     with sharing():  # the bins ask for the extremes again
         low, high = (extreme * expand for extreme in range_seen(observed))
-        known = shared(observed, ("errors", repr(args), norm, expand), dict)
+        known = shared(observed, ("errors", *search_key(args), norm, expand), dict)
         if fits_kernel(observed, low, high, args, norm): return _range_by_kernel(observed, low, high, search, known)
         way = way_for(observed, low, high, norm) if _has_one_scale_for_many(observed, low, args) else None
         if way is None: return shrink_search(low, high, search.shrinks, patience, error_in_blocks(observed, args, norm))
