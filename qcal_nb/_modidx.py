@@ -1507,6 +1507,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'qcal_nb/observers/search/bins.py'),
                                                'qcal_nb.observers.search.bins.unpack_bins': ( 'observers/search/bins.html#unpack_bins',
                                                                                               'qcal_nb/observers/search/bins.py'),
+                                               'qcal_nb.observers.search.bins.until_answered': ( 'observers/search/bins.html#until_answered',
+                                                                                                 'qcal_nb/observers/search/bins.py'),
                                                'qcal_nb.observers.search.bins.write_errors': ( 'observers/search/bins.html#write_errors',
                                                                                                'qcal_nb/observers/search/bins.py'),
                                                'qcal_nb.observers.search.bins.write_terms': ( 'observers/search/bins.html#write_terms',

@@ -52,7 +52,10 @@ def best_range(
     "What `mse_range` finds (two tensors of shape `qparam_shape`), by the fastest way for this tensor."
     search = Search(args, shrink_steps(maxshrink, grid), patience, norm)
     with sharing():  # the bins ask for the extremes again
-        low, high = (extreme * expand for extreme in range_seen(observed))
+        low, high = range_seen(observed)
+        if expand != 1:
+            low = low * expand
+            high = high * expand
         known = shared(observed, ("errors", *search_key(args), norm, expand), dict)
         if fits_kernel(observed, low, high, args, norm): return _range_by_kernel(observed, low, high, search, known)
         way = way_for(observed, low, high, norm) if _has_one_scale_for_many(observed, low, args) else None

@@ -7,7 +7,7 @@ __all__ = ['Errors', 'BINS', 'Bounds', 'Item', 'scales_of', 'counted', 'add_coun
            'unpack_bins', 'means_of', 'Ruler', 'ruler_between', 'sorted_into', 'Binned', 'quantize_edges',
            'smooth_error', 'error_changes', 'kinked_error', 'errors_in_bins', 'error_bounds', 'write_terms', 'add_up',
            'write_errors', 'errors_by_kernel', 'error_by_kernel', 'error_in_pieces', 'bounded_search', 'some_at_a_time',
-           'bounded_range', 'counted_range']
+           'until_answered', 'bounded_range', 'counted_range']
 
 # %% ../../../nbs/observers/search/bins.ipynb #b1f04b16
 import math
@@ -325,30 +325,43 @@ def add_up(terms):
 
 
 @njit(nogil=True, cache=True)
-def write_errors(x, scales, zero_points, form, norm, coefficients, errors):
-    "Σ|QDQ(x) − x|^norm for each candidate, float64."
+def write_errors(x, scales, zero_points, form, norm, coefficients, tolerance, patience, errors):
+    """Σ|QDQ(x) − x|^norm for each candidate, float64, known to within a share `tolerance`. Ends after `patience` in a
+    row that are certainly no better than one before. Returns how many it looked at."""
     terms = np.empty(_AT_A_TIME, np.float32)
+    least = np.inf
+    idle = 0
     for candidate in range(len(scales)):
-        errors[candidate] = 0.0
+        error = 0.0
         for start in range(0, len(x), _AT_A_TIME):
             some = x[start:start + _AT_A_TIME]
             write_terms(some, scales[candidate], zero_points[candidate], form, norm, coefficients, terms)
-            errors[candidate] += add_up(terms[:len(some)])
+            error += add_up(terms[:len(some)])
+        errors[candidate] = error
+        idle = idle + 1 if error * (1 - tolerance) >= least else 0
+        least = min(least, error * (1 + tolerance))
+        if idle >= patience: return candidate + 1
+    return len(scales)
 
 
 def errors_by_kernel(
-    observed: Tensor, low: Tensor, high: Tensor, args: QuantizationArgs, norm: float
+    observed: Tensor, low: Tensor, high: Tensor, args: QuantizationArgs, norm: float, patience: float = math.inf
 ) -> list[Bounds]:
     """For ranges (`low` and `high` of shape (candidates,)): between which two numbers `search_error` of a float32
-    tensor with one scale lies. Closer than by bins, since it looks at every value."""
+    tensor with one scale lies. Closer than by bins, since it looks at every value. A single thread stops when
+    `patience` is at its end; several share the candidates."""
     flat = observed.reshape(-1).numpy()
     form = form_of(args.type, args.num_bits)
-    how = (form, np.float32(norm), power_coefficients(norm))
+    tolerance = float(tolerance_of(form, norm))
+    how = (form, np.float32(norm), power_coefficients(norm), tolerance)
+    scales, zero_points = scales_of(low, high, args)
     errors = np.empty(len(low))
-    def some(scales: np.ndarray, zero_points: np.ndarray, own: np.ndarray) -> None:
-        write_errors(flat, scales, zero_points, *how, own)
-    shared_out(some, *map(in_parts, (*scales_of(low, high, args), errors)))
-    slip = errors * tolerance_of(form, norm)
+    if torch.get_num_threads() == 1:
+        errors = errors[:write_errors(flat, scales, zero_points, *how, patience, errors)]
+    else:
+        def some(*part: np.ndarray) -> None: write_errors(flat, *part[:2], *how, math.inf, part[2])
+        shared_out(some, *map(in_parts, (scales, zero_points, errors)))
+    slip = errors * tolerance
     return list(zip((errors - slip).tolist(), (errors + slip).tolist()))
 
 
@@ -398,9 +411,21 @@ def some_at_a_time(function: Callable[[Tensor, Tensor], list[Item]], low: Tensor
                    known: dict[float, Item]) -> Iterator[Item]:
     """What `function` says of the ranges `shrinks` times (low, high). Each is asked about once, and only when it is
     needed."""
-    def find(new: list[float]) -> list[Item]: return function(*(shrunk(end, torch.tensor(new)) for end in (low, high)))
+    def find(new: list[float]) -> list[Item]:
+        shares = torch.tensor(new)
+        return function(shrunk(low, shares), shrunk(high, shares))
     for start in range(0, len(shrinks), AT_ONCE):
         yield from remembered(known, shrinks[start:start + AT_ONCE], find)
+
+
+def until_answered(function: Callable[[Tensor, Tensor], list[Item]], low: Tensor, high: Tensor, shrinks: list[float],
+                   known: dict[float, Item]) -> Iterator[Item]:
+    "The same for a function that may answer about the first ranges only: it is asked again when that is not enough."
+    for i, p in enumerate(shrinks):
+        if p not in known:
+            shares = torch.tensor(shrinks[i:])
+            known.update(zip(shrinks[i:], function(shrunk(low, shares), shrunk(high, shares))))
+        yield known[p]
 
 
 _FEW = 1 << 17     # values up to which the kernel takes no longer than bins
@@ -411,13 +436,15 @@ def bounded_range(observed: Tensor, low: Tensor, high: Tensor, search: Search, k
     args = search.args
     norm = search.norm
     def in_bins(lo: Tensor, hi: Tensor) -> list[Bounds]: return error_bounds(_binned(observed), lo, hi, args, norm)
-    def by_kernel(lo: Tensor, hi: Tensor) -> list[Bounds]: return errors_by_kernel(observed, lo, hi, args, norm)
+    def by_kernel(lo: Tensor, hi: Tensor) -> list[Bounds]:
+        return errors_by_kernel(observed, lo, hi, args, norm, search.patience)
     def remembering(look: Callable[..., Bounds]) -> Callable[[float], Bounds]:
         def find(keys: list[Any]) -> list[Bounds]:
             return [look(observed, low * p, high * p, args, norm) for _, p in keys]
         return lambda p: remembered(known, [(look.__name__, p)], find)[0]
     few = observed.numel() <= _FEW
-    bounds = some_at_a_time(by_kernel if few else in_bins, low, high, search.shrinks, known)
+    asked, way = (until_answered, by_kernel) if few else (some_at_a_time, in_bins)
+    bounds = asked(way, low, high, search.shrinks, known)
     looks = [remembering(look) for look in (error_by_kernel, error_in_pieces)[few:]]
     return bounded_search(search.shrinks, bounds, search.patience, torch.finfo(torch.float32).max, looks)
 
