@@ -11,6 +11,8 @@ from transformers import (
     AlbertModel,
     AutoModelForSeq2SeqLM,
     BartConfig,
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     T5Config,
@@ -26,7 +28,7 @@ from qcal_nb.modeling import blocks_of
 
 INT8 = dict(num_bits=8, type="int", strategy="tensor", symmetric=True)
 RECIPE = dict(config_groups={"g": QuantizationScheme(targets=["Linear"], weights=dict(num_bits=4, type="int", strategy="group", group_size=32),
-                                                     input_activations=INT8 | dict(observer="static_minmax"))}, ignore=["lm_head"])
+                                                     input_activations=INT8 | dict(observer="static_minmax"))}, ignore=["lm_head", "re:.*altup.*"])
 SMALL_LLAMA = dict(vocab_size=128, hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
 BOTH = dict(d_model=64, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=128,
             decoder_ffn_dim=128, vocab_size=128, decoder_start_token_id=0, pad_token_id=1, bos_token_id=0, eos_token_id=2)
@@ -35,6 +37,11 @@ SPECIAL = dict(
                                                           decoder_start_token_id=0)),
     bart=lambda: AutoModelForSeq2SeqLM.from_config(BartConfig(**BOTH)),
     whisper=lambda: WhisperForConditionalGeneration(WhisperConfig(**BOTH, max_source_positions=16, num_mel_bins=8)),
+    # its later blocks read keys and values that earlier ones left in a dict, and outputs of a projection outside of blocks
+    gemma3n=lambda: Gemma3nForCausalLM(Gemma3nTextConfig(
+        vocab_size=128, vocab_size_per_layer_input=128, hidden_size=64, hidden_size_per_layer_input=32, intermediate_size=128, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=64, sliding_window=8, num_kv_shared_layers=2,
+        layer_types=["sliding_attention", "full_attention"] * 2, laurel_rank=32, altup_num_inputs=2, activation_sparsity_pattern=[0.0] * 4)),
     albert=lambda: AlbertModel(AlbertConfig(vocab_size=128, embedding_size=32, hidden_size=64, num_hidden_layers=3, num_attention_heads=4,
                                             intermediate_size=128)),
 )
