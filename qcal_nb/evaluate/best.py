@@ -22,6 +22,7 @@ from ..analysis import ObserversByBase, compare_observers, mark_best, recorded_a
 from ..calibration import args_in
 from .observers import WeightOf, weights_compared
 from ..lifecycle import QuantizationMixin
+from ..modeling import Targets
 from ..observers import ObserverSpec, label_of, name_and_kwargs, specs_from_args, specs_from_config
 from ..records import CalibrationRecord, Key
 
@@ -71,10 +72,12 @@ def schemes_of_record(record: CalibrationRecord, config: QuantizationConfig) -> 
     """Module -> scheme, by names and classes alone, for a record whose modules are not at hand; as
     compressed-tensors decides, the narrowest target."""
     by_target = {target: scheme for scheme in config.config_groups.values() for target in scheme.targets}
+    targets = Targets(by_target)
+    ignored = Targets(config.ignore or ())
     found = {}
     for module, type_name in record.types.items():
-        if _narrowest(config.ignore or (), module, type_name): continue
-        target = _narrowest(by_target, module, type_name)
+        if _narrowest(ignored.near(module, type_name), module, type_name): continue
+        target = _narrowest(targets.near(module, type_name), module, type_name)
         if target:
             found[module] = by_target[target]
     return found

@@ -14,7 +14,7 @@ from .undo_log import (
 )
 from .match import QUANTIZABLE, check_schemes, observed_names, reaches_experts, schemes_by_module, warn_unmatched
 from .report import Match, match_report
-from .snapshots import ModuleChange, Snapshot, changes, edits, restore, snapshot, undo
+from .snapshots import Edit, ModuleChange, Snapshot, changes, edits, restore, snapshot, undo
 from .steps import (
     Event,
     EventType,
@@ -30,6 +30,7 @@ from .steps import (
 
 __all__ = [
     "Coverage",
+    "Edit",
     "Event",
     "EventType",
     "LifecycleError",

@@ -8,19 +8,18 @@ __all__ = ['QUANTIZABLE', 'schemes_by_module', 'reaches_experts', 'is_cache_sche
 
 # %% ../../nbs/lifecycle/match.ipynb #8945242f
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
-from compressed_tensors import InternalModule
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 from compressed_tensors.quantization.lifecycle.initialize import is_cached_attention_module
 from compressed_tensors.quantization.utils import KV_CACHE_TARGETS
-from compressed_tensors.utils.match import is_match, is_narrow_match, match_named_modules, match_targets
+from compressed_tensors.utils.match import is_narrow_match
 from torch.nn import Module
 
 from ..calibration import QPARAMS, scheme_args, stored_parameters
-from ..modeling import attention_classes, attention_faults, attention_modules, fused_layers, matches_experts
-from ..modeling import states_of
+from ..modeling import Targets, attention_classes, attention_faults, attention_modules, fused_layers
+from ..modeling import matches_experts, states_of
 from ..warn import warn_once
 
 # %% ../../nbs/lifecycle/match.ipynb #1ce893b9
@@ -43,18 +42,16 @@ def _schemes_by_target(
 ) -> dict[str, tuple[Module, QuantizationScheme]]:
     "The modules that the groups' targets match, each with the scheme of its most specific target."
     by_target = {target: scheme for scheme in config.config_groups.values() for target in scheme.targets}
+    targets = Targets(by_target)
+    ignored = Targets(config.ignore or [])
     found = {}
-    # classes and patterns, which every module is compared with
-    wide = {target: scheme for target, scheme in by_target.items() if target not in names}
-    exact = [
-        (name, names[name])
-        for name in by_target
-        if name in names and not is_match(name, names[name], config.ignore or [])
-    ]
-    for name, m in [*match_named_modules(model, list(wide), config.ignore or []), *exact]:
-        scheme = by_target[name] if name in by_target else wide[match_targets(name, m, wide)[0]]
+    for name, m in names.items():
+        hits = targets.matching(name, m)
+        if not hits or ignored.matching(name, m): continue
+        scheme = by_target[hits[0]]
         if isinstance(m, QUANTIZABLE) or (
-            is_cached_attention_module(m) and is_narrow_match(model, scheme.targets, name, m)
+            is_cached_attention_module(m)
+            and is_narrow_match(model, [hit for hit in hits if hit in scheme.targets], name, m)
         ):
             found[name] = (m, scheme)
     return found
@@ -65,10 +62,11 @@ def _cache_schemes(
 ) -> dict[str, tuple[Module, QuantizationScheme]]:
     "The attention modules that the KV cache scheme reaches, without those that a target matches."
     cache = QuantizationScheme(targets=list(KV_CACHE_TARGETS), input_activations=config.kv_cache_scheme)
+    ignored = Targets(config.ignore or [])
     return {
         n: (m, cache)
         for n, m in attention_modules(model).items()
-        if n not in found and not is_match(n, m, config.ignore or [])
+        if n not in found and not ignored.matching(n, m)
     }
 
 # %% ../../nbs/lifecycle/match.ipynb #e5c88150
@@ -152,12 +150,20 @@ def check_schemes(
         raise ValueError(f"the scheme does not fit {len(faults)} tensor{'s' * (len(faults) > 1)} ({hint}):\n{listed}")
 
 # %% ../../nbs/lifecycle/match.ipynb #c049e41e
-def _warn_target(model: Module, target: str, chosen: dict[str, tuple[Module, QuantizationScheme]]) -> None:
-    if target in chosen: return
-    hits = [m for n, m in model.named_modules() if is_match(n, m, target) and not isinstance(m, InternalModule)]
+def _matched(model: Module, targets: Iterable[str]) -> dict[str, list[Module]]:
+    "For every target the modules that it matches."
+    found = {target: [] for target in targets}
+    wanted = Targets(found)
+    for name, module in model.named_modules():
+        for target in wanted.matching(name, module):
+            found[target].append(module)
+    return found
+
+
+def _warn_target(model: Module, target: str, hits: list[Module], reached: set[Module]) -> None:
     if not hits:
         warn_once(f"target {target!r} matches no module of this {type(model).__name__}")
-    elif not any(isinstance(m, QUANTIZABLE) or any(m is c for c, _ in chosen.values()) for m in hits):
+    elif not any(isinstance(m, QUANTIZABLE) or m in reached for m in hits):
         kinds = sorted({type(m).__name__ for m in hits})
         warn_once(f"target {target!r} matches only {', '.join(kinds)}, which cannot be quantized "
                   "(Linear and Embedding can)")
@@ -168,10 +174,12 @@ def warn_unmatched(
 ) -> None:
     """Warn about targets that match nothing that can be quantized, and names to ignore that match nothing;
     `lm_head` may be missing."""
-    for target in [t for scheme in config.config_groups.values() for t in scheme.targets]:
-        _warn_target(model, target, chosen)
-    for name in set(config.ignore or []) - {"lm_head"}:
-        if not any(is_match(n, m, name) for n, m in model.named_modules()):
+    reached = {m for m, _ in chosen.values()}
+    targets = [t for scheme in config.config_groups.values() for t in scheme.targets if t not in chosen]
+    for target, hits in _matched(model, targets).items():
+        _warn_target(model, target, hits, reached)
+    for name, hits in _matched(model, set(config.ignore or []) - {"lm_head"}).items():
+        if not hits:
             warn_once(f"ignore {name!r} matches no module")
 
 
@@ -190,9 +198,9 @@ def _warn_about(
 ) -> None:
     "Warn about what you would otherwise find out too late: what is not quantized, and which names match nothing."
     warn_unmatched(model, config, chosen)
-    ignore = config.ignore or []
+    ignored = Targets(config.ignore or [])
     kinds = Counter(
-        type(m).__name__ for n, m in model.named_modules() if _out_of_reach(m) and not is_match(n, m, ignore)
+        type(m).__name__ for n, m in model.named_modules() if _out_of_reach(m) and not ignored.matching(n, m)
     )
     if kinds:
         named = ", ".join(f"{count} {kind}" for kind, count in kinds.items())

@@ -9,15 +9,15 @@ __all__ = ['Match', 'match_report']
 from dataclasses import dataclass, replace
 
 from compressed_tensors import InternalModule
-from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
-from compressed_tensors.utils.match import is_match, match_targets
+from compressed_tensors.quantization import QuantizationScheme
+from compressed_tensors.utils.match import is_match
 from torch.nn import Module
 
 from ..calibration import QPARAMS, stored_parameters
 from .undo_log import undo_log_of
 from .match import QUANTIZABLE, is_cache_scheme, schemes_by_module
 from .steps import QuantizationMixin
-from ..modeling import attention_modules
+from ..modeling import Targets, attention_modules
 
 # %% ../../nbs/lifecycle/report.ipynb #f5ebdeeb
 def _is_candidate(module: Module) -> bool:
@@ -39,27 +39,36 @@ class Match:
     group: str = ""
 
 
-def _match(name: str, module: Module, config: QuantizationConfig, groups: dict[str, str]) -> Match:
+@dataclass(frozen=True)
+class _Recipe:
+    "A recipe's targets with their groups, and what it ignores."
+
+    groups: dict[str, str]
+    targets: Targets
+    ignored: Targets
+
+
+def _match(name: str, module: Module, recipe: _Recipe) -> Match:
     own = stored_parameters(module)
     weight = own.get("weight")
     if weight is None:
         weight = next(p for p in own.values() if p is not None and p.ndim >= 2)
     row = Match(name, type(module).__name__, tuple(weight.shape), False, "no target matches")
-    hits = match_targets(name, module, groups)
+    hits = recipe.targets.matching(name, module)
     if not hits: return row
-    ignored = [i for i in config.ignore or [] if is_match(name, module, i)]
+    ignored = [i for i in recipe.ignored.near_module(name, module) if is_match(name, module, i)]
     if ignored: return replace(row, reason=f"ignored by {ignored[0]!r}")
     if not isinstance(module, QUANTIZABLE):
         return replace(row, reason=f"target {hits[0]!r} matches, but a {row.type} cannot be quantized")
-    return replace(row, matched=True, reason=f"target {hits[0]!r}", group=groups[hits[0]])
+    return replace(row, matched=True, reason=f"target {hits[0]!r}", group=recipe.groups[hits[0]])
 
 # %% ../../nbs/lifecycle/report.ipynb #ca1a48e0
-def _match_attention(name: str, module: Module, scheme: QuantizationScheme | None, groups: dict[str, str]) -> Match:
+def _match_attention(name: str, module: Module, scheme: QuantizationScheme | None, recipe: _Recipe) -> Match:
     row = Match(name, type(module).__name__, (), scheme is not None, "ignored")
     if scheme is None: return row
     if is_cache_scheme(scheme): return replace(row, reason="kv_cache_scheme: keys and values", group="kv_cache")
-    target = match_targets(name, module, groups)[0]
-    return replace(row, reason=f"target {target!r}: queries, keys and values", group=groups[target])
+    target = recipe.targets.matching(name, module)[0]
+    return replace(row, reason=f"target {target!r}: queries, keys and values", group=recipe.groups[target])
 
 
 def match_report(model: Module, modifier: QuantizationMixin) -> list[Match]:
@@ -70,13 +79,14 @@ def match_report(model: Module, modifier: QuantizationMixin) -> list[Match]:
         raise TypeError(f"modifier must be a QuantizationModifier, got {type(modifier).__name__}")
     config = modifier.resolved_config
     groups = {target: group for group, scheme in config.config_groups.items() for target in scheme.targets}
+    recipe = _Recipe(groups, Targets(groups), Targets(config.ignore or []))
     chosen = schemes_by_module(model, config)
     caches = config.kv_cache_scheme is not None
     states = {n: m for n, m in attention_modules(model).items() if n in chosen or caches}
     return [
-        _match_attention(name, m, chosen.get(name, (m, None))[1], groups)
+        _match_attention(name, m, chosen.get(name, (m, None))[1], recipe)
         if name in states
-        else _match(name, m, config, groups)
+        else _match(name, m, recipe)
         for name, m in model.named_modules()
         if name in states or _is_candidate(m)
     ]

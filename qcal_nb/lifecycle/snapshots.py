@@ -80,7 +80,7 @@ def snapshot(model: Module) -> Snapshot:
     return Snapshot({id(m): name for name, m in modules.items()}, places, scales)
 
 # %% ../../nbs/lifecycle/snapshots.ipynb #2213abb3
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Edit:
     "One place of one object, and what was there before."
 

@@ -10,6 +10,7 @@ __all__ = ['QuantizationMixin', 'initialize_quantization', 'start_calibration', 
 # %% ../../nbs/lifecycle/steps.ipynb #0ea0b024
 import weakref
 from collections.abc import Iterable
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import partial
@@ -17,8 +18,9 @@ from typing import Any
 
 import torch
 from compressed_tensors.offload import disable_onloading, update_offload_parameter
-from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, apply_quantization_config
+from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, QuantizationStatus
 from compressed_tensors.quantization import disable_quantization, enable_quantization
+from compressed_tensors.quantization.lifecycle.initialize import initialize_module_for_quantization
 from compressed_tensors.quantization.utils import KV_CACHE_TARGETS, is_module_quantized
 from pydantic import PrivateAttr, model_validator
 from torch.nn import Module
@@ -132,17 +134,25 @@ def initialize_quantization(self: QuantizationMixin, model: Module, unfuse: bool
 def _attach_schemes(
     model: Module, config: QuantizationConfig, chosen: dict[str, tuple[Module, QuantizationScheme]]
 ) -> None:
-    """Matrices by compressed-tensors' own `apply_quantization_config`; attention is hooked here, so that models do
-    not affect each other."""
-    attention = {name: pair for name, pair in chosen.items() if not isinstance(pair[0], QUANTIZABLE)}
-    matrices = config.model_copy(update={"kv_cache_scheme": None, "ignore": [*(config.ignore or []), *attention]})
-    apply_quantization_config(model, matrices, show_progress=False)
+    """As compressed-tensors' `apply_quantization_config` does it for each module that it matches; attention is hooked
+    here, so that models do not affect each other."""
+    attention = [pair for pair in chosen.values() if not isinstance(pair[0], QUANTIZABLE)]
+    copied = {}  # what deepcopy has copied: modules of one group share one scheme
+    for module, scheme in chosen.values():
+        if isinstance(module, QUANTIZABLE):
+            _attach_scheme(module, deepcopy(scheme, copied), config.quantization_status)
     for module, _ in chosen.values():
         hold_while_running(module)
-    for module, scheme in attention.values():
+    for module, scheme in attention:
         attach_attention_scheme(
             model, module, scheme.model_copy(deep=True), not is_cache_scheme(scheme), config.quantization_status
         )
+
+
+def _attach_scheme(module: Module, scheme: QuantizationScheme, status: QuantizationStatus) -> None:
+    module.quantization_scheme = scheme
+    initialize_module_for_quantization(module, force_zero_point=status < QuantizationStatus.COMPRESSED)
+    module.quantization_status = status
 
 
 def _unset_scales(module: Module) -> None:

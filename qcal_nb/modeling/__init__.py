@@ -22,8 +22,10 @@ from .experts import (
     unfused_experts,
 )
 from .offload import convert_offload, has_accelerate_hooks, hold_while_running
+from .targets import Targets
 
 __all__ = [
+    "Targets",
     "all_experts",
     "attach_attention_scheme",
     "attention_classes",

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from compressed_tensors.offload import disable_offloading, get_cache_init_kwargs, offload_module
-from compressed_tensors.utils.match import is_match
 from torch import Tensor
 from torch.nn import Linear, Module, ModuleList, Parameter
 
 from ..calibration import empty_cache, refuse_if_held, stored_parameters
+from .targets import Targets
 from ..observers import NOBODY, current_feed
 from ..warn import warn_once
 
@@ -411,15 +411,14 @@ def unfused_experts(model: Module) -> dict[str, UnfusedExperts]:
 # %% ../../nbs/modeling/experts.ipynb #1d7b26a1
 def matches_experts(model: Module, targets: Iterable[str], ignore: Iterable[str] = ()) -> bool:
     "Whether targets would match an expert's Linear if the fused experts were taken apart. Changes nothing."
-    targets = list(targets)
-    ignore = list(ignore)
+    wanted = Targets(targets)
+    ignored = Targets(ignore)
     linear = Linear(1, 1, device="meta")
     for name, module in fused_experts(model).items():
         layout = expert_layout(module)
         parts = ("gate_proj", "up_proj", "down_proj") if layout.has_gate else ("up_proj", "down_proj")
-        if any(
-            is_match(f"{name}.{e}.{part}", linear, targets, ignore) for e in range(layout.num_experts) for part in parts
-        ):
+        names = [f"{name}.{e}.{part}" for e in range(layout.num_experts) for part in parts]
+        if any(wanted.matching(one, linear) and not ignored.matching(one, linear) for one in names):
             return True
     return False
 

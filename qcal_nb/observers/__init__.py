@@ -1,6 +1,6 @@
 """Observers: they watch tensors and conclude scales. Importing this package registers all of them."""
 
-from .base import Counts, Observer, QParamsDict, about_to_change, all_or_nothing, fuse, qparams_for
+from .base import Counts, Observer, QParamsDict, about_to_change, all_or_nothing, carry_into, fuse, qparams_for
 from .flatten import ACTIVATIONS, BASE_NAMES, check_args, check_base_name, flatten_for_calibration
 from .hearing import NOBODY, current_feed, feed_owner, feeding, owned_by, unobserved
 from .histogram import EntropyObserver, HistogramMSEObserver, HistogramObserver, PercentileObserver
@@ -50,6 +50,7 @@ __all__ = [
     "about_to_change",
     "all_or_nothing",
     "args_or_default",
+    "carry_into",
     "check_args",
     "check_base_name",
     "current_feed",

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['without_nonfinite', 'Statistics', 'Counts', 'QParamsDict', 'Fusable', 'about_to_change', 'all_or_nothing',
-           'qparams_for', 'Observer', 'fuse']
+           'carry_into', 'qparams_for', 'Observer', 'fuse']
 
 # %% ../../nbs/observers/base.ipynb #15bcfde4
 import math
@@ -12,7 +12,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import Context, ContextVar
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypedDict
@@ -201,6 +201,13 @@ def all_or_nothing(*observers: "Observer") -> Iterator[None]:
         _changed.reset(token)
         if (around := _changed.get()) is not None:
             around.update(changed | around)  # a block around this one may still fail
+
+
+def carry_into(context: Context) -> None:
+    """What is observed in `context` (that of a forward pass that waits) is observed for whoever feeds here, and
+    undone with the `all_or_nothing` around here."""
+    for variable in (current_feed, _changed):
+        context.run(variable.set, variable.get())
 
 # %% ../../nbs/observers/base.ipynb #1cf710c4
 def _statistics_now(self: "Observer") -> dict[str, Any]:

@@ -7,17 +7,17 @@ __all__ = ['from_config', 'recipe_of', 'override']
 
 # %% ../../nbs/recipes/config.ipynb #ad04ef94
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
-from compressed_tensors.utils.match import is_match, match_name, match_targets
+from compressed_tensors.utils.match import match_name
 from torch.nn import Module
 
 from ..lifecycle import LifecycleError, QUANTIZABLE, QuantizationMixin, QuantizationModifier, schemes_by_module
 from ..lifecycle import undo_log_of
-from ..modeling import fused_experts
+from ..modeling import Targets, fused_experts
 from .plain import _METHOD, _SCHEME_PARTS, _config_to_dict, _modifier, _parse, _plain_value, _text_of
 from .plain import storage_format
 from .yaml import _OURS
@@ -98,17 +98,17 @@ def recipe_of(model: Module) -> QuantizationModifier:
     return QuantizationModifier(**{k: v for k, v in fields.items() if v})
 
 # %% ../../nbs/recipes/config.ipynb #4d1ab573
-def _group_of(groups: Mapping[str, QuantizationScheme], name: str, module: Module | None) -> str:
+def _group_of(by_target: Mapping[str, str], targets: Targets, name: str, module: Module | None) -> str:
     "The group that decides about a module, in the order of compressed-tensors: its name, a pattern, its class."
-    by_target = {target: group for group, scheme in groups.items() for target in scheme.targets}
-    if module is not None: return by_target[match_targets(name, module, by_target)[0]]
-    in_order = sorted(by_target, key=lambda target: ("re:" in target, target))
+    if module is not None: return by_target[targets.matching(name, module)[0]]
+    in_order = sorted(targets.near(name), key=lambda target: ("re:" in target, target))
     hit = next((target for target in in_order if match_name(name, target)), None)
     if hit is not None: return by_target[hit]
     classes = {by_target[kind] for kind in ("Linear", "Embedding") if kind in by_target}
     if len(classes) == 1: return classes.pop()
     raise ValueError(
-        f"{name!r}: which of the groups {sorted(groups)} it belongs to depends on its class; pass model= as well"
+        f"{name!r}: which of the groups {sorted({*by_target.values()})} it belongs to depends on its class; pass "
+        "model= as well"
     )
 
 
@@ -130,7 +130,7 @@ def _observed_args(scheme: QuantizationScheme, base_name: str, name: str) -> Qua
 
 def _with_observers(scheme: QuantizationScheme, choices: Mapping[str, Any], name: str) -> QuantizationScheme:
     "A copy of a scheme for one module, with other observers."
-    scheme = scheme.model_copy(deep=True, update={"targets": [name]})
+    scheme = scheme.model_copy(update={"targets": [name]}).model_copy(deep=True)
     for base_name, choice in choices.items():
         args = _observed_args(scheme, base_name, name)
         named = _observer_and_kwargs(choice)
@@ -156,9 +156,18 @@ def _choices_by_name(modifier: QuantizationMixin, observers: _Choices) -> _Plan:
     return {name: (None, dict(choices)) for name, choices in observers.items()}
 
 
-def _matched_modules(key: str, quantized: Mapping[str, Module], model: Module) -> dict[str, Module]:
-    "The quantized modules that a name or pattern stands for. ValueError if there are none, or one is not a layer."
-    hits = {name: module for name, module in quantized.items() if is_match(name, module, key)}
+def _matched_modules(observers: _Choices, quantized: Mapping[str, Module]) -> dict[str, dict[str, Module]]:
+    "For every name or pattern the quantized modules that it stands for."
+    found = {key: {} for key in observers}
+    keys = Targets(observers)
+    for name, module in quantized.items():
+        for key in keys.matching(name, module):
+            found[key][name] = module
+    return found
+
+
+def _check_modules(key: str, hits: Mapping[str, Module], model: Module) -> None:
+    "ValueError if a name or pattern stands for no module, or for one that is not a layer."
     if not hits:
         apart = "; its experts are fused, see unfuse_experts(model)" if fused_experts(model) else ""
         raise ValueError(f"{key!r} matches no module that is quantized; see match_report(model, modifier){apart}")
@@ -166,7 +175,6 @@ def _matched_modules(key: str, quantized: Mapping[str, Module], model: Module) -
         raise ValueError(
             f"{key!r} is an attention module; its observer is named in kv_cache_scheme or in the group that targets it"
         )
-    return hits
 
 
 def _choices_by_model(modifier: QuantizationMixin, observers: _Choices, model: Module) -> _Plan:
@@ -174,9 +182,11 @@ def _choices_by_model(modifier: QuantizationMixin, observers: _Choices, model: M
     patterns override earlier ones."""
     schemes = schemes_by_module(model, modifier.resolved_config)
     quantized = {name: module for name, (module, _) in schemes.items()}
+    matched = _matched_modules(observers, quantized)
     plan: _Plan = {}
     for key in sorted(observers, key=lambda key: key in quantized):
-        for name, module in _matched_modules(key, quantized, model).items():
+        _check_modules(key, matched[key], model)
+        for name, module in matched[key].items():
             _, earlier = plan.get(name, (None, {}))
             plan[name] = (module, earlier | observers[key])
     return plan
@@ -204,13 +214,14 @@ def override(
     by_model = model is not None
     plan = _choices_by_model(modifier, observers, model) if by_model else _choices_by_name(modifier, observers)
     groups = {name: s.model_copy(deep=True) for name, s in modifier.resolved_config.config_groups.items()}
-    base = {name: groups[_group_of(groups, name, module)] for name, (module, _) in plan.items()}
+    by_target = {target: group for group, scheme in groups.items() for target in scheme.targets}
+    targets = Targets(by_target)
+    base = {name: groups[_group_of(by_target, targets, name, module)] for name, (module, _) in plan.items()}
     new = [_with_observers(base[name], choices, name) for name, (_, choices) in plan.items()]
     for scheme in groups.values():
         scheme.targets = [target for target in scheme.targets if target not in plan]
     groups = {name: scheme for name, scheme in groups.items() if scheme.targets}
-    for scheme in new:
-        groups = _with_group(groups, scheme)
+    groups = _with_groups(groups, new)
     kept = {name: getattr(modifier, name) for name in _KEPT_FIELDS}
     return QuantizationModifier(config_groups=groups, **kept)
 
@@ -219,12 +230,18 @@ def _names_modules_only(scheme: QuantizationScheme) -> bool:
     return not any(target in ("Linear", "Embedding") or target.startswith("re:") for target in scheme.targets)
 
 
-def _with_group(groups: dict[str, QuantizationScheme], scheme: QuantizationScheme) -> dict[str, QuantizationScheme]:
-    "The groups with a scheme for named modules, in a group of names with the same scheme or in a new first one."
-    for other in groups.values():
-        alike = other.model_copy(update={"targets": scheme.targets}) == scheme
-        if alike and _names_modules_only(other):
-            other.targets = [*other.targets, *scheme.targets]
-            return groups
-    free = next(f"group_{i}" for i in range(len(groups) + 1) if f"group_{i}" not in groups)
-    return {free: scheme, **groups}
+def _with_groups(
+    groups: dict[str, QuantizationScheme], new: Iterable[QuantizationScheme]
+) -> dict[str, QuantizationScheme]:
+    "The groups with schemes for named modules, each in a group of names with the same scheme or in a new first one."
+    named = {name: scheme for name, scheme in groups.items() if _names_modules_only(scheme)}
+    for scheme in new:
+        alike = (s for s in named.values() if s.model_copy(update={"targets": scheme.targets}) == scheme)
+        if (same := next(alike, None)) is not None:
+            same.targets += scheme.targets
+            continue
+        free = next(f"group_{i}" for i in range(len(groups) + 1) if f"group_{i}" not in groups)
+        groups = {free: scheme, **groups}
+        if _names_modules_only(scheme):
+            named = {free: scheme, **named}
+    return groups

@@ -1,6 +1,7 @@
 """One pass over the data, kept: what was seen of every tensor, what observers concluded, and files."""
 
-from .calibration_record import About, CalibrationRecord, ResultKey, Key, record_equal, unequal_parts
+from .calibration_record import About, CalibrationRecord, ResultKey, Key, forget_answers, record_equal
+from .calibration_record import unequal_parts
 from .collect import Collector
 from .live_results import LiveResults
 from .results import (
@@ -48,6 +49,7 @@ __all__ = [
     "check_observers",
     "counts_of",
     "follows_from_stats",
+    "forget_answers",
     "kept_of",
     "modules_to_record",
     "new_collector",

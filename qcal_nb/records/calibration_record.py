@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Spans', 'Key', 'ResultKey', 'FORMAT', 'VERSION', 'spans_of', 'joined_spans', 'About', 'joined_tensors',
-           'CalibrationRecord', 'joined_records', 'unequal_parts', 'record_equal', 'to_tree', 'from_tree']
+           'CalibrationRecord', 'forget_answers', 'joined_records', 'unequal_parts', 'record_equal', 'to_tree',
+           'from_tree']
 
 # %% ../../nbs/records/calibration_record.ipynb #68b06546
 import difflib
@@ -189,6 +190,13 @@ class CalibrationRecord(_Answers):
             return from_tree(tree)
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as fault:
             raise ValueError(f"{path} is damaged: {fault}") from None
+
+# %% ../../nbs/records/calibration_record.ipynb #1444b063
+def forget_answers(earlier: CalibrationRecord, later: CalibrationRecord) -> None:
+    "Free what statistics of the earlier record have worked out and kept, unless the later one has them, too."
+    for key, stats in earlier.tensors.items():
+        if later.tensors.get(key) is not stats:
+            stats.__dict__.pop("histogram", None)
 
 # %% ../../nbs/records/calibration_record.ipynb #38a509b9
 def _unequal(a: Any, b: Any, path: str) -> tuple[str, Any, Any] | None:

@@ -129,21 +129,25 @@ class LiveResults(Mapping[ResultKey, ObserverResult]):
         frozen.observers = copy.copy(collector.observers)
         self._finder: _Finder | None = _Finder(frozen, model, tensors)
         self._found: dict[ResultKey, ObserverResult] = {}
-        self._keys = dict.fromkeys((*key, label) for key in tensors for label in collector.observers.of(*key))
+        self._tensors = tensors
+        self._labels = {base_name: collector.observers.labels_of(base_name) for _, base_name in tensors}
         self._lock = threading.RLock()
 
-    def __iter__(self) -> Iterator[ResultKey]: return iter(self._keys)
+    def __iter__(self) -> Iterator[ResultKey]:
+        return ((*key, label) for key in self._tensors for label in self._labels[key[1]])
 
-    def __len__(self) -> int: return len(self._keys)
+    def __len__(self) -> int: return sum(len(self._labels[base_name]) for _, base_name in self._tensors)
 
-    def __contains__(self, key: object) -> bool: return key in self._keys
+    def __contains__(self, key: object) -> bool:
+        if not isinstance(key, tuple) or len(key) != 3: return False
+        return key[:2] in self._tensors and key[2] in self._labels[key[1]]
 
     def __getitem__(self, key: ResultKey) -> ObserverResult:
-        if key not in self._keys: raise KeyError(key)
+        if key not in self: raise KeyError(key)
         with self._lock:
             if key not in self._found:
                 self._find(key)
-            if len(self._found) == len(self._keys):
+            if len(self._found) == len(self):
                 self._finder = None  # nobody holds the model any more
             return self._found[key]
 
@@ -151,7 +155,7 @@ class LiveResults(Mapping[ResultKey, ObserverResult]):
         found = self._results([key])
         self._found |= found
         if key[1] != "weight" or found[key].args.strategy != "tensor_group": return
-        alike = self._results(k for k in self._keys if k[1:] == key[1:])
+        alike = self._results(k for k in self if k[1:] == key[1:])
         self._found |= alike | self._finder.fused(alike)
 
     def _results(self, keys: Iterable[ResultKey]) -> dict[ResultKey, ObserverResult]:

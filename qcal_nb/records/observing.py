@@ -16,7 +16,7 @@ from .calibration_record import Key, ResultKey
 from .results import follows_from_stats
 
 # %% ../../nbs/records/observing.ipynb #48750458
-Memory = dict[str, Any]  # an observer's __dict__; its updates make new tensors, so references suffice
+Memory = dict[str, Any]  # what changed in an observer's __dict__; updates make new tensors, so references suffice
 
 
 class Attached:
@@ -35,7 +35,7 @@ class Attached:
     def remembering(self, memory: Memory) -> Observer:
         "The observer with this memory."
         self.observer.__dict__.clear()
-        self.observer.__dict__.update(memory)
+        self.observer.__dict__.update(self.fresh | memory)
         return self.observer
 
     def look(self, memory: Memory, name: str, see: Callable[[Observer], Any]) -> Memory:
@@ -43,12 +43,12 @@ class Attached:
         observer = self.remembering(memory)
         observer.module_name = name
         see(observer)
-        return dict(observer.__dict__)
+        return {n: v for n, v in observer.__dict__.items() if n not in self.fresh or v is not self.fresh[n]}
 
     def alone(self, memory: Memory) -> Observer:
         "A new observer with this memory."
         observer = new_observer(self.asked, self.base_name, self.args)
-        observer.__dict__.update(memory)
+        observer.__dict__.update(self.fresh | memory)
         return observer
 
 # %% ../../nbs/records/observing.ipynb #d04ecae7
@@ -77,13 +77,16 @@ class Observers:
         theirs."""
         if (name, base_name) not in self._of:
             args = self.args(name, base_name)
-            wanted = self.labels.get(base_name, self.labels.get("", ()))
             self._of[name, base_name] = {
-                label: _made(self._made, asked, base_name, args, self.nonfinite)
-                for label, asked in self.asked.items()
-                if label in wanted
+                label: _made(self._made, self.asked[label], base_name, args, self.nonfinite)
+                for label in self.labels_of(base_name)
             }
         return self._of[name, base_name]
+
+    def labels_of(self, base_name: str) -> tuple[str, ...]:
+        "The labels of the observers that are asked about such tensors."
+        wanted = self.labels.get(base_name, self.labels.get("", ()))
+        return tuple(label for label in self.asked if label in wanted)
 
     def listen(self, name: str) -> bool:
         "Whether an observer of the module's weight needs to hear what the module is fed."
@@ -95,7 +98,7 @@ class Observers:
 
     def show(self, known: Answers, attached: Attached, key: ResultKey, see: Callable[[Observer], Any]) -> None:
         "Let one observer see a tensor of which `known` is known, unless it saw it for another module with its past."
-        old = self._new.get(key) or self.memory.get(key) or attached.fresh
+        old = self._new.get(key, self.memory.get(key, attached.fresh))
         self._new[key] = known((id(attached), id(old)), lambda: (attached.look(old, key[0], see), old))[0]
 
     def see(self, known: Answers, key: Key, shown: Tensor) -> None:

@@ -13,7 +13,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..lifecycle import Snapshot
+from torch.nn import Module
+
+from ..lifecycle import Edit, Snapshot, restore, undo
 from ..records import CalibrationRecord, Memory, ResultKey
 
 # %% ../../nbs/session/progress.ipynb #94ce0163
@@ -56,11 +58,15 @@ class Past:
     "What a session returns to when a step is taken back."
 
     phase: str
-    model: Snapshot
+    model: Snapshot | tuple[Edit, ...]  # all of it, or what a feed changed in it
     record: CalibrationRecord
     fed: int
     code: tuple[str, ...]
     memory: Mapping[ResultKey, Memory]  # what the record's observers remembered
+
+    def take_back(self, model: Module) -> None:
+        "Bring the model back. It must be as it was right after the step."
+        restore(model, self.model) if isinstance(self.model, Snapshot) else undo(self.model)
 
 # %% ../../nbs/session/progress.ipynb #8e4c6f05
 @dataclass(frozen=True)

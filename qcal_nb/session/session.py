@@ -24,14 +24,16 @@ from torch.nn import Module
 from ..calibration import args_in, claim, exclusive, guarded, scheme_args
 from ..evaluate import best_observers, compare_for_recipe, compare_schemes, named_schemes, observers_to_compare
 from ..evaluate import schemes_of_record, unfit_schemes
-from ..lifecycle import Match, ModuleChange, QuantizationModifier, State, changes, lacking_data, match_report
-from ..lifecycle import phase_of, reset_quantization, restore, schemes_by_module, snapshot, undo_log_of
+from ..lifecycle import Match, ModuleChange, QuantizationModifier, State, changes, edits, lacking_data
+from ..lifecycle import match_report, phase_of, reset_quantization, restore, schemes_by_module, snapshot
+from ..lifecycle import undo_log_of
 from ..modeling import states_of
 from ..models import positions_of
 from ..observers import ObserverSpec, all_or_nothing, feeding, label_of, specs_from_args
 from ..pipelines import RepeatableBatches, batches, calibration_context, expected_batches, feed, running_of
 from ..recipes import from_config, override
-from ..records import About, CalibrationRecord, Collector, LiveResults, new_collector, new_record
+from ..records import About, CalibrationRecord, Collector, LiveResults, forget_answers, new_collector
+from ..records import new_record
 from ..schemes import adjusted
 from .progress import PHASES_IN_WORDS, Past, Progress, SessionError, ended_in_time
 from .provenance import data_code, model_code
@@ -572,9 +574,11 @@ def _feed_one(session: Session, batch: dict, collector: Collector) -> int:
 # %% ../../nbs/session/session.ipynb #3c74a2aa
 def _finish_feed(session: Session, past: Past, line: str) -> None:
     if session.fed == past.fed: return session.tell("feed")  # nothing was fed: there is nothing to take back
-    session.history.append(past)
+    after = snapshot(session.model)
+    session.changes = changes(past.model, after)
+    session.history.append(replace(past, model=tuple(edits(past.model, after))))
+    forget_answers(past.record, session.record)
     session.phase = "fed"
-    session.changes = changes(past.model, snapshot(session.model))
     complete = line == "feed_all()" and session.fed == session.stream.total
     session._log(line if complete else f"feed({session.fed - past.fed})", "feed")
 
@@ -585,7 +589,7 @@ def _step_back(session: Session) -> None:
     past = session.history[-1]
     now = snapshot(session.model)
     with exclusive(session.model, session.owner):
-        restore(session.model, past.model)
+        past.take_back(session.model)
     session.history.pop()
     session._stop.clear()
     session.ledger = undo_log_of(session.model)

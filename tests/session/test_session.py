@@ -145,6 +145,35 @@ def test_the_session_equals_calibrate():
     assert session.record.tensors == alone.tensors and (session.record.batches, session.record.tokens) == (alone.batches, alone.tokens)
 
 
+def remembered(session):
+    "What every observer knows, the record's own ones among them; tensors as bytes."
+    plain = lambda v: v.numpy().tobytes() if isinstance(v, torch.Tensor) else v
+    observers = {n: m for n, m in session.model.named_modules() if isinstance(m, Observer)}
+    mine = {(n, k): plain(v) for n, m in observers.items() for k, v in vars(m).items() if k not in vars(torch.nn.Module())}
+    return mine, {key: {k: plain(v) for k, v in memory.items()} for key, memory in session.memory.items()}, dict(session.record.results).keys()
+
+
+def test_the_way_back_over_every_feed_is_exact_and_keeps_only_what_changed():
+    session = Session(make_model("llama_gqa"), make_batches(4), scheme="INT8_STATIC")
+    session.initialize()
+    session.start()
+    seen = []
+    for _ in range(4):
+        seen.append((fingerprint(session.model), remembered(session), session.record))
+        session.feed()
+    inputs = {m.input_observer for m in session.model.modules() if hasattr(m, "input_observer")}
+    for past in session.history[2:]:
+        assert {edit.obj for edit in past.model} == inputs  # of 60 modules; and of the record, weights are shared
+        assert len(past.model) < 8 * len(inputs)
+    for earlier, later in zip(session.history[3:], [*session.history[4:], session]):
+        assert all(stats is later.record[key] for key, stats in earlier.record.tensors.items() if key[1] == "weight")
+    for before, known, record_then in reversed(seen):
+        session.back()
+        assert differences(before, fingerprint(session.model)) == [] and remembered(session) == known
+        assert session.record is record_then
+    assert session.phase == "started"
+
+
 def test_configure_before_and_not_after():
     session = Session(make_model("llama_gqa"), make_batches(2))
     with pytest.raises(ValueError, match="'FP9' is not a preset"): session.scheme = "FP9"

@@ -92,5 +92,6 @@ def test_unwatch_removes_what_it_was_asked_to_remove_and_nothing_else():
 
 @pytest.mark.parametrize("base_name", ["weight", "outputs", "", None])
 def test_unknown_names_are_refused(base_name):
-    with pytest.raises(ValueError, match=re.escape(f"base_name={base_name!r}: no such tensor passes this Linear; it must be one of {', '.join(map(repr, TAPS))}")):
+    said = f"base_name={base_name!r}: no such tensor passes this Linear; it must be one of {', '.join(map(repr, TAPS))}"
+    with pytest.raises(ValueError, match=re.escape(said)):
         watch(Linear(2, 2), base_name, print)
