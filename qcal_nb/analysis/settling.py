@@ -7,6 +7,7 @@ __all__ = ['HISTORY_COLUMNS', 'CONVERGENCE_COLUMNS', 'history', 'convergence', '
 
 # %% ../../nbs/analysis/settling.ipynb #4b315ac9
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
@@ -15,17 +16,24 @@ from compressed_tensors.quantization import QuantizationArgs
 from .tables import ID_COLUMNS, Row, check_record, id_columns, model_table, once_each
 from ..observers import DEFAULT_ARGS, ObserverSpec
 from ..records import CalibrationRecord, Key, result_from_stats
-from ..stats import TensorStats, quality_of
+from ..stats import Level, TensorStats, quality_of
 
 # %% ../../nbs/analysis/settling.ipynb #1894cae1
 HISTORY_COLUMNS = [*ID_COLUMNS, "level", "batches", "tokens", "min", "max", "sqnr_db"]
 
 
+def _levels_so_far(stats: TensorStats, levels: list[int]) -> Iterator[Level]:
+    "What was seen up to each level."
+    so_far = Level()
+    for k in levels:
+        so_far = so_far | stats.levels.get(k, Level())
+        yield so_far
+
+
 def _level_row(
-    stats: TensorStats, level: int, base_name: str, asked: ObserverSpec, args: QuantizationArgs
+    stats: TensorStats, level: int, so_far: Level, base_name: str, asked: ObserverSpec, args: QuantizationArgs
 ) -> Row:
     "The range at a level, and the SQNR on all data of the scale that follows from it."
-    so_far = stats.up_to(level)
     found = result_from_stats(TensorStats({0: so_far}, dtypes=stats.dtypes), base_name, asked, args)
     cost = math.nan if found.reason else quality_of(stats, args, found.scale, found.zero_point).sqnr_db
     low, high = (so_far.min, so_far.max) if so_far.histogram.count else (math.nan, math.nan)
@@ -48,7 +56,8 @@ def history(
     levels = sorted(check_record(record).level_tokens)
     data = _data_rows(record, levels)
     def story(key: Key, stats: TensorStats) -> list[Row]:
-        return [_level_row(stats, k, key[1], observer, args or DEFAULT_ARGS) for k in levels]
+        steps = zip(levels, _levels_so_far(stats, levels))
+        return [_level_row(stats, k, so_far, key[1], observer, args or DEFAULT_ARGS) for k, so_far in steps]
     activations = {key: stats for key, stats in record.tensors.items() if key[1] != "weight"}
     stories = once_each(activations, story)
     rows = [id_columns(record, key) | row | seen for key in stories for row, seen in zip(stories[key], data)]
