@@ -161,6 +161,24 @@ def group_levels(first, last, cuts, mass, filled, group, level):
             level[i, j] = count / max(filled[end] - filled[start], 1) if count > 0 else 1.0
             start = end
 
+
+_AT_ONCE = 128  # ranges whose levels stay in the cache
+
+
+def _sums_of_levels(
+    first: np.ndarray, last: np.ndarray, cuts: np.ndarray, bins: np.ndarray, mass: np.ndarray
+) -> np.ndarray:
+    "Of each range Σ p log q over its groups, and what Q says of the first and of the last of them: (3, ranges)."
+    found = np.empty((3, len(first)))
+    filled = _sums_before(bins > 0)
+    for start in range(0, len(first), _AT_ONCE):
+        some = slice(start, start + _AT_ONCE)
+        group, level = np.empty((2, len(first[some]), len(cuts) - 1))
+        group_levels(first[some], last[some], cuts, mass, filled, group, level)
+        found[1:, some] = level[:, [0, -1]].T
+        found[0, some] = (group * np.log(level)).sum(axis=1)
+    return found
+
 # %% ../../nbs/observers/histogram.ipynb #106506ab
 def divergences(
     bins: np.ndarray,                           # Counts in equal bins (n,)
@@ -173,15 +191,14 @@ def divergences(
     plogp = _sums_before(_times_log(bins, bins))
     total = mass[-1] + sum(beyond)
     inside = mass[last] - mass[first]
-    group, level = np.empty((2, len(first), len(cuts) - 1))
-    group_levels(first, last, cuts, mass, _sums_before(bins > 0), group, level)
-    left = ClippedEnd(bins[first], mass[first] + beyond[0], level[:, 0])
-    right = ClippedEnd(bins[last - 1], mass[-1] - mass[last] + beyond[1], level[:, -1])
+    plogq, first_level, last_level = _sums_of_levels(first, last, cuts, bins, mass)
+    left = ClippedEnd(bins[first], mass[first] + beyond[0], first_level)
+    right = ClippedEnd(bins[last - 1], mass[-1] - mass[last] + beyond[1], last_level)
     with np.errstate(divide="ignore", invalid="ignore"):
         least = inside / total
         p, q, norm = (a + b for a, b in zip(left.changes(least), right.changes(least)))
         p = p + plogp[last] - plogp[first]
-        q = q + (group * np.log(level)).sum(axis=1)
+        q = q + plogq
         found = (p - q) / total + np.log((inside + norm) / total)
     return np.where(inside > 0, found, np.inf)
 

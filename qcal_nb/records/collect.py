@@ -166,7 +166,8 @@ class Collector:
             if len(stats.top) == N_EXTREMES and key not in self.tainted:
                 self._least[key] = max(self._least.get(key, 0.0), abs(stats.top[-1].value))
         self.observers.keep()
-        news = {key: _without_values(s) if key in self.tainted else s for key, s in self.news.items()}
+        left = {id(s): _without_values(s) for key, s in self.news.items() if key in self.tainted}  # shared as before
+        news = {key: left[id(s)] if key in self.tainted else s for key, s in self.news.items()}
         self.begin()
         return news
 
