@@ -261,7 +261,8 @@ def _what_lost(rows: pd.DataFrame) -> str:
     if best.empty: return "Without any error."
     return (
         f"Across tensors {middle.index[0]} does best (median {middle.iloc[0]:.1f} dB); least is left of "
-        f"{readers_in_words(best.readers.iloc[0])}: {best.sqnr_db.iloc[0]:.1f} dB with its best observer. 6 dB are one bit."
+        f"{readers_in_words(best.readers.iloc[0])}: {best.sqnr_db.iloc[0]:.1f} dB with its best observer. "
+        "6 dB are one bit."
     )
 
 

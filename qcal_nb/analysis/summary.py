@@ -166,8 +166,8 @@ def _range_findings(table: pd.DataFrame) -> Findings:
         far = rows[rows.outlier_ratio > OUTLIER_THRESHOLD]
         far = far.sort_values("outlier_ratio", ascending=False, kind="stable")
         words = (
-            f"Outliers: {len(far):,} of {tensors_in_words(rows, base)} reach more than {OUTLIER_THRESHOLD:g} times beyond their "
-            "bulk (the 99.9th percentile)"
+            f"Outliers: {len(far):,} of {tensors_in_words(rows, base)} reach more than {OUTLIER_THRESHOLD:g} times "
+            "beyond their bulk (the 99.9th percentile)"
         )
         words += ": one scale for all values spends most of its levels on a few." if len(far) else "."
         yield Finding(words, _names(far, [f"{r:.3g} times" for r in far.outlier_ratio]))

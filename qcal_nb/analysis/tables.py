@@ -182,7 +182,7 @@ def per_reader(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def readers_in_words(readers: tuple[str, ...]) -> str:
-    "The modules that read a tensor, in short: `layers.0.self_attn.q/k/v_proj`; with commas if they have less in common."
+    "The modules that read a tensor, in short: `layers.0.self_attn.q/k/v_proj`; else with commas."
     parents = {name.rpartition(".")[0] for name in readers}
     if len(readers) == 1 or len(parents) > 1: return ", ".join(readers)
     parent = parents.pop()
@@ -310,5 +310,6 @@ def outlier_channels(record: CalibrationRecord, top: int = 8) -> pd.DataFrame:
     of the median channel it is."""
     if isinstance(top, bool) or not isinstance(top, int) or top < 1:
         raise ValueError(f"top={top!r} must be an int of at least 1, the number of channels")
-    table = _table_by_tensor(record, lambda stats: _channel_rows(stats, top), [*SHARED_COLUMNS, "channel", "absmax", "ratio"])
+    columns = [*SHARED_COLUMNS, "channel", "absmax", "ratio"]
+    table = _table_by_tensor(record, lambda stats: _channel_rows(stats, top), columns)
     return table.astype(dict(absmax=float, ratio=float))  # also of a table without rows

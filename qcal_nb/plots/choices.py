@@ -371,7 +371,8 @@ def _slowest(table: pd.DataFrame) -> str:
     if not len(late): return ""
     counts = [f"{(late[column] >= late.tokens).sum():,} {words}s" for column, (words, _, _) in SETTLED.items()]
     lines = [f"Still moving in the last half: {' and '.join(counts)}"]
-    lines += [f"{module} ({base})" for module, base in zip(map(readers_in_words, readers_of(late)[:3]), late.base_name[:3])]
+    modules = map(readers_in_words, readers_of(late)[:3])
+    lines += [f"{module} ({base})" for module, base in zip(modules, late.base_name[:3])]
     if len(late) > 3:
         lines.append(f"and {len(late) - 3:,} more")
     return "\n".join(lines)

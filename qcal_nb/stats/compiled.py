@@ -65,7 +65,7 @@ _ALONE = 30_000  # from 32,768 elements on PyTorch shares an operation out
 
 
 def in_one_thread(function: Callable[[Tensor], Tensor], x: Tensor) -> np.ndarray:
-    "What an elementwise function says of a flat tensor. It is given so few values at a time that torch starts no threads."
+    "What an elementwise function says of a flat tensor, given so few values at a time that torch starts no threads."
     return np.concatenate([function(piece).numpy() for piece in x.split(_ALONE)])
 
 

@@ -99,7 +99,8 @@ def numbers_html(row: pd.Series, clip: pd.DataFrame) -> str:
 
 def _bar_words(row: pd.Series) -> str:
     "The text of the hover, and of the box beside a selected tensor."
-    return f"{readers_in_words(row.readers)}\n{row['min']:.4g} … {row['max']:.4g}, outlier ratio {row.outlier_ratio:.3g}"
+    modules = readers_in_words(row.readers)
+    return f"{modules}\n{row['min']:.4g} … {row['max']:.4g}, outlier ratio {row.outlier_ratio:.3g}"
 
 
 def describe_picture(table: pd.DataFrame, base_name: str, view: str = "ranges", recorded: bool = False) -> str:
