@@ -14,6 +14,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from datetime import date
+from itertools import chain
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,9 +22,10 @@ from typing import Any, NamedTuple
 import pandas as pd
 from compressed_tensors.quantization import QuantizationScheme
 from matplotlib.axes import Axes
+from tqdm import tqdm
 
 from .analysis import Finding, RecordTables, check_record, enough_in_words, extremes, findings_from
-from .analysis import outlier_channels, tables_of
+from .analysis import outlier_channels, readers_in_words, tables_of
 from .plots import clips_of, observer_to_draw, plot_channels, plot_convergence, plot_density, plot_histogram
 from .plots import plot_observers, plot_ranges, plot_scales, plot_timeline, to_png
 from .records import CalibrationRecord, write_whole
@@ -34,9 +36,16 @@ def _is_empty(value: Any) -> bool:
     return value is None or value is pd.NA or isinstance(value, float) and math.isnan(value)
 
 
+def _names_in_cell(names: tuple[str, ...]) -> str:
+    "The modules that read a tensor, without what the first has in front; the column of modules has it in full."
+    parent = names[0].rpartition(".")[0] + "." if names else ""
+    return ", ".join(name.removeprefix(parent) for name in names)
+
+
 def cell(value: Any) -> str:
     "A value as the text of a table cell: six digits, nothing where there is nothing."
     if _is_empty(value): return ""
+    if isinstance(value, tuple) and all(isinstance(one, str) for one in value): return escape(_names_in_cell(value))
     if isinstance(value, bool): return "yes" if value else ""
     return escape(f"{value:.6g}" if isinstance(value, float) else str(value))
 
@@ -179,7 +188,7 @@ def facts(record: CalibrationRecord) -> dict[str, str]:
         "observers": ", ".join(record.observers) or "none attached",
         "data": f"{record.batches:,} batches, {record.tokens:,} tokens",
         "left out": about.mask or "nothing",
-        "tensors": f"{len(record):,} in {len(record.types):,} modules",
+        "tensors": f"{len(record.readers):,} in {len(record.types):,} modules",
         "time": f"{record.seconds:.1f} s of recording",
         "versions": versions or "unknown",
         "page written": date.today().isoformat(),
@@ -240,8 +249,8 @@ def _how_far(rows: pd.DataFrame) -> str:
     wide = rows.loc[rows.absmax.idxmax()]
     far = rows.loc[rows.outlier_ratio.idxmax()]
     return (
-        f"The widest is {wide.module} (up to {wide.absmax:.3g}); furthest beyond its bulk is {far.module} "
-        f"({far.outlier_ratio:.3g} times)."
+        f"The widest is {readers_in_words(wide.readers)} (up to {wide.absmax:.3g}); furthest beyond its bulk is "
+        f"{readers_in_words(far.readers)} ({far.outlier_ratio:.3g} times)."
     )
 
 
@@ -252,7 +261,8 @@ def _what_lost(rows: pd.DataFrame) -> str:
     if best.empty: return "Without any error."
     return (
         f"Across tensors {middle.index[0]} does best (median {middle.iloc[0]:.1f} dB); least is left of "
-        f"{best.module.iloc[0]}: {best.sqnr_db.iloc[0]:.1f} dB with its best observer. 6 dB are one bit."
+        f"{readers_in_words(best.readers.iloc[0])}: {best.sqnr_db.iloc[0]:.1f} dB with its best observer. "
+        "6 dB are one bit."
     )
 
 
@@ -388,15 +398,19 @@ def _links_html(tables: Iterable[PageTable]) -> str:
     return "".join(f'<a href="#{name}">{escape(name.replace("-", " "))}</a>' for name in names)
 
 
-def _pictures_html(record: CalibrationRecord, found: RecordTables) -> str:
-    drawn = (*_model_pictures(record, found), *_close_ups(record, found.ranges))
-    figures = "\n".join(figure_html(caption, ax) for caption, ax in drawn)
-    return f'<section id="pictures"><h2>Pictures</h2>{figures}</section>'
+def _pictures_html(record: CalibrationRecord, found: RecordTables, progress: bool) -> str:
+    figures = []
+    with tqdm(desc="drawing", unit=" pictures", disable=not progress, delay=1) as bar:
+        for caption, ax in chain(_model_pictures(record, found), _close_ups(record, found.ranges)):
+            figures.append(figure_html(caption, ax))
+            bar.update()
+    drawn = "\n".join(figures)
+    return f'<section id="pictures"><h2>Pictures</h2>{drawn}</section>'
 
 
-def _page_body(record: CalibrationRecord, title: str) -> str:
-    found = tables_of(record)
-    pictures = _pictures_html(record, found)
+def _page_body(record: CalibrationRecord, title: str, progress: bool) -> str:
+    found = tables_of(record, progress=progress)
+    pictures = _pictures_html(record, found, progress)
     tables = list(_tables(record, found))
     header = f"<header><h1>{escape(title)}</h1>{_facts_html(facts(record))}</header>"
     findings = _findings_html(findings_from(record, found))
@@ -409,10 +423,11 @@ def to_html(
     path: str | os.PathLike,        # Where to write the page
     *,
     title: str | None = None,       # Its heading; "Calibration of <model>" if None
+    progress: bool = True,          # Show bars for what takes more than a second
 ) -> Path:
     """Write one self-contained HTML page about a record: what was run, what is suspicious, pictures, tables.
-    Returns its path."""
+    Returns its path. After an interrupt there is no new page, and one that stood there is as it was."""
     check_record(record)
     title = title or f"Calibration of {record.model or 'a model'}"
-    page = page_html(title, _page_body(record, title))
+    page = page_html(title, _page_body(record, title, progress))
     return write_whole(path, page.encode("utf-8", "replace"))

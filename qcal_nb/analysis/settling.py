@@ -7,25 +7,34 @@ __all__ = ['HISTORY_COLUMNS', 'CONVERGENCE_COLUMNS', 'history', 'convergence', '
 
 # %% ../../nbs/analysis/settling.ipynb #4b315ac9
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
 from compressed_tensors.quantization import QuantizationArgs
 
-from .tables import ID_COLUMNS, Row, check_record, id_columns, model_table, once_each
-from ..observers import DEFAULT_ARGS, ObserverSpec
-from ..records import CalibrationRecord, Key, result_from_stats
-from ..stats import TensorStats, quality_of
+from .tables import Row, SHARED_COLUMNS, check_record, found_once, model_table, tensor_bar
+from .tables import tensor_columns
+from ..observers import DEFAULT_ARGS, ObserverSpec, find_observer, label_of, name_and_kwargs
+from ..records import CalibrationRecord, result_from_stats
+from ..stats import Level, TensorStats, quality_of
 
 # %% ../../nbs/analysis/settling.ipynb #1894cae1
-HISTORY_COLUMNS = [*ID_COLUMNS, "level", "batches", "tokens", "min", "max", "sqnr_db"]
+HISTORY_COLUMNS = [*SHARED_COLUMNS, "level", "batches", "tokens", "min", "max", "sqnr_db"]
+
+
+def _levels_so_far(stats: TensorStats, levels: list[int]) -> Iterator[Level]:
+    "What was seen up to each level."
+    so_far = Level()
+    for k in levels:
+        so_far = so_far | stats.levels.get(k, Level())
+        yield so_far
 
 
 def _level_row(
-    stats: TensorStats, level: int, base_name: str, asked: ObserverSpec, args: QuantizationArgs
+    stats: TensorStats, level: int, so_far: Level, base_name: str, asked: ObserverSpec, args: QuantizationArgs
 ) -> Row:
     "The range at a level, and the SQNR on all data of the scale that follows from it."
-    so_far = stats.up_to(level)
     found = result_from_stats(TensorStats({0: so_far}, dtypes=stats.dtypes), base_name, asked, args)
     cost = math.nan if found.reason else quality_of(stats, args, found.scale, found.zero_point).sqnr_db
     low, high = (so_far.min, so_far.max) if so_far.histogram.count else (math.nan, math.nan)
@@ -40,18 +49,25 @@ def _data_rows(record: CalibrationRecord, levels: list[int]) -> list[Row]:
 
 
 def history(
-    record: CalibrationRecord, observer: ObserverSpec = "static_minmax", args: QuantizationArgs | None = None
+    record: CalibrationRecord,
+    observer: ObserverSpec = "static_minmax",
+    args: QuantizationArgs | None = None,
+    progress: bool = True,  # Show a bar if it takes more than a second
 ) -> pd.DataFrame:
     """A row per activation and level: the range of the first `batches` batches (by index), and the SQNR on all data
     of the scale that the observer would have concluded from them. int8 symmetric per tensor unless `args` say
-    otherwise."""
+    otherwise. An interrupt ends the search and leaves the record as it is."""
     levels = sorted(check_record(record).level_tokens)
     data = _data_rows(record, levels)
-    def story(key: Key, stats: TensorStats) -> list[Row]:
-        return [_level_row(stats, k, key[1], observer, args or DEFAULT_ARGS) for k in levels]
-    activations = {key: stats for key, stats in record.tensors.items() if key[1] != "weight"}
-    stories = once_each(activations, story)
-    rows = [id_columns(record, key) | row | seen for key in stories for row, seen in zip(stories[key], data)]
+    keys = [key for key in record.readers if key[1] != "weight"]
+    rows = []
+    with tensor_bar("settling", len(keys), progress) as bar:
+        for key in keys:
+            stats = record.tensors[key]
+            ids = tensor_columns(record, key, record.readers[key])
+            for k, so_far, seen in zip(levels, _levels_so_far(stats, levels), data):
+                rows.append(ids | _level_row(stats, k, so_far, key[1], observer, args or DEFAULT_ARGS) | seen)
+            bar.update()
     return model_table(rows, HISTORY_COLUMNS, record)
 
 # %% ../../nbs/analysis/settling.ipynb #0a6655bc
@@ -87,26 +103,36 @@ def _settled_row(rows: pd.DataFrame, share: float) -> Row:
     return dict(tokens=tokens[-1], range_settled=by_range, sqnr_settled=by_noise, enough=enough)
 
 
-CONVERGENCE_COLUMNS = [*ID_COLUMNS, "tokens", "range_settled", "sqnr_settled", "enough"]
+CONVERGENCE_COLUMNS = [*SHARED_COLUMNS, "tokens", "range_settled", "sqnr_settled", "enough"]
 _CONVERGENCE_TYPES = dict(tokens=float, range_settled=float, sqnr_settled=float, enough=bool)
 
 # %% ../../nbs/analysis/settling.ipynb #5d79bee5
+def _convergence(
+    record: CalibrationRecord, share: float, observer: ObserverSpec, args: QuantizationArgs | None, progress: bool
+) -> pd.DataFrame:
+    stories = history(record, observer, args, progress).groupby(SHARED_COLUMNS, sort=False, dropna=False)
+    rows = [dict(zip(SHARED_COLUMNS, tensor)) | _settled_row(part, share) for tensor, part in stories]
+    table = model_table(rows, CONVERGENCE_COLUMNS, record).astype(_CONVERGENCE_TYPES)
+    table.attrs["share"] = share
+    return table
+
+
 def convergence(
     record: CalibrationRecord,
     share: float = 0.05,
     observer: ObserverSpec = "static_minmax",
     args: QuantizationArgs | None = None,
+    progress: bool = True,  # Show a bar if it takes more than a second
 ) -> pd.DataFrame:
     """A row per activation: after how many tokens its range, and the size of the quantization noise of the scale
     from it, last were off their final values by more than `share` (0.05: 5 %, for noise 0.4 dB). `enough`: both
-    had settled before the last half of the data."""
+    had settled before the last half of the data. The same question about a record is answered once."""
     if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1:
         raise ValueError(f"share={share!r} must be a number between 0 and 1")
-    stories = history(record, observer, args).groupby(ID_COLUMNS, sort=False, dropna=False)
-    rows = [dict(zip(ID_COLUMNS, tensor)) | _settled_row(part, share) for tensor, part in stories]
-    table = model_table(rows, CONVERGENCE_COLUMNS, record).astype(_CONVERGENCE_TYPES)
-    table.attrs["share"] = share
-    return table
+    which = label_of(observer), find_observer(name_and_kwargs(observer)[0])
+    question = "convergence", share, *which, repr(args)
+    make = lambda: _convergence(record, share, observer, args, progress)
+    return found_once(check_record(record), question, make)
 
 # %% ../../nbs/analysis/settling.ipynb #6dd4d3bb
 def percent_of(table: pd.DataFrame) -> str:

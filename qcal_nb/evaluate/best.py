@@ -18,7 +18,8 @@ from typing import NamedTuple
 import pandas as pd
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 
-from ..analysis import ObserversByBase, compare_observers, mark_best, recorded_args, usual_observers
+from ..analysis import ObserversByBase, compare_observers, mark_best, per_reader, recorded_args
+from ..analysis import usual_observers
 from ..calibration import args_in
 from .observers import WeightOf, weights_compared
 from ..lifecycle import QuantizationMixin
@@ -117,7 +118,7 @@ def _compare_tensors(
     "From the record; weights of many scales, which a record cannot judge, are measured if they are at hand."
     used = args or next((recorded_args(part, key) for key in part.tensors), None)
     if base_name != "weight" or weight_of is None or used is None or used.strategy == "tensor":
-        return compare_observers(part, observers, args)
+        return per_reader(compare_observers(part, observers, args, progress=False))
     return weights_compared(part, [module for module, _ in part.tensors], observers, used, weight_of)
 
 # %% ../../nbs/evaluate/best.ipynb #ef257fcd
@@ -146,7 +147,7 @@ def compare_for_recipe(
     are measured; a record alone cannot judge them."""
     groups = _tensors_by_args(record, args_of, set(base_names))
     parts = [table for group in groups for table in _compare_group(record, group, asked, weight_of)]
-    table = pd.concat(parts, ignore_index=True) if parts else compare_observers(CalibrationRecord())
+    table = pd.concat(parts, ignore_index=True) if parts else per_reader(compare_observers(CalibrationRecord()))
     return mark_best(table, _recipe_observers(record, args_of))
 
 # %% ../../nbs/evaluate/best.ipynb #a9bb1330

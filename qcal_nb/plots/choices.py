@@ -23,7 +23,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
 from ..analysis import check_record, compare_observers, convergence, enough_in_words, layer_of, percent_of
-from ..analysis import result_of
+from ..analysis import readers_in_words, readers_of, result_of
 from ..lifecycle import extreme_scales
 from ..observers import ObserverSpec, label_of, specs_from_config
 from .model import NOTE_BOX, bar_width, choose_base, legend
@@ -35,14 +35,14 @@ from ..records import CalibrationRecord, ObserverResult, check_observers
 class _Comparison(NamedTuple):
     "A comparison of observers as a matrix: a row for each observer, a column for each tensor."
 
-    tensors: pd.DataFrame    # module, base_name, layer of each column
+    tensors: pd.DataFrame    # the first row of each column
     observers: list[str]
     sqnr: np.ndarray         # in dB, nan where it is not known
     best: np.ndarray         # is this the best observer of its column?
 
 
 def _matrix(table: pd.DataFrame) -> _Comparison:
-    tensors = table.drop_duplicates(["module", "base_name"])[["module", "base_name", "layer"]].reset_index(drop=True)
+    tensors = table.drop_duplicates(["module", "base_name"]).reset_index(drop=True)
     observers = list(dict.fromkeys(table.observer))
     at = pd.Index(observers).get_indexer(table.observer), _keys(tensors).get_indexer(_keys(table))
     sqnr = np.full((len(observers), len(tensors)), np.nan)
@@ -136,10 +136,13 @@ def plot_observers(
     args: QuantizationArgs | None = None,       # None: those of the recorded scheme, or int8 symmetric per tensor
     base_name: str | None = None,               # Which tensors: "input" (default), "weight", "output"
     ax: Axes | None = None,                     # Where to draw; a new figure if None
+    progress: bool = True,                      # Show a bar if the comparison takes more than a second
 ) -> Axes:
     """SQNR of every tensor (across, in model order) with every observer (down): the darker, the better; the best
-    framed. Returns the axes."""
-    whole = record if isinstance(record, pd.DataFrame) else compare_observers(check_record(record), observers, args)
+    framed. Returns the axes. An interrupt ends it and leaves the record as it is."""
+    whole = record
+    if not isinstance(record, pd.DataFrame):
+        whole = compare_observers(check_record(record), observers, args, progress)
     base_name = choose_base(list(whole.base_name), base_name)
     table = whole[whole.base_name == base_name]
     found = _matrix(table)
@@ -157,7 +160,7 @@ def plot_observers(
 def _draw_comparison(ax: Axes, found: _Comparison, color: str) -> None:
     "The cells, the names of rows and columns, and the colorbar."
     mesh = _draw_sqnr(ax, found.sqnr, found.best, color)
-    label_depth(ax, found.tensors.module, found.tensors.layer)
+    label_depth(ax, map(readers_in_words, readers_of(found.tensors)), found.tensors.layer)
     rows = map(_row_name, found.observers, found.sqnr, found.best)
     ax.set_yticks(range(len(found.observers)), rows, fontsize=8, parse_math=False)
     ax.set_ylim(len(found.observers) - 0.5, -0.5)
@@ -368,7 +371,8 @@ def _slowest(table: pd.DataFrame) -> str:
     if not len(late): return ""
     counts = [f"{(late[column] >= late.tokens).sum():,} {words}s" for column, (words, _, _) in SETTLED.items()]
     lines = [f"Still moving in the last half: {' and '.join(counts)}"]
-    lines += [f"{module} ({base})" for module, base in zip(late.module[:3], late.base_name[:3])]
+    modules = map(readers_in_words, readers_of(late)[:3])
+    lines += [f"{module} ({base})" for module, base in zip(modules, late.base_name[:3])]
     if len(late) > 3:
         lines.append(f"and {len(late) - 3:,} more")
     return "\n".join(lines)

@@ -17,7 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from ..analysis import DERIVED, check_record, layer_of, ranges, result_of
+from ..analysis import DERIVED, check_record, layer_of, ranges, readers_in_words, readers_of, result_of
+from ..analysis import rows_of_module
 from ..observers import ObserverSpec
 from .style import SMOOTH, bars, base_color, column_edges, counts_between, headline, label_depth, light
 from .style import new_axes, packed, say_nothing, shades, symlog, symlog_edges, symlog_from
@@ -143,12 +144,12 @@ NOTE_BOX = dict(fc=(1, 1, 1, 0.85), ec="0.7", lw=0.6, boxstyle="round,pad=0.3")
 
 def _highlight(ax: Axes, table: pd.DataFrame, selected: str | None) -> None:
     "Shade the column of a module, and write its name and range beside its bar."
-    hit = table.index[table.module == selected]
+    hit = rows_of_module(table, selected).index
     if not len(hit): return
     at = hit[0]
     ax.axvspan(at - 0.5, at + 0.5, color="0.9", zorder=-1).set_gid("_selected")
     row = table.loc[at]
-    text = f"{row.module}\n{row['min']:.4g} … {row['max']:.4g}"
+    text = f"{selected}\n{row['min']:.4g} … {row['max']:.4g}"
     side = dict(xytext=(12, 4), ha="left") if at < len(table) / 2 else dict(xytext=(-12, 4), ha="right")
     style = dict(textcoords="offset points", va="top", fontsize=8, parse_math=False, bbox=NOTE_BOX, zorder=8)
     ax.annotate(text, (at, row["max"]), **side, **style)
@@ -186,7 +187,8 @@ def plot_ranges(
     selected: str | None = None,  # A module to point out
     ax: Axes | None = None,  # Where to draw; a new figure if None
 ) -> Axes:
-    "A bar per tensor from its smallest to its largest value, over the depth of the model. Returns the axes."
+    """A bar per tensor from its smallest to its largest value, over the depth of the model; a tensor that several
+    modules read has one. Returns the axes."""
     clips = _clip_table(record, clips)
     whole = record if isinstance(record, pd.DataFrame) else ranges(check_record(record))
     chosen = choose_base(list(whole.base_name), base_name)
@@ -197,7 +199,7 @@ def plot_ranges(
     handles = _draw_bars(ax, table, base_color(chosen))
     handles += _draw_clips(ax, table, clips) + _mark_nonfinite(ax, table)
     scale_values(ax, table.absmax)
-    label_depth(ax, table.module, table.layer)
+    label_depth(ax, map(readers_in_words, readers_of(table)), table.layer)
     _highlight(ax, table, selected)
     headline(ax, _ranges_title(whole, chosen, base_name), len(table))
     legend(ax, handles, own)
@@ -255,15 +257,16 @@ def plot_density(
     base_name: str | None = None,   # Which tensors: "input" (default), "weight", "output"
     ax: Axes | None = None,         # Where to draw; a new figure if None
 ) -> Axes:
-    """Where the values of every tensor are: a column per tensor over the depth of the model, value up, log count as
-    colour. Returns the axes."""
+    """Where the values of every tensor are: a column per tensor (one, if several modules read it) over the depth of the
+    model, value up, log count as colour. Returns the axes."""
     names = [base for _, base in check_record(record).tensors]
     chosen = choose_base(names, base_name)
     found = _in_order(record, chosen)
     ax = ax or new_axes(9.0, 4.0)
     if not found: return say_nothing(ax, "Nothing recorded yet: feed a batch")
     _draw_densities(ax, list(found.values()), base_color(chosen))
-    label_depth(ax, found, map(layer_of, found))
+    readers = [readers_in_words(record.readers[module, chosen]) for module in found]
+    label_depth(ax, readers, map(layer_of, found))
     _cross_nonfinite(ax, list(found.values()))
     title = f"Where the values of every {chosen} are: the darker, the more{amount(record.batches, chosen)}"
     headline(ax, title + others(names, chosen, base_name), len(found))
@@ -271,8 +274,9 @@ def plot_density(
 
 # %% ../../nbs/plots/model.ipynb #3a9d0c43
 def _in_order(record: CalibrationRecord, base_name: str) -> dict[str, TensorStats]:
-    "What was seen of one base name, by module, in the order of the model."
-    found = {m: s for (m, base), s in record.tensors.items() if base == base_name and s.numel}
+    "What was seen of one base name, by the first module that reads it, in the order of the model."
+    stats = {key[0]: record.tensors[key] for key in record.readers if key[1] == base_name}
+    found = {m: s for m, s in stats.items() if s.numel}
     order = {module: i for i, module in enumerate(record.types)}
     return {m: found[m] for m in sorted(found, key=lambda m: order.get(m, len(order)))}
 

@@ -102,7 +102,8 @@ def _drawable_sign(sign: str) -> str:
 
 # %% ../../nbs/plots/style.ipynb #cf235e2e
 def short_name(module: str) -> str:
-    "The part of a module path that tells tensors of one layer apart."
+    "The part of a module path that tells tensors of one layer apart; of several paths with commas, that of each."
+    if ", " in module: return ", ".join(map(short_name, module.split(", ")))
     parts = module.split(".")
     numbers = [i for i, part in enumerate(parts) if _is_number(part)]
     inside = parts[numbers[0] + 1:] if numbers else parts

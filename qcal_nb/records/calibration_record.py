@@ -95,6 +95,18 @@ class _Answers:
         "The attached observers, by the names they were asked for."
         return list(dict.fromkeys(name for _, _, name in self.results))
 
+    @cached_property
+    def readers(self) -> dict[Key, tuple[str, ...]]:
+        """(module, base name) -> the modules that read this tensor, in the order of the model; under the name of the
+        first of them. Those that were always fed one tensor share its statistics."""
+        groups: dict[Any, list[str]] = {}
+        for (module, base_name), stats in self.tensors.items():
+            seen = base_name != "weight" and (stats.calls or stats.skipped)
+            groups.setdefault((base_name, id(stats) if seen else module), []).append(module)
+        order = {module: i for i, module in enumerate(self.types)}
+        named = [(base, sorted(some, key=lambda m: order.get(m, len(order)))) for (base, _), some in groups.items()]
+        return {(some[0], base): tuple(some) for base, some in named}
+
     @property
     def has_text(self) -> bool:
         "Whether the record holds tokens of the calibration text."
@@ -225,14 +237,27 @@ def _joined_result(
     return result_of_one_part(has.results[key], lacks.tensors.get(key[:2], TensorStats()).calls > 0, stats)
 
 
+def _joined_results(
+    a: CalibrationRecord, b: CalibrationRecord, tensors: Mapping[Key, TensorStats]
+) -> dict[ResultKey, ObserverResult]:
+    "Modules that shared a result in both records share the result of both."
+    done: dict[tuple[Any, ...], ObserverResult] = {}
+    found = {}
+    for key in {**a.results, **b.results}:
+        stats = tensors.get(key[:2], TensorStats())
+        parts = a.results.get(key), b.results.get(key)
+        which = (*map(id, (*parts, stats)), key if None in parts else "")
+        if which not in done:
+            done[which] = _joined_result(a, b, key, stats)
+        found[key] = done[which]
+    return found
+
+
 def joined_records(a: CalibrationRecord, b: CalibrationRecord) -> CalibrationRecord:
     "The record of both runs."
     _check_same_run(a, b)
     tensors = joined_tensors(a.tensors, b.tensors)
-    results = {
-        key: _joined_result(a, b, key, tensors.get(key[:2], TensorStats()))
-        for key in {**a.results, **b.results}
-    }
+    results = _joined_results(a, b, tensors)
     about = replace(a.about, versions={**b.about.versions, **a.about.versions})
     return CalibrationRecord(
         tensors,

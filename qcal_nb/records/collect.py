@@ -162,7 +162,8 @@ class Collector:
     def take(self) -> dict[Key, TensorStats]:
         "What was seen of the batch. From now on observers remember it."
         self.observers.keep()
-        news = {key: _without_values(s) if key in self.tainted else s for key, s in self.news.items()}
+        left = {id(s): _without_values(s) for key, s in self.news.items() if key in self.tainted}  # shared as before
+        news = {key: left[id(s)] if key in self.tainted else s for key, s in self.news.items()}
         self.begin()
         return news
 

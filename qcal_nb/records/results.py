@@ -117,6 +117,8 @@ def result_from_stats(
             )
         for name, value in statistics_from(stats, observer).items():
             setattr(observer, name, value)
+        if counts_values(observer):
+            observer.whole = stats.histogram  # not counted out and in again
         return observer_result(observer, asked, {}, counts_of(stats))
     except (ValueError, RuntimeError) as why:
         return ObserverResult(label_of(asked), base_name, args, counts=counts_of(stats), reason=str(why))

@@ -9,6 +9,7 @@ __all__ = ['N_BUCKETS', 'count_buckets', 'by_sign', 'only_finite', 'bucket_count
 # %% ../../nbs/stats/histogram.ipynb #9ab684d7
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from .compiled import in_parts, shared_out
+from .compiled import in_one_thread, in_parts, shared_out
 
 # %% ../../nbs/stats/histogram.ipynb #e18c5671
 N_BUCKETS = 1 << 16
@@ -331,6 +332,11 @@ class Distribution(Buckets):
         lower, upper = (self.values, self.values) if self.exact else cells(self.codes, False)
         return int(self.counts[(upper < low) | (lower > high)].sum())
 
+    def places(self, points: int) -> np.ndarray:
+        """Where to look at a function of the values, float64 (buckets, points): evenly over each cell; if exact, at its
+        one value."""
+        return _points(self.codes, self.exact, points)
+
     def linear(self, bins: int, low: float | None = None, high: float | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Counts, float64 (bins,), and edges (bins + 1,) of equal bins, by default over all. A bucket's values are
         spread evenly over its cell; values beyond the range are in the outermost bins. So the sum is `count`, to
@@ -374,6 +380,10 @@ class Histogram(Distribution):
 
     def abs(self) -> "Histogram":
         "The histogram of the absolute values."
+        return self._absolute
+
+    @cached_property
+    def _absolute(self) -> "Histogram":
         codes, counts = _merged(_magnitude(self.codes), self.counts)
         return type(self)(codes, counts, self.nan, self.pos_inf + self.neg_inf, 0, self.exact)
 
@@ -400,8 +410,11 @@ def sum_of(
 ) -> float:
     """Σ fn(x) over all finite values, in float64: the sum itself if `exact`, else as if each bucket's values lay
     evenly in it."""
-    at = torch.from_numpy(_points(histogram.codes, histogram.exact, points)).to(dtype)
-    result = fn(at.reshape(-1))
-    if result.shape != (at.numel(),):
-        raise ValueError(f"fn must keep the shape ({at.numel()},), it returned {tuple(result.shape)}")
-    return float((histogram.counts * result.double().reshape(at.shape).numpy().mean(axis=1)).sum())
+    at = histogram.places(points)
+
+    def of_piece(x: Tensor) -> Tensor:
+        result = fn(x.to(dtype))
+        if result.shape == x.shape: return result.double()
+        raise ValueError(f"fn must keep the shape {tuple(x.shape)}, it returned {tuple(result.shape)}")
+    result = in_one_thread(of_piece, torch.from_numpy(at.reshape(-1)))
+    return float((histogram.counts * result.reshape(at.shape).mean(axis=1)).sum())

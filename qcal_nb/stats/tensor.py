@@ -153,10 +153,10 @@ class TensorStats(_Derived):
     batches: int = 0                        # distinct ones; none for a weight
     skipped: int = 0                        # tensors left out because of non-finite values
 
-    @property
+    @cached_property
     def mean(self) -> float: return float(_moments(self)[0] / self.count) if self.count else math.nan
 
-    @property
+    @cached_property
     def std(self) -> float:
         "The population standard deviation; if not all values are bfloat16 numbers, to 1e-12 of their root mean square."
         if not self.count: return math.nan

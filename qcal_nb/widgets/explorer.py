@@ -22,7 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.font_manager import FontProperties, findfont
 from traitlets import TraitError
 
-from ..analysis import choose, compare_observers, ranges
+from ..analysis import choose, compare_observers, ranges, readers_in_words, readers_of, rows_of_module
 from ..plots import plot_density, plot_ranges, to_png
 from ..records import CalibrationRecord
 from ..session import SHOWN, Session, WorkbenchState, ended_in_time
@@ -82,7 +82,7 @@ def point_out(drawing: Drawing, index: int, words: str) -> bytes:
 # %% ../../nbs/widgets/explorer.ipynb #5df541a9
 def numbers_html(row: pd.Series, clip: pd.DataFrame) -> str:
     "One tensor's numbers in a line, and the range of its scale if it has one."
-    text = f"<b>{escape(row.module)}</b> {row.base_name}: {row['min']:.4g} … {row['max']:.4g}"
+    text = f"<b>{escape(readers_in_words(row.readers))}</b> {row.base_name}: {row['min']:.4g} … {row['max']:.4g}"
     text += (
         f", mean {row['mean']:.3g}, std {row['std']:.3g}, {term('outlier ratio')} {row.outlier_ratio:.3g}, "
         f"{int(row.numel):,} values"
@@ -99,7 +99,8 @@ def numbers_html(row: pd.Series, clip: pd.DataFrame) -> str:
 
 def _bar_words(row: pd.Series) -> str:
     "The text of the hover, and of the box beside a selected tensor."
-    return f"{row.module}\n{row['min']:.4g} … {row['max']:.4g}, outlier ratio {row.outlier_ratio:.3g}"
+    modules = readers_in_words(row.readers)
+    return f"{modules}\n{row['min']:.4g} … {row['max']:.4g}, outlier ratio {row.outlier_ratio:.3g}"
 
 
 def describe_picture(table: pd.DataFrame, base_name: str, view: str = "ranges", recorded: bool = False) -> str:
@@ -191,7 +192,7 @@ class _Known:
 def best_sqnr(record: CalibrationRecord) -> pd.DataFrame:
     """The SQNR of each tensor's best observer: module, base_name, sqnr_db. NaN if a histogram cannot answer
     that."""
-    return compare_observers(record).groupby(["module", "base_name"]).sqnr_db.max().reset_index()
+    return compare_observers(record, progress=False).groupby(["module", "base_name"]).sqnr_db.max().reset_index()
 
 
 def _find_sqnr(panel: "RangeExplorer", known: _Known) -> None:
@@ -208,7 +209,8 @@ def _find_sqnr(panel: "RangeExplorer", known: _Known) -> None:
 
 def _plot_choice(known: _Known, view: str, base_name: str, rows: pd.DataFrame) -> Axes:
     if view == "ranges" or not len(rows): return plot_ranges(rows, base_name if len(rows) else None, clips=known.clips)
-    chosen = {(m, base_name): known.record.tensors[m, base_name] for m in rows.module}
+    modules = [module for readers in readers_of(rows) for module in readers]
+    chosen = {(module, base_name): known.record.tensors[module, base_name] for module in modules}
     return plot_density(replace(known.record, tensors=chosen), base_name)
 
 
@@ -293,9 +295,10 @@ def _refresh_controls(panel: "RangeExplorer", known: _Known) -> None:
     _set_control(panel.base_name, offered, s.base_name)
     for name in ("view", "order", "pattern"):
         _set_control(getattr(panel, name), None, getattr(s, name))
-    ordered = choose(panel.shown, order=s.order if s.order in (*panel.shown, "depth") else "depth").module
-    selected = s.selected if s.selected in set(ordered) else ""
-    _set_control(panel.select, (("none", ""), *((m, m) for m in ordered)), selected)
+    ordered = choose(panel.shown, order=s.order if s.order in (*panel.shown, "depth") else "depth")
+    selected = rows_of_module(ordered, s.selected).module
+    named = zip(map(readers_in_words, readers_of(ordered)), ordered.module)
+    _set_control(panel.select, (("none", ""), *named), selected.iloc[0] if len(selected) else "")
 
 # %% ../../nbs/widgets/explorer.ipynb #93f4a246
 RANGE_WORDS = (
@@ -336,7 +339,7 @@ def _refresh_picture(panel: "RangeExplorer", known: _Known) -> None:
     rows = panel.shown
     drawing = known.drawing(s.view, s.base_name, rows, s.choice())
     panel._ax = drawing.ax
-    hit = rows.index[rows.module == s.selected]
+    hit = rows_of_module(rows, s.selected).index
     png = point_out(drawing, hit[0], _bar_words(rows.loc[hit[0]])) if len(hit) else drawing.png
     panel.picture.alt = describe_picture(rows, s.base_name, s.view, s.base_name in known.bases)
     if panel.picture.png != png:
@@ -361,7 +364,7 @@ def _refresh_hints(panel: "RangeExplorer", known: _Known, waiting: bool) -> None
 def _selected_html(panel: "RangeExplorer", known: _Known) -> str:
     "The numbers of the selected tensor, or how to see some."
     s = panel.state
-    hit = panel.shown[panel.shown.module == s.selected]
+    hit = rows_of_module(panel.shown, s.selected)
     if len(hit):
         clip = known.clips[(known.clips.module == s.selected) & (known.clips.base_name == s.base_name)]
         return numbers_html(hit.iloc[0], clip)

@@ -357,7 +357,7 @@ def _refresh(panel: "HistogramInspector", what: str) -> None:
         return
     record = panel.session.record
     state = panel.state
-    of = 0 if state.selected else sum(b == key[1] and s.numel > 0 for (_, b), s in record.tensors.items())
+    of = 0 if state.selected else sum(b == key[1] and record[m, b].numel > 0 for m, b in record.readers)
     # only the observers know which format the scheme has
     attached = any((*key, name) in record.results for name in record.observers)
     source = (

@@ -76,7 +76,7 @@ def test_the_observers_finding_is_the_comparison(tiny):
     four = QuantizationArgs(num_bits=4, symmetric=True, strategy="tensor")
     table = compare_observers(run, args=four).query("base_name == 'input'")
     counts = table[table.best].observer.value_counts()
-    found = said(run, "at the 28 inputs (int4", args=four)
+    found = said(run, "at the 16 inputs of 28 modules (int4", args=four)
     assert all(f"{name} at {n}" in found.words for name, n in counts.items()) and "less than 20 dB" in found.words
     limited = compare_observers(run, args=four).at_limit.sum()
     assert f"for {limited} tensor" in said(run, "ended at the smallest range", args=four).words

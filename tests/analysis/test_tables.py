@@ -22,6 +22,7 @@ from qcal_nb.analysis import (
     extremes,
     history,
     outlier_channels,
+    per_reader,
     ranges,
 )
 from qcal_nb.records import CalibrationRecord
@@ -112,7 +113,7 @@ def test_figures_from_the_record_are_within_a_fifth_of_a_decibel(outliers, form)
 @pytest.mark.parametrize("observer", ["static_minmax", "percentile", "entropy", "histogram_mse"])
 def test_a_comparison_concludes_what_the_observer_concludes(outliers, observer, form):
     run, seen = outliers
-    table = compare_observers(run, observer, FORMATS[form]).set_index(["module", "base_name"])
+    table = per_reader(compare_observers(run, observer, FORMATS[form])).set_index(["module", "base_name"])
     for name in ("model.layers.0.mlp.down_proj", "model.layers.3.self_attn.k_proj"):
         alone = new_observer(observer, "input", FORMATS[form])
         for part in seen[name].split(100): alone(part)
@@ -140,7 +141,7 @@ def test_rows_that_cannot_be_say_why():
 
 def test_percentiles_are_those_of_the_tensor(outliers):
     run, seen = outliers
-    table = ranges(run).set_index(["module", "base_name"])
+    table = per_reader(ranges(run)).set_index(["module", "base_name"])
     for name, x in seen.items():
         row, flat = table.loc[(name, "input")], x.flatten().double().numpy()
         right = np.quantile(flat, np.array(PERCENTILES) / 100)
@@ -163,11 +164,11 @@ def test_nan_is_counted_and_placed_and_never_in_a_figure():
 
 def test_extremes_and_channels(outliers):
     run, seen = outliers
-    table = extremes(run).query("base_name == 'input'")
+    table = per_reader(extremes(run)).query("base_name == 'input'")
     for name, x in seen.items():
         rows = table[table.module == name]
         assert rows.value.abs().tolist() == x.abs().flatten().topk(8).values.tolist() and rows["rank"].tolist() == list(range(1, 9))
-    loud = outlier_channels(run, top=3).query("base_name == 'input'")
+    loud = per_reader(outlier_channels(run, top=3)).query("base_name == 'input'")
     for name, x in seen.items():
         sizes = x.abs().amax(0)
         rows = loud[loud.module == name]

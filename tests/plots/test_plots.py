@@ -112,7 +112,7 @@ def test_a_table_without_percentiles_is_drawn_too(run):
 
 @pytest.mark.parametrize("base_name", ["input", "weight"])
 def test_density_holds_every_value(run, base_name):
-    stats = [run.tensors[m, base_name] for m in run.types if (m, base_name) in run.tensors]
+    stats = [run.tensors[m, base_name] for m in run.types if (m, base_name) in run.readers]
     counts, _ = densities(stats)
     assert np.allclose(counts.sum(0), [s.count for s in stats])
     logs = np.array(drawn(plots.plot_density(run, base_name))["log10_count"], dtype=float).T

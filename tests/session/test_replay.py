@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import FOUR_BITS, differences, fingerprint, make_batches, make_model, qparams
 
-from qcal_nb.analysis import compare_observers
+from qcal_nb.analysis import compare_observers, per_reader
 from qcal_nb.observers import label_of
 from qcal_nb.evaluate import compare_observers as measured
 from qcal_nb.lifecycle import QuantizationModifier, reset_quantization
@@ -124,7 +124,7 @@ def test_use_best_is_the_comparison_and_its_scales_those_of_feeding(arch):
     data = make_batches(3)
     session = walk(Session(make_model(arch), data, scheme=FOUR_BITS), "initialize", "start", "feed_all", "end")
     args = session.scheme_args(*next(k for k in session.record.tensors if k[1] == "input"))
-    table = compare_observers(session.record, args=args).query("base_name == 'input'")
+    table = per_reader(compare_observers(session.record, args=args)).query("base_name == 'input'")
     chosen = session.use_best("input")
     assert session.phase == "original" and session.record.batches == 3
     best, rows = table.loc[table.groupby("module").sqnr_db.idxmax()].set_index("module"), table.set_index(["module", "observer"])

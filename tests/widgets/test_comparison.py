@@ -10,7 +10,7 @@ from helpers import make_batches, make_model
 from qcal_nb.widgets import comparison as drawing
 from qcal_nb.evaluate import best, scheme_args_by_module
 from qcal_nb.widgets import work
-from qcal_nb.analysis import DERIVED, compare_observers
+from qcal_nb.analysis import DERIVED, compare_observers, per_reader
 from qcal_nb.calibration import scheme_args
 from qcal_nb.widgets import ObserverComparison
 from qcal_nb.widgets.comparison import question_of
@@ -43,7 +43,7 @@ def test_pieces_are_the_whole(monkeypatch, base_name):
     monkeypatch.setattr(best, "TENSORS_AT_ONCE", 3)
     run = record(make_model("llama_gqa"), make_batches(2), observers=["mse"], progress=False)
     for args in (None, args_for("int4")):
-        whole = compare_observers(run, [*DERIVED, "mse"], args)
+        whole = per_reader(compare_observers(run, [*DERIVED, "mse"], args))
         whole = whole[whole.base_name == base_name].reset_index(drop=True)
         part = compare_in_pieces(run, base_name, args)
         assert len(part) == 14 * 5
@@ -60,7 +60,7 @@ def test_a_question_that_nobody_asks_any_more_is_given_up(monkeypatch, session):
         if base_name == "input": started.set(); go.wait(120)
         tick(7, 14)
         made.append(f"{base_name} done")
-        return compare_observers(run, observers or None, args)
+        return per_reader(compare_observers(run, observers or None, args))
     monkeypatch.setattr(work, "compare_in_pieces", slow)
     tables = ComparisonTables(lambda ready: None)
     assert tables.of(session.record, Question("input")) is None
@@ -98,7 +98,7 @@ def test_nothing_recorded(session):
 
 def test_what_is_shown_is_what_analysis_says(session):
     panel = ready(feed(session))
-    truth = compare_observers(session.record, args=question_of(session, panel.state).args)
+    truth = per_reader(compare_observers(session.record, args=question_of(session, panel.state).args))
     truth = truth[truth.base_name == "input"]
     sqnr = truth.pivot(index="module", columns="observer", values="sqnr_db").loc[list(dict.fromkeys(truth.module))]
     seen = torch.tensor([[x if x is not None else float("nan") for x in column[:4]] for column in drawn(panel)["sqnr_db"]])

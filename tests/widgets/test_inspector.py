@@ -13,13 +13,14 @@ from helpers import FOUR_BITS, make_batches, make_model
 from qcal_nb.widgets import inspector as module_under_test
 from qcal_nb.widgets import panel as panels
 from qcal_nb.analysis import (
-    BY_HAND,
     Answers,
+    BY_HAND,
     compare_observers,
+    outlier_ratio,
+    per_reader,
+    ranges,
     result_by_hand,
     result_of,
-    outlier_ratio,
-    ranges,
 )
 from qcal_nb.analysis.observers import one_scale
 from qcal_nb.records import CalibrationRecord
@@ -160,7 +161,7 @@ def test_symmetric_counts_for_int_formats_alone(run, key, show):
 @pytest.mark.parametrize("base_name", ["input", "weight"])
 def test_readout_and_picture_are_what_the_analysis_says(run, key, show, base_name, format):
     panel = show(run, selected=key[0], base_name=base_name, format=format, clip=0.3)
-    wanted = compare_observers(run, args=panel.state.args()).query("module == @key[0] and base_name == @base_name").set_index("observer")
+    wanted = per_reader(compare_observers(run, args=panel.state.args())).query("module == @key[0] and base_name == @base_name").set_index("observer")
     table = panel.table.set_index("observer")
     assert list(table.index) == [*wanted.index, BY_HAND]
     for column in ("scale", "zero_point", "clipped", "mse", "sqnr_db", "bound_db", "levels_used"):
@@ -227,7 +228,7 @@ def test_scales_follow_observer_and_format(run, show):
     panel.tabs.selected_index = 1
     for observer, format in (("percentile", ""), ("percentile", "int4"), ("static_minmax", "int4")):
         panel.observer.value, panel.state.format = observer, format
-        wanted = compare_observers(run, [observer], panel.state.args()).query("base_name == 'input'").scale.tolist()
+        wanted = per_reader(compare_observers(run, [observer], panel.state.args())).query("base_name == 'input'").scale.tolist()
         assert np.allclose([y for _, y in picture(panel, "Scales")["median"]], wanted, rtol=1e-6)
 
 

@@ -23,7 +23,7 @@ def _digest():
         bits.update(name.encode() + p.detach().contiguous().view(torch.uint8).numpy().tobytes())
     with torch.no_grad(): logits = wb.session.model(tokenizer("def f(x): return x", return_tensors="pt").input_ids).logits
     return [bits.hexdigest(), hashlib.sha256(logits.numpy().tobytes()).hexdigest()]
-def _ranges(base_name="input"): return [[s.min, s.max] for (m, b), s in wb.record.tensors.items() if b == base_name]
+def _ranges(base_name="input"): return [[wb.record[key].min, wb.record[key].max] for key in wb.record.readers if key[1] == base_name]
 _ids = {n: id(p) for n, p in wb.session.model.named_parameters()}
 """
 
