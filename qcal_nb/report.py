@@ -187,6 +187,7 @@ def facts(record: CalibrationRecord) -> dict[str, str]:
         "scheme": _schemes(about.config),
         "observers": ", ".join(record.observers) or "none attached",
         "data": f"{record.batches:,} batches, {record.tokens:,} tokens",
+        "attention": about.attention,
         "left out": about.mask or "nothing",
         "tensors": f"{len(record.readers):,} in {len(record.types):,} modules",
         "time": f"{record.seconds:.1f} s of recording",

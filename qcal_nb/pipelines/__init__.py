@@ -1,7 +1,7 @@
 """Data on its way through a model: any form of text to batches, whole passes, block by block."""
 
 from .basic import PIPELINES, calibrate
-from .context import calibration_context
+from .context import attention_used, calibration_context, check_attention
 from .data import (
     RepeatableBatches,
     Running,
@@ -26,7 +26,9 @@ __all__ = [
     "Running",
     "batches",
     "calibrate",
+    "attention_used",
     "calibration_context",
+    "check_attention",
     "check_mask",
     "expected_batches",
     "feed",

@@ -75,6 +75,7 @@ class About:
     config: Mapping[str, Any] | None = None                 # the QuantizationConfig, as JSON; None: every Linear
     versions: Mapping[str, str] = field(default_factory=dict)
     mask: str = ""                                          # what was left out, in words; empty: nothing
+    attention: str = "eager"                                # what computed attention: eager, or the model's own, by name
     phase: str = "original"                                 # whether the model was quantized: as `ledger.phase_of`
 
 # %% ../../nbs/records/calibration_record.ipynb #28328d5f
@@ -124,7 +125,8 @@ class _Answers:
         seen = f"{len(self)} tensors, {self.batches} batch{'es' * (self.batches != 1)}, {self.tokens:,} tokens"
         text = "; holds pieces of the calibration text" if self.has_text else ""
         without = f"; without {self.about.mask}" if self.about.mask else ""
-        return f"CalibrationRecord({self.model or 'no model'}: {seen}{without}{text})"
+        attention = "" if self.about.attention == "eager" else f"; with {self.about.attention} attention"
+        return f"CalibrationRecord({self.model or 'no model'}: {seen}{without}{attention}{text})"
 
 # %% ../../nbs/records/calibration_record.ipynb #ce1b6247
 def _added(a: Mapping[Any, int], b: Mapping[Any, int]) -> dict[Any, int]:
@@ -189,7 +191,7 @@ class CalibrationRecord(_Answers):
 
     def save(self, path: str | os.PathLike) -> Path:
         "Write to one safetensors file, whole or not at all."
-        about = asdict(self.about) | dict(
+        about = _about_to_tree(self.about) | dict(
             tensors=len(self), batches=self.batches, tokens=self.tokens, has_text=self.has_text
         )
         return write_tree(path, to_tree(self), FORMAT, VERSION, about)
@@ -219,7 +221,7 @@ def _unequal(a: Any, b: Any, path: str) -> tuple[str, Any, Any] | None:
 
 
 def _check_same_run(a: CalibrationRecord, b: CalibrationRecord) -> None:
-    for name in ("model", "config", "mask", "phase"):
+    for name in ("model", "config", "mask", "attention", "phase"):
         found = _unequal(getattr(a.about, name), getattr(b.about, name), name)
         if found:
             raise ValueError("the records are of two runs: {} is {!r} in one and {!r} in the other".format(*found))
@@ -307,6 +309,7 @@ def _record_facts(record: CalibrationRecord) -> dict[str, Any]:
         model=about.model,
         config=about.config,
         mask=about.mask,
+        attention=about.attention,
         phase=about.phase,
         types=dict(record.types),
         batches=record.spans,
@@ -344,6 +347,11 @@ def _numbered(values: Iterable[Any]) -> tuple[list[Any], dict[int, int]]:
 def _args_text(c: ObserverResult) -> str: return json.dumps(c.args.model_dump(mode="json"), sort_keys=True)
 
 
+def _about_to_tree(about: About) -> dict[str, Any]:
+    "Without `attention` where it is eager, as it always was when records did not say it."
+    return {name: value for name, value in asdict(about).items() if (name, value) != ("attention", "eager")}
+
+
 def to_tree(record: CalibrationRecord) -> dict[str, Any]:
     "A record as nested plain values and tensors."
     stats, stat_numbers = _numbered(record.tensors.values())
@@ -351,7 +359,7 @@ def to_tree(record: CalibrationRecord) -> dict[str, Any]:
     texts = list(map(_args_text, results))
     args = list(dict.fromkeys(texts))
     return dict(
-        about=asdict(record.about),
+        about=_about_to_tree(record.about),
         types=dict(record.types),
         spans=record.spans,
         seconds=record.seconds,
@@ -381,6 +389,12 @@ _FORM = dict(
 )
 
 
+def _about_form(t: Mapping[str, Any]) -> dict[str, Any]:
+    "That of `about`: with `attention` only if the record says it."
+    says = isinstance(t.get("about"), Mapping) and "attention" in t["about"]
+    return _FORM["about"] | ({"attention": str} if says else {})
+
+
 def _results_from_tree(t: Mapping[str, Any]) -> dict[ResultKey, ObserverResult]:
     args = [QuantizationArgs.model_validate(json.loads(text)) for text in t["args"]]
     found = [_result_from_list(c, args) for c in t["found"]]
@@ -389,10 +403,10 @@ def _results_from_tree(t: Mapping[str, Any]) -> dict[ResultKey, ObserverResult]:
 
 def from_tree(t: Mapping[str, Any]) -> CalibrationRecord:
     "The record of a tree. ValueError and similar errors if the tree is not one of a record."
-    check_form(t, _FORM, "the record")
+    check_form(t, _FORM | {"about": _about_form(t)}, "the record")
     stats = list(map(_stats_from_tree, t["stats"]))
     tensors = {(module, base_name): stats[i] for module, base_name, i in t["tensors"]}
-    about = About(**t["about"])
+    about = About(**{"attention": "eager", **t["about"]})
     spans = tuple(map(tuple, t["spans"]))
     level_tokens = dict(t["level_tokens"])
     return CalibrationRecord(

@@ -18,7 +18,7 @@ from functools import reduce
 from importlib.metadata import version
 from operator import or_
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch.distributed as dist
 from compressed_tensors.quantization import QuantizationScheme
@@ -33,7 +33,8 @@ from ..modeling import attention_classes, attention_faults, attention_modules, e
 from ..modeling import hook_kv_cache, tokens_per_expert, unfused_experts
 from ..observers import DEFAULT_ARGS, ObserverSpec, args_or_default, feeding, find_observer, label_of
 from ..observers import name_and_kwargs, specs_from_config
-from ..pipelines import batches, calibration_context, check_mask, expected_batches, feed, mask_in_words
+from ..pipelines import attention_used, batches, calibration_context, check_attention
+from ..pipelines import check_mask, expected_batches, feed, mask_in_words
 from ..pipelines import not_empty, numbered, reads_two_sequences, running_of, warn_of_padding
 from .calibration_record import About, CalibrationRecord
 from .collect import Collector, look_at_weights
@@ -186,18 +187,23 @@ def new_collector(
 _PACKAGES = ("torch", "transformers", "compressed-tensors")
 
 
-def _about(model: Module, recipe: QuantizationMixin | None, mask: Any) -> About:
+def _about(model: Module, recipe: QuantizationMixin | None, mask: Any, attention: str) -> About:
     name = getattr(getattr(model, "config", None), "name_or_path", "") or ""
     config = None if recipe is None else recipe.resolved_config.model_dump(mode="json")
     versions = dict(qcal_nb=__version__, **{package: version(package) for package in _PACKAGES})
-    return About(type(model).__name__, name, config, versions, mask_in_words(mask), phase_of(model))
+    used = attention_used(model, attention)
+    return About(type(model).__name__, name, config, versions, mask_in_words(mask), used, phase_of(model))
 
 # %% ../../nbs/records/run.ipynb #1eac69ee
 def new_record(
-    model: Module, collector: Collector, recipe: QuantizationMixin | None = None, mask: Any = None
+    model: Module,
+    collector: Collector,
+    recipe: QuantizationMixin | None = None,
+    mask: Any = None,
+    attention: str = "eager",
 ) -> CalibrationRecord:
     "A record before any data: its weights are measured at once, and everything else was not seen yet."
-    about = _about(model, recipe, mask)
+    about = _about(model, recipe, mask, attention)
     tensors = dict.fromkeys(collector.tensors, TensorStats()) | look_at_weights(collector)
     types = {name: type(m).__name__ for name, m in collector.modules.items()}
     return CalibrationRecord(tensors, types, about=about)
@@ -246,6 +252,7 @@ def one_pass(
     mask: Any = None,
     total: int | None = None,
     progress: bool = False,
+    attention: str = "eager",
 ) -> CalibrationRecord:
     """Run numbered batches (inside `exclusive`) and return the record that has seen them too. After an interrupt it
     has seen those that were finished."""
@@ -253,7 +260,7 @@ def one_pass(
     done = result, collector.observers.memory
     bar = _bar(total, progress)
     try:
-        with collector.attached(), calibration_context(model), guarded(model), _tokens_from_zero(model), bar:
+        with collector.attached(), calibration_context(model, attention), guarded(model), _tokens_from_zero(model), bar:
             for index, batch in stream:
                 done = _record_batch(model, batch, index, collector, done[0], mask), collector.observers.memory
                 bar.update()
@@ -292,6 +299,7 @@ class _Request:
     mask: Any
     tokenizer: Any                              # None: no text in the record
     nonfinite: str
+    attention: str
 
 
 def _begun(model: Module, request: _Request) -> tuple[Collector, CalibrationRecord]:
@@ -304,10 +312,10 @@ def _begun(model: Module, request: _Request) -> tuple[Collector, CalibrationReco
             f"there is nothing to record: {type(model).__name__} has no Linear or Embedding that the scheme matches "
             f"and that has any of {', '.join(map(repr, request.base_names))}"
         )
-    if not request.has_scheme: return collector, new_record(model, collector, None, request.mask)
+    if not request.has_scheme: return collector, new_record(model, collector, None, request.mask, request.attention)
     config = request.recipe.resolved_config
     warn_unmatched(model, config, schemes_by_module(model, config))
-    return collector, new_record(model, collector, request.recipe, request.mask)
+    return collector, new_record(model, collector, request.recipe, request.mask, request.attention)
 
 # %% ../../nbs/records/run.ipynb #a1a04250
 def record(
@@ -324,6 +332,7 @@ def record(
     base_names: Iterable[str] = ("input", "weight"),  # Also "output", "lm_head_output", "q", "k", "v"
     nonfinite: str = "record",  # NaN and infinity: "record" where, "skip" the batch for that tensor, or "raise"
     batch_indices: Iterable[int] | None = None,  # Global indices of these batches, to merge parts with `|`
+    attention: Literal["eager", "model"] = "eager",  # Attention to run with; eager is what parity is measured with
     keep_text: bool = True,  # Whether tokens of the data may stand in the record
     progress: bool = True,  # Show a bar with tokens per second and the time left
 ) -> CalibrationRecord:
@@ -335,13 +344,16 @@ def record(
         mask = check_mask(mask)
         recipe = recipe_to_record(scheme, group_size=group_size)
         check_options(model, tokenizer, mask, keep_text, nonfinite)
-    request = _Request(names, asked, recipe, scheme is not None, mask, tokenizer if keep_text else None, nonfinite)
+        check_attention(attention)
+    text_of = tokenizer if keep_text else None
+    request = _Request(names, asked, recipe, scheme is not None, mask, text_of, nonfinite, attention)
     stream = iter(()) if data is None and names == ("weight",) else batches(data, tokenizer, batch_size, max_length)
     with exclusive(model, "record()"), each_warning_once():
         with experts_apart(model, reaches_experts(model, recipe.resolved_config)), attention_open(model, names):
             stream = not_empty(numbered(stream, batch_indices), names)
             collector, begun = _begun(model, request)
-            result = one_pass(model, stream, collector, begun, mask, expected_batches(data, batch_size), progress)
+            total = expected_batches(data, batch_size)
+            result = one_pass(model, stream, collector, begun, mask, total, progress, attention)
             if result.batches and not result.tokens:
                 warn_once("mask leaves out every token: nothing was seen but weights")
             return replace(result, results=results_now(collector, model, result.tensors))

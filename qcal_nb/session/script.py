@@ -74,6 +74,8 @@ def call_code(session: Any) -> str:
     options = {"recipe": made.options["recipe"]} if made.options["recipe"] is not None else _not_default(made.options)
     arguments = ["model, data, tokenizer", options_code(options, made.modifier)]
     arguments.append(options_code(_not_default(made.rest), made.modifier))
+    if made.attention != "eager":
+        arguments.append(f"attention={made.attention!r}")
     if isinstance(made.record, (str, os.PathLike)):
         arguments.append(f"record={os.fspath(made.record)!r}")
     elif made.record is not None:
@@ -129,4 +131,6 @@ def production_of(session: Any) -> str:
         'oneshot(model=model, recipe="recipe.yaml", processor=tokenizer, dataset=loader, pipeline="basic")',
     ]
     warning = [f"# This stops: {note}"] if note else []
+    if session.made.attention != "eager":
+        warning.append("# oneshot calibrates with eager attention, this session used the model's own: scales may differ")
     return "\n".join([*warning, *imports, "", *rest, "", *calibration]) + "\n"

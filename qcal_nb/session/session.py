@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 from torch.nn import Module
@@ -30,7 +30,8 @@ from ..lifecycle import undo_log_of
 from ..modeling import states_of
 from ..models import positions_of
 from ..observers import ObserverSpec, all_or_nothing, feeding, label_of, specs_from_args
-from ..pipelines import RepeatableBatches, batches, calibration_context, expected_batches, feed, running_of
+from ..pipelines import RepeatableBatches, batches, calibration_context, check_attention, expected_batches
+from ..pipelines import feed, running_of
 from ..recipes import from_config, override
 from ..records import About, CalibrationRecord, Collector, LiveResults, forget_answers, new_collector
 from ..records import new_record
@@ -286,6 +287,7 @@ class _Made:
     rest: Mapping[str, Any]
     options: Mapping[str, Any]
     modifier: QuantizationModifier
+    attention: str
 
 
 def read_record(record: Any, model: Module) -> CalibrationRecord:
@@ -323,6 +325,7 @@ class Session(_Options, _Views, _Steps, _Choices):
         record: CalibrationRecord | str | os.PathLike | None = None,
         recipe: Any = None,
         group_size: int | None = None,
+        attention: Literal["eager", "model"] = "eager",
         eval_data: Any = None,
     ) -> None:
         _check_original(model)
@@ -335,7 +338,8 @@ class Session(_Options, _Views, _Steps, _Choices):
         self.record = _first_record(record, model)
         self.stream = _repeatable(data, tokenizer, batch_size, max_length)
         reading = dict(batch_size=batch_size, max_length=max_length)
-        self.made = _Made(data, record, reading, dict(self._options), self.modifier)
+        self.attention = check_attention(attention)
+        self.made = _Made(data, record, reading, dict(self._options), self.modifier, attention)
         _at_the_beginning(self)
         _nothing_running(self)
 
@@ -457,7 +461,7 @@ def _begin(session: Session) -> str:
     "Nothing was fed. You can look at weights already; a record of another run stays until the first batch."
     session.replayed = False
     if not session.record.batches:
-        session.record = new_record(session.model, _new_collector(session, {}), session.modifier)
+        session.record = new_record(session.model, _new_collector(session, {}), session.modifier, attention=session.attention)
     return "started"
 
 
@@ -516,7 +520,7 @@ def _collector(session: Session) -> Collector:
         collector.observers.memory = session.memory or collector_memory(session.record, collector)
         session.record = replace(session.record, results={})  # until this feed ends
         return collector
-    session.record = new_record(session.model, collector, session.modifier)
+    session.record = new_record(session.model, collector, session.modifier, attention=session.attention)
     return collector
 
 # %% ../../nbs/session/session.ipynb #e97b7903
@@ -524,7 +528,7 @@ def _run_claimed(session: Session, n: int | None, line: str, past: Past) -> None
     model = session.model
     collector = None
     try:
-        with exclusive(model, f"the {session.owner} ({line})"), calibration_context(model), guarded(model):
+        with exclusive(model, f"the {session.owner} ({line})"), calibration_context(model, session.attention), guarded(model):
             collector = _collector(session)
             with collector.attached():
                 _feed_batches(session, n, collector)

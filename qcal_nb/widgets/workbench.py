@@ -173,6 +173,7 @@ class Workbench(_Values):
         record: Any = None,
         recipe: Any = None,
         group_size: int | None = None,
+        attention: str = "eager",
         eval_data: Any = None,
     ) -> None:
         self._build(
@@ -188,6 +189,7 @@ class Workbench(_Values):
                 record=record,
                 recipe=recipe,
                 group_size=group_size,
+                attention=attention,
                 eval_data=eval_data,
             )
         )
