@@ -24,7 +24,7 @@ from ..observers import NOBODY, all_or_nothing, current_feed, feeding
 
 # %% ../../nbs/pipelines/sequential.ipynb #bab82684
 class _PassEnded(BaseException):
-    "Ends a forward pass that has computed what was wanted. It is no error, and `except Exception` must not catch it."
+    "Ends a forward pass that has computed what was wanted. It is not an error, and `except Exception` must not catch it."
 
 
 class Relay:
@@ -131,7 +131,7 @@ def _needs_old(relay: Relay, feed: Callable[[], Any], outputs: Sequence[Any]) ->
 
 
 def look_ahead(model: Module, blocks: Mapping[str, Module], relay: Relay, feed: Callable[[], Any]) -> Plan:
-    "What one batch tells about the way of all: run once in full, then once more without computing a block."
+    "What one batch tells about all of them: run once in full, then once more without computing a block."
     outputs, segments = _first_calls(model, blocks, relay, feed)
     return Plan(tuple(relay.names), segments, _needs_old(relay, feed, outputs))
 
@@ -165,7 +165,7 @@ class BlockByBlock:
         return outside if again else [*outside, *self.blocks[plan.calls[t]].modules()]
 
     def one(self, index: int, t: int, last: bool, heard: bool, keep_all: bool = False) -> Any:
-        "What block call `t` returns for one batch (None without blocks). `heard`: observers listen to this segment."
+        "What block call `t` returns for one batch (None without blocks). `heard`: whether observers watch this segment."
         kept = self.outputs[index]
         result = []
         earlier = feeding(self.owner if heard and t == 0 else NOBODY)
