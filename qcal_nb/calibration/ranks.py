@@ -248,7 +248,7 @@ def _line(observer: Observer) -> str:
 
 def sync_statistics(observers: Iterable[Observer]) -> None:
     """Collective: all ranks, the same observers in the same order. Each statistic becomes what its class declares
-    over all ranks, identical on each; RankError where ranks do not match. Alone: nothing happens. Write the
+    over all ranks, identical on each; RankError where ranks do not match. In one process nothing happens. Write the
     scales before you observe on: a sum that grows after it was combined would be counted once per rank."""
     if _is_single(): return
     observers = list(dict.fromkeys(observers))
@@ -309,7 +309,7 @@ def _own_contributions(observer: Observer, mine: bool) -> list[Contribution]:
 
 def observe_weights(modules: Iterable[Module]) -> None:
     """Collective: the weight observers of these modules know their weights; each rank looked at its share alone.
-    If a weight is refused (NonFiniteError), all ranks raise. Alone: `observe(modules, "weight")`."""
+    If a weight is refused (NonFiniteError), all ranks raise. In one process: `observe(modules, "weight")`."""
     rank, size = rank_and_size()
     modules = [m for m in dict.fromkeys(each(modules)) if observer_of(m, "weight") is not None]
     share = split_weights(modules, size)[rank]
@@ -323,7 +323,7 @@ def observe_weights(modules: Iterable[Module]) -> None:
 
 # %% ../../nbs/calibration/ranks.ipynb #a2103886
 def differing_qparams(model: Module) -> list[str]:
-    "Collective: the names of the scales and zero points that are not the same on every rank, bit for bit. Alone: none."
+    "Collective: the names of the scales and zero points that are not the same on every rank, bit for bit."
     if _is_single(): return []
     found = {f"{name}.{kind}": p.detach() for name, m in model.named_modules() for kind, p in qparams_of(m).items()}
     agree("compare scales", lines=[f"{name}: {p.dtype} {tuple(p.shape)}" for name, p in found.items()])

@@ -22,13 +22,16 @@ from ..models import calibration_texts, load_smollm2, load_tiny_llama, require_s
 OURS: dict[str, Callable[[], tuple[PreTrainedModel, Any]]] = {"tiny": load_tiny_llama, "smollm2": load_smollm2}
 
 
+def _must_be_a_path(name: str) -> bool: return name.startswith((".", "/", "~")) or name.endswith(".safetensors")
+
+
 def check_model(name: str) -> None:
     """ValueError if `name` can only be a path (`./…`, `/…`, `~…` or a record) and nothing is there;
     ModuleNotFoundError if SmolLM2 is not installed."""
     if name == "smollm2":
         require_smollm2()
-    only_a_path = name.startswith((".", "/", "~")) or name.endswith(".safetensors")
-    if only_a_path and not Path(name).exists(): raise ValueError(f"MODEL {name!r}: there is no such file or folder")
+    if _must_be_a_path(name) and not Path(name).exists():
+        raise ValueError(f"MODEL {name!r}: there is no such file or folder")
 
 
 def load_model(name: str) -> tuple[PreTrainedModel, Any]:
@@ -65,8 +68,10 @@ def _parsed(content: str, where: str) -> Any:
 
 def _json_texts(path: Path, content: str) -> list[str]:
     "The texts of a .json: one, or a list of them."
-    found = _parsed(content, str(path))
-    return [_text_in(item, str(path)) for item in (found if isinstance(found, list) else [found])]
+    where = str(path)
+    found = _parsed(content, where)
+    items = found if isinstance(found, list) else [found]
+    return [_text_in(item, where) for item in items]
 
 
 def _jsonl_texts(path: Path, content: str) -> list[str]:

@@ -65,8 +65,8 @@ def _narrowness(target: str, module: str, type_name: str) -> int:
 
 def _narrowest(targets: Iterable[str], module: str, type_name: str) -> str | None:
     "The target that means a module most narrowly; None if none does."
-    best = max(targets, key=lambda target: _narrowness(target, module, type_name), default="")
-    return best if best and _narrowness(best, module, type_name) else None
+    def narrowness(target: str) -> int: return _narrowness(target, module, type_name)
+    return max(filter(narrowness, targets), key=narrowness, default=None)
 
 
 def schemes_of_record(record: CalibrationRecord, config: QuantizationConfig) -> dict[str, QuantizationScheme]:

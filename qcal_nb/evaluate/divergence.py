@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Batches', 'POSITIONS', 'check_causal', 'eval_batches', 'predicting', 'Divergence', 'divergence_of',
-           'QuantizationSwitches', 'logits_of', 'undisturbed', 'as_modifier', 'name_of']
+           'QuantizationSwitches', 'logits_of', 'check_original', 'undisturbed', 'as_modifier', 'name_of']
 
 # %% ../../nbs/evaluate/divergence.ipynb #94befd84
 import inspect
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from ..calibration import exclusive, guarded
-from ..lifecycle import QuantizationModifier
+from ..lifecycle import QuantizationModifier, borrowed
 from ..modeling import embeddings_of
 from ..models import evaluating
 from ..pipelines import batches, warn_if_too_long
@@ -59,7 +59,8 @@ def _check_token_ids(batch: Mapping[str, Any], number: int) -> None:
 
 
 def _check_eval_length(length: int | None) -> None:
-    if not (length is None or isinstance(length, int) and length > 0):
+    if length is None: return
+    if not isinstance(length, int) or length < 1:
         raise ValueError(f"eval_max_length={length!r} must be None or an int of at least 1")
 
 # %% ../../nbs/evaluate/divergence.ipynb #ba78227c
@@ -189,14 +190,25 @@ def logits_of(model: Module, batch: Mapping[str, Any]) -> Tensor:
     "The logits (batch, seq, vocabulary) of one batch. Without gradients only inside `evaluating(model)`."
     warn_if_too_long(model, batch)
     known = inspect.signature(model.forward).parameters
-    device = get_execution_device(model)
-    taken = {k: v for k, v in batch.items() if k in known and k != "labels" and isinstance(v, Tensor)}
-    ready = {k: v.to(device) for k, v in taken.items()}
+    ready = _inputs_for(model, batch, known)
     if "use_cache" in known:
         ready["use_cache"] = False
     return model(**ready).logits
 
+
+def _inputs_for(model: Module, batch: Mapping[str, Any], known: Iterable[str]) -> dict[str, Tensor]:
+    "The tensors of a batch that a model takes, where it runs; without labels."
+    device = get_execution_device(model)
+    taken = {k: v for k, v in batch.items() if k in known and k != "labels" and isinstance(v, Tensor)}
+    return {k: v.to(device) for k, v in taken.items()}
+
 # %% ../../nbs/evaluate/divergence.ipynb #17371fa0
+def check_original(model: Module, purpose: str) -> None:
+    "LifecycleError unless a model is unquantized and free, so that it can be borrowed."
+    with borrowed(model, purpose):
+        pass
+
+
 @contextmanager
 def undisturbed(model: Module, purpose: str) -> Iterator[None]:
     "Inside the block the model is in eval mode and no other thread runs or changes it, as half of it may be off."

@@ -23,7 +23,8 @@ from torch.nn import Module
 
 from ..analysis import Row, UNKNOWN_COST, at_limit, id_columns, observers_table, result_of, scale_columns
 from ..calibration import exclusive
-from ..lifecycle import borrowed, experts_apart, reaches_experts
+from .divergence import check_original
+from ..lifecycle import experts_apart, reaches_experts
 from ..observers import ObserverSpec, current_feed, label_of
 from ..pipelines import batches, check_mask
 from ..records import CalibrationRecord, Collector, Key, NEVER_SEEN, ObserverResult, ResultKey, attention_open
@@ -93,18 +94,23 @@ def _rows_at_once(columns: int, height: int) -> int:
     return height * max(1, VALUES_AT_ONCE // (columns * height))
 
 
-def _row_blocks(value: Tensor, scale: Tensor, zero_point: Tensor, args: QuantizationArgs) -> Iterator[_Block]:
+def _rows_between(whole: _Block, start: int, stop: int, height: int) -> _Block:
+    "Some rows, with the scales that belong to them: one for each `height` rows, or one for all."
+    if whole.scale.numel() == 1: return whole._replace(values=whole.values[start:stop])
+    part = slice(start // height, stop // height)
+    return _Block(whole.values[start:stop], whole.scale[part], whole.zero_point[part])
+
+
+def _row_blocks(whole: _Block, args: QuantizationArgs) -> Iterator[_Block]:
     "A tensor a few rows at a time."
     if args.strategy == "attn_head":
-        yield _Block(value, scale, zero_point)
+        yield whole
         return  # (batch, heads, seq, head_dim)
-    rows = value.reshape(-1, value.shape[-1])
+    rows = whole.values.reshape(-1, whole.values.shape[-1])
     height = args.block_structure[0] if args.strategy == "block" else 1
     step = _rows_at_once(rows.shape[1], height)
     for start in range(0, len(rows), step):
-        stop = start + step
-        part = slice(start // height, stop // height) if scale.numel() > 1 else slice(None)
-        yield _Block(rows[start:stop], scale[part], zero_point[part])
+        yield _rows_between(whole._replace(values=rows), start, start + step, height)
 
 # %% ../../nbs/evaluate/observers.ipynb #536d898a
 def _in_steps(block: _Block, c: ObserverResult) -> Tensor:
@@ -159,9 +165,8 @@ def tally(
     total = Tally()
     if not value.numel(): return total
     whole = _local(value, c) if c.args.dynamic else _Block(value, c.scale, c.zero_point)
-    scale = whole.scale.to(value.device)
-    zero_point = whole.zero_point.to(value.device)
-    for block in _row_blocks(whole.values, scale, zero_point, c.args):
+    whole = _Block(*(part.to(value.device) for part in whole))
+    for block in _row_blocks(whole, c.args):
         total += _tally_block(block, c)
     return total
 
@@ -267,10 +272,14 @@ def weights_compared(
     return observers_table(rows, record, {"weight": args})
 
 
-def _measured_table(run: CalibrationRecord, tallies: Tallies, labels: list[str]) -> pd.DataFrame:
+def _measured_table(run: CalibrationRecord, tallies: Tallies, observers: Iterable[ObserverSpec]) -> pd.DataFrame:
+    labels = dict.fromkeys(map(label_of, observers))
     keys = [(*key, label) for key in run.tensors for label in labels]
     rows = [_observer_row(run, key, run.results[key], tallies.get(key)) for key in keys]
     return observers_table(rows, run, {key[1]: run.results[key].args for key in keys})
+
+
+def _weights_alone(data: Any, base_names: tuple[str, ...]) -> bool: return data is None and base_names == ("weight",)
 
 # %% ../../nbs/evaluate/observers.ipynb #ad60db66
 def compare_observers(
@@ -293,13 +302,9 @@ def compare_observers(
     names = check_base_names(base_names)
     asked = check_observers(observers)
     mask = check_mask(mask)
-    with borrowed(model, "compare_observers()"):
-        pass  # or a LifecycleError
+    check_original(model, "compare_observers()")
     recipe = recipe_to_record(scheme, group_size=group_size)
-    weights_alone = data is None and names == ("weight",)
-    stream = None if weights_alone else list(batches(data, tokenizer, batch_size, max_length))
-    asked_scheme = None if scheme is None else recipe
-    run = record(model, stream, scheme=asked_scheme, observers=asked, mask=mask, base_names=names, progress=progress)
-    tallies = measured(model, run, stream or [], recipe, names, mask, progress)
-    labels = list(dict.fromkeys(label_of(one) for one in asked))
-    return _measured_table(run, tallies, labels)
+    stream = None if _weights_alone(data, names) else list(batches(data, tokenizer, batch_size, max_length))
+    options = dict(scheme=None if scheme is None else recipe, observers=asked, base_names=names)
+    run = record(model, stream, **options, mask=mask, progress=progress)
+    return _measured_table(run, measured(model, run, stream or [], recipe, names, mask, progress), asked)

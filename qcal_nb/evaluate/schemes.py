@@ -25,7 +25,7 @@ from tqdm import tqdm
 from ..analysis import Row
 from ..calibration import scheme_args
 from .divergence import Batches, Divergence, QuantizationSwitches, as_modifier, check_causal
-from .divergence import divergence_of, eval_batches, logits_of, name_of, undisturbed
+from .divergence import check_original, divergence_of, eval_batches, logits_of, name_of, undisturbed
 from ..lifecycle import LifecycleError, QuantizationModifier, borrowed, check_schemes, phase_of
 from ..lifecycle import schemes_by_module, undo_log_of
 from ..models import positions_of
@@ -39,14 +39,15 @@ from ..taps import STATES, has_tap, watch
 POSITIONS_AT_ONCE = 1 << 20  # values at a time: 8 MB in float64
 
 
+def _power(x: Tensor) -> float: return x.square().sum().item()
+
+
 def _part_powers(x: Tensor, q: Tensor) -> tuple[float, float]:
     wide = x.double()
     error = q.double() - wide
     ok = wide.isfinite()
-    if not ok.all():
-        wide = wide[ok]
-        error = error[ok]
-    return wide.square().sum().item(), error.square().sum().item()
+    if ok.all(): return _power(wide), _power(error)
+    return _power(wide[ok]), _power(error[ok])
 
 
 def powers(value: Tensor, quantized: Tensor) -> tuple[float, float]:
@@ -135,9 +136,12 @@ def _sizes(tensors: Iterable[Tensor]) -> int:
     return sum(_bytes(tensor) for tensor in places.values())
 
 
+def _is_scale_of(name: str, module_name: str) -> bool:
+    return name.startswith(f"{module_name}.") and name.endswith(("_scale", "_zero_point"))
+
+
 def _without_scales(state: Mapping[str, Tensor], module_name: str) -> dict[str, Tensor]:
-    ends = ("_scale", "_zero_point")
-    return {k: v for k, v in state.items() if not (k.startswith(f"{module_name}.") and k.endswith(ends))}
+    return {name: value for name, value in state.items() if not _is_scale_of(name, module_name)}
 
 
 def _take_out(state: dict[str, Tensor], module_name: str, module: Module) -> dict[str, Tensor]:
@@ -366,55 +370,79 @@ def _check_comparable(model: Module, tokenizer: Any, prompt: str | None) -> None
     "TypeError, ValueError or LifecycleError unless a model can be compared and can continue the prompt."
     if prompt is not None:
         prompt_ids(check_causal(model), tokenizer, prompt)
-    with borrowed(check_causal(model), "compare_schemes()"):
-        pass
+    check_original(check_causal(model), "compare_schemes()")
 
 
 class _SchemeComparison(NamedTuple):
     "What every row of a comparison needs."
 
     model: Module
+    modifiers: Mapping[str, QuantizationModifier]   # by label
+    unfit: Mapping[str, str]            # label -> why a scheme does not fit the model
     feeds: Batches | None               # to calibrate on
     evals: Batches                      # to evaluate on
-    tick: Callable[[], None]            # called after each batch
     line: Callable[[], str | None]      # how the model continues the prompt
 
 
-def _measured_row(job: _SchemeComparison, modifier: QuantizationModifier | None, label: str) -> Row:
+def _prepared_comparison(
+    model: Module, data: Any, schemes: Any, eval_data: Any, line: Callable[[], str | None],
+    eval_max_length: int | None, **options: Any,
+) -> _SchemeComparison:
+    "Schemes and batches. ValueError if no scheme fits the model, or if the data does not suffice."
+    modifiers = named_schemes(schemes)
+    unfit = unfit_schemes(model, modifiers)
+    fitting = {label: modifier for label, modifier in modifiers.items() if label not in unfit}
+    evals = eval_batches(eval_data, **options, eval_max_length=eval_max_length)
+    feeds = calibration_batches(data, fitting, **options)
+    return _SchemeComparison(model, modifiers, unfit, feeds, evals, line)
+
+
+def _measured_row(
+    job: _SchemeComparison, modifier: QuantizationModifier | None, label: str, tick: Callable[[], None]
+) -> Row:
     "The row of one scheme, on a model that is as before afterwards."
     with borrowed(job.model, "compare_schemes()"):
         if modifier is not None:
             feeds = job.feeds if modifier.requires_calibration_data else None
             calibrate(job.model, feeds, modifier, progress=False)
-        found = evaluated(job.model, job.evals, job.tick)
+        found = evaluated(job.model, job.evals, tick)
         return dict(scheme=label, **_figures(found, stored_bytes(job.model)), text=job.line())
 
 # %% ../../nbs/evaluate/schemes.ipynb #44dd4f75
-def _scheme_row(job: _SchemeComparison, modifier: QuantizationModifier | None, label: str) -> Row:
+def _scheme_row(
+    job: _SchemeComparison, modifier: QuantizationModifier | None, label: str, tick: Callable[[], None]
+) -> Row:
+    if label in job.unfit: return dict(scheme=label, why=job.unfit[label])
     try:
-        return _measured_row(job, modifier, label)
+        return _measured_row(job, modifier, label, tick)
     except Exception as error:
         if hasattr(error, "add_note"):
             error.add_note(f"while comparing schemes, at {label!r}")
         raise
 
 
-def _scheme_rows(
-    job: _SchemeComparison, modifiers: Mapping[str, QuantizationModifier], unfit: Mapping[str, str], bar: tqdm
-) -> list[Row]:
+def _scheme_rows(job: _SchemeComparison, bar: tqdm, tick: Callable[[], None]) -> list[Row]:
     "The original first, then a row per scheme; an interrupt gives the rows so far."
     rows = []
     try:
-        for label, modifier in {ORIGINAL: None, **modifiers}.items():
+        for label, modifier in {ORIGINAL: None, **job.modifiers}.items():
             bar.set_postfix_str(label)
-            if label in unfit:
-                rows.append(dict(scheme=label, why=unfit[label]))
-            else:
-                rows.append(_scheme_row(job, modifier, label))
+            rows.append(_scheme_row(job, modifier, label, tick))
     except KeyboardInterrupt:
         if not bar.disable:
             bar.write(f"interrupted: the table holds the {len(rows)} rows that were finished")
     return rows
+
+
+def _rows_with_bar(job: _SchemeComparison, progress: bool, tick: Callable[[], None] | None) -> list[Row]:
+    "The rows, with a bar that counts batches."
+    models = 1 + len(job.modifiers) - len(job.unfit)
+    with tqdm(desc="comparing", total=models * len(job.evals), unit=" batches", disable=not progress) as bar:
+        def done() -> None:
+            bar.update()
+            if tick is not None:
+                tick()
+        return _scheme_rows(job, bar, done)
 
 
 def _schemes_table(rows: list[Row], texts: bool) -> pd.DataFrame:
@@ -443,17 +471,8 @@ def compare_schemes(
     signal, so it does not see what is lost in small channels beside outlier channels. Works on the one model and
     leaves it as it was, also after errors; an interrupt gives the rows so far."""
     _check_comparable(model, tokenizer, prompt)
-    modifiers = named_schemes(schemes, group_size)
-    options = dict(tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
-    unfit = unfit_schemes(model, modifiers)
-    fitting = {label: modifier for label, modifier in modifiers.items() if label not in unfit}
-    evals = eval_batches(eval_data, **options, eval_max_length=eval_max_length)
-    feeds = calibration_batches(data, fitting, **options)
+    options = dict(tokenizer=tokenizer, batch_size=batch_size, max_length=max_length, eval_max_length=eval_max_length)
     def line() -> str | None: return None if prompt is None else continuation(model, tokenizer, prompt)
-    with tqdm(desc="comparing", total=len(evals) * (1 + len(fitting)), unit=" batches", disable=not progress) as bar:
-        def done() -> None:
-            bar.update()
-            if tick is not None:
-                tick()
-        rows = _scheme_rows(_SchemeComparison(model, feeds, evals, done, line), modifiers, unfit, bar)
-    return _schemes_table(rows, prompt is not None)
+    modifiers = named_schemes(schemes, group_size)
+    job = _prepared_comparison(model, data, modifiers, eval_data, line, **options)
+    return _schemes_table(_rows_with_bar(job, progress, tick), prompt is not None)

@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from ..analysis import Row, layer_of
 from .divergence import Batches, Divergence, QuantizationSwitches, as_modifier, check_causal
-from .divergence import divergence_of, eval_batches, logits_of, name_of, undisturbed
+from .divergence import check_original, divergence_of, eval_batches, logits_of, name_of, undisturbed
 from .schemes import calibration_batches, check_fit
 from ..lifecycle import QuantizationModifier, borrowed
 from ..modeling import fused_layers
@@ -81,11 +81,15 @@ class Probe:
         if index in self._kept: return self._kept[index]
         with self.board.only():
             logits = logits_of(self.model, self.data[index])
+        self._keep(index, logits)
+        return logits
+
+    def _keep(self, index: int, logits: Tensor) -> None:
+        "Keep logits for the next state, if there is room."
         size = logits.numel() * logits.element_size()
         if size <= self._room:
             self._kept[index] = logits
             self._room = self._room - size
-        return logits
 
     def __call__(self, names: Iterable[str], tick: Callable[[], Any] = lambda: None) -> Divergence:
         "With exactly these modules quantized."
@@ -241,13 +245,16 @@ class SensitivityRows:
         return _holds(line, _NUMBERS, ("modules", "type")) and line["modules"] in self.common["units"]
 
     def _take(self, line: Row, number: int) -> None:
-        good = self._is_row(line) if self.common else _holds(line, _COMMON, ("units",))
-        if not good:
-            raise ValueError(f"{self.journal.path} is damaged: line {number} holds {sorted(line)}, no row of this run")
+        self._check(line, number)
         if self.common:
             self.rows[tuple(line["modules"])] = line
         else:
             self.common = line
+
+    def _check(self, line: Row, number: int) -> None:
+        good = self._is_row(line) if self.common else _holds(line, _COMMON, ("units",))
+        if not good:
+            raise ValueError(f"{self.journal.path} is damaged: line {number} holds {sorted(line)}, no row of this run")
 
     def add(self, line: Row) -> None:
         "To the file first, so that nothing counts as done that could still be lost with the process."
@@ -299,13 +306,41 @@ def _row_line(probe: Probe, bar: tqdm, unit: Unit) -> Row:
 
 
 def _check_modules(found: SensitivityRows, modules: Iterable[str]) -> None:
-    if sorted(name for unit in found.units for name in unit) != sorted(modules):
+    listed = [name for unit in found.units for name in unit]
+    if sorted(listed) != sorted(modules):
         raise ValueError(
             f"{found.journal.path} is damaged: its second line lists other modules than those that are "
             "quantized; remove it"
         )
 
 # %% ../../nbs/evaluate/sensitivities.ipynb #393caada
+class _SensitivityRun(NamedTuple):
+    "What the rows of a table are measured with."
+
+    model: Module
+    modifier: QuantizationModifier
+    label: str
+    feeds: Batches | None   # to calibrate on
+    evals: Batches          # to evaluate on
+
+
+def _prepared_sensitivity(
+    model: Module, data: Any, scheme: Any, eval_data: Any, eval_max_length: int | None, **options: Any
+) -> _SensitivityRun:
+    "A scheme and batches. ValueError if the scheme does not fit the model, or if the data does not suffice."
+    modifier = as_modifier(scheme)
+    label = name_of(modifier)
+    check_fit(model, modifier, label)
+    evals = eval_batches(eval_data, **options, eval_max_length=eval_max_length)
+    feeds = calibration_batches(data, {label: modifier}, **options)
+    return _SensitivityRun(model, modifier, label, feeds, evals)
+
+
+def _journal_of(job: _SensitivityRun, path: str | os.PathLike | None) -> Journal | None:
+    if path is None: return None
+    return Journal(path, fingerprint(job.model, job.modifier, job.feeds, job.evals))
+
+
 def _complete(probe: Probe, found: SensitivityRows, progress: bool, label: str) -> None:
     "Measure everything that is not known yet, of a calibrated model."
     with tqdm(desc=f"sensitivity, {label}", unit=" states", disable=not progress) as bar:
@@ -315,6 +350,16 @@ def _complete(probe: Probe, found: SensitivityRows, progress: bool, label: str) 
         bar.reset(2 * len(found.missing))
         for unit in found.missing:
             found.add(_row_line(probe, bar, unit))
+
+
+def _measure_missing(job: _SensitivityRun, found: SensitivityRows, progress: bool) -> None:
+    "Calibrate the model and measure what is not known yet; an interrupt keeps the rows so far."
+    try:
+        with borrowed(job.model, "sensitivity()"):
+            calibrate(job.model, job.feeds, job.modifier, progress=False)
+            _complete(Probe(job.model, job.evals), found, progress, job.label)
+    except KeyboardInterrupt:
+        print(f"interrupted: the table holds the {len(found.rows)} rows that were finished")
 
 # %% ../../nbs/evaluate/sensitivities.ipynb #668e9398
 def sensitivity(
@@ -334,21 +379,10 @@ def sensitivity(
     """A row per quantized module (or modules that share a global scale), in model order: loss and KL, nats per
     token, with only this one quantized and with all but this one. `attrs`: loss_original, loss_quantized,
     kl_quantized. Leaves the model as it was; an interrupt gives the rows so far."""
-    with borrowed(check_causal(model), "sensitivity()"):
-        pass  # or a LifecycleError
-    modifier = as_modifier(adjusted(scheme, group_size=group_size))
-    options = dict(tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
-    label = name_of(modifier)
-    check_fit(model, modifier, label)
-    evals = eval_batches(eval_data, **options, eval_max_length=eval_max_length)
-    feeds = calibration_batches(data, {label: modifier}, **options)
-    journal = None if path is None else Journal(path, fingerprint(model, modifier, feeds, evals))
-    found = SensitivityRows(journal)
-    if found.common and not found.missing: return found.table()
-    try:
-        with borrowed(model, "sensitivity()"):
-            calibrate(model, feeds, modifier, progress=False)
-            _complete(Probe(model, evals), found, progress, label)
-    except KeyboardInterrupt:
-        print(f"interrupted: the table holds the {len(found.rows)} rows that were finished")
+    check_original(check_causal(model), "sensitivity()")
+    options = dict(tokenizer=tokenizer, batch_size=batch_size, max_length=max_length, eval_max_length=eval_max_length)
+    job = _prepared_sensitivity(model, data, adjusted(scheme, group_size=group_size), eval_data, **options)
+    found = SensitivityRows(_journal_of(job, path))
+    if not found.common or found.missing:
+        _measure_missing(job, found, progress)
     return found.table()

@@ -135,9 +135,13 @@ def _choose_channels(hidden: int, n_channels: int, seed: int, channels: Sequence
     return chosen
 
 
+def _is_power_of_two(factor: float) -> bool:
+    return factor > 0 and math.isfinite(factor) and math.frexp(factor)[0] == 0.5
+
+
 def _check_factor(factor: float) -> float:
     """`factor` as a float, or ValueError unless it is a positive power of two."""
-    if not (factor > 0 and math.isfinite(factor) and math.frexp(factor)[0] == 0.5):
+    if not _is_power_of_two(factor):
         raise ValueError(
             f"factor must be a power of two such as 32 or 0.25, so that the rescaling is exact, got {factor}"
         )
@@ -172,13 +176,17 @@ def _carry_out(model: nn.Module, plan: NewValues, channels: list[int]) -> None:
     )
 
 # %% ../../nbs/models/outliers.ipynb #029d8635
-def _checked_groups(model: nn.Module) -> dict[str, _NormGroup]:
-    """By name, the norms of all decoder layers with what reads them; ValueError if one is not as expected."""
+def _layers_of(model: nn.Module) -> nn.ModuleList:
     layers = getattr(getattr(model, "model", None), "layers", None)
     if layers is None:
         raise ValueError(f"inject_outliers expected a Llama-style model with model.layers, got {type(model).__name__}")
+    return layers
+
+
+def _checked_groups(model: nn.Module) -> dict[str, _NormGroup]:
+    """By name, the norms of all decoder layers with what reads them; ValueError if one is not as expected."""
     groups = {}
-    for i, layer in enumerate(layers):
+    for i, layer in enumerate(_layers_of(model)):
         groups |= _layer_groups(layer, f"model.layers.{i}")
     for name, group in groups.items():
         _check_group(name, *group)

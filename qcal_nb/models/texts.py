@@ -43,10 +43,15 @@ def _end_of_passage(text: str, starts: list[int], begin: int, size: int) -> int:
     return text.rfind("\n", begin, limit) + 1 or limit
 
 
+def _token_starts(text: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    "Where each token of `text` begins; last, where `text` ends."
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return [first for first, _ in encoded["offset_mapping"]] + [len(text)]
+
+
 def _passages(text: str, tokenizer: PreTrainedTokenizerFast, size: int = 500) -> Iterator[str]:
     """`text` cut at line ends into passages of at most about `size` tokens."""
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    starts = [first for first, _ in encoded["offset_mapping"]] + [len(text)]
+    starts = _token_starts(text, tokenizer)
     begin = 0
     while begin < len(text):
         end = _end_of_passage(text, starts, begin, size)

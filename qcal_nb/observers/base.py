@@ -274,7 +274,7 @@ def _keep_out(self: "Observer", observed: Tensor, flat: Tensor, start: dict[str,
             f"{where}: the values are finite but their statistics overflow {observed.dtype}; use a wider dtype"
         )
     if self.nonfinite == "raise":
-        raise NonFiniteError(f"{where}: {found}. Mend the data or the model, or calibrate with nonfinite='skip' "
+        raise NonFiniteError(f"{where}: {found}. Fix the data or the model, or calibrate with nonfinite='skip' "
                              "(leave such batches out) or 'record' (leave such elements out)")
     self.counts = self.counts.found(found, skipped=self.nonfinite == "skip")
     if self.nonfinite == "skip":

@@ -157,7 +157,7 @@ class IMatrixMSEObserver(Observer):
 
 # %% ../../nbs/observers/imatrix.ipynb #6c172ea7
 def _begin_input(self: IMatrixMSEObserver, batch: int | None) -> None:
-    "Start anew if the statistics were consumed, and remember the importance from before this batch."
+    "Start again if the statistics were consumed, and remember the importance from before this batch."
     about_to_change(self)
     if self.consumed:
         self.delete_statistics()
@@ -191,7 +191,7 @@ def _finite_part(self: IMatrixMSEObserver, value: Tensor) -> Tensor | None:
     where = f"{self.module_name or 'unnamed module'}, input (for the weight)"
     if found is None: raise NonFiniteError(f"{where}: the values are finite but their squares overflow float32")
     if self.nonfinite == "raise":
-        raise NonFiniteError(f"{where}: {found}. Mend the data or the model, or calibrate with nonfinite='skip' "
+        raise NonFiniteError(f"{where}: {found}. Fix the data or the model, or calibrate with nonfinite='skip' "
                              "(leave such batches out) or 'record' (leave such elements out)")
     self.counts = self.counts.found(found, skipped=self.nonfinite == "skip")
     if self.nonfinite == "record": return torch.where(torch.isfinite(value), value, 0)

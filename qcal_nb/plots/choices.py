@@ -26,7 +26,7 @@ from ..analysis import check_record, compare_observers, convergence, enough_in_w
 from ..analysis import readers_in_words, readers_of, result_of
 from ..lifecycle import extreme_scales
 from ..observers import ObserverSpec, label_of, specs_from_config
-from .model import NOTE_BOX, bar_width, choose_base, legend
+from .model import NOTE_BOX, bar_width, choose_base, in_model_order, legend
 from .style import BASE_COLORS, CLIPPED, NAMED, bars, base_color, column_edges, dark, dots, headline
 from .style import label_depth, light, log_values, new_axes, packed, say_nothing, shades, short_name
 from ..records import CalibrationRecord, ObserverResult, check_observers
@@ -45,11 +45,16 @@ def _matrix(table: pd.DataFrame) -> _Comparison:
     tensors = table.drop_duplicates(["module", "base_name"]).reset_index(drop=True)
     observers = list(dict.fromkeys(table.observer))
     at = pd.Index(observers).get_indexer(table.observer), _keys(tensors).get_indexer(_keys(table))
-    sqnr = np.full((len(observers), len(tensors)), np.nan)
-    best = np.zeros(sqnr.shape, bool)
-    sqnr[at] = table.sqnr_db.astype(float)
-    best[at] = table.best.astype(bool)
+    shape = len(observers), len(tensors)
+    sqnr = _filled(np.full(shape, np.nan), at, table.sqnr_db)
+    best = _filled(np.zeros(shape, bool), at, table.best)
     return _Comparison(tensors, observers, sqnr, best)
+
+
+def _filled(matrix: np.ndarray, at: tuple[np.ndarray, np.ndarray], values: pd.Series) -> np.ndarray:
+    "A matrix with values at some of its places."
+    matrix[at] = values.astype(matrix.dtype)
+    return matrix
 
 
 def _keys(table: pd.DataFrame) -> pd.MultiIndex: return pd.MultiIndex.from_frame(table[["module", "base_name"]])
@@ -70,11 +75,14 @@ def _write_cells(ax: Axes, sqnr: np.ndarray, best: np.ndarray, middle: float) ->
     style = dict(ha="center", va="center", fontsize=7 - 0.8 * digits, zorder=4)
     for (y, x), db in np.ndenumerate(sqnr):
         if np.isnan(db): continue
-        text = f"{db:.{digits}f}" if np.isfinite(db) else "∞"
         weight = "bold" if best[y, x] and not digits else "normal"
-        ax.text(x, y, text, color="white" if db > middle else "black", weight=weight, **style)
+        color = "white" if db > middle else "black"
+        ax.text(x, y, _cell_text(db, digits), color=color, weight=weight, **style)
         if best[y, x]:
             _frame_cell(ax, x, y)
+
+
+def _cell_text(db: float, digits: int) -> str: return f"{db:.{digits}f}" if np.isfinite(db) else "∞"
 
 
 def _frame_cell(ax: Axes, x: int, y: int) -> None:
@@ -140,23 +148,37 @@ def plot_observers(
 ) -> Axes:
     """SQNR of every tensor (across, in model order) with every observer (down): the darker, the better; the best
     framed. Returns the axes. An interrupt ends it and leaves the record as it is."""
-    whole = record
-    if not isinstance(record, pd.DataFrame):
-        whole = compare_observers(check_record(record), observers, args, progress)
+    whole = _compared(record, observers, args, progress)
     base_name = choose_base(list(whole.base_name), base_name)
     table = whole[whole.base_name == base_name]
     found = _matrix(table)
     own = ax is None
-    ax = ax or new_axes(9.0, 1.7 + 0.4 * max(2, len(found.observers)))
+    ax = ax or _comparison_axes(len(found.observers))
     if not len(table): return say_nothing(ax, "Nothing recorded yet: feed a batch")
     _draw_comparison(ax, found, base_color(base_name))
-    title = f"Which observer loses least at every {base_name}: the darker, the better"
-    headline(ax, title + _args_in_words(whole, base_name), len(found.tensors))
+    headline(ax, _observers_title(whole, base_name), len(found.tensors))
     if own:
         _explain_empty(ax, table)
     return ax
 
 # %% ../../nbs/plots/choices.ipynb #7c2f4e06
+def _compared(
+    record: CalibrationRecord | pd.DataFrame,
+    observers: Iterable[ObserverSpec] | None,
+    args: QuantizationArgs | None,
+    progress: bool,
+) -> pd.DataFrame:
+    "The comparison itself, or the one of a record."
+    if isinstance(record, pd.DataFrame): return record
+    return compare_observers(check_record(record), observers, args, progress)
+
+
+def _comparison_axes(observers: int) -> Axes:
+    "Axes with room for a row for each observer."
+    rows = max(2, observers)
+    return new_axes(9.0, 1.7 + 0.4 * rows)
+
+
 def _draw_comparison(ax: Axes, found: _Comparison, color: str) -> None:
     "The cells, the names of rows and columns, and the colorbar."
     mesh = _draw_sqnr(ax, found.sqnr, found.best, color)
@@ -165,6 +187,11 @@ def _draw_comparison(ax: Axes, found: _Comparison, color: str) -> None:
     ax.set_yticks(range(len(found.observers)), rows, fontsize=8, parse_math=False)
     ax.set_ylim(len(found.observers) - 0.5, -0.5)
     ax.figure.colorbar(mesh, ax=ax, pad=0.01, fraction=0.03, aspect=15).set_label("SQNR in dB", fontsize=8)
+
+
+def _observers_title(table: pd.DataFrame, base_name: str) -> str:
+    args = _args_in_words(table, base_name)
+    return f"Which observer loses least at every {base_name}: the darker, the better{args}"
 
 
 def _args_in_words(table: pd.DataFrame, base_name: str) -> str:
@@ -184,6 +211,9 @@ def _explain_empty(ax: Axes, table: pd.DataFrame) -> None:
 AskResult = Callable[[CalibrationRecord, tuple[str, str], ObserverSpec, QuantizationArgs | None], ObserverResult]
 
 
+_Kinds = dict[str, np.ndarray]  # the ordinary scales, and which of all are `zero`, `eps`, `saturated`
+
+
 def _pooled(module: str) -> str: return re.sub(r"\.experts\.\d+(?=\.|$)", ".experts.*", module)
 
 
@@ -201,15 +231,21 @@ def _extremes(
     return extreme_scales(QuantizationArgs(**same, **size), dtype)
 
 
-def _scales_by_kind(c: ObserverResult) -> dict[str, np.ndarray]:
-    "The ordinary scales of a result, in the tensor's units, and which of all are suspicious, by kind."
+def _scales_by_kind(c: ObserverResult) -> _Kinds:
+    "The ordinary scales of a result, in the tensor's units, and which of all are suspicious."
     args = c.args
     least, most = _extremes(args.type, args.num_bits, args.symmetric, args.strategy, args.scale_dtype, c.scale.dtype)
     stored = c.scale.detach().float().reshape(-1).numpy()
     marks = dict(zero=stored == 0, eps=stored == least, saturated=stored >= most)
-    unit = stored if c.global_scale is None else stored / c.global_scale.float().reshape(-1)[0].item()
-    ordinary = np.isfinite(unit) & (unit > 0) & ~marks["eps"]
-    return dict(scale=unit[ordinary]) | marks
+    in_units = stored if c.global_scale is None else stored / _first_number(c.global_scale)
+    return dict(scale=_ordinary(in_units, marks["eps"])) | marks
+
+
+def _first_number(values: torch.Tensor) -> float: return values.float().reshape(-1)[0].item()
+
+
+def _ordinary(scales: np.ndarray, at_eps: np.ndarray) -> np.ndarray:
+    return scales[np.isfinite(scales) & (scales > 0) & ~at_eps]
 
 # %% ../../nbs/plots/choices.ipynb #7c2f4e02
 def scales_by_module(
@@ -218,11 +254,11 @@ def scales_by_module(
     base_name: str,
     args: QuantizationArgs | None = None,
     conclude: AskResult = result_of,
-) -> dict[str, dict[str, np.ndarray]]:
+) -> dict[str, _Kinds]:
     """For each module (the experts of a layer together, as `*`) its ordinary scales, and which of all are `zero`,
     `eps`, `saturated`."""
     check_observers([observer])
-    parts: dict[str, list[dict[str, np.ndarray]]] = {}
+    parts: dict[str, list[_Kinds]] = {}
     for module in _modules_in_order(record, base_name):
         found = conclude(record, (module, base_name), observer, args)
         if found.scale is not None:
@@ -232,11 +268,10 @@ def scales_by_module(
 
 def _modules_in_order(record: CalibrationRecord, base_name: str) -> list[str]:
     "The modules of which this was recorded, in the order of the model."
-    order = {module: i for i, module in enumerate(record.types)}
-    return sorted((m for m, b in record.tensors if b == base_name), key=lambda m: order.get(m, len(order)))
+    return in_model_order(record, (module for module, base in record.tensors if base == base_name))
 
 
-def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+def _joined(parts: list[_Kinds]) -> _Kinds:
     return {kind: np.concatenate([part[kind] for part in parts]) for kind in parts[0]}
 
 # %% ../../nbs/plots/choices.ipynb #5f631351
@@ -247,24 +282,30 @@ _SUSPICIOUS = {
 }
 
 
-def _mark_suspicious(ax: Axes, found: list[dict[str, np.ndarray]]) -> list[Line2D]:
+def _mark_suspicious(ax: Axes, found: list[_Kinds]) -> list[Line2D]:
     "Marks at the edge of the picture, with how many there are. Returns what the legend says of them."
     handles = [_mark_kind(ax, name, [kinds[name] for kinds in found]) for name in _SUSPICIOUS]
-    return [handle for handle in handles if handle is not None]
+    return [handle for handle in handles if handle]
 
 
 def _mark_kind(ax: Axes, name: str, found: list[np.ndarray]) -> Line2D | None:
     "The marks of one kind; None if there are none."
     marker, y, words = _SUSPICIOUS[name]
     counts = [int(marks.sum()) for marks in found]
-    at = np.flatnonzero(counts)
-    if not len(at): return None
-    across = dict(transform=ax.get_xaxis_transform(), zorder=6)
+    if not any(counts): return None
     style = dict(marker=marker, ls="", ms=8 if len(found) <= 100 else 5, color=CLIPPED, mec="black", mew=0.7)
+    _draw_marks(ax, name, counts, y, style)
+    total = sum(map(len, found))
+    return Line2D([], [], **style, label=f"{words} ({sum(counts):,} of {total:,})")
+
+
+def _draw_marks(ax: Axes, name: str, counts: list[int], y: float, style: dict[str, Any]) -> None:
+    "A mark at each module that has some, and how many, at the first twenty."
+    at = np.flatnonzero(counts)
+    across = dict(transform=ax.get_xaxis_transform(), zorder=6)
     dots(ax, at, np.full(len(at), y), name, **across, **style)
     for x in at[:20]:
         ax.text(x + 0.35, y, f"{counts[x]:,}", fontsize=7, va="center", **across)
-    return Line2D([], [], **style, label=f"{words} ({sum(counts):,} of {sum(map(len, found)):,})")
 
 # %% ../../nbs/plots/choices.ipynb #7c2f4e03
 def _quartiles(scales: list[float]) -> np.ndarray:
@@ -277,14 +318,24 @@ def _draw_scales(ax: Axes, found: list[np.ndarray], color: str) -> list:
     "Bars and dots of ordinary scales. Returns what the legend says of them."
     ends = np.array([_quartiles(scales.tolist()) for scales in found])
     many = any(len(scales) > 1 for scales in found)
-    handles = _draw_spread(ax, ends, color) if many else []
-    size = max(1.5, min(5, 500 / len(found)))
-    style = dict(ls="", marker="o", color=dark(color, 0.7))
-    dots(ax, np.arange(len(found)), ends[:, 2], "median", ms=size, **style)
-    if np.isfinite(ends).any():
-        log_values(ax, np.nanmin(ends) / 1.4, np.nanmax(ends) * 1.2)
+    spread = _draw_spread(ax, ends, color) if many else []
     label = "median scale" if many else "the scale of the tensor"
-    return [*handles, Line2D([], [], ms=5, label=label, **style)]
+    medians = _draw_medians(ax, ends[:, 2], dark(color, 0.7), label)
+    _scale_axis(ax, ends)
+    return [*spread, medians]
+
+
+def _draw_medians(ax: Axes, medians: np.ndarray, color: str, label: str) -> Line2D:
+    "A dot for each module. Returns what the legend says of them."
+    size = max(1.5, min(5, 500 / len(medians)))
+    style = dict(ls="", marker="o", color=color)
+    dots(ax, range(len(medians)), medians, "median", ms=size, **style)
+    return Line2D([], [], ms=5, label=label, **style)
+
+
+def _scale_axis(ax: Axes, scales: np.ndarray) -> None:
+    if np.isfinite(scales).any():
+        log_values(ax, np.nanmin(scales) / 1.4, np.nanmax(scales) * 1.2)
 
 
 def _draw_spread(ax: Axes, ends: np.ndarray, color: str) -> list[Patch]:
@@ -332,17 +383,29 @@ def plot_scales(
     by_module = scales_by_module(record, observer, base_name, args, conclude)
     name = label_of(observer)
     if not by_module:
-        keys = (key for key in record.tensors if key[1] == base_name)
-        reason = next((conclude(record, key, observer, args).reason for key in keys), "nothing was recorded")
+        reason = _why_no_scale(record, observer, base_name, args, conclude)
         return say_nothing(ax, f"{name} has no scale for any {base_name}:\n{reason}")
     _draw_modules(ax, by_module, base_color(base_name), own)
-    total = sum(len(kinds["eps"]) for kinds in by_module.values())
-    title = f"The scales of every {base_name}, {total:,} in {len(by_module):,} modules, as {name} chose them"
-    headline(ax, title, len(by_module))
+    many = f"{_count_scales(by_module):,} in {len(by_module):,} modules"
+    headline(ax, f"The scales of every {base_name}, {many}, as {name} chose them", len(by_module))
     return ax
 
 # %% ../../nbs/plots/choices.ipynb #7c2f4e07
-def _draw_modules(ax: Axes, by_module: dict[str, dict[str, np.ndarray]], color: str, own: bool) -> None:
+def _why_no_scale(
+    record: CalibrationRecord,
+    observer: ObserverSpec,
+    base_name: str,
+    args: QuantizationArgs | None,
+    conclude: AskResult,
+) -> str:
+    keys = (key for key in record.tensors if key[1] == base_name)
+    return next((conclude(record, key, observer, args).reason for key in keys), "nothing was recorded")
+
+
+def _count_scales(by_module: dict[str, _Kinds]) -> int: return sum(len(kinds["eps"]) for kinds in by_module.values())
+
+
+def _draw_modules(ax: Axes, by_module: dict[str, _Kinds], color: str, own: bool) -> None:
     "The scales of each module, marks at suspicious ones, the names below and the legend."
     found = list(by_module.values())
     handles = _draw_scales(ax, [kinds["scale"] for kinds in found], color) + _mark_suspicious(ax, found)
@@ -357,25 +420,35 @@ SETTLED = {"range_settled": ("range", "o", "-"), "sqnr_settled": ("quantization 
 def settled_share(table: pd.DataFrame, column: str) -> tuple[np.ndarray, np.ndarray]:
     """Tokens, and the share of tensors that had settled by then, before the end of the data; the last point is the
     end itself."""
-    seen = table[table[column].notna()]
-    early = seen[column][seen[column] < seen.tokens]
+    early = _settled_early(table, column)
     at = np.append(np.unique(early.to_numpy(float)), float(table.tokens.max()))
     if not len(early): return at, np.zeros(len(at))
-    share = [(early <= tokens).mean() * len(early) / max(1, len(seen)) for tokens in at]
-    return at, np.array(share)
+    share_of_early = np.array([(early <= tokens).mean() for tokens in at])
+    return at, share_of_early * len(early) / table[column].count()
+
+
+def _settled_early(table: pd.DataFrame, column: str) -> pd.Series:
+    "After how many tokens tensors settled, of those that did before the end of the data."
+    settled = table[column]
+    return settled[settled < table.tokens]
 
 
 def _slowest(table: pd.DataFrame) -> str:
     "How many still moved at the end, and which."
     late = table[~table.enough]
     if not len(late): return ""
-    counts = [f"{(late[column] >= late.tokens).sum():,} {words}s" for column, (words, _, _) in SETTLED.items()]
+    counts = [_count_late(late, column) for column in SETTLED]
     lines = [f"Still moving in the last half: {' and '.join(counts)}"]
     modules = map(readers_in_words, readers_of(late)[:3])
     lines += [f"{module} ({base})" for module, base in zip(modules, late.base_name[:3])]
     if len(late) > 3:
         lines.append(f"and {len(late) - 3:,} more")
     return "\n".join(lines)
+
+
+def _count_late(late: pd.DataFrame, column: str) -> str:
+    words, _, _ = SETTLED[column]
+    return f"{(late[column] >= late.tokens).sum():,} {words}s"
 
 # %% ../../nbs/plots/choices.ipynb #7c2f4e04
 def _draw_settled(ax: Axes, table: pd.DataFrame, label: str) -> None:
@@ -390,13 +463,21 @@ def _draw_settled(ax: Axes, table: pd.DataFrame, label: str) -> None:
 def _token_axis(ax: Axes, table: pd.DataFrame) -> None:
     "Tokens, halved from tick to tick; the last half is grey."
     total = float(table.tokens.max())
-    first = min(float(table[list(SETTLED)].min().min()), total / 4)
-    halvings = math.ceil(math.log2(total / first))
-    ticks = (total / 2.0 ** np.arange(halvings + 1)[::-1])[-10:]
+    first = min(_first_settled(table), total / 4)
+    ticks = _token_ticks(first, total)
     ax.set_xscale("log", base=2)
     ax.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks], fontsize=8)
     ax.set(xlim=(first / 1.15, total * 1.15), xlabel="tokens read (logarithmic)")
     ax.axvspan(total / 2, total, color="0.92", zorder=0)
+
+
+def _first_settled(table: pd.DataFrame) -> float: return float(table[list(SETTLED)].min().min())
+
+
+def _token_ticks(first: float, total: float) -> np.ndarray:
+    "Counts of tokens up to all of them, each twice the one before; at most ten."
+    halvings = math.ceil(math.log2(total / first))
+    return (total / 2.0 ** np.arange(halvings + 1)[::-1])[-10:]
 
 # %% ../../nbs/plots/choices.ipynb #e6ed3205
 def plot_convergence(
@@ -409,17 +490,31 @@ def plot_convergence(
     ax = ax or new_axes()
     table = record if isinstance(record, pd.DataFrame) else convergence(check_record(record))
     seen = table[table.range_settled.notna()]
-    if not len(seen) or not seen.tokens.max(): return say_nothing(ax, "No activation was recorded yet: feed a batch")
+    if not seen.tokens.any(): return say_nothing(ax, "No activation was recorded yet: feed a batch")
     _draw_settled(ax, seen, percent_of(table))
     _token_axis(ax, seen)
     ax.set(ylim=(-4, 108), ylabel="% of tensors")
-    late = _slowest(seen)
+    _note_slowest(ax, seen)
+    legend(ax, _convergence_handles(ax), own)
+    headline(ax, _convergence_title(table))
+    return ax
+
+
+def _note_slowest(ax: Axes, table: pd.DataFrame) -> None:
+    "In a box, what still moved at the end; nothing if nothing did."
+    late = _slowest(table)
     if late:
         style = dict(va="top", fontsize=7.5, parse_math=False, bbox=NOTE_BOX, zorder=6)
         ax.text(0.012, 0.97, late, transform=ax.transAxes, **style)
-    legend(ax, [*ax.get_legend_handles_labels()[0], Patch(color="0.92", label="last half of the data")], own)
-    headline(ax, f"Was it enough data? {enough_in_words(table)}".replace(": ", "\n", 1))
-    return ax
+
+
+def _convergence_handles(ax: Axes) -> list:
+    curves, _ = ax.get_legend_handles_labels()
+    return [*curves, Patch(color="0.92", label="last half of the data")]
+
+
+def _convergence_title(table: pd.DataFrame) -> str:
+    return f"Was it enough data? {enough_in_words(table)}".replace(": ", "\n", 1)
 
 # %% ../../nbs/plots/choices.ipynb #e0eb84e8
 def _damage(table: pd.DataFrame, measure: str) -> tuple[np.ndarray, np.ndarray]:
@@ -485,17 +580,27 @@ def plot_sensitivity(
     ax = ax or new_axes()
     if not len(table): return say_nothing(ax, "No module was measured yet")
     what = "KL" if measure == "kl" else measure
+    _draw_damage(ax, only, without, what)
+    label_depth(ax, table.module, table.layer)
+    legend(ax, _damage_handles(ax, without), own)
+    suffering = f"Which modules suffer most from being quantized{_whole_damage(table, measure, what)}"
+    headline(ax, f"{suffering}\nmost: {_worst(table, only)}", len(table))
+    return ax
+
+
+def _draw_damage(ax: Axes, only: np.ndarray, without: np.ndarray, what: str) -> None:
+    "Dots and diamonds over a line at zero, and the axis of nats."
     ax.axhline(0, color="0.5", lw=0.8, zorder=0)
     _draw_alone(ax, only, what)
     _draw_left_out(ax, without, what)
-    label_depth(ax, table.module, table.layer)
     ax.set_ylabel(f"{what}, nats per token")
     ax.margins(y=0.12)
-    handles = ax.get_legend_handles_labels()[0]
-    legend(ax, handles if np.isfinite(without).any() else handles[:1], own)
-    all_of_it = _whole_damage(table, measure, what)
-    headline(ax, f"Which modules suffer most from being quantized{all_of_it}\nmost: {_worst(table, only)}", len(table))
-    return ax
+
+
+def _damage_handles(ax: Axes, without: np.ndarray) -> list:
+    "Dots, and diamonds if any could be drawn."
+    handles, _ = ax.get_legend_handles_labels()
+    return handles if np.isfinite(without).any() else handles[:1]
 
 
 def _whole_damage(table: pd.DataFrame, measure: str, what: str) -> str:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Clips', 'BANDS', 'BAND_WORDS', 'NOTE_BOX', 'choose_base', 'others', 'amount', 'results_for', 'clips_of',
-           'scale_values', 'legend', 'bar_width', 'plot_ranges', 'densities', 'plot_density']
+           'scale_values', 'legend', 'bar_width', 'plot_ranges', 'densities', 'plot_density', 'in_model_order']
 
 # %% ../../nbs/plots/model.ipynb #0d7297f2
 from collections.abc import Iterable
@@ -101,11 +101,13 @@ BAND_WORDS = {"range": "all values", "most": "998 of 1,000 values", "core": "9 o
 
 def _draw_bars(ax: Axes, table: pd.DataFrame, color: str) -> list[Patch]:
     "The bars of a range plot, and what the legend says of them."
+    x = range(len(table))
     width = bar_width(len(table))
     tints = dict(zip(BANDS, (light(color, 0.7), light(color, 0.35), color)))
-    shown = {name: ends for name, ends in BANDS.items() if set(ends) <= set(table.columns)}
-    for z, (name, (low, high)) in enumerate(shown.items(), 2):
-        bars(ax, np.arange(len(table)), table[low], table[high], name, lw=width, color=tints[name], zorder=z)
+    shown = [name for name, ends in BANDS.items() if set(ends) <= set(table.columns)]
+    for z, name in enumerate(shown, 2):
+        low, high = BANDS[name]
+        bars(ax, x, table[low], table[high], name, lw=width, color=tints[name], zorder=z)
     _draw_flat(ax, table, color, width)
     return [Patch(color=tints[name], label=BAND_WORDS[name]) for name in shown]
 
@@ -132,11 +134,16 @@ def _draw_clips(ax: Axes, table: pd.DataFrame, clips: pd.DataFrame | None) -> li
 
 def _mark_nonfinite(ax: Axes, table: pd.DataFrame) -> list[Line2D]:
     "Crosses where NaN or infinity was found."
-    bad = table.index[(table.nan > 0) | (table.inf > 0)]
-    marks, = ax.plot(bad, np.zeros(len(bad)), "kx", ms=8, mew=2, zorder=7)
-    marks.set_gid("_nonfinite")
-    if not len(bad): return []
+    bad = table.index[table.nan + table.inf > 0]
+    _crosses(ax, bad, zorder=7)
+    if bad.empty: return []
     return [Line2D([], [], color="black", marker="x", ls="", ms=7, mew=2, label="NaN or infinity found")]
+
+
+def _crosses(ax: Axes, at: Iterable[int], zorder: int) -> None:
+    "A cross at zero in each of these columns."
+    marks, = ax.plot(at, np.zeros(len(at)), "x", color="black", ms=8, mew=2, zorder=zorder)
+    marks.set_gid("_nonfinite")
 
 # %% ../../nbs/plots/model.ipynb #ee8e167d
 NOTE_BOX = dict(fc=(1, 1, 1, 0.85), ec="0.7", lw=0.6, boxstyle="round,pad=0.3")
@@ -148,9 +155,13 @@ def _highlight(ax: Axes, table: pd.DataFrame, selected: str | None) -> None:
     if not len(hit): return
     at = hit[0]
     ax.axvspan(at - 0.5, at + 0.5, color="0.9", zorder=-1).set_gid("_selected")
-    row = table.loc[at]
-    text = f"{selected}\n{row['min']:.4g} … {row['max']:.4g}"
-    side = dict(xytext=(12, 4), ha="left") if at < len(table) / 2 else dict(xytext=(-12, 4), ha="right")
+    _note_range(ax, at, table.loc[at], selected, right=at < len(table) / 2)
+
+
+def _note_range(ax: Axes, at: int, row: pd.Series, name: str, right: bool) -> None:
+    "The name and range of a module in a box, to the right or to the left of its bar."
+    text = f"{name}\n{row['min']:.4g} … {row['max']:.4g}"
+    side = dict(xytext=(12, 4), ha="left") if right else dict(xytext=(-12, 4), ha="right")
     style = dict(textcoords="offset points", va="top", fontsize=8, parse_math=False, bbox=NOTE_BOX, zorder=8)
     ax.annotate(text, (at, row["max"]), **side, **style)
 
@@ -190,20 +201,31 @@ def plot_ranges(
     """A bar per tensor from its smallest to its largest value, over the depth of the model; a tensor that several
     modules read has one. Returns the axes."""
     clips = _clip_table(record, clips)
-    whole = record if isinstance(record, pd.DataFrame) else ranges(check_record(record))
+    whole = _ranges_in(record)
     chosen = choose_base(list(whole.base_name), base_name)
     table = _seen_of(whole, chosen)
     own = ax is None
     ax = ax or new_axes()
     if not len(table): return say_nothing(ax, _no_ranges(whole))
-    handles = _draw_bars(ax, table, base_color(chosen))
-    handles += _draw_clips(ax, table, clips) + _mark_nonfinite(ax, table)
-    scale_values(ax, table.absmax)
-    label_depth(ax, map(readers_in_words, readers_of(table)), table.layer)
+    handles = _draw_ranges(ax, table, clips, base_color(chosen))
     _highlight(ax, table, selected)
     headline(ax, _ranges_title(whole, chosen, base_name), len(table))
     legend(ax, handles, own)
     return ax
+
+
+def _ranges_in(record: CalibrationRecord | pd.DataFrame) -> pd.DataFrame:
+    return record if isinstance(record, pd.DataFrame) else ranges(check_record(record))
+
+
+def _draw_ranges(ax: Axes, table: pd.DataFrame, clips: pd.DataFrame | None, color: str) -> list:
+    "Bars and marks, the value axis and the names below. Returns what the legend says of them."
+    bars_shown = _draw_bars(ax, table, color)
+    limits = _draw_clips(ax, table, clips)
+    crosses = _mark_nonfinite(ax, table)
+    scale_values(ax, table.absmax)
+    label_depth(ax, map(readers_in_words, readers_of(table)), table.layer)
+    return [*bars_shown, *limits, *crosses]
 
 
 def _no_ranges(table: pd.DataFrame) -> str:
@@ -273,12 +295,17 @@ def plot_density(
     return ax
 
 # %% ../../nbs/plots/model.ipynb #3a9d0c43
+def in_model_order(record: CalibrationRecord, modules: Iterable[str]) -> list[str]:
+    "Modules in the order of the model; last, those that it does not name."
+    order = {module: i for i, module in enumerate(record.types)}
+    return sorted(modules, key=lambda module: order.get(module, len(order)))
+
+
 def _in_order(record: CalibrationRecord, base_name: str) -> dict[str, TensorStats]:
     "What was seen of one base name, by the first module that reads it, in the order of the model."
     stats = {key[0]: record.tensors[key] for key in record.readers if key[1] == base_name}
     found = {m: s for m, s in stats.items() if s.numel}
-    order = {module: i for i, module in enumerate(record.types)}
-    return {m: found[m] for m in sorted(found, key=lambda m: order.get(m, len(order)))}
+    return {module: found[module] for module in in_model_order(record, found)}
 
 
 def _draw_densities(ax: Axes, stats: list[TensorStats], color: str) -> None:
@@ -291,9 +318,8 @@ def _draw_densities(ax: Axes, stats: list[TensorStats], color: str) -> None:
 
 
 def _cross_nonfinite(ax: Axes, stats: list[TensorStats]) -> None:
-    "A cross at zero in each column of a tensor that held NaN or infinity."
+    "A cross in each column of a tensor that held NaN or infinity."
     bad = [i for i, s in enumerate(stats) if s.nan + s.inf]
-    marks, = ax.plot(bad, np.zeros(len(bad)), "x", color="black", ms=8, mew=2, zorder=5)
-    marks.set_gid("_nonfinite")
+    _crosses(ax, bad, zorder=5)
     if bad:
         legend(ax, [Line2D([], [], color="black", marker="x", ls="", mew=2, label="NaN or infinity found")], False)

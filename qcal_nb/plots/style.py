@@ -48,15 +48,21 @@ CLIPPED = "#D55E00"  # what is cut off, what is wrong
 OTHER = "#444444"    # a base name that has no colour of its own
 
 
+def _rgb(color: str) -> np.ndarray:
+    "Red, green and blue of `#rrggbb`, from 0 to 255."
+    return np.array([int(color[i:i + 2], 16) for i in (1, 3, 5)])
+
+
 def light(color: str, share: float = 0.6) -> tuple[float, ...]:
     "A colour mixed with white."
-    rgb = np.array([int(color[i:i + 2], 16) / 255 for i in (1, 3, 5)])
+    rgb = _rgb(color) / 255
     return tuple(rgb + (1 - rgb) * share)
 
 
 def dark(color: str, share: float = 0.6) -> tuple[float, ...]:
     "A colour mixed with black."
-    return tuple((1 - share) * int(color[i:i + 2], 16) / 255 for i in (1, 3, 5))
+    rgb = (1 - share) * _rgb(color) / 255
+    return tuple(rgb.tolist())
 
 
 def base_color(base_name: str) -> str: return BASE_COLORS.get(base_name, OTHER)
@@ -261,16 +267,17 @@ def counts_between(histogram: Histogram, edges: np.ndarray) -> np.ndarray:
     return np.diff(np.interp(edges, ends, below))
 
 # %% ../../nbs/plots/style.ipynb #39bcfaa8
-def bars(
-    ax: Axes, x: Iterable[float], low: Iterable[float], high: Iterable[float], name: str, **style: Any
-) -> LineCollection:
+_Numbers = Iterable[float]
+
+
+def bars(ax: Axes, x: _Numbers, low: _Numbers, high: _Numbers, name: str, **style: Any) -> LineCollection:
     "Vertical bars that can be read back from the picture by `drawn`."
     found = ax.vlines(list(x), list(low), list(high), **style)
     found.set_gid(name)
     return found
 
 
-def dots(ax: Axes, x: Iterable[float], y: Iterable[float], name: str, **style: Any) -> None:
+def dots(ax: Axes, x: _Numbers, y: _Numbers, name: str, **style: Any) -> None:
     "Marks or a line, read back by `drawn` as pairs [x, y]."
     ax.plot(list(x), list(y), **style)[0].set_gid(f"{name}:xy")
 
@@ -301,11 +308,14 @@ def _points(found: Line2D) -> list:
     return y.tolist()
 
 
+def _step_heights(found: StepPatch) -> list: return np.asarray(found.get_data().values).tolist()
+
+
 def _numbers_in(artist: Any) -> list:
     "The numbers of one named thing."
     if isinstance(artist, LineCollection): return _bar_ends(artist)
     if isinstance(artist, QuadMesh): return _field_columns(artist)
-    if isinstance(artist, StepPatch): return np.asarray(artist.get_data().values).tolist()
+    if isinstance(artist, StepPatch): return _step_heights(artist)
     return _points(artist)
 
 # %% ../../nbs/plots/style.ipynb #3a9d0c44
@@ -314,14 +324,16 @@ def _is_named(artist: Any) -> bool:
     return bool(name) and not name.startswith("_")
 
 
+def _plain_name(artist: Any) -> str:
+    "Its name without what says how to read it back."
+    return artist.get_gid().removesuffix(":xy").removesuffix(":x")
+
+
 def drawn(ax: Axes) -> dict[str, list]:
     """The numbers in a picture, read back from what was drawn: bars as [low, high], marks as values or [x, y],
     fields by column."""
-    numbers = {}
-    for artist in filter(_is_named, (*ax.collections, *ax.lines, *ax.patches)):
-        name = artist.get_gid().removesuffix(":xy").removesuffix(":x")
-        numbers[name] = _without_nan(_numbers_in(artist))
-    return numbers
+    named = filter(_is_named, (*ax.collections, *ax.lines, *ax.patches))
+    return {_plain_name(artist): _without_nan(_numbers_in(artist)) for artist in named}
 
 # %% ../../nbs/plots/style.ipynb #eaf9b7a7
 def _pixels(canvas: FigureCanvasAgg) -> PILImage.Image:

@@ -281,16 +281,29 @@ def plot_histogram(
     ax = ax or new_axes(9.0, 2.8 + 0.42 * len(found))
     name = _tensor_name(module, base_name)
     if not stats.count: return say_nothing(ax, f"{name}: nothing finite was seen{_nonfinite_in_words(stats)}")
-    frame = draw_frame(ax, stats, base_name, _reach(stats, found), len(found), log_counts)
-    clipped = shade_clipped(ax, frame, found)
-    _draw_rows(ax, frame, stats, found, grid)
+    clipped = _draw_histogram(ax, stats, base_name, found, log_counts, grid)
     if own:
-        legend(ax, _signs(found, bool(clipped), grid), own)
-    asked = f", quantized to {describe_args(found[0].args).partition(', static')[0]}" if found else ""
-    headline(ax, f"{name}: what each observer makes of it\n{stats.count:,} values{asked}")
+        legend(ax, _signs(found, clipped, grid), own)
+    headline(ax, f"{name}: what each observer makes of it\n{stats.count:,} values{_quantized_to(found)}")
     return ax
 
 # %% ../../nbs/plots/tensor.ipynb #4b8e1d08
+def _draw_histogram(
+    ax: Axes, stats: TensorStats, base_name: str, found: list[ObserverResult], log_counts: bool, grid: bool
+) -> bool:
+    "The histogram, what results clip, and a row for each. Returns whether one of them clips anything."
+    frame = draw_frame(ax, stats, base_name, _reach(stats, found), len(found), log_counts)
+    clipped = shade_clipped(ax, frame, found)
+    _draw_rows(ax, frame, stats, found, grid)
+    return bool(clipped)
+
+
+def _quantized_to(found: list[ObserverResult]) -> str:
+    "What a tensor was quantized to, for the title."
+    if not found: return ""
+    return f", quantized to {describe_args(found[0].args).partition(', static')[0]}"
+
+
 def _nonfinite_in_words(stats: TensorStats) -> str:
     return f" ({stats.nan + stats.inf:,} NaN or infinite)" if stats.numel else ""
 
@@ -507,11 +520,19 @@ def plot_channels(record: CalibrationRecord, module: str, base_name: str = "inpu
     name = _tensor_name(module, base_name)
     if not len(sizes) or not stats.count: return say_nothing(ax, f"{name}: nothing finite was seen")
     outliers = _draw_channels(ax, sizes, base_color(base_name))
-    ax.set(xlabel=_channels_in_words(sizes, base_name), ylabel="largest |value|")
-    ax.set_xlim(-0.02 * len(sizes) - 0.5, 1.02 * len(sizes))
-    many = f"{outliers} of {len(sizes):,} channels {'is' if outliers == 1 else 'are'}"
-    headline(ax, f"{name}: {many} more than {CHANNEL_THRESHOLD:g} times as large as the median")
+    _channel_axis(ax, len(sizes), _channels_in_words(sizes, base_name))
+    headline(ax, f"{name}: {_outliers_in_words(outliers, len(sizes))}")
     return ax
+
+
+def _channel_axis(ax: Axes, channels: int, words: str) -> None:
+    ax.set(xlabel=words, ylabel="largest |value|")
+    ax.set_xlim(-0.02 * channels - 0.5, 1.02 * channels)
+
+
+def _outliers_in_words(outliers: int, channels: int) -> str:
+    verb = "is" if outliers == 1 else "are"
+    return f"{outliers} of {channels:,} channels {verb} more than {CHANNEL_THRESHOLD:g} times as large as the median"
 
 
 def _draw_channels(ax: Axes, sizes: np.ndarray, color: str) -> int:
@@ -521,7 +542,13 @@ def _draw_channels(ax: Axes, sizes: np.ndarray, color: str) -> int:
     dots(ax, np.arange(len(sizes)), sizes, "absmax", ls="", marker=".", color=color, ms=size)
     outliers = _mark_outliers(ax, sizes, middle)
     _draw_median(ax, middle)
-    positive = sizes[sizes > 0]
-    if len(positive) and positive.max() > 10 * positive.min():
-        log_values(ax, positive.min(), positive.max())
+    _widen(ax, sizes[sizes > 0])
     return outliers
+
+
+def _widen(ax: Axes, sizes: np.ndarray) -> None:
+    "A logarithmic axis, if the largest is more than ten times the smallest."
+    if not len(sizes): return
+    least, most = sizes.min(), sizes.max()
+    if most > 10 * least:
+        log_values(ax, least, most)

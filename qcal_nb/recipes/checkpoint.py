@@ -166,6 +166,12 @@ def _drop_qparams(state: dict[str, Tensor], names: list[str]) -> None:
             state.pop(f"{name}.{qparam}", None)
 
 
+def _own_tensors(state: dict[str, Tensor], name: str, module: Module) -> dict[str, Tensor]:
+    "The tensors of a module by their local names, removed from the state."
+    names = [k for k in (*module._parameters, *module._buffers) if f"{name}.{k}" in state]
+    return {k: state.pop(f"{name}.{k}") for k in names}
+
+
 def _unpacked_dtype(packed: dict[str, Tensor], scheme: QuantizationScheme, form: CompressionFormat) -> torch.dtype:
     return BaseCompressor.get_value_from_registry(form.value).decompress(packed, scheme)["weight"].dtype
 
@@ -177,8 +183,7 @@ def _checkpoint_tensors(model: Module) -> tuple[dict[str, Tensor], set[torch.dty
     _drop_qparams(state, skipped)
     unpacked = {}
     for name, (module, scheme, form) in stored.items():
-        names = [k for k in (*module._parameters, *module._buffers) if f"{name}.{k}" in state]
-        packed = packed_tensors({k: state.pop(f"{name}.{k}") for k in names}, scheme, form, name)
+        packed = packed_tensors(_own_tensors(state, name, module), scheme, form, name)
         if form not in unpacked and scheme.weights is not None:
             dtype = _unpacked_dtype(packed, scheme, form)
             unpacked[form] = dtype if dtype != module.weight.dtype else None

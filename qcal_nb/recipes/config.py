@@ -89,11 +89,12 @@ def from_config(source: Any) -> QuantizationModifier:
 
 def recipe_of(model: Module) -> QuantizationModifier:
     "The recipe that a model was initialized with. LifecycleError if it was not initialized."
-    ledger = undo_log_of(model)
-    if ledger is None:
-        raise LifecycleError("this model carries no recipe: it was not initialized here. "
-                             "For a checkpoint use from_config(path)")
-    config = ledger.config
+    undo_log = undo_log_of(model)
+    if undo_log is None:
+        raise LifecycleError(
+            "this model carries no recipe: it was not initialized here. For a checkpoint use from_config(path)"
+        )
+    config = undo_log.config
     fields = {"config_groups": config.config_groups, "ignore": config.ignore, "kv_cache_scheme": config.kv_cache_scheme}
     return QuantizationModifier(**{k: v for k, v in fields.items() if v})
 
@@ -143,16 +144,21 @@ def _with_observers(scheme: QuantizationScheme, choices: Mapping[str, Any], name
 
 # %% ../../nbs/recipes/config.ipynb #36cdb02c
 _Choices = Mapping[str, Mapping[str, Any]]  # module or pattern -> base name -> observer
+_Groups = Mapping[str, QuantizationScheme]
 _Plan = dict[str, tuple[Module | None, dict[str, Any]]]  # module's name -> the module if known, and its choices
+
+
+def _check_name(name: str, modifier: QuantizationMixin) -> None:
+    if name.startswith("re:"):
+        raise ValueError(f"{name!r} is a pattern; pass model= as well, to replace it by module names")
+    if ignored := [i for i in modifier.ignore if match_name(name, i)]:
+        raise ValueError(f"{name!r} is not quantized: it is ignored by {ignored[0]!r}")
 
 
 def _choices_by_name(modifier: QuantizationMixin, observers: _Choices) -> _Plan:
     "Choices by module name if there is no model to ask. Patterns and ignored modules are a ValueError."
     for name in observers:
-        if name.startswith("re:"):
-            raise ValueError(f"{name!r} is a pattern; pass model= as well, to replace it by module names")
-        if ignored := [i for i in modifier.ignore if match_name(name, i)]:
-            raise ValueError(f"{name!r} is not quantized: it is ignored by {ignored[0]!r}")
+        _check_name(name, modifier)
     return {name: (None, dict(choices)) for name, choices in observers.items()}
 
 
@@ -213,17 +219,27 @@ def override(
     _check_choices(observers)
     by_model = model is not None
     plan = _choices_by_model(modifier, observers, model) if by_model else _choices_by_name(modifier, observers)
-    groups = {name: s.model_copy(deep=True) for name, s in modifier.resolved_config.config_groups.items()}
+    groups = modifier.resolved_config.config_groups
+    new = _schemes_of_plan(groups, plan)
+    groups = _with_groups(_without_targets(groups, plan), new)
+    kept = {name: getattr(modifier, name) for name in _KEPT_FIELDS}
+    return QuantizationModifier(config_groups=groups, **kept)
+
+
+def _schemes_of_plan(groups: _Groups, plan: _Plan) -> list[QuantizationScheme]:
+    "A scheme for each module: a copy of its group's, with the observers that were chosen."
     by_target = {target: group for group, scheme in groups.items() for target in scheme.targets}
     targets = Targets(by_target)
     base = {name: groups[_group_of(by_target, targets, name, module)] for name, (module, _) in plan.items()}
-    new = [_with_observers(base[name], choices, name) for name, (_, choices) in plan.items()]
-    for scheme in groups.values():
-        scheme.targets = [target for target in scheme.targets if target not in plan]
-    groups = {name: scheme for name, scheme in groups.items() if scheme.targets}
-    groups = _with_groups(groups, new)
-    kept = {name: getattr(modifier, name) for name in _KEPT_FIELDS}
-    return QuantizationModifier(config_groups=groups, **kept)
+    return [_with_observers(base[name], choices, name) for name, (_, choices) in plan.items()]
+
+
+def _without_targets(groups: _Groups, names: Iterable[str]) -> dict[str, QuantizationScheme]:
+    "Copies of groups that no longer target these names; a group that targets nothing else is left out."
+    found = {group: scheme.model_copy(deep=True) for group, scheme in groups.items()}
+    for scheme in found.values():
+        scheme.targets = [target for target in scheme.targets if target not in names]
+    return {group: scheme for group, scheme in found.items() if scheme.targets}
 
 
 def _names_modules_only(scheme: QuantizationScheme) -> bool:

@@ -9,7 +9,7 @@ __all__ = ['args_to_dict', 'scheme_to_dict', 'storage_format']
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from enum import Enum
 from pathlib import Path
@@ -71,6 +71,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
+def _parts_of(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict): return value.values()
+    return value if isinstance(value, list) else ()
+
+
 def _refuse_bomb(found: Any) -> None:
     "ValueError for a small text whose references expand to millions of values."
     pending = [found]
@@ -79,16 +84,21 @@ def _refuse_bomb(found: Any) -> None:
         value = pending.pop()
         count = count + 1
         if count > _MOST_VALUES: raise ValueError(f"its references expand to more than {_MOST_VALUES:,} values")
-        pending += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        pending += _parts_of(value)
+
+
+def _loaded(text: str) -> Any:
+    "What JSON or YAML holds, as plain data."
+    try:
+        return json.loads(text, object_pairs_hook=_unique)
+    except json.JSONDecodeError:
+        return yaml.load(text, Loader=_Loader)
 
 
 def _parse(text: str, source: str) -> dict[str, Any]:
     "JSON or YAML as a dict of plain data; anything else is a ValueError that names the source and the fault."
     try:
-        try:
-            found = json.loads(text, object_pairs_hook=_unique)
-        except json.JSONDecodeError:
-            found = yaml.load(text, Loader=_Loader)
+        found = _loaded(text)
         _refuse_bomb(found)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{source} cannot be read: {error}") from None
@@ -107,10 +117,14 @@ def _text_of(source: str | os.PathLike, kind: str) -> tuple[str, str]:
         raise ValueError(f"{os.fspath(source)} is not text: {error}") from None
 
 
-def _modifier(fields: Mapping[str, Any], source: str) -> QuantizationModifier:
-    "A modifier from fields that were read. Whatever is wrong with them is a ValueError that names the source."
+def _check_field_names(fields: Mapping[Any, Any], source: str) -> None:
     if nameless := [k for k in fields if not isinstance(k, str)]:
         raise ValueError(f"{source}: {nameless[0]!r} is not the name of a field")
+
+
+def _modifier(fields: Mapping[str, Any], source: str) -> QuantizationModifier:
+    "A modifier from fields that were read. Whatever is wrong with them is a ValueError that names the source."
+    _check_field_names(fields, source)
     try:
         return QuantizationModifier(**fields)
     except (TypeError, ValueError, AttributeError, NotImplementedError) as error:

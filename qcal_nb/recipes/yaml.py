@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import yaml
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 
 from ..lifecycle import QuantizationMixin, QuantizationModifier
@@ -79,8 +80,7 @@ PRODUCTION = (
 
 def production_note(names: Iterable[str]) -> str:
     "What to know if llm-compressor lacks some of these observers; empty if it has them all."
-    known = {observer_key(name) for name in PRODUCTION}
-    lacking = [name for name in dict.fromkeys(names) if observer_key(name) not in known]
+    lacking = _not_in_production(names)
     if not lacking: return ""
     return (
         f"llm-compressor has no observer {', '.join(lacking)}: calibrate with qcal_nb; the checkpoint of "
@@ -88,13 +88,22 @@ def production_note(names: Iterable[str]) -> str:
     )
 
 
+def _not_in_production(names: Iterable[str]) -> list[str]:
+    known = set(map(observer_key, PRODUCTION))
+    return [name for name in dict.fromkeys(names) if observer_key(name) not in known]
+
+
 def observers_of(modifier: QuantizationMixin) -> list[str]:
     "The names of observers that a recipe asks for and calibrates with."
-    config = modifier.resolved_config
+    used = _observed_parts(modifier.resolved_config)
+    return list(dict.fromkeys(args.observer for args in used if args.observer))
+
+
+def _observed_parts(config: QuantizationConfig) -> list[QuantizationArgs]:
+    "The arguments of everything that is quantized with scales found beforehand."
     schemes = config.config_groups.values()
     parts = [args for s in schemes for args in (s.weights, s.input_activations, s.output_activations)]
-    used = [args for args in (*parts, config.kv_cache_scheme) if args is not None and args.dynamic is not True]
-    return list(dict.fromkeys(args.observer for args in used if args.observer))
+    return [args for args in (*parts, config.kv_cache_scheme) if args is not None and args.dynamic is not True]
 
 
 _YAML_STYLE = dict(sort_keys=False, default_flow_style=None, width=140, allow_unicode=True)

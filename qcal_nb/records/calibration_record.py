@@ -76,9 +76,14 @@ class About:
     versions: Mapping[str, str] = field(default_factory=dict)
     mask: str = ""                                          # what was left out, in words; empty: nothing
     attention: str = "eager"                                # what computed attention: eager, or the model's own, by name
-    phase: str = "original"                                 # whether the model was quantized: as `ledger.phase_of`
+    phase: str = "original"                                 # whether the model was quantized: as `lifecycle.phase_of`
 
 # %% ../../nbs/records/calibration_record.ipynb #28328d5f
+def _close_to(key: Key, keys: Iterable[Key]) -> str:
+    near = difflib.get_close_matches(str(key), map(str, keys), 3, 0.3)
+    return f"; close to it are {', '.join(near)}" if near else ""
+
+
 class _Answers:
     "The questions that a record answers itself."
 
@@ -118,8 +123,7 @@ class _Answers:
     def __getitem__(self, key: Key) -> TensorStats:
         "The statistics of (module, base name); a KeyError that names similar keys."
         if key in self.tensors: return self.tensors[key]
-        near = difflib.get_close_matches(str(key), map(str, self.tensors), 3, 0.3)
-        raise KeyError(f"{key!r} was not recorded" + (f"; close to it are {', '.join(near)}" if near else ""))
+        raise KeyError(f"{key!r} was not recorded{_close_to(key, self.tensors)}")
 
     def __repr__(self) -> str:
         seen = f"{len(self)} tensors, {self.batches} batch{'es' * (self.batches != 1)}, {self.tokens:,} tokens"
@@ -343,6 +347,11 @@ def _numbered(values: Iterable[Any]) -> tuple[list[Any], dict[int, int]]:
     distinct = {id(v): v for v in values}
     return list(distinct.values()), {key: i for i, key in enumerate(distinct)}
 
+
+def _references(values: Mapping[tuple, Any], numbers: Mapping[int, int]) -> list[list]:
+    "Each key, with the number of what belongs to it."
+    return [[*key, numbers[id(value)]] for key, value in values.items()]
+
 # %% ../../nbs/records/calibration_record.ipynb #5c919b0d
 def _args_text(c: ObserverResult) -> str: return json.dumps(c.args.model_dump(mode="json"), sort_keys=True)
 
@@ -366,11 +375,11 @@ def to_tree(record: CalibrationRecord) -> dict[str, Any]:
         level_tokens=list(record.level_tokens.items()),
         expert_tokens=dict(record.expert_tokens),
         stats=list(map(_stats_to_tree, stats)),
-        tensors=[[*key, stat_numbers[id(s)]] for key, s in record.tensors.items()],
+        tensors=_references(record.tensors, stat_numbers),
         args=args,
         found=[_result_to_list(c, args.index(text)) for c, text in zip(results, texts)],
         # the names of the keys are part of the file format
-        conclusions=[[*key, result_numbers[id(c)]] for key, c in record.results.items()],
+        conclusions=_references(record.results, result_numbers),
     )
 
 # %% ../../nbs/records/calibration_record.ipynb #9b8b9bb2

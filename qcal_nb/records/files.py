@@ -26,9 +26,14 @@ from torch import Tensor
 # %% ../../nbs/records/files.ipynb #6cb08372
 def squeeze(tensor: Tensor) -> Tensor:
     "The bytes of a tensor of any dtype, plane by plane, compressed: uint8 (n,)."
+    packed = zlib.compress(_planes(tensor).tobytes(), 6)
+    return torch.frombuffer(bytearray(packed), dtype=torch.uint8)
+
+
+def _planes(tensor: Tensor) -> np.ndarray:
+    "The first byte of every element, then the second of every element, and so on."
     raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    planes = np.ascontiguousarray(raw.reshape(-1, tensor.dtype.itemsize).T)
-    return torch.frombuffer(bytearray(zlib.compress(planes.tobytes(), 6)), dtype=torch.uint8)
+    return np.ascontiguousarray(raw.reshape(-1, tensor.dtype.itemsize).T)
 
 
 def unsqueeze(squeezed: Tensor, dtype: torch.dtype, count: int) -> Tensor:
@@ -150,16 +155,20 @@ def write_whole(path: str | os.PathLike, data: bytes) -> Path:
         raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} to; create it first")
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with open(beside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        _write_to_disk(beside, data)
         os.replace(beside, path)
     except BaseException:
         with suppress(FileNotFoundError):
             beside.unlink()
         raise
     return path
+
+
+def _write_to_disk(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 # %% ../../nbs/records/files.ipynb #566d9cc8
 def _content_digest(arrays: Mapping[str, Tensor], facts: str) -> str:
@@ -224,12 +233,16 @@ def _read_content(header: Mapping[str, str], arrays: Mapping[str, Tensor]) -> An
     return put_in(json.loads(pools.pop("tree").numpy().tobytes()), pools)
 
 
+def _existing_file(path: Path, kind: str) -> Path:
+    if path.is_dir(): raise ValueError(f"{path} is a folder, not a {kind} file")
+    if not path.exists(): raise FileNotFoundError(f"there is no file {path}")
+    return path
+
+
 def read_tree(path: str | os.PathLike, kind: str, version: int) -> Any:
     """What `write_tree` wrote. ValueError that names file and fault if it is damaged, truncated, of another kind or
     newer. Nothing in it is executed."""
-    path = Path(path)
-    if path.is_dir(): raise ValueError(f"{path} is a folder, not a {kind} file")
-    if not path.exists(): raise FileNotFoundError(f"there is no file {path}")
+    path = _existing_file(Path(path), kind)
     header, arrays = _open(path, kind)
     _check_header(path, header, kind, version)
     try:

@@ -82,12 +82,16 @@ def counts_values(observer: Observer) -> bool:
     return {"buckets", "inexact"} <= set(observer.statistics)
 
 
-def follows_from_stats(observer: Observer) -> bool:
-    "Whether the observer needs no more than extremes and a histogram of the whole tensor."
+def _takes_extremes(observer: Observer) -> bool:
+    "Whether all it keeps of a tensor are the smallest and the largest of its values."
     names = _EXTREMES.get(observer.base_name, ("static_minmax",))
     # by name: running a cell again makes another class
-    minmax = any(type(observer) is find_observer(name) for name in names)
-    return observer.args.strategy == "tensor" and (minmax or counts_values(observer))
+    return any(type(observer) is find_observer(name) for name in names)
+
+
+def follows_from_stats(observer: Observer) -> bool:
+    "Whether the observer needs no more than extremes and a histogram of the whole tensor."
+    return observer.args.strategy == "tensor" and (_takes_extremes(observer) or counts_values(observer))
 
 # %% ../../nbs/records/results.ipynb #2e967f42
 def statistics_from(stats: TensorStats, observer: Observer) -> dict[str, Tensor]:
