@@ -3067,6 +3067,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'qcal_nb/stats/quality.py'),
                                        'qcal_nb.stats.quality._Quantization': ( 'stats/quality.html#_quantization',
                                                                                 'qcal_nb/stats/quality.py'),
+                                       'qcal_nb.stats.quality._Quantization._rounded': ( 'stats/quality.html#_quantization._rounded',
+                                                                                         'qcal_nb/stats/quality.py'),
                                        'qcal_nb.stats.quality._Quantization.after': ( 'stats/quality.html#_quantization.after',
                                                                                       'qcal_nb/stats/quality.py'),
                                        'qcal_nb.stats.quality._Quantization.clipped': ( 'stats/quality.html#_quantization.clipped',

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
+from compressed_tensors.quantization.utils import calculate_range
 from numba import njit
 from torch import Tensor
 
 from ..schemes import code_points
-from .compiled import in_one_thread
+from .compiled import ANY_OPERATION, ARITHMETIC, in_one_thread
 from .histogram import Histogram, cells, representatives
 from .tensor import TensorStats, dtype_of
 
@@ -172,15 +173,24 @@ class _Quantization:
     @cached_property
     def codes(self) -> np.ndarray:
         "The code point of each place, flat, float32; they ascend as the places do."
+        x = self.places.values.reshape(-1)
+        if self.args.type == "int" and self.places.dtype == self.scale.dtype == torch.float32: return self._rounded(x)
         def of(x: Tensor) -> Tensor:
             return quantize(x.to(self.places.dtype), self.scale, self.zero_point, self.args).float()
-        return in_one_thread(of, torch.from_numpy(self.places.values.reshape(-1)))
+        return in_one_thread(of, torch.from_numpy(x), ANY_OPERATION if self.args.type == "int" else ARITHMETIC)
+
+    def _rounded(self, x: np.ndarray) -> np.ndarray:
+        "`quantize` to whole numbers, operation by operation, in numpy: it never starts threads."
+        low, high = (end.item() for end in calculate_range(self.args, "cpu"))
+        scaled = x / self.scale.numpy()
+        scaled += self.zero_point.to(torch.float32).numpy()
+        return np.rint(scaled.clip(low, high, out=scaled), out=scaled)
 
     def after(self) -> np.ndarray:
         "QDQ of each place, float32 or float64, (buckets, places)."
         wide = torch.promote_types(self.scale.dtype, torch.float32)
         def of(codes: Tensor) -> Tensor: return dequantize(codes, self.scale, self.zero_point, self.args).to(wide)
-        return in_one_thread(of, torch.from_numpy(self.codes)).reshape(self.places.values.shape)
+        return in_one_thread(of, torch.from_numpy(self.codes), ARITHMETIC).reshape(self.places.values.shape)
 
     def clipped(self) -> float:
         "How many values are clipped: those before one place and from another one on."
