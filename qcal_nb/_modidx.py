@@ -2869,6 +2869,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'qcal_nb/session/session.py'),
                                          'qcal_nb.session.session._new_collector': ( 'session/session.html#_new_collector',
                                                                                      'qcal_nb/session/session.py'),
+                                         'qcal_nb.session.session._new_record': ( 'session/session.html#_new_record',
+                                                                                  'qcal_nb/session/session.py'),
                                          'qcal_nb.session.session._nothing_running': ( 'session/session.html#_nothing_running',
                                                                                        'qcal_nb/session/session.py'),
                                          'qcal_nb.session.session._obstacle_to_best': ( 'session/session.html#_obstacle_to_best',

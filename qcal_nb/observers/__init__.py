@@ -23,8 +23,8 @@ from .spec import (
 )
 
 __all__ = [
-    "Answers",
     "ACTIVATIONS",
+    "Answers",
     "BASE_NAMES",
     "Counts",
     "DEFAULT_ARGS",

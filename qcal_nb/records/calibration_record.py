@@ -75,7 +75,7 @@ class About:
     config: Mapping[str, Any] | None = None                 # the QuantizationConfig, as JSON; None: every Linear
     versions: Mapping[str, str] = field(default_factory=dict)
     mask: str = ""                                          # what was left out, in words; empty: nothing
-    attention: str = "eager"                                # what computed attention: eager, or the model's own, by name
+    attention: str = "eager"                                # what computed it: eager, or the model's own, by name
     phase: str = "original"                                 # whether the model was quantized: as `lifecycle.phase_of`
 
 # %% ../../nbs/records/calibration_record.ipynb #28328d5f

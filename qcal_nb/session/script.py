@@ -132,5 +132,5 @@ def production_of(session: Any) -> str:
     ]
     warning = [f"# This stops: {note}"] if note else []
     if session.made.attention != "eager":
-        warning.append("# oneshot calibrates with eager attention, this session used the model's own: scales may differ")
+        warning.append("# oneshot uses eager attention, this session used the model's own: scales may differ")
     return "\n".join([*warning, *imports, "", *rest, "", *calibration]) + "\n"

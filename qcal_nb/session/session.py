@@ -461,7 +461,7 @@ def _begin(session: Session) -> str:
     "Nothing was fed. You can look at weights already; a record of another run stays until the first batch."
     session.replayed = False
     if not session.record.batches:
-        session.record = new_record(session.model, _new_collector(session, {}), session.modifier, attention=session.attention)
+        session.record = _new_record(session, _new_collector(session, {}))
     return "started"
 
 
@@ -513,6 +513,10 @@ def _new_collector(session: Session, observers: Any) -> Collector:
     )
 
 
+def _new_record(session: Session, collector: Collector) -> CalibrationRecord:
+    return new_record(session.model, collector, session.modifier, attention=session.attention)
+
+
 def _collector(session: Session) -> Collector:
     "What fills the record. It knows what it knew after the last batch; at the first batch the record begins anew."
     collector = _new_collector(session, observers_to_compare(session.modifier))
@@ -520,7 +524,7 @@ def _collector(session: Session) -> Collector:
         collector.observers.memory = session.memory or collector_memory(session.record, collector)
         session.record = replace(session.record, results={})  # until this feed ends
         return collector
-    session.record = new_record(session.model, collector, session.modifier, attention=session.attention)
+    session.record = _new_record(session, collector)
     return collector
 
 # %% ../../nbs/session/session.ipynb #e97b7903
@@ -528,7 +532,8 @@ def _run_claimed(session: Session, n: int | None, line: str, past: Past) -> None
     model = session.model
     collector = None
     try:
-        with exclusive(model, f"the {session.owner} ({line})"), calibration_context(model, session.attention), guarded(model):
+        context = calibration_context(model, session.attention)
+        with exclusive(model, f"the {session.owner} ({line})"), context, guarded(model):
             collector = _collector(session)
             with collector.attached():
                 _feed_batches(session, n, collector)

@@ -183,7 +183,8 @@ def _read_each(flat: Tensor) -> Reading:
     total, squares = _sums_of_rows(flat, counts, clean)
     finite = flat if clean else torch.where(finite_as_float32(flat), flat, 0)
     places = largest_places(finite, torch.maximum(-low, high).clamp(min=0))
-    return Reading(Histogram.from_dense(counts, is_bfloat16(flat)), _as_array(low), _as_array(high), total, squares, places)
+    histogram = Histogram.from_dense(counts, is_bfloat16(flat))
+    return Reading(histogram, _as_array(low), _as_array(high), total, squares, places)
 
 # %% ../../nbs/stats/reading.ipynb #592911ab
 @njit(nogil=True, cache=True)

@@ -67,13 +67,13 @@ TestSteppingAround = SteppingAround.TestCase
 
 def test_the_machine_above_can_fail():
     "Were a step back to forget the observers, the walk would be caught."
-    def forgetful(model, state): pass
+    def forgetful(past, model): pass
     model, data = make_model("llama_tied"), make_batches(2)
     session = Session(model, data)
     session.initialize()
     session.start()
     session.feed()
-    with patch("qcal_nb.session.session.restore", forgetful): session.back()
+    with patch("qcal_nb.session.progress.Past.take_back", forgetful): session.back()
     assert model.model.layers[0].mlp.up_proj.input_observer.counts.batches == 1  # not taken back: feeding again would count it twice
 
 

@@ -343,7 +343,7 @@ def write_errors(x, scales, zero_points, form, norm, coefficients, tolerance, pa
         if idle >= patience: return candidate + 1
     return len(scales)
 
-
+# %% ../../../nbs/observers/search/bins.ipynb #67f279d5
 def errors_by_kernel(
     observed: Tensor, low: Tensor, high: Tensor, args: QuantizationArgs, norm: float, patience: float = math.inf
 ) -> list[Bounds]:
