@@ -287,10 +287,12 @@ def _is_one_scheme(schemes: Any) -> bool:
 def _regrouped(schemes: Any, group_size: int) -> Any:
     "The same schemes with another group size, where a preset has groups. ValueError if none has."
     if _is_one_scheme(schemes): return adjusted(schemes, group_size=group_size)
-    def one(scheme: Any) -> Any:
-        return adjusted(scheme, group_size=group_size) if is_preset(scheme) and has_groups(scheme) else scheme
-    if isinstance(schemes, Mapping): return {label: one(scheme) for label, scheme in schemes.items()}
-    return [one(scheme) for scheme in schemes]
+    labels, some = (list(schemes), list(schemes.values())) if isinstance(schemes, Mapping) else (None, list(schemes))
+    grouped = [is_preset(scheme) and has_groups(scheme) for scheme in some]
+    if not any(grouped):
+        raise ValueError(f"group_size={group_size!r}: none of the schemes is a preset with groups, such as 'W4A16'")
+    changed = [adjusted(scheme, group_size=group_size) if has else scheme for scheme, has in zip(some, grouped)]
+    return changed if labels is None else dict(zip(labels, changed))
 
 
 def _by_label(schemes: Mapping[Any, Any]) -> dict[str, QuantizationModifier]:
@@ -385,11 +387,10 @@ class _SchemeComparison(NamedTuple):
 
 
 def _prepared_comparison(
-    model: Module, data: Any, schemes: Any, eval_data: Any, line: Callable[[], str | None],
-    eval_max_length: int | None, **options: Any,
+    model: Module, data: Any, modifiers: Mapping[str, QuantizationModifier], eval_data: Any,
+    line: Callable[[], str | None], eval_max_length: int | None, **options: Any,
 ) -> _SchemeComparison:
-    "Schemes and batches. ValueError if no scheme fits the model, or if the data does not suffice."
-    modifiers = named_schemes(schemes)
+    "What fits, and batches. ValueError if no scheme fits the model, or if the data does not suffice."
     unfit = unfit_schemes(model, modifiers)
     fitting = {label: modifier for label, modifier in modifiers.items() if label not in unfit}
     evals = eval_batches(eval_data, **options, eval_max_length=eval_max_length)

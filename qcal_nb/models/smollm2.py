@@ -77,23 +77,7 @@ def _keep(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: P
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def _cached() -> Path | None:
-    "The folder of the copy, made if there is none yet; None where no copy can be kept."
-    folder = _cache_folder()
-    if folder.is_dir(): return folder
-    model, tokenizer = _read_package(_gguf_file())
-    try:
-        _keep(model, tokenizer, folder)
-    except OSError as why:
-        warn_once(f"{folder} cannot be written ({why.strerror}), so SmolLM2 is read from its package each time")
-        return None
-    return folder
-
-
-def _load(folder: Path | None, dtype: torch.dtype) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
-    if folder is None:
-        model, tokenizer = _read_package(_gguf_file())
-        return model.to(dtype), tokenizer
+def _read_copy(folder: Path, dtype: torch.dtype) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
     try:
         with no_progress_bars():
             model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
@@ -101,6 +85,21 @@ def _load(folder: Path | None, dtype: torch.dtype) -> tuple[LlamaForCausalLM, Pr
     except Exception as why:
         raise ValueError(f"the copy of SmolLM2 in {folder} cannot be read ({why}); delete that folder, and it is "
                          "made again") from why
+
+
+def _load(dtype: torch.dtype) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
+    "Model and tokenizer from the copy, which is made if there is none yet."
+    folder = _cache_folder()
+    if folder.is_dir(): return _read_copy(folder, dtype)
+    stored = _read_package(_gguf_file())
+    try:
+        _keep(*stored, folder)
+    except OSError as why:
+        warn_once(f"{folder} cannot be written ({why.strerror}), so SmolLM2 is read from its package each time")
+        with tempfile.TemporaryDirectory() as spare:
+            _keep(*stored, Path(spare) / _NAME)
+            return _read_copy(Path(spare) / _NAME, dtype)
+    return _read_copy(folder, dtype)
 
 # %% ../../nbs/models/smollm2.ipynb #24c8c9f7
 _GROUP = 32     # weights that share a step in the file's format, Q4_1
@@ -133,7 +132,7 @@ def load_smollm2(
     if weights not in _KINDS: raise ValueError(f"weights={weights!r} must be 'dithered' or 'stored'")
     if dtype not in _FLOATS:
         raise ValueError(f"dtype must be one of {', '.join(map(str, _FLOATS))}, got {dtype!r}")
-    model, tokenizer = _load(_cached(), dtype)
+    model, tokenizer = _load(dtype)
     if weights == "dithered":
         _dither(model)
     name = f"{_NAME}, {weights}"

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from .base import Observer
 from .minmax import min_max
-from .search.bins import Bounds, bounded_search, scales_of, some_at_a_time
+from .search.bins import Bounds, bounded_search, scales_of, some_at_a_time, write_terms
 from .search.definition import SEARCH, Search, check_search, shrink_search, shrink_steps
-from .search.kernel import MOST, form_of, nearest, power, power_coefficients, tolerance_of
+from .search.kernel import MOST, form_of, power_coefficients, tolerance_of
 from ..schemes import code_points, format_name
 from ..stats import Histogram, bucket_counts, is_bfloat16, sum_of
 
@@ -342,12 +342,7 @@ def counted_terms(values, counts, scales, zero_points, form, norm, coefficients,
     "Write the Σ count·|QDQ(x) − x|^norm of each candidate over float32 values to `totals`, in float32 but for the sum."
     terms = np.empty_like(values)
     for candidate in range(len(totals)):
-        scale = scales[candidate]
-        inverse = np.float32(1) / scale
-        zero_point = zero_points[candidate]
-        for i in range(len(values)):
-            q = nearest(values[i] * inverse + zero_point, form) - zero_point
-            terms[i] = power(abs(q * scale - values[i]), norm, coefficients)
+        write_terms(values, scales[candidate], zero_points[candidate], form, norm, coefficients, terms)
         total = 0.0
         for i in range(len(values)):
             total += counts[i] * terms[i]

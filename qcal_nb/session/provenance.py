@@ -18,17 +18,8 @@ from torch.nn import Module
 from ..models import calibration_texts, heldout_texts, load_smollm2, load_tiny_llama
 
 # %% ../../nbs/session/provenance.ipynb #1e1b8c8b
-def same_weights(model: Module, other: Module) -> bool:
-    "Whether two models have the same parameters, by name and bit for bit."
-    mine = dict(model.named_parameters())
-    theirs = dict(other.named_parameters())
-    return mine.keys() <= theirs.keys() and all(
-        p.dtype == theirs[n].dtype and torch.equal(p, theirs[n]) for n, p in mine.items()
-    )
-
-
-def _is_unchanged(model: Module, fresh: Module) -> bool:
-    "Whether a model has the weights of a fresh one. Quantizing adds scales and changes no weight."
+def same_weights(model: Module, fresh: Module) -> bool:
+    "Whether a model has the weights of a fresh one, bit for bit. Quantizing adds scales and changes no weight."
     plain = {n: p for n, p in model.named_parameters() if not n.endswith(("_scale", "_zero_point"))}
     theirs = dict(fresh.named_parameters())
     return plain.keys() == theirs.keys() and all(
@@ -65,7 +56,7 @@ def _call_that_loads(model: Module) -> str:
         call = f"load_tiny_llama({', '.join(named)})"
     else:
         return ""
-    return call if _is_unchanged(model, fresh) else ""
+    return call if same_weights(model, fresh) else ""
 
 # %% ../../nbs/session/provenance.ipynb #e37ead4e
 def model_code(model: Module, tokenizer: Any = None) -> list[str]:

@@ -122,6 +122,16 @@ def test_a_cache_that_cannot_be_written_is_done_without(monkeypatch, no_cache):
     assert model.dtype == torch.float32
 
 
+def test_without_a_cache_it_is_the_same_model(monkeypatch, tmp_path, model):
+    "From the package itself, which takes twenty seconds."
+    (tmp_path / "qcal_nb").write_text("a file where the folder should be")
+    monkeypatch.setattr(smollm2, "user_cache_path", lambda name: tmp_path / name)
+    with pytest.warns(UserWarning, match="read from its package each time"):
+        again, _ = load_smollm2()
+    ids = torch.arange(20)[None]
+    with torch.no_grad(): assert torch.equal(again(ids).logits, model(ids).logits)
+
+
 def test_a_damaged_copy_is_named(no_cache):
     load_smollm2()
     (no_cache / "SmolLM2-135M-Instruct" / "model.safetensors").write_bytes(b"nonsense")

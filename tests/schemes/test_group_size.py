@@ -95,6 +95,12 @@ def test_bad_fields_are_named(fields, said):
     with pytest.raises(ValueError, match=re.escape(said)): QuantizationModifier(**fields)
 
 
+def test_a_group_size_that_no_scheme_can_use_is_named():
+    for schemes in (["FP8", "W8A8"], dict(a="FP8"), ["FP8", QuantizationModifier(scheme="W4A16")]):
+        with pytest.raises(ValueError, match="group_size=64: none of the schemes is a preset with groups"):
+            named_schemes(schemes, group_size=64)
+
+
 def test_adjusting_again_keeps_what_was_said():
     assert adjusted(PAIR, symmetric=False) == ("W4A16", dict(group_size=64, symmetric=False))
     assert adjusted(PAIR, group_size=32) == ("W4A16", dict(group_size=32)) and PAIR[1] == {"group_size": 64}
