@@ -4,7 +4,6 @@ from .difference import diff
 from .observers import (
     Answers,
     BY_HAND,
-    DERIVED,
     ObserversByBase,
     UNKNOWN_COST,
     at_limit,
@@ -49,7 +48,6 @@ __all__ = [
     "Answers",
     "BY_HAND",
     "CHANNEL_THRESHOLD",
-    "DERIVED",
     "Finding",
     "ORDERS",
     "ObserversByBase",

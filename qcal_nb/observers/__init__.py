@@ -1,13 +1,9 @@
 """Observers: they watch tensors and conclude scales. Importing this package registers all of them."""
 
 from .base import Counts, Observer, QParamsDict, about_to_change, all_or_nothing, carry_into, fuse, qparams_for
-from .flatten import ACTIVATIONS, BASE_NAMES, check_args, check_base_name, flatten_for_calibration
+from .flatten import ACTIVATIONS, BASE_NAMES, check_args, check_base_name, flatten_for_calibration, kind_of
 from .hearing import NOBODY, current_feed, feed_owner, feeding, owned_by, unobserved
-from .histogram import EntropyObserver, HistogramMSEObserver, HistogramObserver, PercentileObserver
-from .imatrix import IMatrixMSEObserver, NVFP4ExpandedIMatrixObserver
 from .memo import Answers, TensorMemo, sharing
-from .minmax import MemorylessMinMaxObserver, MinMaxObserver, StaticMinMaxObserver
-from .mse import FourOverSixObserver, MSEObserver, MemorylessMSEObserver, NVFP4ExpandedMSEObserver
 from .registry import Registry, find_observer, observer_key
 from .spec import (
     ObserverSpec,
@@ -21,6 +17,12 @@ from .spec import (
     new_observer,
     observer_name,
 )
+
+# Tables list observers in the order in which they are registered, which is this one.
+from .minmax import MemorylessMinMaxObserver, MinMaxObserver, StaticMinMaxObserver
+from .mse import FourOverSixObserver, MSEObserver, MemorylessMSEObserver, NVFP4ExpandedMSEObserver
+from .imatrix import IMatrixMSEObserver, NVFP4ExpandedIMatrixObserver
+from .histogram import EntropyObserver, HistogramMSEObserver, HistogramObserver, PercentileObserver
 
 __all__ = [
     "ACTIVATIONS",
@@ -59,6 +61,7 @@ __all__ = [
     "find_observer",
     "flatten_for_calibration",
     "fuse",
+    "kind_of",
     "known_kwargs",
     "label_of",
     "name_and_kwargs",

@@ -337,6 +337,18 @@ class Observer(Fusable, Registry, ABC):
     # each is shown all of them; ValueError if one makes no sense
     checks: ClassVar[tuple[Callable[[dict[str, Any]], None], ...]] = ()
     needs_data: ClassVar[bool] = False       # whether it needs calibration data even for a weight
+    slow_to_conclude: ClassVar[bool] = False    # whether its range takes so long that a page must not wait for it
+
+    # What only this class can say of itself; a subclass that means the same says it again.
+    in_llm_compressor: ClassVar[bool] = False
+    compared_for: ClassVar[tuple[str, ...]] = ()        # comparisons include it for a "weight", an "activation"
+    keeps_extremes_of: ClassVar[tuple[str, ...]] = ()   # its statistics are the extremes of all values of such tensors
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for claim in ("in_llm_compressor", "compared_for", "keeps_extremes_of"):
+            if claim not in cls.__dict__:
+                setattr(cls, claim, getattr(Observer, claim))
 
     def __init__(self, base_name: str, args: QuantizationArgs, **observer_kwargs: Any) -> None:
         super().__init__()

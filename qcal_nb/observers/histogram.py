@@ -99,6 +99,7 @@ class PercentileObserver(HistogramObserver):
     """The range that holds `percentile` percent: of |x| if symmetric, else up to that percentile at each end. In
     (50, 100]."""
 
+    compared_for: ClassVar[tuple[str, ...]] = ("weight", "activation")
     defaults: ClassVar[dict[str, Any]] = {"percentile": 99.99}
     checks: ClassVar[tuple[Any, ...]] = (check_percentile,)
 
@@ -278,6 +279,8 @@ class EntropyObserver(HistogramObserver):
     """The range with the least Kullback-Leibler divergence between the clipped and the quantized distribution
     (Migacz 2017). `num_bins`: how many equal bins cover the range; more than the format has levels."""
 
+    compared_for: ClassVar[tuple[str, ...]] = ("weight", "activation")
+    slow_to_conclude: ClassVar[bool] = True
     defaults: ClassVar[dict[str, Any]] = {"num_bins": 2048}
 
     def __init__(self, base_name: str, args: QuantizationArgs, **observer_kwargs: Any) -> None:
@@ -304,6 +307,8 @@ class HistogramMSEObserver(HistogramObserver):
     the squared error), by the shrink search of `memoryless_mse`. Only `expand` > 1 lets it be wider than what
     was observed."""
 
+    compared_for: ClassVar[tuple[str, ...]] = ("weight", "activation")
+    slow_to_conclude: ClassVar[bool] = True
     defaults: ClassVar[dict[str, Any]] = SEARCH
     checks: ClassVar[tuple[Any, ...]] = (check_search,)
 

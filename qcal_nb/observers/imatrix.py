@@ -117,6 +117,8 @@ class IMatrixMSEObserver(Observer):
     """A weight's range with the least error, each column weighted with E[x²] of its input channel. Over ranks by
     SUM."""
 
+    in_llm_compressor: ClassVar[bool] = True
+    compared_for: ClassVar[tuple[str, ...]] = ("weight",)
     statistics: ClassVar[tuple[str, ...]] = ("min_vals", "max_vals", "importance_sum", "importance_count")
     sync_ops: ClassVar[dict[str, Any]] = {"importance_sum": dist.ReduceOp.SUM, "importance_count": dist.ReduceOp.SUM}
     defaults: ClassVar[dict[str, Any]] = {
@@ -205,6 +207,7 @@ class NVFP4ExpandedIMatrixObserver(IMatrixMSEObserver):
     """`imatrix_mse` that also tries wider ranges, from 1.8 times the data down to 0.8, for formats with uneven
     steps (fp4)."""
 
+    in_llm_compressor: ClassVar[bool] = True
     defaults: ClassVar[dict[str, Any]] = {
         **IMatrixMSEObserver.defaults,
         "expand": 1.8,

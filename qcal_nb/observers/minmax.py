@@ -38,6 +38,10 @@ def own(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
 class MemorylessMinMaxObserver(Observer):
     "The range of the last tensor. Made for weights, which are looked at once."
 
+    in_llm_compressor: ClassVar[bool] = True
+    compared_for: ClassVar[tuple[str, ...]] = ("weight",)
+    keeps_extremes_of: ClassVar[tuple[str, ...]] = ("weight",)
+
     def update_statistics_from_observed(self, observed: Tensor) -> None:
         self.min_vals, self.max_vals = min_max(observed)
 
@@ -46,6 +50,9 @@ class MemorylessMinMaxObserver(Observer):
 class StaticMinMaxObserver(Observer):
     "The range of everything seen. Exact in any order; over ranks by MIN and MAX."
 
+    in_llm_compressor: ClassVar[bool] = True
+    compared_for: ClassVar[tuple[str, ...]] = ("activation",)
+    keeps_extremes_of: ClassVar[tuple[str, ...]] = ("weight", "activation")
     sync_ops: ClassVar[dict[str, Any]] = {"min_vals": dist.ReduceOp.MIN, "max_vals": dist.ReduceOp.MAX}
 
     def update_statistics_from_observed(self, observed: Tensor) -> None:
@@ -68,6 +75,9 @@ def check_averaging_constant(kwargs: dict[str, Any]) -> None:
 class MinMaxObserver(Observer):
     "An exponential moving average of the batches' ranges. Depends on their order; over ranks by the mean."
 
+    in_llm_compressor: ClassVar[bool] = True
+    compared_for: ClassVar[tuple[str, ...]] = ("activation",)
+    keeps_extremes_of: ClassVar[tuple[str, ...]] = ("weight",)      # a weight is looked at once
     defaults: ClassVar[dict[str, Any]] = {"averaging_constant": 0.01}
     checks: ClassVar[tuple[Any, ...]] = (check_averaging_constant,)
     sync_ops: ClassVar[dict[str, Any]] = {"min_vals": dist.ReduceOp.AVG, "max_vals": dist.ReduceOp.AVG}

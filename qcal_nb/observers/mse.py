@@ -23,6 +23,8 @@ from ..warn import warn_once
 class MemorylessMSEObserver(Observer):
     "The range with the least quantization error for the last tensor. Made for weights."
 
+    in_llm_compressor: ClassVar[bool] = True
+    compared_for: ClassVar[tuple[str, ...]] = ("weight",)
     defaults: ClassVar[dict[str, Any]] = SEARCH
     checks: ClassVar[tuple[Any, ...]] = (check_search,)
 
@@ -34,6 +36,8 @@ class MemorylessMSEObserver(Observer):
 class MSEObserver(MinMaxObserver):
     """An exponential moving average of the batches' best ranges. Depends on their order; over ranks by the mean."""
 
+    in_llm_compressor: ClassVar[bool] = True
+    compared_for: ClassVar[tuple[str, ...]] = ("activation",)
     defaults: ClassVar[dict[str, Any]] = {**SEARCH, **MinMaxObserver.defaults}
     checks: ClassVar[tuple[Any, ...]] = (*MinMaxObserver.checks, check_search)
 
@@ -49,6 +53,7 @@ class NVFP4ExpandedMSEObserver(MemorylessMSEObserver):
     """`memoryless_mse` that also tries wider ranges, from 1.8 times the data down to 0.8, for formats with uneven
     steps (fp4)."""
 
+    in_llm_compressor: ClassVar[bool] = True
     defaults: ClassVar[dict[str, Any]] = {
         **SEARCH,
         "expand": 1.8,
@@ -61,6 +66,8 @@ class NVFP4ExpandedMSEObserver(MemorylessMSEObserver):
 @Observer.register("fouroversix")
 class FourOverSixObserver(NVFP4ExpandedMSEObserver):
     "An older name of `nvfp4_expanded_mse`."
+
+    in_llm_compressor: ClassVar[bool] = True
 
     def __init__(self, base_name: str, args: QuantizationArgs, **observer_kwargs: Any) -> None:
         warn_once(

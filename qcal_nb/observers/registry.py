@@ -40,6 +40,11 @@ class Registry:
         return add
 
     @classmethod
+    def observers(cls) -> dict[str, type]:
+        "Name -> class of every observer, in the order in which they were registered."
+        return {name: cls._classes[key] for key, name in cls._names.items()}
+
+    @classmethod
     def registered_names(cls) -> list[str]:
         "Every name that `find_observer` accepts, in alphabetical order."
         return sorted(cls._names.values())

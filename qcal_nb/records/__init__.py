@@ -11,6 +11,7 @@ from .results import (
     observer_result,
     counts_of,
     follows_from_stats,
+    observers_from_stats,
     statistics_from,
 )
 from .files import write_whole
@@ -55,6 +56,7 @@ __all__ = [
     "new_collector",
     "new_record",
     "observer_result",
+    "observers_from_stats",
     "one_pass",
     "recipe_to_record",
     "record",

@@ -23,12 +23,12 @@ from compressed_tensors.quantization import QuantizationArgs
 from matplotlib.axes import Axes
 from traitlets import TraitError
 
-from ..analysis import Answers, BY_HAND, DERIVED, best_of, outlier_ratio, place_in_words, recorded_args
+from ..analysis import Answers, BY_HAND, best_of, outlier_ratio, place_in_words, recorded_args
 from ..analysis import result_by_hand, usual_observers
-from ..observers import ObserverSpec, label_of
+from ..observers import Observer, ObserverSpec, label_of, name_and_kwargs
 from ..plots import HAND, LiveHistogram, fixed_axes, plot_channels, plot_histogram, plot_scales, plot_timeline
 from ..plots import to_png
-from ..records import CalibrationRecord, Key, ObserverResult
+from ..records import CalibrationRecord, Key, ObserverResult, observers_from_stats
 from ..schemes import code_points, describe_args
 from ..session import FORMATS, SHOWN, Session, WorkbenchState
 from ..stats import TensorStats
@@ -382,7 +382,8 @@ def _fill_controls(panel: "HistogramInspector") -> None:
         modules.append(state.selected)
     _offer(panel.base_name, [(b, b) for b in bases])
     _offer(panel.selected, [AUTOMATIC, *((m, m) for m in modules)])
-    _offer(panel.observer, [ATTACHED, *((name, name) for name in dict.fromkeys([*record.observers, *DERIVED]))])
+    observers = dict.fromkeys([*record.observers, *observers_from_stats()])
+    _offer(panel.observer, [ATTACHED, *((name, name) for name in observers)])
     for name in _HEARD:
         getattr(panel, name).value = getattr(state, name)
     panel.symmetric.disabled = not state.format.startswith("int")
@@ -398,11 +399,17 @@ def _offer(control: w.Dropdown, options: list[tuple[str, str]]) -> None:
         control.value = before
 
 
+def _is_slow(label: str) -> bool:
+    "Whether an observer says of itself that its range takes long. A record may name one that is not known here."
+    observer = Observer.observers().get(name_and_kwargs(label)[0])
+    return observer is not None and observer.slow_to_conclude
+
+
 def _ask(panel: "HistogramInspector", key: Key, name: str, live: bool) -> ObserverResult:
     "The result of an observer; if that would take long and the page is waiting, a result with the reason SEARCHING."
     record = panel.session.record
     args = panel.state.args()
-    slow = name in ("entropy", "histogram_mse") and not panel.answers.knows(record, key, name, args)
+    slow = _is_slow(name) and not panel.answers.knows(record, key, name, args)
     if not slow or not (live or _waiting(panel)): return panel.answers.conclusion(record, key, name, args)
     if not live:
         panel._todo.append(lambda: panel.answers.row(panel.answers.conclusion(record, key, name, args), record[key]))

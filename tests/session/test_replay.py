@@ -11,7 +11,7 @@ import torch
 from helpers import FOUR_BITS, differences, fingerprint, make_batches, make_model, qparams
 
 from qcal_nb.analysis import compare_observers, per_reader
-from qcal_nb.observers import label_of
+from qcal_nb.observers import Observer, label_of
 from qcal_nb.evaluate import compare_observers as measured
 from qcal_nb.lifecycle import QuantizationModifier, reset_quantization
 from qcal_nb.models import calibration_texts, load_tiny_llama
@@ -19,9 +19,14 @@ from qcal_nb.pipelines import calibrate
 from qcal_nb.session.provenance import data_code, model_code
 from qcal_nb.recipes import to_yaml
 from qcal_nb.records import CalibrationRecord, record_equal
-from qcal_nb.evaluate.best import COMPARED
 from qcal_nb.evaluate import observers_to_compare
 from qcal_nb.session import Saved, Session, SessionError
+
+
+def compared(kind):
+    "The observers that comparisons include for a weight or an activation."
+    return [name for name, observer in Observer.observers().items() if kind in observer.compared_for]
+
 
 KV = dict(num_bits=8, type="float", strategy="tensor", dynamic=False, symmetric=True)
 RECIPES = {
@@ -31,7 +36,7 @@ RECIPES = {
     "kv cache": dict(scheme="FP8", kv_cache_scheme=KV), "kv cache alone": dict(kv_cache_scheme=KV),
     "imatrix": dict(scheme="INT8_STATIC", weight_observer="imatrix_mse"),
     "outputs": dict(config_groups={"g": dict(targets=["Linear"], weights=dict(num_bits=8), output_activations=dict(num_bits=8, strategy="tensor"))}),
-    **{f"inputs by {name}": dict(scheme="INT8_STATIC", input_observer=name) for name in COMPARED[""]},
+    **{f"inputs by {name}": dict(scheme="INT8_STATIC", input_observer=name) for name in compared("activation")},
     **{f"weights by {name}": dict(scheme="W8A8", weight_observer=name) for name in ("memoryless_mse", "imatrix_mse")},
 }
 
@@ -153,7 +158,7 @@ def test_weights_of_many_scales_are_measured_and_a_record_alone_says_why_not(tmp
     with pytest.raises(SessionError, match="no tensor's SQNR is known from the record.*evaluate.compare_observers"): saved.use_best()
     table = session.comparison().set_index(["module", "observer"])
     chosen = session.use_best()
-    names = [label for label in COMPARED["weight"] if label != "imatrix_mse"]  # which needs data
+    names = [label for label in compared("weight") if label != "imatrix_mse"]  # which needs data
     exact = measured(session.model, None, names, scheme="W8A8", base_names=["weight"], progress=False)
     for row in exact.itertuples():
         assert row.reason or table.sqnr_db[row.module, row.observer] == row.sqnr_db, row

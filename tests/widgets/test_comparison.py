@@ -10,7 +10,7 @@ from helpers import make_batches, make_model
 from qcal_nb.widgets import comparison as drawing
 from qcal_nb.evaluate import best, scheme_args_by_module
 from qcal_nb.widgets import work
-from qcal_nb.analysis import DERIVED, compare_observers, per_reader
+from qcal_nb.analysis import compare_observers, per_reader
 from qcal_nb.calibration import scheme_args
 from qcal_nb.widgets import ObserverComparison
 from qcal_nb.widgets.comparison import question_of
@@ -18,7 +18,7 @@ from qcal_nb.widgets.work import Question, ComparisonTables
 from qcal_nb.evaluate import compare_in_pieces
 from qcal_nb.lifecycle import QuantizationModifier
 from qcal_nb.plots import data_of
-from qcal_nb.records import CalibrationRecord, record
+from qcal_nb.records import CalibrationRecord, observers_from_stats, record
 from qcal_nb.stats import measure
 from qcal_nb.session import Saved, Session
 from qcal_nb.session import WorkbenchState, args_for
@@ -43,7 +43,7 @@ def test_pieces_are_the_whole(monkeypatch, base_name):
     monkeypatch.setattr(best, "TENSORS_AT_ONCE", 3)
     run = record(make_model("llama_gqa"), make_batches(2), observers=["mse"], progress=False)
     for args in (None, args_for("int4")):
-        whole = per_reader(compare_observers(run, [*DERIVED, "mse"], args))
+        whole = per_reader(compare_observers(run, [*observers_from_stats(), "mse"], args))
         whole = whole[whole.base_name == base_name].reset_index(drop=True)
         part = compare_in_pieces(run, base_name, args)
         assert len(part) == 14 * 5
@@ -102,7 +102,7 @@ def test_what_is_shown_is_what_analysis_says(session):
     truth = truth[truth.base_name == "input"]
     sqnr = truth.pivot(index="module", columns="observer", values="sqnr_db").loc[list(dict.fromkeys(truth.module))]
     seen = torch.tensor([[x if x is not None else float("nan") for x in column[:4]] for column in drawn(panel)["sqnr_db"]])
-    assert torch.allclose(seen, torch.tensor(sqnr[list(DERIVED)].to_numpy(float)).float(), atol=1e-3)
+    assert torch.allclose(seen, torch.tensor(sqnr[observers_from_stats()].to_numpy(float)).float(), atol=1e-3)
     assert panel.rows.best_db.tolist() == truth[truth.best].sqnr_db.tolist() and panel.rows.best.tolist() == truth[truth.best].observer.tolist()
     assert "14 input tensors as <b>fp8, symmetric, one scale per tensor</b>" in panel.verdict.value
     assert set(panel.rows.scheme) == {"static_minmax"} and (panel.rows.gain_db >= 0).all()
