@@ -1,4 +1,5 @@
-"Joins settings.ini (metadata, requirements) to the build; the version comes from qcal_nb/__init__.py by pyproject.toml."
+"""Joins settings.ini (metadata, requirements) to the build; the version comes from qcal_nb/__init__.py by
+pyproject.toml."""
 from configparser import ConfigParser
 from pathlib import Path
 

@@ -1,11 +1,12 @@
 """Fixtures that tests share, and one rule: where CI is set, nothing is skipped.
 
-`open_nb("index.ipynb")` opens a notebook of nbs/ in a real JupyterLab in a real Chromium, runs it and returns the page. One server and one
-browser serve the whole session; each notebook gets a fresh tab and a fresh kernel of this very environment. Chromium comes from the
-system (`apt-get install chromium`, or $QCAL_CHROMIUM); without it these tests are skipped, except in CI.
+`open_nb("index.ipynb")` opens a notebook of nbs/ in a real JupyterLab in a real Chromium, runs it and returns the page.
+One server and one browser serve the whole session; each notebook gets a fresh tab and a fresh kernel of this very
+environment. Chromium comes from the system (`apt-get install chromium`, or $QCAL_CHROMIUM); without it these tests are
+skipped, except in CI.
 
-`make pytest` runs two workers (pytest-xdist). A file stays on one of them, so that what it builds once is built once; so do all files whose
-names end with _browser.py.
+`make pytest` runs two workers (pytest-xdist). A file stays on one of them, so that what it builds once is built once;
+so do all files whose names end with _browser.py.
 """
 import json
 import os
@@ -22,12 +23,14 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")                             # before torch is imported; holds for programs that tests start, too
+# before torch is imported; holds for programs that tests start, too
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 hypothesis.settings.register_profile("no times", deadline=None)           # machines are shared; no test asserts a time
 hypothesis.settings.load_profile("no times")
 ROOT = Path(__file__).resolve().parents[1]
-SHOTS = ROOT/"tests"/"shots"                                              # what failing pages looked like; ignored by git
+# what failing pages looked like; ignored by git
+SHOTS = ROOT/"tests"/"shots"
 NO_CHROMIUM = "no Chromium: apt-get install chromium (or set QCAL_CHROMIUM to a browser)"
 
 def in_ci() -> bool: return os.environ.get("CI", "").lower() not in ("", "0", "false")
@@ -54,9 +57,11 @@ def pytest_make_collect_report(collector):
 # --- workers ---
 
 def pytest_collection_modifyitems(items):
-    "What takes longest comes first, so that no worker is left with it at the end: the browser's files, then those with slow tests, then others."
+    """What takes longest comes first, so that no worker is left with it at the end: the browser's files, then those
+    with slow tests, then others."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: (not in_browser(item.path.name), item.path not in slow))    # a stable sort: files stay together
+    # a stable sort: files stay together
+    items.sort(key=lambda item: (not in_browser(item.path.name), item.path not in slow))
 
 def in_browser(file: str) -> bool: return file.endswith("_browser.py")
 
@@ -74,12 +79,15 @@ def pytest_xdist_make_scheduler(config, log):
 def pytest_terminal_summary(terminalreporter):
     "What tests tell by `record_property('tell', ...)`; what workers print is lost."
     passed = terminalreporter.getreports("passed")
-    for told in dict.fromkeys(value for report in passed for key, value in report.user_properties if key == "tell"): terminalreporter.write_line(told)
+    for told in dict.fromkeys(value for report in passed for key, value in report.user_properties if key == "tell"):
+        terminalreporter.write_line(told)
 
 @pytest.fixture(autouse=True)
 def number_of_threads(request):
-    "One thread a test, whatever the machine: bits of sums depend on their number. `@pytest.mark.threads(2)` says that a test needs two."
-    if "torch" not in sys.modules:                                        # nothing to set; test_harness starts many of us
+    """One thread a test, whatever the machine: bits of sums depend on their number. `@pytest.mark.threads(2)` says that
+    a test needs two."""
+    # nothing to set; test_harness starts many of us
+    if "torch" not in sys.modules:
         yield
         return
     import torch
@@ -96,7 +104,9 @@ def site(tmp_path_factory):
     work = tmp_path_factory.mktemp("site")
     (work/"source").mkdir()
     flags = ["-q", "-W", "--keep-going", "-c", ROOT/"docs", "-d", work/"doctrees"]
-    done = subprocess.run([sys.executable, "-m", "sphinx", *flags, work/"source", work/"_docs"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "sphinx", *flags, work/"source", work/"_docs"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout+done.stderr
     return work/"_docs"
 
@@ -117,8 +127,11 @@ def observers_of_a_test_end_with_it():
 
 # --- JupyterLab ---
 
-SETTINGS = {                                                              # no news, no autosave, every cell stays in the page
-    "@jupyterlab/apputils-extension/notification": dict(fetchNews="false", checkForUpdates=False, doNotDisturbMode=True),
+# no news, no autosave, every cell stays in the page
+SETTINGS = {
+    "@jupyterlab/apputils-extension/notification": dict(
+        fetchNews="false", checkForUpdates=False, doNotDisturbMode=True
+    ),
     "@jupyterlab/notebook-extension/tracker": dict(windowingMode="none"),
     "@jupyterlab/docmanager-extension/plugin": dict(autosave=False),
 }
@@ -149,17 +162,25 @@ def write_json(path: Path, value) -> None:
 def lab_environment(work: Path) -> dict[str, str]:
     "The server's environment: nothing of the user's Jupyter; kernels are this interpreter and find this qcal_nb"
     argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    write_json(work/"data"/"kernels"/"python3"/"kernel.json", dict(argv=argv, display_name="python3", language="python"))
-    own = dict(JUPYTER_CONFIG_DIR=work/"config", JUPYTER_DATA_DIR=work/"data", JUPYTER_PATH=work/"data", JUPYTER_RUNTIME_DIR=work/"runtime",
-               IPYTHONDIR=work/"ipython", IN_TEST="1")                    # IN_TEST: a notebook's nbdev_export() does nothing
+    write_json(
+        work/"data"/"kernels"/"python3"/"kernel.json", dict(argv=argv, display_name="python3", language="python")
+    )
+    own = dict(
+        JUPYTER_CONFIG_DIR=work/"config", JUPYTER_DATA_DIR=work/"data", JUPYTER_PATH=work/"data",
+        JUPYTER_RUNTIME_DIR=work/"runtime", IPYTHONDIR=work/"ipython",
+        IN_TEST="1"     # a notebook's nbdev_export() does nothing
+    )
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return dict(os.environ) | {k: str(v) for k, v in own.items()} | dict(PYTHONPATH=path)
 
 def lab_command(lab: Lab, work: Path, port: int) -> list[str]:
-    options = {"ServerApp.ip": "127.0.0.1", "ServerApp.port": port, "ServerApp.port_retries": 0, "ServerApp.root_dir": lab.root,
-               "ServerApp.terminals_enabled": False, "ServerApp.allow_root": True, "ServerApp.open_browser": False,
-               "IdentityProvider.token": lab.token, "LabApp.user_settings_dir": work/"settings", "LabApp.workspaces_dir": work/"workspaces",
-               "LabApp.expose_app_in_browser": True, "LabApp.extension_manager": "readonly"}
+    options = {
+        "ServerApp.ip": "127.0.0.1", "ServerApp.port": port, "ServerApp.port_retries": 0,
+        "ServerApp.root_dir": lab.root, "ServerApp.terminals_enabled": False, "ServerApp.allow_root": True,
+        "ServerApp.open_browser": False, "IdentityProvider.token": lab.token,
+        "LabApp.user_settings_dir": work/"settings", "LabApp.workspaces_dir": work/"workspaces",
+        "LabApp.expose_app_in_browser": True, "LabApp.extension_manager": "readonly"
+    }
     return [sys.executable, "-m", "jupyterlab", *(f"--{k}={v}" for k, v in options.items())]
 
 def wait_until_up(process: subprocess.Popen, lab: Lab, seconds: float = 180) -> None:
@@ -178,8 +199,10 @@ def lab(tmp_path_factory):
     shutil.copytree(ROOT/"nbs", running.root, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     for name, value in SETTINGS.items(): write_json(work/"settings"/f"{name}.jupyterlab-settings", value)
     with open(running.log, "w") as log:
-        process = subprocess.Popen(lab_command(running, work, port), env=lab_environment(work), stdout=log, stderr=subprocess.STDOUT,
-                                   start_new_session=True)
+        process = subprocess.Popen(
+            lab_command(running, work, port), env=lab_environment(work), stdout=log, stderr=subprocess.STDOUT,
+            start_new_session=True
+        )
         try:
             wait_until_up(process, running)
             yield running
@@ -198,11 +221,14 @@ def browser():
     if not program: pytest.skip(NO_CHROMIUM)
     sync_api.expect.set_options(timeout=60_000)
     with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"])
+        chromium = playwright.chromium.launch(
+            executable_path=program, args=["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]
+        )
         yield chromium
         chromium.close()
 
-# Run All before the kernel is connected is silently lost, and no element of the page tells: ask the page's own session object.
+# Run All before the kernel is connected is silently lost, and no element of the page tells: ask the page's own session
+# object.
 READY = """async seconds => {
   const ready = async () => {
     for (;;) {
@@ -210,7 +236,10 @@ READY = """async seconds => {
       if (panel && panel.sessionContext && panel.content && panel.content.widgets) {
         await panel.context.ready; await panel.sessionContext.ready;
         const kernel = panel.sessionContext.session && panel.sessionContext.session.kernel;
-        if (kernel && kernel.connectionStatus === 'connected') { await kernel.info; if (kernel.status === 'idle') return true; }
+        if (kernel && kernel.connectionStatus === 'connected') {
+          await kernel.info;
+          if (kernel.status === 'idle') return true;
+        }
       }
       await new Promise(resolve => setTimeout(resolve, 100));
     }
@@ -246,13 +275,15 @@ def open_nb(lab, browser, request):
     def open_notebook(path: str, run: bool = True, viewport: tuple[int, int] = (1280, 1600)):
         page = new_page(browser, dict(width=viewport[0], height=viewport[1])); pages.append(page)
         page.goto(f"{lab.base}/doc/tree/{path}?reset&token={lab.token}", wait_until="domcontentloaded")
-        if not page.evaluate(READY, READY_SECONDS): pytest.fail(f"{path}: no idle kernel after {READY_SECONDS} s: {page.inner_text('body')[-500:]}")
+        if not page.evaluate(READY, READY_SECONDS):
+            pytest.fail(f"{path}: no idle kernel after {READY_SECONDS} s: {page.inner_text('body')[-500:]}")
         if run: run_all(page)
         return page
     yield open_notebook
     failed = getattr(getattr(request.node, "report_call", None), "failed", False)
     for i, page in enumerate(pages):
         if failed:
-            SHOTS.mkdir(exist_ok=True); page.screenshot(path=SHOTS/f"{request.node.name.replace('/', '-')}-{i}.png", full_page=True)
+            SHOTS.mkdir(exist_ok=True)
+            page.screenshot(path=SHOTS/f"{request.node.name.replace('/', '-')}-{i}.png", full_page=True)
         page.context.close()
     for session in lab.api("sessions"): lab.api(f"sessions/{session['id']}", "DELETE")

@@ -1,4 +1,5 @@
-"""What several tests need: models made from configs, and an independent look at everything that calibration could leave behind."""
+"""What several tests need: models made from configs, and an independent look at everything that calibration could leave
+behind."""
 import os
 
 import torch
@@ -46,7 +47,9 @@ def make_model(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> 
     return model.to(dtype).eval()
 
 
-def make_batches(n: int = 3, vocab: int = 128, shape: tuple[int, int] = (2, 16), seed: int = 1) -> list[dict[str, torch.Tensor]]:
+def make_batches(
+    n: int = 3, vocab: int = 128, shape: tuple[int, int] = (2, 16), seed: int = 1
+) -> list[dict[str, torch.Tensor]]:
     "Random token ids with their mask, as a data set gives them."
     generator = torch.Generator().manual_seed(seed)
     ids = [torch.randint(0, vocab, shape, generator=generator) for _ in range(n)]
@@ -66,7 +69,9 @@ def offload(model: torch.nn.Module, kind: str, folder=None) -> torch.nn.Module:
 
 def qparams(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     "Every scale and zero point of a model, copied."
-    return {name: p.detach().clone() for name, p in model.named_parameters() if name.endswith(("_scale", "_zero_point"))}
+    return {
+        name: p.detach().clone() for name, p in model.named_parameters() if name.endswith(("_scale", "_zero_point"))
+    }
 
 
 def _shown(value):
@@ -75,14 +80,21 @@ def _shown(value):
 
 
 def fingerprint(model: torch.nn.Module) -> dict:
-    "All that stands in a model's modules and configs: identities of objects, plain values, the bits of parameters and buffers."
+    """All that stands in a model's modules and configs: identities of objects, plain values, the bits of parameters and
+    buffers."""
     state = {}
     for name, module in model.named_modules():
-        state[name] = {k: {i: _shown(v) for i, v in value.items()} if isinstance(value, dict) else _shown(value) for k, value in vars(module).items()}
+        state[name] = {
+            k: {i: _shown(v) for i, v in value.items()} if isinstance(value, dict) else _shown(value)
+            for k, value in vars(module).items()
+        }
         config = getattr(module, "config", None)
         if config is not None: state[name, "config"] = {k: repr(v) for k, v in vars(config).items()}
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return state | {("bits", name): (id(t), hash(t.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())) for name, t in tensors}
+    return state | {
+        ("bits", name): (id(t), hash(t.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()))
+        for name, t in tensors
+    }
 
 
 def differences(a: dict, b: dict) -> list[str]:

@@ -1,4 +1,5 @@
-"""Scales that were equal to the reference's, bit for bit, when they were stored: what the engine is held to where the reference is not installed.
+"""Scales that were equal to the reference's, bit for bit, when they were stored: what the engine is held to where the
+reference is not installed.
 
     python tests/stored_scales.py      # store them anew; stops if one differs from the reference's
 """
@@ -24,7 +25,9 @@ RECIPES = {
     "group mse": dict(config_groups={"group_0": QuantizationScheme(
         targets=["Linear"], weights=INT4 | dict(observer="memoryless_mse", symmetric=False))}),
     "expanded mse": dict(scheme="NVFP4A16", weight_observer="nvfp4_expanded_mse"),
-    "imatrix": dict(config_groups={"group_0": QuantizationScheme(targets=["Linear"], weights=INT4 | dict(observer="imatrix_mse"))}),
+    "imatrix": dict(
+        config_groups={"group_0": QuantizationScheme(targets=["Linear"], weights=INT4 | dict(observer="imatrix_mse"))}
+    ),
     "KV cache": dict(targets=[], kv_cache_scheme=FP8 | dict(strategy="attn_head")),
 }
 MODELS = ("llama_gqa", "mixtral", "phi", "bert")

@@ -1,7 +1,7 @@
 """Take out of the notebooks what only a running kernel can show, and what differs from run to run; after `nbdev-clean`.
 
-Drops widget views (a picture or text beside them stays) and saved widget state: a trusted notebook that was not run would show
-"Loading widget..." in their place, and their ids change on every run.
+Drops widget views (a picture or text beside them stays) and saved widget state: a trusted notebook that was not run
+would show "Loading widget..." in their place, and their ids change on every run.
 
     python tools/clean_outputs.py [FOLDER or NOTEBOOK ...]      # nbs/ unless told; names each notebook that it changed
 """
@@ -20,7 +20,8 @@ def cleaned(nb: dict) -> dict:
         views = [o for o in cell.get("outputs", []) if VIEW in o.get("data", {})]
         for o in views:
             del o["data"][VIEW]
-            if not any(mime.startswith("image/") or mime in ("text/html", "text/markdown") for mime in o["data"]): o["data"] = {}
+            if not any(mime.startswith("image/") or mime in ("text/html", "text/markdown") for mime in o["data"]):
+                o["data"] = {}
         if views: cell["outputs"] = [o for o in cell["outputs"] if o.get("data", True)]
     return nb
 

@@ -1,7 +1,8 @@
 """Is qcal_nb/ exactly what the notebooks export?
 
-Exports the working tree's notebooks into an emptied copy of the package and compares both ways, so that what `git diff` cannot see
-is seen: modules whose notebook is gone or renamed, modules nobody added to git, edits by hand, two notebooks that write one module.
+Exports the working tree's notebooks into an emptied copy of the package and compares both ways, so that what `git diff`
+cannot see is seen: modules whose notebook is gone or renamed, modules nobody added to git, edits by hand, two notebooks
+that write one module.
 
     python tools/drift.py [ROOT]        # prints what differs, exit status 1 if anything does
 """
@@ -50,7 +51,9 @@ def kept_by_hand(path: Path) -> bool:
 def compared(package: Path) -> dict[str, bytes]:
     "Relative path → content of every file that an export could have written, or ought to have."
     files = (p.relative_to(package) for p in package.rglob("*") if p.is_file())
-    return {p.as_posix(): (package/p).read_bytes() for p in files if "__pycache__" not in p.parts and p.parts[0] != "data"}
+    return {
+        p.as_posix(): (package/p).read_bytes() for p in files if "__pycache__" not in p.parts and p.parts[0] != "data"
+    }
 
 def export(root: Path) -> None:
     "`nbdev-export` in `root`, by this interpreter."
@@ -82,12 +85,18 @@ def not_added(root: Path) -> list[str]:
     "Modules that git does not track though it tracks their notebook."
     known = tracked(root)
     if known is None: return []
-    pairs = [(nb.relative_to(root).as_posix(), f"{LIB}/{name.replace('.', '/')}.py") for name, nbs in modules(root).items() for nb in nbs]
-    return [f"{module}: not added to git, though {nb} is" for nb, module in pairs if nb in known and module not in known]
+    pairs = [
+        (nb.relative_to(root).as_posix(), f"{LIB}/{name.replace('.', '/')}.py")
+        for name, nbs in modules(root).items() for nb in nbs
+    ]
+    return [
+        f"{module}: not added to git, though {nb} is" for nb, module in pairs if nb in known and module not in known
+    ]
 
 def problems(root: Path = ROOT) -> list[str]:
     "Everything that is wrong between `root`'s notebooks and its package; empty if nothing is."
-    with tempfile.TemporaryDirectory() as tmp: lines = differences(compared(root/LIB), compared(fresh_export(root, Path(tmp))))
+    with tempfile.TemporaryDirectory() as tmp:
+        lines = differences(compared(root/LIB), compared(fresh_export(root, Path(tmp))))
     lines += [f"{' and '.join(str(n.relative_to(root)) for n in nbs)} all export to {name}: the last one would win"
               for name, nbs in modules(root).items() if len(nbs) > 1]
     return lines + not_added(root)

@@ -26,11 +26,17 @@ def test_what_is_wrong_comes_first_and_by_name():
     x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
     bad = x.clone()
     bad[3, 1] = torch.nan
-    run = CalibrationRecord({("fine", "input"): measure(x, 0), ("bad", "input"): measure(bad, 0), ("never", "input"): TensorStats()},
-                            spans=((0, 1),), level_tokens={0: 8}, expert_tokens={"experts.0": 3, "experts.1": 0})
+    run = CalibrationRecord(
+        {("fine", "input"): measure(x, 0), ("bad", "input"): measure(bad, 0), ("never", "input"): TensorStats()},
+        spans=((0, 1),),
+        level_tokens={0: 8},
+        expert_tokens={"experts.0": 3, "experts.1": 0},
+    )
     found = findings(run)
     assert [f.warning for f in found] == sorted((f.warning for f in found), reverse=True)
-    assert said(run, "not finite in 1 tensor.").tensors == ("bad (input): 1 NaN, 0 infinite, the first nan at (3, 1) of batch 0",)
+    assert said(run, "not finite in 1 tensor.").tensors == (
+        "bad (input): 1 NaN, 0 infinite, the first nan at (3, 1) of batch 0",
+    )
     assert said(run, "Never seen: 1 tensor.").tensors == ("never (input)",)
     assert said(run, "Not chosen by any token: 1 expert.").tensors == ("experts.1",)
 
@@ -47,7 +53,8 @@ def test_outliers_are_counted_as_the_table_counts_them(factor):
     x[17, 3] = factor * x.abs().max()
     run = CalibrationRecord({("a", "input"): measure(x, 0)}, spans=((0, 1),), level_tokens={0: 4000})
     found, many = said(run, "Outliers:"), int((ranges(run).outlier_ratio > OUTLIER_THRESHOLD).sum())
-    assert many == int(factor > 1) and found.words.startswith(f"Outliers: {many} of 1 inputs") and len(found.tensors) == many
+    assert many == int(factor > 1) and found.words.startswith(f"Outliers: {many} of 1 inputs")
+    assert len(found.tensors) == many
     loud = said(run, "Outlier channels")
     assert (loud is not None) == (factor > 1) and (loud is None or "channel 3" in loud.tensors[0])
 
@@ -57,12 +64,18 @@ def test_injected_channels_are_named(tiny):
     channels = set(sum(inject_outliers(model).values(), []))
     run = record(model, calibration_texts()[:3], tokenizer=tokenizer, max_length=128, progress=False)
     found = said(run, "Outlier channels")
-    assert any(f"channel {c} (" in found.words for c in channels) and said(run, "pieces of the calibration text").warning
+    assert any(f"channel {c} (" in found.words for c in channels)
+    assert said(run, "pieces of the calibration text").warning
 
 
 def test_a_token_that_makes_the_largest_values_and_its_mask(tiny):
     model, tokenizer = tiny
-    options = dict(tokenizer=tokenizer, max_length=64, progress=False, scheme=QuantizationModifier(targets="re:.*down_proj", scheme="INT8_STATIC"))
+    options = dict(
+        tokenizer=tokenizer,
+        max_length=64,
+        progress=False,
+        scheme=QuantizationModifier(targets="re:.*down_proj", scheme="INT8_STATIC"),
+    )
     run = record(model, calibration_texts()[:4], **options)
     found = said(run, "makes the largest value of")
     assert found.words.startswith("The token '<s>'") and all("down_proj" in t for t in found.tensors)

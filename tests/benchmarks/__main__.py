@@ -1,4 +1,5 @@
-"""`python -m benchmarks [--quick] [WORD ...]` with tests/ on the path: the rows whose names contain a word, or all of them."""
+"""`python -m benchmarks [--quick] [WORD ...]` with tests/ on the path: the rows whose names contain a word, or all of
+them."""
 import argparse
 import sys
 import time
@@ -13,7 +14,9 @@ from .sides import FULL, QUICK
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks", description="qcal_nb beside llm-compressor, in this process")
     parser.add_argument("words", nargs="*", help="rows whose names contain one of these; all rows without any")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see whether everything runs; writes no file")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny sizes, to see whether everything runs; writes no file"
+    )
     options = parser.parse_args(argv)
     chosen = [r for r in ROWS if not options.words or any(word in r.name for word in options.words)]
     if not chosen: parser.error(f"no row is named like that; there are: {', '.join(r.name for r in ROWS)}")

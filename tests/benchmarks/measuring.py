@@ -51,11 +51,14 @@ def rounds_for(warm: Iterable[float], budget: float = BUDGET) -> int:
 
 def alternate(works: dict[str, Work], rounds: int | None = None, budget: float = BUDGET,
               clock: Callable[..., float] = seconds) -> dict[str, list[float]]:
-    "Seconds of each work, an entry a round. A round is A B C, and the next one A B C again; one before them counts only where it is slow."
+    """Seconds of each work, an entry a round. A round is A B C, and the next one A B C again; one before them counts
+    only where it is slow."""
     with collected() as collect:
         warm = {name: clock(work) for name, work in works.items()}
         calls = {name: max(1, min(CALLS, round(SHORTEST / max(took, 1e-6)))) for name, took in warm.items()}
-        times: dict[str, list[float]] = {name: [took] if max(warm.values()) > SLOW else [] for name, took in warm.items()}
+        times: dict[str, list[float]] = {
+            name: [took] if max(warm.values()) > SLOW else [] for name, took in warm.items()
+        }
         while len(next(iter(times.values()))) < (rounds or rounds_for(warm.values(), budget)):
             collect()
             for name, work in works.items(): times[name].append(clock(work, calls[name]))
@@ -64,7 +67,8 @@ def alternate(works: dict[str, Work], rounds: int | None = None, budget: float =
 
 @contextlib.contextmanager
 def collected() -> Iterator[Callable[[], Any]]:
-    "Inside the block garbage is collected only when asked for, and what is there already is not gone through: that would take longer than many rows."
+    """Inside the block garbage is collected only when asked for, and what is there already is not gone through: that
+    would take longer than many rows."""
     gc.collect()
     gc.freeze()
     gc.disable()
@@ -110,8 +114,8 @@ class Spread:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How many scales (each with its zero point) were compared, how many are equal bit for bit, and how many of the others are ties:
-    their errors agree to 1e-6, so that the order of an fp32 sum decides."""
+    """How many scales (each with its zero point) were compared, how many are equal bit for bit, and how many of the
+    others are ties: their errors agree to 1e-6, so that the order of an fp32 sum decides."""
 
     scales: int = 0
     equal: int = 0
@@ -126,7 +130,8 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Found:
-    "What one side concluded about a tensor. `searched`: the scale that its search tried, where that is another than the final one."
+    """What one side concluded about a tensor. `searched`: the scale that its search tried, where that is another than
+    the final one."""
 
     scale: Tensor
     zero_point: Tensor | None = None
@@ -145,8 +150,11 @@ def same_bits(a: Tensor | None, b: Tensor | None) -> Tensor:
     return a == b
 
 
-def search_error(observed: Tensor, args: QuantizationArgs, norm: float, importance: Tensor | None = None) -> Callable[[Found], Tensor]:
-    "The error Σ importance·|QDQ(x) − x|^norm of a conclusion about `observed` (num_observations, *qparam_shape, group_size), summed in float64."
+def search_error(
+    observed: Tensor, args: QuantizationArgs, norm: float, importance: Tensor | None = None
+) -> Callable[[Found], Tensor]:
+    """The error Σ importance·|QDQ(x) − x|^norm of a conclusion about `observed` (num_observations, *qparam_shape,
+    group_size), summed in float64."""
     row = args.model_copy(update={"strategy": "token"})  # one scale a row, broadcast over the group
 
     def error(found: Found) -> Tensor:
@@ -182,7 +190,8 @@ def _allocations(events: Iterable[Any]) -> Iterator[tuple[int, int]]:
 
 @contextlib.contextmanager
 def without_stderr() -> Iterator[None]:
-    "What the process itself writes to stderr inside the block is dropped: the profiler is talkative, and not in Python."
+    """What the process itself writes to stderr inside the block is dropped: the profiler is talkative, and not in
+    Python."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try: yield
@@ -206,11 +215,15 @@ def numpy_memory(work: Work) -> tuple[float, float]:
 
 
 def torch_memory(work: Work) -> tuple[float, float]:
-    "MiB that torch allocates above what was live before, at one thread: its profiler reports every block, those inside of kernels too."
+    """MiB that torch allocates above what was live before, at one thread: its profiler reports every block, those
+    inside of kernels too."""
     made = work.prepare()
-    with threads(1), without_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen: kept = work.run(made)
+    with threads(1), without_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        kept = work.run(made)
     live = peak = 0
-    for _, size in sorted(_allocations(seen.profiler.kineto_results.experimental_event_tree()), key=lambda event: event[0]):
+    for _, size in sorted(
+        _allocations(seen.profiler.kineto_results.experimental_event_tree()), key=lambda event: event[0]
+    ):
         live += size
         peak = max(peak, live)
     del kept
@@ -218,6 +231,6 @@ def torch_memory(work: Work) -> tuple[float, float]:
 
 
 def memory(work: Work) -> tuple[float, float]:
-    """MiB above what was live before: the highest point while `run` ran, and what is left at its end. torch's highest and NumPy's are added,
-    though they need not be at one time."""
+    """MiB above what was live before: the highest point while `run` ran, and what is left at its end. torch's highest
+    and NumPy's are added, though they need not be at one time."""
     return tuple(a + b for a, b in zip(torch_memory(work), numpy_memory(work)))

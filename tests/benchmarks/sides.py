@@ -34,7 +34,9 @@ INT8 = dict(num_bits=8, type="int", symmetric=True)
 INT8_TENSOR = INT8 | dict(strategy="tensor")
 FP8_TENSOR = dict(num_bits=8, type="float", symmetric=True, strategy="tensor")
 INT4_GROUP = dict(num_bits=4, type="int", symmetric=True, strategy="group", group_size=128)
-NVFP4 = dict(num_bits=4, type="float", symmetric=True, strategy="tensor_group", group_size=16, scale_dtype=torch.float8_e4m3fn)
+NVFP4 = dict(
+    num_bits=4, type="float", symmetric=True, strategy="tensor_group", group_size=16, scale_dtype=torch.float8_e4m3fn
+)
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,9 @@ def llama(size: Size, dtype: torch.dtype = torch.float32, **other: Any) -> Modul
     shape = dict(hidden_size=size.hidden, intermediate_size=size.intermediate, num_hidden_layers=size.layers) | other
     heads = max(1, shape["hidden_size"] // 64)
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=1024, num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=2048, **shape)
+    config = LlamaConfig(
+        vocab_size=1024, num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=2048, **shape
+    )
     model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
     model.config.dtype = dtype
     return model
@@ -100,7 +104,8 @@ def watched(model: Module, side: str, args: dict[str, Any]) -> Module:
 
 
 def a_pass(model: Module, batch: dict[str, Tensor]) -> Work:
-    "A forward pass as in a calibration: eager attention, no product of lm_head. With our observers, a failure would undo the whole batch."
+    """A forward pass as in a calibration: eager attention, no product of lm_head. With our observers, a failure would
+    undo the whole batch."""
     def run(_: None) -> None:
         with calibration_context(model), all_or_nothing(): feed(model, batch, 0)
     return Work(run)
@@ -121,8 +126,8 @@ def clock_hooks(model: Module) -> list[float]:
 
 
 def in_hooks(model: Module, batch: dict[str, Tensor], passes: int = 5) -> float:
-    """Per cent of the rest of a pass that a watched model spends in its hooks; median. Less noisy than the difference of two passes, but blind to
-    what hooks do to the processor's caches."""
+    """Per cent of the rest of a pass that a watched model spends in its hooks; median. Less noisy than the difference
+    of two passes, but blind to what hooks do to the processor's caches."""
     found, seconds, work = [], clock_hooks(model), a_pass(model, batch)
     work.run(None)
     for _ in range(passes):
@@ -138,7 +143,9 @@ def inputs_of(model: Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     seen, handles = {}, []
     for name, module in model.named_modules():
         if not isinstance(module, Linear) or name == "lm_head": continue
-        handles.append(module.register_forward_pre_hook(lambda _, args, name=name: seen.__setitem__(name, args[0].detach())))
+        handles.append(
+            module.register_forward_pre_hook(lambda _, args, name=name: seen.__setitem__(name, args[0].detach()))
+        )
     a_pass(model, batch).run(None)
     for handle in handles: handle.remove()
     return seen
@@ -166,7 +173,9 @@ def found_by(observer: Module) -> Found:
     "What an observer concludes. The reference forgets its statistics when asked, so they are read before."
     stats, searched = observer.get_statistics(), None
     if observer.args.strategy == "tensor_group":  # candidates were tried with scales that are not rounded to fp8
-        searched = calculate_qparams(stats["min_vals"], stats["max_vals"], observer.args.model_copy(update={"scale_dtype": None}))[0]
+        searched = calculate_qparams(
+            stats["min_vals"], stats["max_vals"], observer.args.model_copy(update={"scale_dtype": None})
+        )[0]
     return Found(**observer.get_qparams(), searched=searched)
 
 
@@ -175,10 +184,13 @@ NORMS = dict(mse=2.4, memoryless_mse=2.4, nvfp4_expanded_mse=2.4, imatrix_mse=3.
 
 def error_of(name: str, base_name: str, args: QuantizationArgs, value: Tensor, norm: float | None = None,
              importance: Tensor | None = None) -> Callable[[Found], Tensor] | None:
-    "How good a conclusion about a tensor is; None where ties do not count: without a search, or in bf16, whose sums are exact."
+    """How good a conclusion about a tensor is; None where ties do not count: without a search, or in bf16, whose sums
+    are exact."""
     if name not in NORMS or (value.dtype != torch.float32 and name != "imatrix_mse"): return None
     if importance is not None:
-        importance = flatten_for_calibration((importance / importance.mean()).expand(value.shape[0], -1), base_name, args)
+        importance = flatten_for_calibration(
+            (importance / importance.mean()).expand(value.shape[0], -1), base_name, args
+        )
     return search_error(flatten_for_calibration(value, base_name, args), args, norm or NORMS[name], importance)
 
 

@@ -2,7 +2,6 @@
 
 One launch runs many cases, also those that fail: after an error that all ranks heard of, they must still be in step.
 """
-import sys
 import time
 from pathlib import Path
 
@@ -22,11 +21,15 @@ from qcal_nb.calibration.ranks import agree, split_weights
 from qcal_nb.schemes import preset
 from tests.ranks.launching import CASES, good, launch
 
-EXACT = ["static", "w4a16", "nvfp4a16", "nvfp4", "every_layer_by_itself", "sequential", "sequential_quantized", "searched", "counted", "cache",
-         "experts"]
+EXACT = [
+    "static", "w4a16", "nvfp4a16", "nvfp4", "every_layer_by_itself", "sequential", "sequential_quantized", "searched",
+    "counted", "cache", "experts"
+]
 MODEL = [*EXACT, "minmax", "averages", "importance"]
-SMALL = ["branches", "branches_minmax", "refused_end", "bad_batch", "no_data", "bad_weight", "another_scheme", "another_model", "another_shape",
-         "another_step", "nested", "local_observers", "consumed", "weights_by_hand"]
+SMALL = [
+    "branches", "branches_minmax", "refused_end", "bad_batch", "no_data", "bad_weight", "another_scheme",
+    "another_model", "another_shape", "another_step", "nested", "local_observers", "consumed", "weights_by_hand"
+]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +63,8 @@ def test_two_ranks_find_what_one_process_finds(one, two, case):
 
 @pytest.mark.slow
 def test_importance_is_added_up(one, two):
-    "Sums in float32 round differently in another order, so that a range may end one candidate further; both ranks agree to the bit."
+    """Sums in float32 round differently in another order, so that a range may end one candidate further; both ranks
+    agree to the bit."""
     found, right = two[0]["importance"]["scales"], one["importance"]["scales"]
     assert same(found, two[1]["importance"]["scales"]) and found.keys() == right.keys()
     equal = torch.cat([(found[n] == right[n]).flatten() for n in right if n.endswith("weight_scale")])
@@ -111,19 +115,22 @@ def test_moving_averages_become_their_plain_mean(two):
 
 @pytest.mark.slow
 def test_a_branch_that_ran_on_one_rank_has_its_scale_on_both(one, two):
-    assert same(two[0]["branches"]["scales"], one["branches"]["scales"]) and same(two[1]["branches"]["scales"], one["branches"]["scales"])
+    assert same(two[0]["branches"]["scales"], one["branches"]["scales"])
+    assert same(two[1]["branches"]["scales"], one["branches"]["scales"])
     assert two[0]["branches"]["differing"] == two[1]["branches"]["differing"] == []
     for rank in two:
         mean, seen = rank["branches_minmax"]["scales"], one["only_the_second"]
         assert torch.equal(mean["second.input_scale"], seen["second.input_scale"])         # not drawn towards zero
-        assert not torch.equal(mean["last.input_scale"], seen["last.input_scale"])         # nor paired with another tensor
+        # nor paired with another tensor
+        assert not torch.equal(mean["last.input_scale"], seen["last.input_scale"])
 
 
 @pytest.mark.slow
 def test_what_no_rank_saw_is_refused_on_all_and_left_out_on_all(two):
     for rank in two:
         for found in (rank["branches"], rank["branches_minmax"]):
-            assert found["refused"].startswith("ValueError: 1 scale is not computed: never.input.") and found["phase"] == "calibrating"
+            assert found["refused"].startswith("ValueError: 1 scale is not computed: never.input.")
+            assert found["phase"] == "calibrating"
             assert found["uncovered"] == ["never.input"] and found["scales"]["never.input_scale"].isnan().all()
             assert found["enabled"] == dict(both=True, second=True, never=False, last=True)
 
@@ -145,7 +152,8 @@ def test_a_bad_batch_on_one_rank_stops_both_and_both_can_go_on(two):
     assert two[0]["bad_batch"]["error"] == f"RankError: rank 1 failed: {two[1]['bad_batch']['error']}"
     for rank in two:
         found = rank["bad_batch"]
-        assert found["seconds"] < 20 and found["phase"] == "calibrating" and found["again"] == "calibrated" and found["differing"] == []
+        assert found["seconds"] < 20 and found["phase"] == "calibrating" and found["again"] == "calibrated"
+        assert found["differing"] == []
 
 
 @pytest.mark.slow
@@ -165,8 +173,17 @@ def test_a_weight_that_its_owner_refuses_stops_both_and_nothing_is_written(two):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case, words", [
-    ("another_scheme", "where rank 0 has '0.input: StaticMinMaxObserver, float8 tensor' rank 1 has '0.input: MinMaxObserver, int8 tensor"),
-    ("another_model", "where rank 0 has '2.input: StaticMinMaxObserver, float8 tensor' rank 1 has 'nothing' (in all 6 and 4)"),
+    (
+        "another_scheme",
+        (
+            "where rank 0 has '0.input: StaticMinMaxObserver, float8 tensor' rank 1 has '0.input: MinMaxObserver, "
+            "int8 tensor"
+        ),
+    ),
+    (
+        "another_model",
+        "where rank 0 has '2.input: StaticMinMaxObserver, float8 tensor' rank 1 has 'nothing' (in all 6 and 4)",
+    ),
     ("another_shape", "channel, (8, 8)' rank 1 has '0.weight: MemorylessMinMaxObserver, int8 channel, (9, 8)'"),
     ("another_step", "rank 0 is about to combine the statistics of observers, rank 1 to go home"),
 ])
@@ -176,7 +193,8 @@ def test_ranks_that_do_not_match_are_refused_with_words(two, case, words):
 
 @pytest.mark.slow
 def test_an_error_is_told_once_whatever_the_others_were_doing(two):
-    assert two[0]["nested"] == ["RankError: rank 1 failed: KeyError: 'lost'"] * 2 and two[1]["nested"] == ["KeyError: 'lost'"] * 2
+    assert two[0]["nested"] == ["RankError: rank 1 failed: KeyError: 'lost'"] * 2
+    assert two[1]["nested"] == ["KeyError: 'lost'"] * 2
 
 
 @pytest.mark.slow
@@ -192,9 +210,8 @@ def test_memoryless_activations_are_announced(two):
 def test_statistics_of_any_kind_follow_plain_arithmetic(tmp_path, monkeypatch):
     "Three ranks, sixty observers, each known to some of them: compared with Python's own min, max and sum."
     results = [r["statistics"] for r in good(tmp_path, 3, ["statistics"])]
-    monkeypatch.setattr(sys, "argv", ["", "", "1"])
     monkeypatch.syspath_prepend(CASES.parent)
-    import cases
+    import statistics_cases as cases
     games, counts = [cases.drawn(r) for r in range(3)], set()
     for i in range(60):
         known = [game[i][1] for game in games if game[i][1] is not None]
@@ -219,7 +236,8 @@ def check(found: torch.Tensor, values: list[torch.Tensor], op) -> None:
     elif not found.is_floating_point(): assert torch.equal(found, stack.sum(0))
     else:
         wanted = stack.double().sum(0) / (len(values) if op == dist.ReduceOp.AVG else 1)
-        added = 1e-15 if found.dtype == torch.float64 else 3e-7                           # in at least fp32, and rounded once
+        # in at least fp32, and rounded once
+        added = 1e-15 if found.dtype == torch.float64 else 3e-7
         allowed = torch.finfo(found.dtype).eps / 2 * wanted.abs() + added * stack.double().abs().sum(0)
         assert ((found.double() - wanted).abs() <= allowed).all()
 
@@ -241,13 +259,18 @@ def test_weights_by_hand(two):
 @pytest.mark.slow
 def test_a_rank_that_falls_silent_is_named_when_the_limit_is_over(tmp_path):
     results, _, _ = launch(tmp_path, 2, ["falls_silent"], limit=60, patience=3)
-    assert results[0]["falls_silent"].startswith("RankError: waited to combine the statistics of observers, but lost the other ranks")
+    assert results[0]["falls_silent"].startswith(
+        "RankError: waited to combine the statistics of observers, but lost the other ranks"
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case, words", [("dies", "exitcode"), ("uncaught", "NonFiniteError: 0, input: 8 non-finite values")])
+@pytest.mark.parametrize(
+    "case, words", [("dies", "exitcode"), ("uncaught", "NonFiniteError: 0, input: 8 non-finite values")]
+)
 def test_a_rank_that_ends_takes_the_others_with_it(tmp_path, case, words):
-    _, printed, status = launch(tmp_path, 2, [case], limit=60, patience=600)  # who waited for the other would fail by the limit
+    # who waited for the other would fail by the limit
+    _, printed, status = launch(tmp_path, 2, [case], limit=60, patience=600)
     assert status != 0 and words in printed
 
 
@@ -290,12 +313,19 @@ def alone(request, monkeypatch):
 def test_alone_nobody_is_spoken_to(alone):
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4))
     assert rank_and_size() == (0, 1)
-    calibrate(model, [torch.ones(2, 8)], QuantizationModifier(scheme="INT8_STATIC", input_observer="memoryless_minmax"), progress=False)
+    calibrate(
+        model,
+        [torch.ones(2, 8)],
+        QuantizationModifier(scheme="INT8_STATIC", input_observer="memoryless_minmax"),
+        progress=False,
+    )
     assert differing_qparams(model) == [] and not model[0].input_scale.isnan().any()
 
 
 def test_alone_errors_are_ones_own_and_statistics_stay(alone):
-    observer = Observer.load_from_registry("static_minmax", base_name="input", args=preset("INT8_STATIC").input_activations)
+    observer = Observer.load_from_registry(
+        "static_minmax", base_name="input", args=preset("INT8_STATIC").input_activations
+    )
     before = observer(torch.ones(2, 4)).min_vals
     sync_statistics([observer])
     assert observer.min_vals is before
@@ -322,7 +352,9 @@ def layers(sizes: list[int], fused: list[int]) -> list[torch.nn.Module]:
     "Layers of so many weights; neighbours in runs of the lengths `fused` share a global scale."
     made = [torch.nn.Linear(n, 1, bias=False, device="meta") for n in sizes]
     for m in made:
-        m.weight_observer = Observer.load_from_registry("memoryless_minmax", base_name="weight", args=preset("NVFP4A16").weights)
+        m.weight_observer = Observer.load_from_registry(
+            "memoryless_minmax", base_name="weight", args=preset("NVFP4A16").weights
+        )
         m.weight_observer.attach(m)
     start = 0
     for n in fused:

@@ -24,7 +24,9 @@ TORCHRUN = Path(sys.executable).with_name("torchrun")
 
 
 def run(*words, program=(PROGRAM,), cwd=None, **kwargs):
-    return subprocess.run([*map(str, program), *map(str, words)], capture_output=True, text=True, timeout=240, cwd=cwd, **kwargs)
+    return subprocess.run(
+        [*map(str, program), *map(str, words)], capture_output=True, text=True, timeout=240, cwd=cwd, **kwargs
+    )
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +35,10 @@ def own(tmp_path_factory):
     folder = tmp_path_factory.mktemp("own")
     tokenizer = load_tiny_llama()[1]
     torch.manual_seed(0)
-    config = Qwen2Config(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=2, max_position_embeddings=256)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256
+    )
     Qwen2ForCausalLM(config).bfloat16().save_pretrained(folder/"model")
     tokenizer.save_pretrained(folder/"model")
     (folder/"texts.jsonl").write_text("".join(json.dumps(dict(text=t[:300])) + "\n" for t in calibration_texts()[:6]))
@@ -43,18 +47,24 @@ def own(tmp_path_factory):
 
 
 def test_from_a_fresh_folder_to_a_recipe_and_a_checkpoint(own, tmp_path, monkeypatch, capsys):
-    words = ["calibrate", own/"model", "--data", own/"texts.jsonl", "--scheme", "W4A16", "--max-length", 64, "--out", "run", "--checkpoint"]
+    words = [
+        "calibrate", own/"model", "--data", own/"texts.jsonl", "--scheme", "W4A16", "--max-length", 64, "--out", "run",
+        "--checkpoint"
+    ]
     done = run(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert sorted(p.name for p in (tmp_path/"run").iterdir()) == ["checkpoint", "recipe.yaml", "record.safetensors"]
-    assert "6 batches, 384 tokens" in done.stdout and "qcal-nb lab run/record.safetensors" in done.stdout and "recording" in done.stderr
+    assert "6 batches, 384 tokens" in done.stdout and "qcal-nb lab run/record.safetensors" in done.stdout
+    assert "recording" in done.stderr
     record = CalibrationRecord.load(tmp_path/"run"/"record.safetensors")
     assert record.tokens == 384 and record.model.startswith("Qwen2")
     again = AutoModelForCausalLM.from_pretrained(tmp_path/"run"/"checkpoint")
-    assert type(again).__name__ == "Qwen2ForCausalLM" and "quantization_config" in (tmp_path/"run"/"checkpoint"/"config.json").read_text()
+    assert type(again).__name__ == "Qwen2ForCausalLM"
+    assert "quantization_config" in (tmp_path/"run"/"checkpoint"/"config.json").read_text()
     monkeypatch.chdir(tmp_path)
     assert main(["report", "run/record.safetensors", "-o", "page.html", "--title", "Mine"]) == 0
-    assert capsys.readouterr().out.strip() == "page.html" and "<h1>Mine" in re.sub(r"\s+", " ", (tmp_path/"page.html").read_text())
+    assert capsys.readouterr().out.strip() == "page.html"
+    assert "<h1>Mine" in re.sub(r"\s+", " ", (tmp_path/"page.html").read_text())
 
 
 def test_a_recipe_that_was_written_is_a_recipe_that_is_read(own, tmp_path):
@@ -78,20 +88,31 @@ def test_two_processes_write_what_one_does(own, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main([*map(str, words), "--out", "one"]) == 0
     a, b = (load_file(tmp_path/n/"checkpoint"/"model.safetensors") for n in ("one", "two"))
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) and any(k.endswith("input_scale") for k in a)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert any(k.endswith("input_scale") for k in a)
     first = "model.layers.0.self_attn.q_proj"
     one, both = (CalibrationRecord.load(tmp_path/n/"record.safetensors") for n in ("one", "two"))
-    assert torch.equal(both.results[first, "input", "static_minmax"].scale, b[f"{first}.input_scale"])  # the record holds the recipe's scales
+    # the record holds the recipe's scales
+    assert torch.equal(both.results[first, "input", "static_minmax"].scale, b[f"{first}.input_scale"])
     assert one.batches == both.batches == 6 and all(one[k].histogram == both[k].histogram for k in one.tensors)
 
 
 WRONG = {
-    "no such model": (["calibrate", "no/such/folder", "--data", "t.txt", "--out", "o"], "MODEL 'no/such/folder' is no folder here"),
-    "no such path": (["calibrate", "./mine", "--data", "t.txt", "--out", "o"], "MODEL './mine': there is no such file or folder"),
+    "no such model": (
+        ["calibrate", "no/such/folder", "--data", "t.txt", "--out", "o"], "MODEL 'no/such/folder' is no folder here"
+    ),
+    "no such path": (
+        ["calibrate", "./mine", "--data", "t.txt", "--out", "o"], "MODEL './mine': there is no such file or folder"
+    ),
     "lab without a model": (["lab", "./mine", "--no-browser"], "MODEL './mine': there is no such file or folder"),
-    "lab without a record": (["lab", "run/record.safetensors", "--no-browser"], "MODEL 'run/record.safetensors': there is no such file or folder"),
+    "lab without a record": (
+        ["lab", "run/record.safetensors", "--no-browser"],
+        "MODEL 'run/record.safetensors': there is no such file or folder",
+    ),
     "no data": (["calibrate", "some/model", "--out", "o"], "--data is needed"),
-    "no such file": (["calibrate", "tiny", "--data", "none.txt", "--out", "o"], "--data none.txt: No such file or directory"),
+    "no such file": (
+        ["calibrate", "tiny", "--data", "none.txt", "--out", "o"], "--data none.txt: No such file or directory"
+    ),
     "empty file": (["calibrate", "tiny", "--data", "empty.txt", "--out", "o"], "--data empty.txt: holds no text"),
     "not JSON": (["calibrate", "tiny", "--data", "bad.jsonl", "--out", "o"], "bad.jsonl, line 1: not JSON"),
     "scheme": (["calibrate", "tiny", "--scheme", "INT5", "--out", "o"], "scheme='INT5' is not a preset"),
@@ -118,8 +139,10 @@ def test_what_is_wrong_is_one_line_and_leaves_nothing(words, said, tmp_path, mon
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("words", [[], ["frob"], ["calibrate", "tiny"], ["calibrate", "tiny", "--out", "o", "--limit", "0"],
-                                   ["calibrate", "tiny", "--out", "o", "--observer", "mse"]])
+@pytest.mark.parametrize("words", [
+    [], ["frob"], ["calibrate", "tiny"], ["calibrate", "tiny", "--out", "o", "--limit", "0"],
+    ["calibrate", "tiny", "--out", "o", "--observer", "mse"]
+])
 def test_a_wrong_command_line_is_2(words, capsys):
     with pytest.raises(SystemExit) as end: parser().parse_args(words)
     assert end.value.code == 2 and "usage: qcal-nb" in capsys.readouterr().err
@@ -135,9 +158,13 @@ def test_an_interrupt_is_130_and_leaves_nothing(tmp_path, monkeypatch, capsys):
 
 def test_lab_opens_its_notebook(tmp_path):
     port = free_port()
-    process = subprocess.Popen([PROGRAM, "lab", "tiny", "--no-browser", "--port", str(port)], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [PROGRAM, "lab", "tiny", "--no-browser", "--port", str(port)], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
     try:
-        address = next(found for line in process.stderr if (found := re.search(rf"http://127\.0\.0\.1:{port}/\S*", line)))[0]
+        address = next(
+            found for line in process.stderr if (found := re.search(rf"http://127\.0\.0\.1:{port}/\S*", line))
+        )[0]
         assert "workbench.ipynb" in address
         for _ in range(360):
             try:
@@ -166,12 +193,15 @@ def test_lab_does_not_open_the_notebook_of_another_model(own, tmp_path, monkeypa
     first, again, other = (lab_notebook(monkeypatch, name).name for name in ("tiny", "tiny", str(own/"model")))
     assert (first, again, other) == ("workbench.ipynb", "workbench.ipynb", "workbench-2.ipynb")
     assert lab_notebook(monkeypatch, "tiny", "--scheme", "W4A16").name == "workbench-3.ipynb"
-    assert lab_notebook(monkeypatch, "tiny", "--notebook", "workbench-2.ipynb").name == "workbench-2.ipynb"  # asked for by name: as it is
+    # asked for by name: as it is
+    assert lab_notebook(monkeypatch, "tiny", "--notebook", "workbench-2.ipynb").name == "workbench-2.ipynb"
 
 
 def test_a_notebook_in_another_folder_finds_model_and_texts(own, tmp_path, monkeypatch):
     monkeypatch.chdir(own)
-    notebook = lab_notebook(monkeypatch, "./model", "--data", "texts.jsonl", "--notebook", str(tmp_path/"deep"/"look.ipynb"))
+    notebook = lab_notebook(
+        monkeypatch, "./model", "--data", "texts.jsonl", "--notebook", str(tmp_path/"deep"/"look.ipynb")
+    )
     cells = [c for c in json.loads(notebook.read_text())["cells"] if c["cell_type"] == "code"]
     monkeypatch.chdir(notebook.parent)
     space = {}
@@ -182,14 +212,19 @@ def test_a_notebook_in_another_folder_finds_model_and_texts(own, tmp_path, monke
 def test_a_warning_is_one_line_in_the_words_of_the_command_line(own, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("long.txt").write_text("word " * 400)
-    assert main(["calibrate", str(own/"model"), "--data", "long.txt", "--max-length", "300", "--out", "run", "--quiet"]) == 0
+    assert main(
+        ["calibrate", str(own/"model"), "--data", "long.txt", "--max-length", "300", "--out", "run", "--quiet"]
+    ) == 0
     said = [line for line in capsys.readouterr().err.splitlines() if line]
-    assert said and all(line.startswith("qcal-nb: a batch of ") and line.endswith("use --max-length 256") for line in said), said
+    assert said, said
+    assert all(line.startswith("qcal-nb: a batch of ") and line.endswith("use --max-length 256") for line in said), said
 
 
 def test_a_name_that_matches_nothing_is_said_once(own, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    words = ["calibrate", str(own/"model"), "--data", str(own/"texts.jsonl"), "--ignore", "lm_haed", "--limit", "2", "--out"]
+    words = [
+        "calibrate", str(own/"model"), "--data", str(own/"texts.jsonl"), "--ignore", "lm_haed", "--limit", "2", "--out"
+    ]
     for out, more in (("run", ()), ("other", ("--checkpoint",))):
         assert main([*words, out, "--quiet", *more]) == 0
         assert capsys.readouterr().err.splitlines() == ["qcal-nb: ignore 'lm_haed' matches no module"]
@@ -201,7 +236,8 @@ def test_a_recipe_that_llm_compressor_cannot_follow_says_so(own, tmp_path, monke
     assert main([*words, "input=entropy", "--out", "ours"]) == main([*words, "input=mse", "--out", "theirs"]) == 0
     note, said = "llm-compressor has no observer entropy: ", capsys.readouterr().out
     assert said.count(note) == 1 and said.count("the same scales on the same batches") == 1
-    assert Path("ours/recipe.yaml").read_text().startswith(f"# {note}") and not Path("theirs/recipe.yaml").read_text().startswith("#")
+    assert Path("ours/recipe.yaml").read_text().startswith(f"# {note}")
+    assert not Path("theirs/recipe.yaml").read_text().startswith("#")
 
 
 def test_texts_are_cut_to_what_the_model_was_made_for(own, tmp_path, monkeypatch, capsys):
@@ -214,12 +250,19 @@ def test_texts_are_cut_to_what_the_model_was_made_for(own, tmp_path, monkeypatch
 
 def test_help_waits_for_no_model_library():
     heavy = "{'torch', 'transformers', 'nbformat'}"
-    found = run("-c", f"import sys, qcal_nb.cli; qcal_nb.cli.commands.parser(); print({heavy} & set(sys.modules))", program=(sys.executable,))
+    found = run(
+        "-c",
+        f"import sys, qcal_nb.cli; qcal_nb.cli.commands.parser(); print({heavy} & set(sys.modules))",
+        program=(sys.executable,),
+    )
     assert found.stdout.strip() == "set()", found.stdout + found.stderr
 
 
 def test_the_program_is_installed_and_teaches():
     assert shutil.which(str(PROGRAM))
     shown = run("--help").stdout + run("calibrate", "--help").stdout
-    for word in ("lab", "calibrate", "report", "torchrun", "recipe.yaml", "qcal-nb calibrate tiny --scheme FP8 --out run"): assert word in shown
+    for word in (
+        "lab", "calibrate", "report", "torchrun", "recipe.yaml", "qcal-nb calibrate tiny --scheme FP8 --out run"
+    ):
+        assert word in shown
     assert run("--version").stdout.startswith("qcal-nb ")

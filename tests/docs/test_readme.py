@@ -1,5 +1,5 @@
-"""README.md, CONTRIBUTING.md, index and walkthroughs: what they link to exists, what they tell you to type is understood, and the README is short.
-That the README is current: test_generated."""
+"""README.md, CONTRIBUTING.md, index and walkthroughs: what they link to exists, what they tell you to type is
+understood, and the README is short. That the README is current: test_generated."""
 import json
 import re
 import shlex
@@ -62,7 +62,10 @@ def targets() -> dict[str, set[str]]:
 def unknown(command: str) -> list[str]:
     "The words of a `make` command that Makefile does not know."
     known, words = targets(), shlex.split(command)[1:]
-    return [w for w in words if ("=" in w and w.split("=")[0] not in known["variables"]) or ("=" not in w and w not in known["targets"])]
+    return [
+        w for w in words
+        if ("=" in w and w.split("=")[0] not in known["variables"]) or ("=" not in w and w not in known["targets"])
+    ]
 
 
 def test_the_readme_is_short():
@@ -80,7 +83,9 @@ def test_links_lead_somewhere(page): assert broken(ROOT / page) == []
 
 
 def test_a_broken_link_is_seen(tmp_path):
-    (tmp_path / "a.md").write_text("# One two\n\n[x](#one-two) [y](#three) ![p](no.png) [z](https://x.org) `[c](no.md)`")
+    (tmp_path / "a.md").write_text(
+        "# One two\n\n[x](#one-two) [y](#three) ![p](no.png) [z](https://x.org) `[c](no.md)`"
+    )
     assert broken(tmp_path / "a.md") == ["#three", "no.png"]
 
 
@@ -97,7 +102,8 @@ def test_make_knows_every_command(page):
 
 
 def test_an_unknown_target_is_seen():
-    assert unknown("make lab PORT=1") == [] and unknown("make tea") == ["tea"] and unknown("make lab SUGAR=1") == ["SUGAR=1"]
+    assert unknown("make lab PORT=1") == [] and unknown("make tea") == ["tea"]
+    assert unknown("make lab SUGAR=1") == ["SUGAR=1"]
 
 
 def understood(command: str) -> bool:
@@ -120,7 +126,8 @@ def test_an_unknown_flag_is_seen(capsys):
 
 @pytest.mark.slow
 def test_the_code_runs_as_it_stands_and_prints_what_is_shown(tmp_path):
-    "All of the README's Python, in one process of its own, elsewhere. Ten lines for your own model, imports not counted."
+    """All of the README's Python, in one process of its own, elsewhere. Ten lines for your own model, imports not
+    counted."""
     blocks, shown = (re.findall(rf"(?s)```{kind}\n(.*?)\n```", text_of("README.md")) for kind in ("python", "text"))
     assert len([line for line in blocks[0].splitlines() if line and "import" not in line]) <= 10
     ran = subprocess.run([sys.executable, "-c", "\n".join(blocks)], cwd=tmp_path, capture_output=True, text=True)

@@ -15,7 +15,8 @@ def test_a_calibrated_model_is_not_touched(llama, data):
     calibrate(llama, data, QuantizationModifier(scheme="FP8", ignore=["lm_head"]), **QUIET)
     before = fingerprint(llama)
     for call in CALLS.values():
-        with pytest.raises(LifecycleError, match="needs the unquantized model, but this one is calibrated"): call(llama, data, data)
+        with pytest.raises(LifecycleError, match="needs the unquantized model, but this one is calibrated"):
+            call(llama, data, data)
     assert differences(before, fingerprint(llama)) == []
     with pytest.raises(LifecycleError), borrowed(llama, "a test"): pass
 
@@ -50,6 +51,9 @@ def test_of_a_calibrated_model_what_is_off_stays_off_and_an_error_leaves_it_as_i
 
 def test_only_a_calibrated_model_is_evaluated(llama, data, evals):
     modifier = QuantizationModifier(scheme="FP8", ignore=["lm_head"])
-    for phase, step in dict(original=lambda _: None, initialized=modifier.initialize_quantization, calibrating=modifier.start_calibration).items():
+    for phase, step in dict(
+        original=lambda _: None, initialized=modifier.initialize_quantization, calibrating=modifier.start_calibration
+    ).items():
         step(llama)
-        with pytest.raises(LifecycleError, match=f"needs a calibrated model, but this one is {phase}"): evaluate(llama, evals, **QUIET)
+        with pytest.raises(LifecycleError, match=f"needs a calibrated model, but this one is {phase}"):
+            evaluate(llama, evals, **QUIET)

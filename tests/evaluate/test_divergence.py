@@ -66,7 +66,10 @@ def test_what_was_left_out_for_lack_of_a_scale_stays_off():
     model = make_model("mixtral")
     modifier = QuantizationModifier(scheme=W4A4, ignore=["lm_head"], on_uncalibrated="skip")
     calibrate(model, make_batches(1, shape=(1, 2)), modifier, all_experts=False, **QUIET)
-    skipped = [n for n, m in model.named_modules() if getattr(m, "input_scale", None) is not None and m.input_scale.isnan().any()]
+    skipped = [
+        n for n, m in model.named_modules()
+        if getattr(m, "input_scale", None) is not None and m.input_scale.isnan().any()
+    ]
     board = QuantizationSwitches(model)
     assert skipped and not set(skipped) & set(board.modules)
     with board.only(): pass
@@ -85,10 +88,14 @@ def test_masked_tokens_do_not_count():
 def test_models_that_predict_no_next_token(data):
     for model in (make_model("bert"), make_model("llama_gqa").model, torch.nn.Linear(2, 2)):
         before = fingerprint(model)
-        for call in (lambda m: compare_schemes(m, data, ["FP8"], eval_data=data), lambda m: sensitivity(m, data, "FP8", eval_data=data)):
+        for call in (
+            lambda m: compare_schemes(m, data, ["FP8"], eval_data=data),
+            lambda m: sensitivity(m, data, "FP8", eval_data=data),
+        ):
             with pytest.raises(TypeError, match="must be a causal language model"): call(model)
         assert differences(before, fingerprint(model)) == []
-    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got str"): compare_schemes("x", data, ["FP8"], eval_data=data)
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got str"):
+        compare_schemes("x", data, ["FP8"], eval_data=data)
 
 
 def test_the_loss_of_one_batch_is_cross_entropy(llama, data):
@@ -102,7 +109,9 @@ def test_the_loss_of_one_batch_is_cross_entropy(llama, data):
 
 def test_an_encoder_with_a_head_predicts_no_next_token():
     from transformers import BertConfig, BertForMaskedLM
-    model = BertForMaskedLM(BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)).eval()
+    model = BertForMaskedLM(
+        BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    ).eval()
     with pytest.raises(TypeError, match="must be a causal language model .* got BertForMaskedLM"):
         compare_schemes(model, make_batches(1, 64), ["FP8"], eval_data=make_batches(1, 64))
 
@@ -110,12 +119,18 @@ def test_an_encoder_with_a_head_predicts_no_next_token():
 def test_a_line_of_text_is_what_greedy_generation_of_the_quantized_model_gives():
     model, tokenizer = load_tiny_llama()
     prompt, texts, evals = "The function returns", calibration_texts()[:2], [text[:300] for text in heldout_texts()[:2]]
-    table = compare_schemes(model, texts, ["FP8", "W4A16"], eval_data=evals, tokenizer=tokenizer, prompt=prompt, **QUIET)
+    table = compare_schemes(
+        model, texts, ["FP8", "W4A16"], eval_data=evals, tokenizer=tokenizer, prompt=prompt, **QUIET
+    )
     assert list(table.columns) == [*SCHEME_COLUMNS, "text"]
     ids = tokenizer(prompt, return_tensors="pt")
     for label, text in zip(table.scheme, table.text):
-        if label != "original": calibrate(model, texts, QuantizationModifier(scheme=label, ignore=["lm_head"]), tokenizer=tokenizer, **QUIET)
-        greedy = dict(max_new_tokens=24, do_sample=False, use_cache=False)  # with a cache last bits differ, and with them a rounding now and then
+        if label != "original":
+            calibrate(
+                model, texts, QuantizationModifier(scheme=label, ignore=["lm_head"]), tokenizer=tokenizer, **QUIET
+            )
+        # with a cache last bits differ, and with them a rounding now and then
+        greedy = dict(max_new_tokens=24, do_sample=False, use_cache=False)
         out = model.generate(**ids, **greedy, pad_token_id=tokenizer.eos_token_id)[0, ids.input_ids.shape[1]:]
         assert text == tokenizer.decode(out, skip_special_tokens=True)
         reset_quantization(model)
@@ -126,11 +141,16 @@ def test_text_needs_a_tokenizer_and_a_token_and_leaves_the_model_as_it_was(data,
     model.train()
     model.generation_config.temperature, model.generation_config.do_sample = 0.3, True
     before, settings = fingerprint(model), model.generation_config.to_dict()
-    compare_schemes(model, None, "W8A16", eval_data=evals, tokenizer=tokenizer, prompt="x" * 4000, **QUIET)  # longer than the model can read
-    assert model.training and model.generation_config.to_dict() == settings and differences(before, fingerprint(model)) == []
+    # longer than the model can read
+    compare_schemes(model, None, "W8A16", eval_data=evals, tokenizer=tokenizer, prompt="x" * 4000, **QUIET)
+    assert model.training and model.generation_config.to_dict() == settings
+    assert differences(before, fingerprint(model)) == []
 
     def silent(text): return dict(input_ids=[])  # a tokenizer that adds no token of its own
     options = dict(eval_data=evals, **QUIET)
-    with pytest.raises(ValueError, match="pass the model's tokenizer"): compare_schemes(model, None, "W8A16", prompt="a", **options)
-    with pytest.raises(ValueError, match="holds no token"): compare_schemes(model, None, "W8A16", tokenizer=silent, prompt="", **options)
-    with pytest.raises(TypeError, match="prompt must be a str"): compare_schemes(model, None, "W8A16", tokenizer=tokenizer, prompt=3, **options)
+    with pytest.raises(ValueError, match="pass the model's tokenizer"):
+        compare_schemes(model, None, "W8A16", prompt="a", **options)
+    with pytest.raises(ValueError, match="holds no token"):
+        compare_schemes(model, None, "W8A16", tokenizer=silent, prompt="", **options)
+    with pytest.raises(TypeError, match="prompt must be a str"):
+        compare_schemes(model, None, "W8A16", tokenizer=tokenizer, prompt=3, **options)

@@ -10,13 +10,17 @@ from qcal_nb.lifecycle import QuantizationModifier
 from tests.evaluate.samples import CALLS, NVFP4A16, QUIET, W4, Counting
 
 
-@pytest.mark.parametrize("name, scheme", [("llama_gqa", "FP8"), ("mixtral", W4), ("mixtral", NVFP4A16), ("opt", "INT8_STATIC")])
+@pytest.mark.parametrize(
+    "name, scheme", [("llama_gqa", "FP8"), ("mixtral", W4), ("mixtral", NVFP4A16), ("opt", "INT8_STATIC")]
+)
 def test_the_model_is_as_before(name, scheme, data, evals):
     model = make_model(name).train()
     before = fingerprint(model)
     compare_schemes(model, data, [scheme], eval_data=evals, **QUIET)
     sensitivity(model, data, scheme, eval_data=evals[:1], **QUIET)
-    compare_observers(model, data, ["static_minmax"], scheme=QuantizationModifier(scheme=scheme, ignore=["lm_head"]), **QUIET)
+    compare_observers(
+        model, data, ["static_minmax"], scheme=QuantizationModifier(scheme=scheme, ignore=["lm_head"]), **QUIET
+    )
     assert differences(before, fingerprint(model)) == []
 
 
@@ -39,7 +43,8 @@ def test_an_interrupt_gives_the_rows_so_far(llama, data, evals):
     assert CALLS["compare_schemes"](llama, data, evals).equals(whole.iloc[:2])
     counter.handle.remove()
     table = sensitivity(llama, data, "FP8", eval_data=evals, **QUIET)
-    counter = Counting(llama, 2 + 3 + 3 + 3 + 2 * 3 + 2)  # calibrate, the original's logits, nothing, everything, one row, and a bit
+    # calibrate, the original's logits, nothing, everything, one row, and a bit
+    counter = Counting(llama, 2 + 3 + 3 + 3 + 2 * 3 + 2)
     assert sensitivity(llama, data, "FP8", eval_data=evals, **QUIET).equals(table.iloc[:1])
 
 
@@ -47,16 +52,20 @@ def test_what_prepared_the_model_stays(data, evals):
     model = unfuse_experts(make_model("mixtral"))
     before = fingerprint(model)
     compare_schemes(model, data, ["FP8"], eval_data=evals, **QUIET)
-    left = [d for d in differences(before, fingerprint(model)) if "experts.tokens" not in d]  # experts count their tokens in every pass
+    # experts count their tokens in every pass
+    left = [d for d in differences(before, fingerprint(model)) if "experts.tokens" not in d]
     assert left == []
 
 
 @pytest.mark.parametrize("change, error, words", [
-    (dict(schemes=["FP9"]), ValueError, "'FP9' is not a preset"), (dict(schemes=[8]), TypeError, "a scheme must be a preset's name"),
-    (dict(schemes=8), TypeError, "schemes must be an iterable"), (dict(schemes={1: "FP8"}), TypeError, "labels are strings"),
+    (dict(schemes=["FP9"]), ValueError, "'FP9' is not a preset"),
+    (dict(schemes=[8]), TypeError, "a scheme must be a preset's name"),
+    (dict(schemes=8), TypeError, "schemes must be an iterable"),
+    (dict(schemes={1: "FP8"}), TypeError, "labels are strings"),
     (dict(schemes=["W4A16"]), ValueError, "W4A16: the scheme does not fit"),
     (dict(data=None), ValueError, "data=None: FP8 cannot be calibrated"),
-    (dict(data=[]), ValueError, "data=empty"), (dict(eval_data=[]), ValueError, "eval_data must hold at least one token"),
+    (dict(data=[]), ValueError, "data=empty"),
+    (dict(eval_data=[]), ValueError, "eval_data must hold at least one token"),
     (dict(eval_data=["text"]), ValueError, "pass the model's tokenizer"),
     (dict(eval_data=[torch.rand(1, 3, 4)]), ValueError, "eval_data: batch 0 holds"),
     (dict(batch_size=0), ValueError, "batch_size=0 must be"),
@@ -72,7 +81,8 @@ def test_bad_arguments_are_named_before_anything_runs(llama, data, change, error
 def test_a_scheme_that_does_not_fit_spoils_nothing(llama, data):
     before = fingerprint(llama)
     table = compare_schemes(llama, data, ["W4A16", "FP8"], eval_data=data[:1], **QUIET)
-    assert table.scheme.tolist() == ["original", "W4A16", "FP8"] and table.why.str.contains("group_size is 128").tolist() == [False, True, False]
+    assert table.scheme.tolist() == ["original", "W4A16", "FP8"]
+    assert table.why.str.contains("group_size is 128").tolist() == [False, True, False]
     assert table.perplexity.isna().tolist() == [False, True, False] and differences(before, fingerprint(llama)) == []
     alone = compare_schemes(llama, data, ["FP8"], eval_data=data[:1], **QUIET)
     assert alone.iloc[1].drop("scheme").equals(table.iloc[2].drop("scheme"))

@@ -14,12 +14,16 @@ from qcal_nb.pipelines import calibrate
 from qcal_nb.evaluate.schemes import evaluated
 from tests.evaluate.samples import QUIET, W4
 
-STATIC = {"W8A8": {}, "FP8_BLOCK": {}, "W4A16": {}, "NVFP4A16": {}, "MXFP4A16": {}, "FP8": {}, "W4A16_ASYM": {}, "INT8_STATIC": {}}
+STATIC = {
+    "W8A8": {}, "FP8_BLOCK": {}, "W4A16": {}, "NVFP4A16": {}, "MXFP4A16": {}, "FP8": {}, "W4A16_ASYM": {},
+    "INT8_STATIC": {}
+}
 
 
 @pytest.mark.parametrize("scheme", STATIC)
 def test_noise_is_what_the_module_itself_makes(scheme):
-    "Each granularity: signal and noise of weights and inputs, against the quantized model's own quantization of the same tensors."
+    """Each granularity: signal and noise of weights and inputs, against the quantized model's own quantization of the
+    same tensors."""
     model, tokenizer = load_tiny_llama()
     texts = [t[:200] for t in calibration_texts()[:2]]
     modifier = QuantizationModifier(scheme=scheme, ignore=["lm_head"], weight_observer="memoryless_minmax")
@@ -38,10 +42,13 @@ def test_noise_is_what_the_module_itself_makes(scheme):
 def test_local_scales_are_found_while_running(data):
     model = make_model("llama_gqa")
     table = compare_observers(model, data, ["static_minmax"], scheme="NVFP4", base_names=["input"], **QUIET)
-    calibrate(model, data, QuantizationModifier(scheme="NVFP4", ignore=["lm_head"], input_observer="static_minmax"), **QUIET)
+    calibrate(
+        model, data, QuantizationModifier(scheme="NVFP4", ignore=["lm_head"], input_observer="static_minmax"), **QUIET
+    )
     damage = evaluated(model, data)[2]
     for row in table.itertuples():
-        assert math.isnan(row.scale) and math.isclose(row.sqnr_db, scheme_comparison.sqnr_db(*damage.powers[f"{row.module}.input"]), abs_tol=1e-3)
+        assert math.isnan(row.scale)
+        assert math.isclose(row.sqnr_db, scheme_comparison.sqnr_db(*damage.powers[f"{row.module}.input"]), abs_tol=1e-3)
 
 
 def test_rows_and_columns(llama, data):
@@ -50,7 +57,8 @@ def test_rows_and_columns(llama, data):
     assert list(table.columns) == OBSERVER_COLUMNS and len(table) == 14 * 3 * 3 and table.attrs["batches"] == 2
     best = table[table.best]
     where = ["module", "base_name"]
-    assert len(best) == 14 * 3 and best.set_index(where).sqnr_db.sort_index().equals(table.groupby(where).sqnr_db.max().sort_index())
+    assert len(best) == 14 * 3
+    assert best.set_index(where).sqnr_db.sort_index().equals(table.groupby(where).sqnr_db.max().sort_index())
     clipping = table[table.observer.str.startswith("percentile") & (table.base_name == "input")]
     assert clipping.clipped.between(0.001, 0.03).all() and (table[table.observer == "static_minmax"].clipped == 0).all()
 
@@ -64,10 +72,13 @@ def test_every_module_has_its_own_weight_measured(llama, data):
 
 @pytest.mark.parametrize("strategy", ["tensor", "attn_head"])
 def test_attention_states(llama, data, strategy):
-    scheme = QuantizationModifier(config_groups={"a": dict(targets=["LlamaAttention"], input_activations=dict(num_bits=8, strategy=strategy))})
+    scheme = QuantizationModifier(
+        config_groups={"a": dict(targets=["LlamaAttention"], input_activations=dict(num_bits=8, strategy=strategy))}
+    )
     before = fingerprint(llama)
     table = compare_observers(llama, data, ["static_minmax"], scheme=scheme, base_names=["q", "k", "v"], **QUIET)
-    assert len(table) == 6 and (table.reason == "").all() and table.sqnr_db.between(20, 70).all() and differences(before, fingerprint(llama)) == []
+    assert len(table) == 6 and (table.reason == "").all() and table.sqnr_db.between(20, 70).all()
+    assert differences(before, fingerprint(llama)) == []
     assert (table.scale_min < table.scale_max).all() == (strategy == "attn_head")
 
 

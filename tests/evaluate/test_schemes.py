@@ -30,19 +30,24 @@ def test_a_row_is_what_calibrate_and_perplexity_say():
     assert math.isclose(table.perplexity[1], perplexity(model, tokenizer, held), rel_tol=1e-5)
     assert (table.perplexity_before == table.perplexity[0]).all()
     n, loss, kl, same = direct(current_logits(model, batch), original, batch)
-    assert math.isclose(table.loss[1], loss, rel_tol=1e-4) and math.isclose(table.kl[1], kl, rel_tol=0.02) and abs(table.top1[1] - same) < 2.5 / n
+    assert math.isclose(table.loss[1], loss, rel_tol=1e-4) and math.isclose(table.kl[1], kl, rel_tol=0.02)
+    assert abs(table.top1[1] - same) < 2.5 / n
 
 
 def test_padded_batches_give_the_figures_of_single_texts():
     model, tokenizer = load_tiny_llama()
     held = [t[:200 + 150 * i] for i, t in enumerate(heldout_texts()[:3])]
-    one, three = (compare_schemes(model, None, W4, eval_data=held, tokenizer=tokenizer, batch_size=n, **QUIET) for n in (1, 3))
+    one, three = (
+        compare_schemes(model, None, W4, eval_data=held, tokenizer=tokenizer, batch_size=n, **QUIET) for n in (1, 3)
+    )
     for column in ("loss", "kl"): assert (one[column] - three[column]).abs().max() < 1e-4
     assert one.worst[1] == three.worst[1] and math.isclose(one.worst_sqnr_db[1], three.worst_sqnr_db[1], abs_tol=1e-6)
 
 
 def test_worst_is_the_worst_of_explicit_qdq(llama, data, evals):
-    table = compare_schemes(llama, data, QuantizationModifier(scheme=W4A4, ignore=["lm_head"]), eval_data=evals, **QUIET)
+    table = compare_schemes(
+        llama, data, QuantizationModifier(scheme=W4A4, ignore=["lm_head"]), eval_data=evals, **QUIET
+    )
     modifier = QuantizationModifier(scheme=W4A4, ignore=["lm_head"])
     seen = {}
     def see(name): return lambda _, args: seen.setdefault(name, []).append(args[0])
@@ -64,8 +69,10 @@ def test_worst_is_the_worst_of_explicit_qdq(llama, data, evals):
 
 
 @pytest.mark.filterwarnings("ignore")  # of what such checkpoints cannot do elsewhere
-@pytest.mark.parametrize("name, scheme", [("llama_tied", "W8A8"), ("llama_gqa", "FP8"), ("llama_tied", "NVFP4A16"), ("mixtral", "FP8_DYNAMIC"),
-                                          ("llama_gqa", W4)])
+@pytest.mark.parametrize("name, scheme", [
+    ("llama_tied", "W8A8"), ("llama_gqa", "FP8"), ("llama_tied", "NVFP4A16"), ("mixtral", "FP8_DYNAMIC"),
+    ("llama_gqa", W4)
+])
 def test_weight_bytes_are_those_of_the_file(name, scheme, data, tmp_path):
     model = make_model(name)
     modifier = QuantizationModifier(scheme=scheme, ignore=["lm_head", "re:.*gate$"])
@@ -79,7 +86,8 @@ def test_weight_bytes_are_those_of_the_file(name, scheme, data, tmp_path):
 def written(folder):
     total = 0
     for file in folder.glob("*.safetensors"):
-        with safe_open(file, "pt") as found: total += sum(t.numel() * t.element_size() for t in (found.get_tensor(k) for k in found.keys()))
+        with safe_open(file, "pt") as found:
+            total += sum(t.numel() * t.element_size() for t in (found.get_tensor(k) for k in found.keys()))
     return total
 
 
@@ -88,7 +96,9 @@ def test_what_no_format_can_store_has_no_size(llama, data):
     calibrate(llama, data, QuantizationModifier(scheme=odd, ignore=["lm_head"]), **QUIET)
     assert stored_bytes(llama) is None
     reset_quantization(llama)
-    table = compare_schemes(llama, data, {"odd": QuantizationModifier(scheme=odd, ignore=["lm_head"])}, eval_data=data, **QUIET)
+    table = compare_schemes(
+        llama, data, {"odd": QuantizationModifier(scheme=odd, ignore=["lm_head"])}, eval_data=data, **QUIET
+    )
     assert table.weight_bytes.isna().tolist() == [False, True] and math.isfinite(table.loss[1])
 
 
@@ -114,7 +124,8 @@ def test_evaluation_texts_may_be_cut_at_another_length(llama, data, evals):
 
 def test_an_error_names_the_scheme(llama, data):
     Counting(llama, 3, RuntimeError)
-    with pytest.raises(RuntimeError) as error: compare_schemes(llama, data, {"mine": "FP8"}, eval_data=data[:1], **QUIET)
+    with pytest.raises(RuntimeError) as error:
+        compare_schemes(llama, data, {"mine": "FP8"}, eval_data=data[:1], **QUIET)
     assert "at 'mine'" in error.value.__notes__[-1]
 
 
@@ -128,4 +139,5 @@ def test_tick_comes_after_each_batch_and_can_end_the_comparison(llama, data, eva
         if len(beats) == 2 * len(evals) + 1: raise KeyboardInterrupt
     beats.clear()
     table = compare_schemes(llama, data, ["FP8", "W8A8"], eval_data=evals, tick=tick, **QUIET)
-    assert table.equals(whole.iloc[:2]) and differences(before, fingerprint(llama)) == [] and capsys.readouterr().out == ""
+    assert table.equals(whole.iloc[:2]) and differences(before, fingerprint(llama)) == []
+    assert capsys.readouterr().out == ""

@@ -27,11 +27,15 @@ def test_rows_are_those_of_models_quantized_so(llama, data, evals):
     row, names = table.iloc[9], [n for (n,) in table.modules]
     for only in (True, False):
         chosen = [row.module] if only else [n for n in names if n != row.module]
-        direct = compare_schemes(llama, None, {"x": QuantizationModifier(scheme=W4, targets=chosen)}, eval_data=evals, **QUIET)
+        direct = compare_schemes(
+            llama, None, {"x": QuantizationModifier(scheme=W4, targets=chosen)}, eval_data=evals, **QUIET
+        )
         kind = "only" if only else "without"
         assert (direct.loss[1], direct.kl[1]) == (row[f"loss_{kind}"], row[f"kl_{kind}"])
     all_of_them = compare_schemes(llama, None, W4, eval_data=evals, **QUIET)
-    assert table.attrs == dict(loss_original=all_of_them.loss[0], loss_quantized=all_of_them.loss[1], kl_quantized=all_of_them.kl[1])
+    assert table.attrs == dict(
+        loss_original=all_of_them.loss[0], loss_quantized=all_of_them.loss[1], kl_quantized=all_of_them.kl[1]
+    )
     assert names == [n for n, m in llama.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
 
 
@@ -54,7 +58,8 @@ def test_logits_that_are_not_kept_give_the_same(llama, evals, monkeypatch):
 def test_experts_have_rows(data, evals):
     table = sensitivity(make_model("mixtral"), data, W4, eval_data=evals[:1], **QUIET)
     experts = table[table.module.str.contains("experts")]
-    assert len(experts) == 2 * 4 * 3 and (experts.kl_only >= 0).all() and experts.kl_only.max() > 0 and (table.type == "Linear").all()
+    assert len(experts) == 2 * 4 * 3 and (experts.kl_only >= 0).all() and experts.kl_only.max() > 0
+    assert (table.type == "Linear").all()
 
 
 SCRIPT = """
@@ -76,7 +81,8 @@ def test_killed_and_gone_on(llama, data, evals, tmp_path):
     env = os.environ | dict(PYTHONPATH=str(ROOT))
     child = subprocess.Popen([sys.executable, "-c", SCRIPT.format(tests=str(ROOT/"tests"), path=str(path))], env=env)
     until = time.monotonic() + 120
-    while child.poll() is None and time.monotonic() < until and (not path.exists() or path.read_bytes().count(b"\n") < 5): time.sleep(0.01)
+    def written(): return path.exists() and path.read_bytes().count(b"\n") >= 5
+    while child.poll() is None and time.monotonic() < until and not written(): time.sleep(0.01)
     child.send_signal(signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL
     done = path.read_bytes().count(b"\n") - 2
@@ -88,7 +94,9 @@ def test_killed_and_gone_on(llama, data, evals, tmp_path):
     pd.testing.assert_frame_equal(resumed, whole, check_exact=True)
     assert counter.n == 2 + 3 + 2 * 3 * (14 - done)  # calibration, the original's logits, and what was missing
     before = counter.n
-    pd.testing.assert_frame_equal(sensitivity(llama, data, "FP8", eval_data=evals, path=path, **QUIET), whole, check_exact=True)
+    pd.testing.assert_frame_equal(
+        sensitivity(llama, data, "FP8", eval_data=evals, path=path, **QUIET), whole, check_exact=True
+    )
     assert counter.n == before  # all of it is in the file
 
 
@@ -125,7 +133,9 @@ def test_another_run_is_refused(llama, evals, finished, name):
 
 def test_another_model_is_refused(evals, finished):
     path, _ = finished
-    with pytest.raises(ValueError, match=r"another run: .*model, weights differ \(LlamaForCausalLM, not Qwen3ForCausalLM\)"):
+    with pytest.raises(
+        ValueError, match=r"another run: .*model, weights differ \(LlamaForCausalLM, not Qwen3ForCausalLM\)"
+    ):
         sensitivity(make_model("qwen3"), None, W4, eval_data=evals, path=path, **QUIET)
 
 
@@ -138,8 +148,13 @@ DAMAGE = {
     "newer": (lambda lines: [lines[0].replace('"version": 1', '"version": 2', 1)], "has version 2"),
     "torn line": (lambda lines: [*lines[:3], lines[3][:20] + "\n", *lines[4:]], "line 4 is no JSON object"),
     "row of other modules": (lambda lines: [*lines[:3], lines[3].replace("layers.0", "layers.7")], "line 4 holds"),
-    "row without a number": (lambda lines: [*lines[:3], json.dumps(json.loads(lines[3]) | {"kl_only": "x"}) + "\n"], "line 4 holds"),
-    "other units": (lambda lines: [lines[0], json.dumps(json.loads(lines[1]) | {"units": [["lm_head"]]}) + "\n"], "second line lists other modules"),
+    "row without a number": (
+        lambda lines: [*lines[:3], json.dumps(json.loads(lines[3]) | {"kl_only": "x"}) + "\n"], "line 4 holds"
+    ),
+    "other units": (
+        lambda lines: [lines[0], json.dumps(json.loads(lines[1]) | {"units": [["lm_head"]]}) + "\n"],
+        "second line lists other modules",
+    ),
 }
 
 
@@ -147,8 +162,11 @@ DAMAGE = {
 def test_foreign_and_damaged_files_are_refused_and_left_alone(llama, evals, finished, kind):
     path, _ = finished
     change, words = DAMAGE[kind]
-    bad = b"".join(x if isinstance(x, bytes) else x.encode() for x in change(path.read_text().splitlines(keepends=True)))
+    bad = b"".join(
+        x if isinstance(x, bytes) else x.encode() for x in change(path.read_text().splitlines(keepends=True))
+    )
     path.write_bytes(bad)
     before = fingerprint(llama)
-    with pytest.raises(ValueError, match=words) as error: sensitivity(llama, None, W4, eval_data=evals, path=path, **QUIET)
+    with pytest.raises(ValueError, match=words) as error:
+        sensitivity(llama, None, W4, eval_data=evals, path=path, **QUIET)
     assert str(path) in str(error.value) and path.read_bytes() == bad and differences(before, fingerprint(llama)) == []

@@ -10,7 +10,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def run_pytest(folder: Path, text: str, *args, **env):
     "pytest on `text` beside a copy of our conftest.py; returns (exit status, output)"
-    (folder/"tests").mkdir(); shutil.copy(ROOT/"tests"/"conftest.py", folder/"tests"); shutil.copy(ROOT/"pyproject.toml", folder)
+    (folder/"tests").mkdir()
+    shutil.copy(ROOT/"tests"/"conftest.py", folder/"tests")
+    shutil.copy(ROOT/"pyproject.toml", folder)
     (folder/"tests"/"test_it.py").write_text(text, encoding="utf-8")
     clean = {k: v for k, v in os.environ.items() if k not in ("CI", "PYTEST_ADDOPTS")}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *args]

@@ -1,4 +1,5 @@
-"""The benchmarks themselves: every row runs, they alternate, and scales that differ are seen. No test asserts a time."""
+"""The benchmarks themselves: every row runs, they alternate, and scales that differ are seen. No test asserts a
+time."""
 import math
 from dataclasses import replace
 
@@ -9,7 +10,9 @@ from compressed_tensors.quantization import QuantizationArgs
 pytest.importorskip("llmcompressor", reason="no reference: pip install -e '.[dev]'")
 from benchmarks import __main__ as command
 from benchmarks import measuring, results, sides
-from benchmarks.measuring import Agreement, Found, Spread, Work, agreement, alternate, memory, one_read, same_bits, search_error, threads
+from benchmarks.measuring import (
+    Agreement, Found, Spread, Work, agreement, alternate, memory, one_read, same_bits, search_error, threads
+)
 from benchmarks.rows import ROWS
 from benchmarks.sides import INT4_GROUP, INT8_TENSOR, NVFP4, OBSERVERS, QUICK
 
@@ -44,7 +47,8 @@ def test_alternates():
     calls = []
     works = {name: Work(calls.append, lambda name=name: name) for name in "AB"}
     times = alternate(works, rounds=3, clock=lambda work, n=1: measuring.seconds(work))
-    assert calls == list("AB" * 4) and {name: len(t) for name, t in times.items()} == dict(A=3, B=3)  # the first round does not count
+    # the first round does not count
+    assert calls == list("AB" * 4) and {name: len(t) for name, t in times.items()} == dict(A=3, B=3)
 
 
 def test_a_slow_first_round_counts():
@@ -94,7 +98,8 @@ def test_same_bits():
     nan, zero = torch.tensor([float("nan"), 1.0]), torch.tensor([0.0, 1.0])
     assert same_bits(nan, nan.clone()).tolist() == [True, True]
     assert same_bits(zero, -zero.flip(0).flip(0)).tolist() == [False, False]  # 0.0 and -0.0 are not the same bits
-    assert not same_bits(zero, zero.double()).any() and not same_bits(zero, zero[:1]).any() and not same_bits(zero, None).any()
+    assert not same_bits(zero, zero.double()).any() and not same_bits(zero, zero[:1]).any()
+    assert not same_bits(zero, None).any()
     assert same_bits(None, None).all()
 
 
@@ -137,7 +142,8 @@ def search(scales, x=None, dtype=torch.float32):
     "LiveResults about one tensor with these scales, and their error."
     x = torch.linspace(-1, 1, 1001).reshape(1, 1, -1).to(dtype) if x is None else x
     args = QuantizationArgs(**INT8_TENSOR)
-    return [Found(torch.tensor([s], dtype=dtype), torch.zeros(1, dtype=torch.int8)) for s in scales], search_error(x, args, 2.4)
+    found = [Found(torch.tensor([s], dtype=dtype), torch.zeros(1, dtype=torch.int8)) for s in scales]
+    return found, search_error(x, args, 2.4)
 
 
 def test_ties():
@@ -152,11 +158,13 @@ def test_ties():
 def test_where_ties_count():
     args, x = QuantizationArgs(**INT8_TENSOR), torch.randn(1, 8, 8)
     assert sides.error_of("mse", "input", args, x) is not None
-    assert sides.error_of("mse", "input", args, x.bfloat16()) is None and sides.error_of("static_minmax", "input", args, x) is None
+    assert sides.error_of("mse", "input", args, x.bfloat16()) is None
+    assert sides.error_of("static_minmax", "input", args, x) is None
 
 
 @pytest.mark.parametrize("name, base_name, args", [
-    ("memoryless_mse", "weight", INT4_GROUP), ("nvfp4_expanded_mse", "weight", NVFP4), ("imatrix_mse", "weight", INT4_GROUP),
+    ("memoryless_mse", "weight", INT4_GROUP), ("nvfp4_expanded_mse", "weight", NVFP4),
+    ("imatrix_mse", "weight", INT4_GROUP),
     ("mse", "input", INT8_TENSOR)])
 def test_the_range_that_was_found_is_better_than_a_narrower_one(name, base_name, args):
     x = torch.randn(32, 256, generator=torch.Generator().manual_seed(0))
@@ -185,8 +193,12 @@ def test_memory():
 
 
 def test_file(tmp_path):
-    line = results.timing("one", dict(ours=[1.0, 2.0], reference=[4.0, 4.0], limit=[0.5, 0.5]), results.faster(2), Agreement(3, 3, 0))
-    grown = replace(line, row="two", ratio=None, reference=None, agreement=None, points=dict(x=[1, 2], seconds=[1.0, 2.0]))
+    line = results.timing(
+        "one", dict(ours=[1.0, 2.0], reference=[4.0, 4.0], limit=[0.5, 0.5]), results.faster(2), Agreement(3, 3, 0)
+    )
+    grown = replace(
+        line, row="two", ratio=None, reference=None, agreement=None, points=dict(x=[1, 2], seconds=[1.0, 2.0])
+    )
     results.write("a", "What it is.", [line], tmp_path/"r.json")
     results.write("b", "Another.", [grown], tmp_path/"r.json")
     read = results.read(tmp_path/"r.json")

@@ -29,10 +29,15 @@ def write_nb(path, *cells, **metadata):
 
 def chapter(path, module, body):
     "A notebook with one exported cell"
-    write_nb(path, cell("markdown", f"# {module}\n\n> A chapter.", "a0"), cell("code", f"#| default_exp {module}", "a1"),
-             cell("code", f"#| export\n{body}", "a2"))
+    write_nb(
+        path, cell("markdown", f"# {module}\n\n> A chapter.", "a0"), cell("code", f"#| default_exp {module}", "a1"),
+        cell("code", f"#| export\n{body}", "a2")
+    )
 
-def git(root, *args): subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@t", *args], cwd=root, check=True, capture_output=True)
+def git(root, *args):
+    subprocess.run(
+        ["git", "-c", "user.name=t", "-c", "user.email=t@t", *args], cwd=root, check=True, capture_output=True
+    )
 
 @pytest.fixture
 def project(tmp_path):
@@ -99,10 +104,19 @@ def test_the_command_says_what_differs(project):
 
 def not_clean(root, tmp):
     "Notebooks of `root` that `nbdev-clean` and tools/clean_outputs.py would change"
-    shutil.copytree(root/"nbs", tmp/"nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints")); shutil.copy(root/"pyproject.toml", tmp)
-    subprocess.run([sys.executable, "-c", "from nbdev.clean import nbdev_clean; nbdev_clean()"], cwd=tmp, check=True, capture_output=True)
+    shutil.copytree(root/"nbs", tmp/"nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    shutil.copy(root/"pyproject.toml", tmp)
+    subprocess.run(
+        [sys.executable, "-c", "from nbdev.clean import nbdev_clean; nbdev_clean()"],
+        cwd=tmp,
+        check=True,
+        capture_output=True,
+    )
     clean_outputs.main([tmp/"nbs"])
-    return [p.relative_to(root).as_posix() for p in drift.notebooks(root) if p.read_bytes() != (tmp/p.relative_to(root)).read_bytes()]
+    return [
+        p.relative_to(root).as_posix()
+        for p in drift.notebooks(root) if p.read_bytes() != (tmp/p.relative_to(root)).read_bytes()
+    ]
 
 def test_notebooks_are_clean(tmp_path): assert not_clean(ROOT, tmp_path) == [], "run `make clean-notebooks`"
 
@@ -119,5 +133,6 @@ def test_widget_views_and_state_are_dropped(tmp_path):
     write_nb(tmp_path/"w.ipynb", cell("code", "panel", "a0", outputs=shown), widgets={"state": {}})
     clean_outputs.main([tmp_path])
     nb = json.loads((tmp_path/"w.ipynb").read_text())
-    assert nb["metadata"] == {} and [sorted(o.get("data", {})) for o in nb["cells"][0]["outputs"]] == [["image/png", "text/plain"], []]
+    assert nb["metadata"] == {}
+    assert [sorted(o.get("data", {})) for o in nb["cells"][0]["outputs"]] == [["image/png", "text/plain"], []]
     assert not clean_outputs.clean_file(tmp_path/"w.ipynb")               # nothing left to do

@@ -13,8 +13,13 @@ KERNEL = dict(name="python3", display_name="python3", language="python")    # wi
 
 
 def notebook(path: Path, *sources: str):
-    cells = [dict(cell_type="code", id=f"c{i}", metadata={}, execution_count=None, outputs=[], source=s) for i, s in enumerate(sources)]
-    path.write_text(json.dumps(dict(cells=cells, metadata=dict(kernelspec=KERNEL), nbformat=4, nbformat_minor=5)), encoding="utf-8")
+    cells = [
+        dict(cell_type="code", id=f"c{i}", metadata={}, execution_count=None, outputs=[], source=s)
+        for i, s in enumerate(sources)
+    ]
+    path.write_text(
+        json.dumps(dict(cells=cells, metadata=dict(kernelspec=KERNEL), nbformat=4, nbformat_minor=5)), encoding="utf-8"
+    )
 
 
 def test_kernels_are_of_this_environment(lab, open_nb):

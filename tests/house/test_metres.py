@@ -1,7 +1,8 @@
-"""The metres of the code: what a reader has to take in at once. Measured on the package as it is exported, private code included.
+"""The metres of the code: what a reader has to take in at once. Measured on the package as it is exported, private code
+included.
 
-Widths and statements are measured in the notebooks (test_notebook_style). Bodies of compiled kernels do not count as operations: there a
-loop over numbers is the point.
+Widths and statements are measured in the notebooks (test_notebook_style). Bodies of compiled kernels do not count as
+operations: there a loop over numbers is the point.
 """
 import ast
 import statistics
@@ -11,7 +12,8 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "qcal_nb"
 OPERATIONS = (
-    ast.Call, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.Subscript, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp,
+    ast.Call, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.Subscript, ast.ListComp, ast.SetComp, ast.DictComp,
+    ast.GeneratorExp,
     ast.IfExp, ast.Lambda, ast.NamedExpr,
 )
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -19,7 +21,10 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 def sources() -> dict[str, str]:
     found = {p.relative_to(PACKAGE).as_posix(): p for p in sorted(PACKAGE.rglob("*.py"))}
-    return {name: p.read_text(encoding="utf-8") for name, p in found.items() if p.name != "_modidx.py" and not name.startswith("data/")}
+    return {
+        name: p.read_text(encoding="utf-8")
+        for name, p in found.items() if p.name != "_modidx.py" and not name.startswith("data/")
+    }
 
 
 def functions(source: str) -> list[ast.FunctionDef]:
@@ -48,8 +53,12 @@ def packs(node) -> bool:
     return isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple) and isinstance(node.value, ast.Tuple)
 
 
-# What is not rewritten yet: the flow of sessions, steps and batches, and the panels. Their functions may be longer until they are.
-LATER = ("lifecycle/", "pipelines/", "session/", "widgets/", "records/collect", "records/observing", "modeling/", "calibration/")
+# What is not rewritten yet: the flow of sessions, steps and batches, and the panels. Their functions may be longer
+# until they are.
+LATER = (
+    "lifecycle/", "pipelines/", "session/", "widgets/", "records/collect", "records/observing", "modeling/",
+    "calibration/"
+)
 MEDIAN, NINETIETH = 8, 20                  # operations a function
 LONG, LONGEST, FEW = 25, 40, 10            # lines a function; how many may be longer than LONG
 
@@ -84,11 +93,14 @@ def test_an_assignment_says_one_thing():
 
 
 @pytest.mark.parametrize("source, count", [
-    ("def f(): return 1", 0), ("def f(x): return g(x)[0] + 1", 3), ("def f(x):\n    def g(y): return y + 1\n    return g(x)", 1),
+    ("def f(): return 1", 0), ("def f(x): return g(x)[0] + 1", 3),
+    ("def f(x):\n    def g(y): return y + 1\n    return g(x)", 1),
     ("def f(x): return [y for y in x if y > 1]", 2), ("def f(x): return -x if x else not x", 3),
 ])
 def test_operations_are_counted(source, count): assert operations(functions(source)[0]) == count
 
 
 def test_packing_is_seen():
-    assert [packs(ast.parse(line).body[0]) for line in ("a, b = x, y", "a, b = f()", "a = x, y")] == [True, False, False]
+    assert [
+        packs(ast.parse(line).body[0]) for line in ("a, b = x, y", "a, b = f()", "a = x, y")
+    ] == [True, False, False]

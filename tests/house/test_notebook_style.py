@@ -1,4 +1,5 @@
-"""What keeps the notebooks readable, as numbers: budgets on size and prose, one lesson after each definition, outputs that anyone can see.
+"""What keeps the notebooks readable, as numbers: budgets on size and prose, one lesson after each definition, outputs
+that anyone can see.
 
 Each rule is a function from a notebook to complaints, and each has an example below that it must complain about.
 """
@@ -22,7 +23,9 @@ PRIVATE_PATH = re.compile(r"(?<![\w.~/-])/(?:work|tmp|root|home|Users|opt|mnt|va
 
 def source(cell): return "".join(cell["source"])
 
-def directives(cell): return {m.split(":")[0] for m in re.findall(r"^#\|\s*([\w:]+)", source(cell), re.M)} if cell["cell_type"] == "code" else set()
+def directives(cell):
+    if cell["cell_type"] != "code": return set()
+    return {m.split(":")[0] for m in re.findall(r"^#\|\s*([\w:]+)", source(cell), re.M)}
 
 def code(cell): return re.sub(r"^#\|.*$", "", source(cell), flags=re.M)
 
@@ -30,7 +33,10 @@ def exported(nb): return [c for c in nb["cells"] if directives(c) & EXPORTS]
 
 def names(cell):
     "Public functions and classes that a cell defines."
-    defined = (n.name for n in ast.parse(code(cell)).body if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef))
+    defined = (
+        n.name for n in ast.parse(code(cell)).body
+        if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+    )
     return [n for n in defined if not n.startswith("_")]
 
 def shows_something(cell):
@@ -55,8 +61,10 @@ def prose(nb):
     return [f"{share:.0%} of the cells are prose, at least {MIN_PROSE:.0%}"]*(share < MIN_PROSE)
 
 def hiding(nb):
-    n = sum("hide" in directives(c) for c in nb["cells"])                 # one is always allowed: a short notebook may need it
-    return [f"{n} of {len(nb['cells'])} cells are hidden, at most {MAX_HIDDEN:.0%}"]*(n > max(1, MAX_HIDDEN*len(nb["cells"])))
+    # one is always allowed: a short notebook may need it
+    n = sum("hide" in directives(c) for c in nb["cells"])
+    many = n > max(1, MAX_HIDDEN*len(nb["cells"]))
+    return [f"{n} of {len(nb['cells'])} cells are hidden, at most {MAX_HIDDEN:.0%}"]*many
 
 def title(nb):
     first = nb["cells"][0]
@@ -69,7 +77,10 @@ def cell_lines(nb):
 
 def width(nb):
     lines = [(c["id"], line) for c in nb["cells"] if c["cell_type"] == "code" for line in code(c).splitlines()]
-    return [f"cell {i} has a line of {len(line)} columns, at most {MAX_COLUMNS}" for i, line in lines if len(line) > MAX_COLUMNS]
+    return [
+        f"cell {i} has a line of {len(line)} columns, at most {MAX_COLUMNS}"
+        for i, line in lines if len(line) > MAX_COLUMNS
+    ]
 
 
 GUARDS = ast.Return | ast.Raise | ast.Continue | ast.Break | ast.Pass
@@ -94,16 +105,24 @@ def one_statement_a_line(nb):
         tree = ast.parse(plain(cell))
         pairs = [pair for node in ast.walk(tree) for pair in neighbours(node)]
         found += [f"cell {cell['id']}: two statements on line {b.lineno}" for a, b in pairs if a.end_lineno == b.lineno]
-        found += [f"cell {cell['id']}: a statement behind a colon on line {n.lineno}" for n in ast.walk(tree) if behind_a_colon(n)]
+        found += [
+            f"cell {cell['id']}: a statement behind a colon on line {n.lineno}"
+            for n in ast.walk(tree) if behind_a_colon(n)
+        ]
     return found
 
 
 def shown(nb):
     cells = nb["cells"]
-    defining = [(i, ", ".join(names(c))) for i, c in enumerate(cells) if directives(c) & {"export", "exports"} and names(c)]
+    defining = [
+        (i, ", ".join(names(c))) for i, c in enumerate(cells) if directives(c) & {"export", "exports"} and names(c)
+    ]
     missing = [n for i, n in defining if not any(map(shows_something, cells[i+1:i+1+SHOW_WITHIN]))]
     if len(missing) <= (1-MIN_SHOWN)*len(defining): return []
-    return [f"{len(missing)} of {len(defining)} definitions without a demonstration within {SHOW_WITHIN} cells: {'; '.join(missing)}"]
+    return [
+        f"{len(missing)} of {len(defining)} definitions without a demonstration within {SHOW_WITHIN} cells: "
+        f"{'; '.join(missing)}"
+    ]
 
 def output_kinds(nb):
     kinds = {mime for _, o in data_of(nb) for mime in o.get("data", {})}
@@ -113,21 +132,34 @@ def output_kinds(nb):
     return [f"output of kind {k}" for k in bad] + [f"a cell failed with {e}" for e in errors] + state
 
 def private_paths(nb):
-    texts = ("".join(t) for _, o in data_of(nb) for t in [o.get("text", ""), *(v for k, v in o.get("data", {}).items() if k.startswith("text/"))])
-    return [f"output shows a path of one machine: {text[max(0, m.start()-20):m.end()+30]!r}" for text in texts for m in PRIVATE_PATH.finditer(text)]
+    texts = (
+        "".join(t) for _, o in data_of(nb)
+        for t in [o.get("text", ""), *(v for k, v in o.get("data", {}).items() if k.startswith("text/"))]
+    )
+    return [
+        f"output shows a path of one machine: {text[max(0, m.start()-20):m.end()+30]!r}"
+        for text in texts for m in PRIVATE_PATH.finditer(text)
+    ]
 
 def folded(nb):
     "JupyterLab folds a solution, and what it prints: both would answer the exercise above them."
     solutions = [c for c in nb["cells"] if "solution" in c["metadata"].get("tags", [])]
-    shows = [(c["id"], part) for c in solutions for part in ("source", "outputs") if not c["metadata"].get("jupyter", {}).get(f"{part}_hidden")]
+    shows = [
+        (c["id"], part) for c in solutions
+        for part in ("source", "outputs") if not c["metadata"].get("jupyter", {}).get(f"{part}_hidden")
+    ]
     return [f"the solution {cell} shows its {part}" for cell, part in shows]
 
-RULES = [size, prose, hiding, title, cell_lines, width, one_statement_a_line, shown, output_kinds, private_paths, folded]
+RULES = [
+    size, prose, hiding, title, cell_lines, width, one_statement_a_line, shown, output_kinds, private_paths, folded
+]
 
 # --- our notebooks ---
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda r: r.__name__)
-@pytest.mark.parametrize("path", drift.notebooks(ROOT), ids=lambda p: p.relative_to(ROOT/"nbs").as_posix().removesuffix(".ipynb"))
+@pytest.mark.parametrize(
+    "path", drift.notebooks(ROOT), ids=lambda p: p.relative_to(ROOT/"nbs").as_posix().removesuffix(".ipynb")
+)
 def test_style(path, rule):
     assert rule(json.loads(path.read_text(encoding="utf-8"))) == []
 
@@ -147,9 +179,11 @@ def md(text): return dict(cell_type="markdown", id="m", metadata={}, source=[tex
 
 def py(text, *outputs): return dict(md(text), cell_type="code", id="c", execution_count=None, outputs=list(outputs))
 
-def book(*cells, **metadata): return dict(cells=[md("# name\n\n> One line."), *cells], metadata=metadata, nbformat=4, nbformat_minor=5)
+def book(*cells, **metadata):
+    return dict(cells=[md("# name\n\n> One line."), *cells], metadata=metadata, nbformat=4, nbformat_minor=5)
 
-def out(**data): return dict(output_type="display_data", metadata={}, data={k.replace("_", "/", 1): v for k, v in data.items()})
+def out(**data):
+    return dict(output_type="display_data", metadata={}, data={k.replace("_", "/", 1): v for k, v in data.items()})
 
 BAD = [
     (size, book(*[md("x")]*MAX_CELLS), "81 cells"),
@@ -169,13 +203,25 @@ BAD = [
     (shown, book(py("#| export\ndef f(): pass"), py("from a import b")), "1 of 1"),
     (shown, book(py("#| export\nclass A: pass"), md("prose"), md("prose"), md("prose"), py("A()")), "A"),
     (shown, book(py("#| export\ndef f(): pass"), py("#| hide\nf()")), "f"),
-    (shown, book(py("#| export\ndef f(): pass"), py("#| export\ndef g(): pass"), *[md("prose")]*2, py("f()")), "1 of 2"),
+    (
+        shown,
+        book(py("#| export\ndef f(): pass"), py("#| export\ndef g(): pass"), *[md("prose")]*2, py("f()")),
+        "1 of 2",
+    ),
     (output_kinds, book(py("w", out(**{"application_vnd.jupyter.widget-view+json": {}}))), "widget-view"),
     (output_kinds, book(py("w", out(image_jpeg="x"))), "image/jpeg"),
     (output_kinds, book(widgets={}), "widget state"),
-    (output_kinds, book(py("1/0", dict(output_type="error", ename="ZeroDivisionError", evalue="", traceback=[]))), "ZeroDivisionError"),
+    (
+        output_kinds,
+        book(py("1/0", dict(output_type="error", ename="ZeroDivisionError", evalue="", traceback=[]))),
+        "ZeroDivisionError",
+    ),
     (private_paths, book(py("p", out(text_plain=["'/home/me/x'"]))), "/home/me"),
-    (folded, book(dict(py("42"), metadata=dict(tags=["solution"], jupyter=dict(source_hidden=True)))), "the solution c shows its outputs"),
+    (
+        folded,
+        book(dict(py("42"), metadata=dict(tags=["solution"], jupyter=dict(source_hidden=True)))),
+        "the solution c shows its outputs",
+    ),
     (private_paths, book(py("p", dict(output_type="stream", name="stdout", text=["in /tmp/abc"]))), "/tmp/abc"),
 ]
 
@@ -186,6 +232,7 @@ def test_a_bad_notebook_is_seen(rule, nb, complaint):
 def test_a_good_notebook_passes():
     good = book(md("Why."), py("#| default_exp name"), py("#| export\ndef f(x): return x"), md("It returns x."),
                 py("f(1)", out(text_plain=["1"])),
-                py("def g(x):\n    if x: return 1\n    return 2\n\ndef h(): return 1"), md("Relative paths and addresses are fine."),
+                py("def g(x):\n    if x: return 1\n    return 2\n\ndef h(): return 1"),
+                md("Relative paths and addresses are fine."),
                 py("p", out(text_html=["<a href='https://a.org/opt/x'>"], image_png="iVBO")))
     assert [c for rule in RULES for c in rule(good)] == []

@@ -41,7 +41,10 @@ def installed(wheel, tmp_path_factory):
 def dependencies(tmp_path_factory):
     "A folder of links to what is installed here, less the development packages and this project"
     folder = tmp_path_factory.mktemp("dependencies")
-    for entry in (p for site in {*map(Path, (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")))} for p in site.iterdir()):
+    for entry in (
+        p for site in {*map(Path, (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")))}
+        for p in site.iterdir()
+    ):
         name = entry.name.lower().split("-")[0].split(".")[0]
         if name not in {*DEVELOPMENT, "qcal_nb", "__editable__"}: (folder/entry.name).symlink_to(entry)
     return folder
@@ -52,28 +55,38 @@ def python(installed, dependencies, tmp_path):
     path = os.pathsep.join(map(str, (installed, dependencies)))
     return lambda code: json.loads(sh("-S", "-c", code, cwd=tmp_path, PYTHONPATH=path).splitlines()[-1])
 
-def files(package): return {p.relative_to(package).as_posix() for p in package.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+def files(package):
+    return {
+        p.relative_to(package).as_posix() for p in package.rglob("*") if p.is_file() and "__pycache__" not in p.parts
+    }
 
 def test_wheel_has_every_file_of_the_package(wheel):
     inside = {n.removeprefix("qcal_nb/") for n in zipfile.ZipFile(wheel).namelist() if n.startswith("qcal_nb/")}
     assert inside == files(ROOT/"qcal_nb") and "py.typed" in inside
 
 def test_wheel_has_nothing_else(wheel):
-    assert {n.split("/")[0] for n in zipfile.ZipFile(wheel).namelist()} == {"qcal_nb", f"{'-'.join(wheel.name.split('-')[:2])}.dist-info"}
+    assert {n.split("/")[0] for n in zipfile.ZipFile(wheel).namelist()} == {
+        "qcal_nb", f"{'-'.join(wheel.name.split('-')[:2])}.dist-info"
+    }
 
 def test_metadata_comes_from_settings(wheel):
     ini = configparser.ConfigParser(delimiters=["="], inline_comment_prefixes=["#"], interpolation=None)
     ini.read(ROOT/"settings.ini", encoding="utf-8"); said = ini["DEFAULT"]
-    with zipfile.ZipFile(wheel) as z: meta = email.message_from_bytes(z.read(next(n for n in z.namelist() if n.endswith("/METADATA"))))
+    with zipfile.ZipFile(wheel) as z:
+        meta = email.message_from_bytes(z.read(next(n for n in z.namelist() if n.endswith("/METADATA"))))
     def stated(key): return [line.strip() for line in said[key].splitlines() if line.strip()]
     def built(extra): return [r.split(";")[0].strip() for r in meta.get_all("Requires-Dist") if r.endswith(extra)]
     assert [r for r in meta.get_all("Requires-Dist") if "extra ==" not in r] == stated("requirements")
     assert meta.get_all("Provides-Extra") == ["dev", "browser"]
     for extra in ("dev", "browser"): assert built(f'extra == "{extra}"') == stated(f"{extra}_requirements")
-    assert (meta["Name"], meta["Summary"], meta["Requires-Python"]) == (said["name"], said["description"], said["python_requires"])
+    assert (meta["Name"], meta["Summary"], meta["Requires-Python"]) == (
+        said["name"], said["description"], said["python_requires"]
+    )
 
 def test_one_version(python):
-    package, metadata = python("import json, qcal_nb, importlib.metadata as m; print(json.dumps([qcal_nb.__version__, m.version('qcal-nb')]))")
+    package, metadata = python(
+        "import json, qcal_nb, importlib.metadata as m; print(json.dumps([qcal_nb.__version__, m.version('qcal-nb')]))"
+    )
     assert package == metadata
 
 def test_changelog_knows_the_version(python):

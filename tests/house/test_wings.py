@@ -1,7 +1,7 @@
 """Imports run one way: a wing imports only wings above it in the list, and only through their doors.
 
-A wing is a module or a folder of `qcal_nb/`; its door is its `__init__`. Packages for the screen come in at a known height, packages for
-development never. Imports inside functions count, too; those for type checkers alone do not.
+A wing is a module or a folder of `qcal_nb/`; its door is its `__init__`. Packages for the screen come in at a known
+height, packages for development never. Imports inside functions count, too; those for type checkers alone do not.
 """
 import ast
 import configparser
@@ -22,10 +22,11 @@ drift = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(drift)
 
 WINGS = (
-    "schemes warn models stats histogram taps observers calibration modeling lifecycle pipelines recipes checkpoints records analysis "
-    "evaluate forecasts plots view report session widgets workbench cli"
+    "schemes warn models stats histogram taps observers calibration modeling lifecycle pipelines recipes checkpoints "
+    "records analysis evaluate forecasts plots view report session widgets workbench cli"
 ).split()
-FROM = dict(matplotlib="plots", traitlets="session", ipywidgets="widgets", anywidget="widgets")   # package → first wing that may
+# package → first wing that may
+FROM = dict(matplotlib="plots", traitlets="session", ipywidgets="widgets", anywidget="widgets")
 NEVER = {"nbdev", "fastcore", "execnb", "llmcompressor", "pytest", "hypothesis", "playwright", "nbconvert"}
 MODULES = list(drift.modules(ROOT))        # dotted names below qcal_nb
 
@@ -85,7 +86,8 @@ def violations(sources: dict[str, str], wings: list[str], doors: list[str]) -> l
             elif there in doors and name != there: lines.append(f"{module} imports {name}, past the door of {there}")
         for top in sorted({n.split(".")[0] for n in names}):
             if top in NEVER: lines.append(f"{module} imports {top}: never at run time")
-            if top in FROM and wings.index(here) < wings.index(FROM[top]): lines.append(f"{module} imports {top}: only from {FROM[top]} on")
+            if top in FROM and wings.index(here) < wings.index(FROM[top]):
+                lines.append(f"{module} imports {top}: only from {FROM[top]} on")
     return lines
 
 
@@ -96,7 +98,9 @@ def test_there_is_something_to_check(): assert len(MODULES) > 50 and len(DOORS) 
 
 
 def test_every_module_stands_in_a_wing():
-    tops = {p.stem for p in (ROOT/"qcal_nb").iterdir() if p.is_dir() or p.suffix == ".py"} - {"__init__", "_modidx", "data", "__pycache__"}
+    tops = {p.stem for p in (ROOT/"qcal_nb").iterdir() if p.is_dir() or p.suffix == ".py"} - {
+        "__init__", "_modidx", "data", "__pycache__"
+    }
     assert tops <= set(WINGS)
 
 
@@ -141,7 +145,8 @@ def test_a_wrong_import_is_seen(module, source, complaint):
 
 @pytest.mark.parametrize("module, source", [
     ("low.b", "from .a import A"), ("high.b", "from ..low import A, B"), ("high", "from .b import B"),
-    ("high.b", "import torch.nn as nn\nfrom .. import __version__"), ("plots", "import matplotlib.pyplot as plt\nfrom .high import B"),
+    ("high.b", "import torch.nn as nn\nfrom .. import __version__"),
+    ("plots", "import matplotlib.pyplot as plt\nfrom .high import B"),
     ("low.a", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from qcal_nb.high import f"),
 ])
 def test_a_right_import_passes(module, source):
@@ -153,12 +158,16 @@ def required() -> set[str]:
     "Names of settings.ini's run-time requirements, normalised."
     ini = configparser.ConfigParser(delimiters=["="], inline_comment_prefixes=["#"], interpolation=None)
     ini.read(ROOT/"settings.ini", encoding="utf-8")
-    names = [re.match(r"[\w.-]+", line.strip())[0] for line in ini["DEFAULT"]["requirements"].splitlines() if line.strip()]
+    names = [
+        re.match(r"[\w.-]+", line.strip())[0] for line in ini["DEFAULT"]["requirements"].splitlines() if line.strip()
+    ]
     return {re.sub(r"[-_.]+", "-", n).lower() for n in names}
 
 def test_every_import_is_a_stated_requirement():
     homes = importlib.metadata.packages_distributions()
-    tops = {n.split(".")[0] for m, s in sources().items() for n in imports(s, m, m in DOORS)} - {"qcal_nb"} - set(sys.stdlib_module_names)
+    tops = {
+        n.split(".")[0] for m, s in sources().items() for n in imports(s, m, m in DOORS)
+    } - {"qcal_nb"} - set(sys.stdlib_module_names)
     unstated = {t for t in tops if not {re.sub(r"[-_.]+", "-", d).lower() for d in homes.get(t, [t])} & required()}
     assert unstated == set(), "say in settings.ini what each is for"
 
@@ -179,7 +188,9 @@ def test_engine_needs_no_screen():
 
 def test_top_level_names_resolve():
     names = "Workbench", "record", "CalibrationRecord", "calibrate", "load_tiny_llama"
-    assert run(f"import qcal_nb; print([n for n in {names} if n not in dir(qcal_nb) or getattr(qcal_nb, n).__name__ != n])") == "[]"
+    assert run(
+        f"import qcal_nb; print([n for n in {names} if n not in dir(qcal_nb) or getattr(qcal_nb, n).__name__ != n])"
+    ) == "[]"
 
 def test_unknown_top_level_name():
     import qcal_nb

@@ -15,7 +15,8 @@ from qcal_nb.session import Session
 
 
 class SteppingAround(RuleBasedStateMachine):
-    "Any walk through a session, back and forth, ends where a straight walk would: reset after anything is the identity."
+    """Any walk through a session, back and forth, ends where a straight walk would: reset after anything is the
+    identity."""
 
     @initialize(scheme=st.sampled_from(["FP8", "INT8_STATIC", "W8A8"]))
     def begin(self, scheme):
@@ -74,7 +75,8 @@ def test_the_machine_above_can_fail():
     session.start()
     session.feed()
     with patch("qcal_nb.session.progress.Past.take_back", forgetful): session.back()
-    assert model.model.layers[0].mlp.up_proj.input_observer.counts.batches == 1  # not taken back: feeding again would count it twice
+    # not taken back: feeding again would count it twice
+    assert model.model.layers[0].mlp.up_proj.input_observer.counts.batches == 1
 
 
 KV = dict(num_bits=8, type="float", strategy="attn_head", symmetric=True, dynamic=False)
@@ -87,7 +89,8 @@ RECIPES = [
 
 
 class Anything(RuleBasedStateMachine):
-    "Whatever is done to a model, in whatever order, by recipes that take turns: reset is the identity. Steps out of order must be refused, not fail."
+    """Whatever is done to a model, in whatever order, by recipes that take turns: reset is the identity. Steps out of
+    order must be refused, not fail."""
 
     @initialize(name=st.sampled_from(["llama_tied", "mixtral", "opt"]))
     def begin(self, name):
@@ -114,15 +117,19 @@ class Anything(RuleBasedStateMachine):
         with suppress(LifecycleError, RuntimeError):
             self.modifier.on_sequential_epoch_end(State(self.model), None, list(self.model.modules())[: 30])
 
-    @rule(options=st.sampled_from([{}, dict(pipeline="sequential"), dict(pipeline="sequential", propagate="quantized"), dict(all_experts=False)]))
+    @rule(options=st.sampled_from(
+        [{}, dict(pipeline="sequential"), dict(pipeline="sequential", propagate="quantized"), dict(all_experts=False)]
+    ))
     def calibrate_at_once(self, options):
-        with suppress(LifecycleError, ValueError): calibrate(self.model, self.data, self.modifier, progress=False, **options)
+        with suppress(LifecycleError, ValueError):
+            calibrate(self.model, self.data, self.modifier, progress=False, **options)
 
     @rule(options=st.sampled_from([{}, dict(pipeline="sequential")]))
     def fail_half_way(self, options):
         last = [m for m in self.model.modules() if isinstance(m, torch.nn.LayerNorm) or "Norm" in type(m).__name__][-1]
         handle = last.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(ArithmeticError))
-        with suppress(LifecycleError, ValueError, ArithmeticError): calibrate(self.model, self.data, self.modifier, progress=False, **options)
+        with suppress(LifecycleError, ValueError, ArithmeticError):
+            calibrate(self.model, self.data, self.modifier, progress=False, **options)
         handle.remove()
 
     @rule()
@@ -132,7 +139,8 @@ class Anything(RuleBasedStateMachine):
     @rule()
     def reset(self):
         reset_quantization(self.model)
-        assert differences(self.before, fingerprint(self.model)) == [] and torch.equal(outputs(self.model, self.data[0]), self.exact)
+        assert differences(self.before, fingerprint(self.model)) == []
+        assert torch.equal(outputs(self.model, self.data[0]), self.exact)
 
     def teardown(self):
         if hasattr(self, "model"): self.reset()

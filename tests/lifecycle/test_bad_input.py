@@ -1,4 +1,5 @@
-"""What people will really do wrong: each case with the words that the error must hold, and the model as it was afterwards."""
+"""What people will really do wrong: each case with the words that the error must hold, and the model as it was
+afterwards."""
 import re
 
 import pytest
@@ -22,7 +23,8 @@ GROUPED_INPUT = dict(num_bits=4, type="float", strategy="group", group_size=32)
 def on_model(**recipe): return lambda model: QuantizationModifier(**recipe).initialize_quantization(model)
 
 
-def with_data(data, **options): return lambda model: calibrate(model, data, QuantizationModifier(**FP8), progress=False, **options)
+def with_data(data, **options):
+    return lambda model: calibrate(model, data, QuantizationModifier(**FP8), progress=False, **options)
 
 
 CASES = {
@@ -101,7 +103,8 @@ def test_the_error_says_what_is_wrong_and_the_model_is_unchanged(case):
 
 def test_a_model_on_the_meta_device():
     with torch.device("meta"): model = torch.nn.Sequential(torch.nn.Linear(8, 8))
-    with pytest.raises(ValueError, match="parameters without values .on the meta device, or lazy.; load its weights"): on_model(scheme="FP8", targets="Linear")(model)
+    with pytest.raises(ValueError, match="parameters without values .on the meta device, or lazy.; load its weights"):
+        on_model(scheme="FP8", targets="Linear")(model)
 
 
 def test_a_model_quantized_by_another_tool():
@@ -112,20 +115,27 @@ def test_a_model_quantized_by_another_tool():
     apply_quantization_config(model, QuantizationConfig(config_groups={"g": preset("FP8")}), show_progress=False)
     before = fingerprint(model)
     for action in (on_model(**FP8), reset_quantization):
-        with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn\.q_proj was quantized elsewhere"): action(model)
+        with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn\.q_proj was quantized elsewhere"):
+            action(model)
     assert differences(before, fingerprint(model)) == []
 
 
 def test_warnings_point_at_the_line_that_called():
-    typo, other = QuantizationModifier(scheme="FP8", targets=["Liner"]), QuantizationMixin(scheme="FP8", targets=["lm_head", "Liner"])
-    for call in (with_data(make_batches()), typo.initialize_quantization, lambda m: record(m, make_batches(), scheme=other, progress=False)):
+    typo = QuantizationModifier(scheme="FP8", targets=["Liner"])
+    other = QuantizationMixin(scheme="FP8", targets=["lm_head", "Liner"])
+    for call in (
+        with_data(make_batches()), typo.initialize_quantization,
+        lambda m: record(m, make_batches(), scheme=other, progress=False)
+    ):
         with pytest.warns(UserWarning) as caught: call(make_model("gpt2"))
         assert {w.filename for w in caught} == {__file__}, [(w.filename, str(w.message)) for w in caught]
 
 
 def test_a_batch_longer_than_the_models_positions_warns():
     model = make_model("llama_gqa")
-    with pytest.warns(UserWarning, match="a batch of 80 tokens is longer than the model's 64 positions; use max_length=64"):
+    with pytest.warns(
+        UserWarning, match="a batch of 80 tokens is longer than the model's 64 positions; use max_length=64"
+    ):
         calibrate(model, make_batches(shape=(1, 80)), QuantizationModifier(**FP8), progress=False)
 
 
@@ -157,25 +167,35 @@ def test_weights_that_no_scheme_can_reach_are_named(name, kind):
 def test_dtypes(dtype):
     model = make_model("llama_gqa", dtype)
     calibrate(model, make_batches(), QuantizationModifier(**FP8), progress=False)
-    assert model.model.layers[0].mlp.up_proj.input_scale.dtype == dtype and torch.isfinite(model(**make_batches()[0]).logits).all()
+    assert model.model.layers[0].mlp.up_proj.input_scale.dtype == dtype
+    assert torch.isfinite(model(**make_batches()[0]).logits).all()
 
 
-STRATEGIES = {"tensor": {}, "channel": {}, "group": dict(group_size=4), "tensor_group": dict(group_size=4), "block": dict(block_structure=[2, 2]),
-              "token": dict(dynamic=True), "attn_head": {}}
-LEGAL = {"weight": {"tensor", "channel", "group", "tensor_group", "block"}, "input": {"tensor", "token"}, "output": {"tensor", "token"},
-         "q": {"tensor", "attn_head"}, "k": {"tensor", "attn_head"}, "v": {"tensor", "attn_head"}}
+STRATEGIES = {
+    "tensor": {}, "channel": {}, "group": dict(group_size=4), "tensor_group": dict(group_size=4),
+    "block": dict(block_structure=[2, 2]), "token": dict(dynamic=True), "attn_head": {}
+}
+LEGAL = {
+    "weight": {"tensor", "channel", "group", "tensor_group", "block"}, "input": {"tensor", "token"},
+    "output": {"tensor", "token"}, "q": {"tensor", "attn_head"}, "k": {"tensor", "attn_head"},
+    "v": {"tensor", "attn_head"}
+}
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("base_name", LEGAL)
 def test_illegal_strategies_name_both(base_name, strategy):
-    value = torch.ones(8, 8) if base_name == "weight" else torch.ones(2, 3, 8) if base_name in ("input", "output") else torch.ones(2, 2, 3, 8)
+    shape = dict(weight=(8, 8), input=(2, 3, 8), output=(2, 3, 8)).get(base_name, (2, 2, 3, 8))
+    value = torch.ones(shape)
     args = QuantizationArgs(num_bits=8, strategy=strategy, **STRATEGIES[strategy])
     if strategy in LEGAL[base_name]: assert flatten_for_calibration(value, base_name, args).numel() >= value.numel()
     else:
-        with pytest.raises(ValueError, match=f"strategy '{strategy}' is not possible for base name '{base_name}'"): flatten_for_calibration(value, base_name, args)
+        with pytest.raises(ValueError, match=f"strategy '{strategy}' is not possible for base name '{base_name}'"):
+            flatten_for_calibration(value, base_name, args)
 
 
 @pytest.mark.parametrize("name", ["MinMax", "min_max", "MIN-MAX", "minmax"])
 def test_observer_names_match_loosely(name):
-    assert type(Observer.load_from_registry(name, base_name="input", args=QuantizationArgs(strategy="tensor"))).__name__ == "MinMaxObserver"
+    assert type(
+        Observer.load_from_registry(name, base_name="input", args=QuantizationArgs(strategy="tensor"))
+    ).__name__ == "MinMaxObserver"

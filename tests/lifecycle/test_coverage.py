@@ -25,14 +25,18 @@ def routed(model):
     with calibration_context(model, all_experts=False):
         for batch in make_batches(): model(**batch)
     for handle in handles: handle.remove()
-    return {name.removesuffix(".gate"): torch.bincount(torch.cat(chosen), minlength=4).tolist() for name, chosen in found.items()}
+    return {
+        name.removesuffix(".gate"): torch.bincount(torch.cat(chosen), minlength=4).tolist()
+        for name, chosen in found.items()
+    }
 
 
 @pytest.mark.parametrize("pipeline", ["basic", "sequential"])
 @pytest.mark.parametrize("all_experts", [True, False])
 def test_tokens_per_expert(all_experts, pipeline):
     model = make_model("mixtral")
-    rows, right = covered(model, QuantizationModifier(**FP8), all_experts=all_experts, pipeline=pipeline), routed(make_model("mixtral"))
+    rows = covered(model, QuantizationModifier(**FP8), all_experts=all_experts, pipeline=pipeline)
+    right = routed(make_model("mixtral"))
     assert set(right) == {"model.layers.0.mlp", "model.layers.1.mlp"} and sum(right["model.layers.0.mlp"]) == 3 * 32 * 2
     for layer, counts in right.items():
         for expert, tokens in enumerate(counts):
@@ -80,7 +84,8 @@ def test_dead_channels_are_at_eps():
 
 
 def test_a_saturated_scale_is_marked():
-    "NVFP4 keeps its scales in fp8 below one global scale; an observer that reports too wide a range drives them to the top."
+    """NVFP4 keeps its scales in fp8 below one global scale; an observer that reports too wide a range drives them to
+    the top."""
     @Observer.register("much_too_wide")
     class MuchTooWide(Observer):
         def update_statistics_from_observed(self, observed):
@@ -96,7 +101,10 @@ def test_counts_of_a_skipped_batch():
     model, data = make_model("llama_gqa"), make_batches()
     with torch.no_grad(): model.model.embed_tokens.weight[5] = torch.nan
     data[1]["input_ids"][0, 3] = 5
-    data = [dict(b, input_ids=torch.where(b["input_ids"] == 5, 6, b["input_ids"])) if i != 1 else b for i, b in enumerate(data)]
+    data = [
+        dict(b, input_ids=torch.where(b["input_ids"] == 5, 6, b["input_ids"])) if i != 1 else b
+        for i, b in enumerate(data)
+    ]
     with pytest.raises(NonFiniteError): calibrate(model, data, QuantizationModifier(**FP8), progress=False)
     reset_quantization(model)
     modifier = QuantizationModifier(**FP8)

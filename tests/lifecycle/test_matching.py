@@ -1,4 +1,5 @@
-"""Which targets match is compressed-tensors' answer, asked about the few that can; schemes are attached as by its `apply_quantization_config`."""
+"""Which targets match is compressed-tensors' answer, asked about the few that can; schemes are attached as by its
+`apply_quantization_config`."""
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationScheme, apply_quantization_config, disable_quantization
@@ -12,8 +13,14 @@ from qcal_nb.lifecycle import QuantizationModifier, match_report, reset_quantiza
 from qcal_nb.modeling import Targets
 from qcal_nb.recipes import override
 
-MODULES = {**dict(make_model("llama_gqa").named_modules()), "Linear": torch.nn.Embedding(2, 2), "LayerNorm": torch.nn.Linear(2, 2)}
-OTHERS = ["Linear", "Module", "Embedding", "LlamaAttention", "re:.*proj", "re:.*self_attn", "re:model.*mlp", "re:Lin", "none", "corre:1"]
+MODULES = {
+    **dict(make_model("llama_gqa").named_modules()), "Linear": torch.nn.Embedding(2, 2),
+    "LayerNorm": torch.nn.Linear(2, 2)
+}
+OTHERS = [
+    "Linear", "Module", "Embedding", "LlamaAttention", "re:.*proj", "re:.*self_attn", "re:model.*mlp", "re:Lin", "none",
+    "corre:1"
+]
 TARGET = st.sampled_from([*MODULES, *OTHERS])
 
 
@@ -30,9 +37,13 @@ W4 = dict(num_bits=4, type="int", strategy="group", group_size=32)
 RECIPES = dict(
     fp8=dict(scheme="FP8"), int8=dict(scheme="INT8_STATIC"), nvfp4=dict(scheme="NVFP4"),
     asymmetric=dict(scheme=dict(weights=W4 | dict(symmetric=False))),
-    embedding=dict(config_groups=dict(a=QuantizationScheme(targets=["Embedding"], weights=W4), b=QuantizationScheme(targets=["Linear"], weights=W4))),
-    names=dict(config_groups=dict(a=QuantizationScheme(targets=["model.layers.0.mlp.up_proj", "re:.*v_proj"], weights=W4),
-                                  b=QuantizationScheme(targets=["Linear"]))),
+    embedding=dict(config_groups=dict(
+        a=QuantizationScheme(targets=["Embedding"], weights=W4), b=QuantizationScheme(targets=["Linear"], weights=W4)
+    )),
+    names=dict(config_groups=dict(
+        a=QuantizationScheme(targets=["model.layers.0.mlp.up_proj", "re:.*v_proj"], weights=W4),
+        b=QuantizationScheme(targets=["Linear"]),
+    )),
 )
 
 
@@ -40,7 +51,8 @@ def attached(model):
     "All that tells one attached scheme from another."
     schemes = [m.quantization_scheme for m in model.modules() if hasattr(m, "quantization_scheme")]
     shared = [[a is b for b in schemes] for a in schemes]
-    def facts(m): return vars(m).get("quantization_scheme"), vars(m).get("quantization_status"), type(vars(m).get("forward"))
+    def facts(m):
+        return vars(m).get("quantization_scheme"), vars(m).get("quantization_status"), type(vars(m).get("forward"))
     modules = [(n, vars(m).keys() - {"_qcal_undo_log"}, *facts(m)) for n, m in model.named_modules()]
     return modules, shared, [(n, p.dtype, p.shape, p.requires_grad, p.device) for n, p in model.named_parameters()]
 
@@ -59,16 +71,25 @@ def test_schemes_are_attached_as_by_compressed_tensors(name, recipe, ignore):
 
 
 def comparisons(layers, monkeypatch):
-    "How often a name is compared with a target: in initializing, in the report, in changing the observer of every module."
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=layers, num_attention_heads=2))
+    """How often a name is compared with a target: in initializing, in the report, in changing the observer of every
+    module."""
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=layers, num_attention_heads=2
+    ))
     calls, compare = [], match.match_name
     monkeypatch.setattr(match, "match_name", lambda *args: calls.append(args) or compare(*args))
     linears = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
     modifier = QuantizationModifier(scheme="INT8_STATIC", ignore=["lm_head", "model.layers.0.mlp.up_proj"])
-    choices = {n: dict(input=("minmax", "static_minmax", "percentile")[i % 3]) for i, n in enumerate(linears) if n != "model.layers.0.mlp.up_proj"}
+    choices = {
+        n: dict(input=("minmax", "static_minmax", "percentile")[i % 3])
+        for i, n in enumerate(linears) if n != "model.layers.0.mlp.up_proj"
+    }
     best = override(override(modifier, choices, model), choices, model)
     counts = [len(calls)]
-    for look in (lambda: match_report(model, best), lambda: best.initialize_quantization(model), lambda: best.start_calibration(model)):
+    for look in (
+        lambda: match_report(model, best), lambda: best.initialize_quantization(model),
+        lambda: best.start_calibration(model)
+    ):
         look()
         counts.append(len(calls))
     monkeypatch.undo()

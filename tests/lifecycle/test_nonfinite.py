@@ -15,20 +15,26 @@ def test_nonfinite_values(policy, words):
     data[1][2, 5] = float("inf")
     modifier = QuantizationModifier(scheme="FP8", targets="Linear", nonfinite=policy)
     if policy == "raise":
-        with pytest.raises(NonFiniteError, match=r"0, input: 1 non-finite value, the first \(inf\) at position \(2, 5\) of batch 1"):
+        with pytest.raises(
+            NonFiniteError, match=r"0, input: 1 non-finite value, the first \(inf\) at position \(2, 5\) of batch 1"
+        ):
             calibrate(model, data, modifier, progress=False)
         assert model[0].input_observer.counts.batches == 1
         return
     calibrate(model, data, modifier, progress=False)
     row = next(r for r in modifier.coverage if r.base_name == "input")
-    assert row.nonfinite == 1 and row.skipped == (policy == "skip") and row.first_nonfinite.batch == 1 and row.first_nonfinite.position == (2, 5)
+    assert row.nonfinite == 1 and row.skipped == (policy == "skip") and row.first_nonfinite.batch == 1
+    assert row.first_nonfinite.position == (2, 5)
     kept = [data[0], data[2]] if policy == "skip" else [torch.where(torch.isfinite(d), d, 0) for d in data]
     assert torch.equal(model[0].input_scale.detach(), (torch.cat(kept).abs().max() / 448).reshape(1))
 
 
 def test_the_argument_of_calibrate_overrides_the_modifiers_policy():
     model, bad = torch.nn.Sequential(torch.nn.Linear(8, 8)), torch.full((4, 8), float("nan"))
-    calibrate(model, [torch.ones(4, 8), bad], QuantizationModifier(scheme="FP8", targets="Linear"), nonfinite="skip", progress=False)
+    calibrate(
+        model, [torch.ones(4, 8), bad], QuantizationModifier(scheme="FP8", targets="Linear"), nonfinite="skip",
+        progress=False
+    )
     assert torch.isfinite(model[0].input_scale).all()
 
 
@@ -38,7 +44,9 @@ def test_a_nan_in_a_weight_never_becomes_a_scale():
     with pytest.raises(NonFiniteError, match=r"0, weight: 1 non-finite value.*\(3, 7\)"):
         calibrate(model, None, QuantizationModifier(scheme="NVFP4A16", targets="Linear"), progress=False)
     reset_quantization(model)
-    calibrate(model, None, QuantizationModifier(scheme="NVFP4A16", targets="Linear", nonfinite="record"), progress=False)
+    calibrate(
+        model, None, QuantizationModifier(scheme="NVFP4A16", targets="Linear", nonfinite="record"), progress=False
+    )
     assert all(torch.isfinite(s.float()).all() for s in qparams(model).values())
 
 
@@ -64,7 +72,8 @@ def test_a_tensor_without_any_finite_value_contributes_nothing():
 
 def test_skip_takes_the_whole_batch_out():
     model = torch.nn.Sequential(torch.nn.Linear(8, 8))
-    twice = torch.nn.Sequential(model[0], torch.nn.Identity(), model[0])  # the module runs twice in a batch; the second time on its own output
+    # the module runs twice in a batch; the second time on its own output
+    twice = torch.nn.Sequential(model[0], torch.nn.Identity(), model[0])
     with torch.no_grad(): model[0].weight.fill_(1e30)
     modifier = QuantizationModifier(scheme="FP8", nonfinite="skip")
     calibrate(twice, [torch.full((1, 8), 1e-30), torch.full((1, 8), 1e10)], modifier, progress=False)
@@ -83,5 +92,6 @@ def test_a_weight_that_cannot_be_observed_stops_the_end_before_it_writes():
     model[1](torch.randn(2, 8))
     model[0].input_observer(torch.randn(2, 8))
     before = fingerprint(model)
-    with pytest.raises(ValueError, match=r"0\.weight\. Their weights hold non-finite values: repair them"): modifier.on_end(State(model))
+    with pytest.raises(ValueError, match=r"0\.weight\. Their weights hold non-finite values: repair them"):
+        modifier.on_end(State(model))
     assert differences(before, fingerprint(model)) == []

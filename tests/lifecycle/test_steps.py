@@ -38,7 +38,8 @@ def test_initialize_during_calibration_is_refused():
     model, modifier = make_model("llama_gqa"), QuantizationModifier(**FP8)
     run_until(model, modifier, "started", [])
     before = fingerprint(model)
-    with pytest.raises(ValueError, match="in calibration; end it .* or take it back"): QuantizationModifier(**STATIC).initialize_quantization(model)
+    with pytest.raises(ValueError, match="in calibration; end it .* or take it back"):
+        QuantizationModifier(**STATIC).initialize_quantization(model)
     assert differences(before, fingerprint(model)) == []
 
 
@@ -46,12 +47,15 @@ def test_a_calibrated_model_starts_anew_and_a_failure_keeps_its_scales():
     model, data = make_model("llama_gqa"), make_batches()
     calibrate(model, data, QuantizationModifier(**FP8), progress=False)
     before, scales = fingerprint(model), qparams(model)
-    with pytest.raises(ValueError, match="group_size is 128"): QuantizationModifier(scheme="W4A16", ignore=["lm_head"]).initialize_quantization(model)
-    assert differences(before, fingerprint(model)) == [] and all(torch.equal(v, scales[k]) for k, v in qparams(model).items())
+    with pytest.raises(ValueError, match="group_size is 128"):
+        QuantizationModifier(scheme="W4A16", ignore=["lm_head"]).initialize_quantization(model)
+    assert differences(before, fingerprint(model)) == []
+    assert all(torch.equal(v, scales[k]) for k, v in qparams(model).items())
     calibrate(model, data, QuantizationModifier(**STATIC), progress=False)
     fresh = make_model("llama_gqa")
     calibrate(fresh, data, QuantizationModifier(**STATIC), progress=False)
-    assert qparams(model).keys() == qparams(fresh).keys() and all(torch.equal(v, qparams(fresh)[k]) for k, v in qparams(model).items())
+    assert qparams(model).keys() == qparams(fresh).keys()
+    assert all(torch.equal(v, qparams(fresh)[k]) for k, v in qparams(model).items())
     reset_quantization(model)
     assert phase_of(model) == "original" and not qparams(model)
 
@@ -63,13 +67,15 @@ def test_end_refuses_unset_scales_by_name_and_skip_leaves_those_modules_alone():
     x = torch.randn(4, 8)
     model["seen"](x)
     before = fingerprint(model)
-    with pytest.raises(ValueError, match=r"1 scale is not computed: unseen\.input\. Feed data"): modifier.on_end(State(model))
+    with pytest.raises(ValueError, match=r"1 scale is not computed: unseen\.input\. Feed data"):
+        modifier.on_end(State(model))
     assert differences(before, fingerprint(model)) == [] and model["seen"].input_scale.isnan().all()
     modifier.on_end(State(model), on_uncalibrated="skip")
     assert torch.equal(model["unseen"](x), torch.nn.functional.linear(x, model["unseen"].weight, model["unseen"].bias))
     assert not torch.equal(model["seen"](x), torch.nn.functional.linear(x, model["seen"].weight, model["seen"].bias))
     rows = {(row.module, row.base_name): row for row in modifier.coverage}
-    assert rows["unseen", "input"].observations == 0 and not rows["unseen", "input"].computed and rows["seen", "input"].computed
+    assert rows["unseen", "input"].observations == 0 and not rows["unseen", "input"].computed
+    assert rows["seen", "input"].computed
     reset_quantization(model)
     assert modifier.coverage == []
 
@@ -106,12 +112,20 @@ def test_end_can_be_repeated_after_more_data():
 
 def test_nothing_runs_through_a_scale_that_was_not_computed():
     model, plain, data = make_model("llama_gqa"), make_model("llama_gqa"), make_batches()
-    modifier = QuantizationModifier(config_groups={"g": dict(targets=["Linear"], weights=dict(num_bits=8, strategy="tensor"),
-                                                                  output_activations=dict(num_bits=8, strategy="tensor"))}, ignore=["lm_head"])
+    modifier = QuantizationModifier(
+        config_groups={
+            "g": dict(
+                targets=["Linear"], weights=dict(num_bits=8, strategy="tensor"),
+                output_activations=dict(num_bits=8, strategy="tensor")
+            )
+        },
+        ignore=["lm_head"],
+    )
     run_until(model, modifier, "started", [])
     for batch in data: assert torch.equal(outputs(model, batch), outputs(plain, batch))
     modifier.on_end(State(model))
-    assert torch.isfinite(outputs(model, data[0])).all() and not torch.equal(outputs(model, data[0]), outputs(plain, data[0]))
+    assert torch.isfinite(outputs(model, data[0])).all()
+    assert not torch.equal(outputs(model, data[0]), outputs(plain, data[0]))
 
 
 def test_the_callers_schemes_are_not_written_to():
@@ -142,15 +156,23 @@ def test_changes_tell_what_a_step_did():
     model, modifier, data = make_model("llama_gqa"), QuantizationModifier(**FP8), make_batches()
     names = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
     told = {}
-    for step, action in dict(initialize=lambda: modifier.on_initialize(State(model)), start=lambda: modifier.on_start(State(model)),
-                             feed=lambda: outputs(model, data[0]), end=lambda: modifier.on_end(State(model))).items():
+    for step, action in dict(
+        initialize=lambda: modifier.on_initialize(State(model)), start=lambda: modifier.on_start(State(model)),
+        feed=lambda: outputs(model, data[0]), end=lambda: modifier.on_end(State(model))
+    ).items():
         before = snapshot(model)
         action()
         told[step] = {c.module: c for c in changes(before, snapshot(model))}
     assert {n for n, c in told["initialize"].items() if c.parameters_added} == names
-    assert {n for n, c in told["start"].items() if c.observers_added == ("input_observer", "weight_observer") and c.hooks_added == 1} == names
+    assert {
+        n for n, c in told["start"].items()
+        if c.observers_added == ("input_observer", "weight_observer") and c.hooks_added == 1
+    } == names
     assert told["feed"] == {}
-    assert {n for n, c in told["end"].items() if c.scales_computed == ("input_scale", "weight_scale") and c.hooks_removed == 1} == names
+    assert {
+        n for n, c in told["end"].items()
+        if c.scales_computed == ("input_scale", "weight_scale") and c.hooks_removed == 1
+    } == names
     assert {c.status_after for n, c in told["end"].items() if n in names} == {"frozen"}
 
 
@@ -175,14 +197,17 @@ def test_a_modifier_cannot_be_changed_but_copied():
 def test_saving_a_calibrated_model_with_pickle_is_refused_in_words(tmp_path):
     model = make_model("llama_gqa")
     calibrate(model, make_batches(), QuantizationModifier(**FP8), progress=False)
-    with pytest.raises(TypeError, match="cannot be pickled .*reset_quantization"): torch.save(model, tmp_path / "model.pt")
+    with pytest.raises(TypeError, match="cannot be pickled .*reset_quantization"):
+        torch.save(model, tmp_path / "model.pt")
     reset_quantization(model)
     torch.save(model, tmp_path / "model.pt")
 
 
 def test_compute_out_of_order_and_unknown_events():
     model, modifier = make_model("llama_gqa"), QuantizationModifier(**FP8)
-    with pytest.raises(LifecycleError, match="cannot compute scales of a model that is original; initialize_quantization first"):
+    with pytest.raises(
+        LifecycleError, match="cannot compute scales of a model that is original; initialize_quantization first"
+    ):
         modifier.on_event(State(model), Event(EventType.SEQUENTIAL_EPOCH_END))
     with pytest.raises(ValueError, match="event type 'tea' is unknown"): modifier.on_event(State(model), Event("tea"))
 
@@ -193,7 +218,8 @@ def test_compute_out_of_order_and_unknown_events():
     (dict(scheme="FP8", ignore=["lmhead"]), "ignore 'lmhead' matches no module"),
 ])
 def test_recipes_that_do_less_than_they_say_warn(recipe, words):
-    with pytest.warns(UserWarning, match=words): QuantizationModifier(**recipe).initialize_quantization(make_model("llama_gqa"))
+    with pytest.warns(UserWarning, match=words):
+        QuantizationModifier(**recipe).initialize_quantization(make_model("llama_gqa"))
 
 
 @pytest.mark.parametrize("spelling", ["minmax", "MinMax"])
@@ -202,7 +228,12 @@ def test_arguments_of_a_replaced_observer_are_dropped(spelling):
     weights, inputs = dict(num_bits=8, strategy="channel", **kwargs), dict(num_bits=8, strategy="tensor", **kwargs)
     groups = {"g": dict(targets=["Linear"], weights=weights, input_activations=inputs)}
     model = make_model("llama_gqa")
-    calibrate(model, make_batches(), QuantizationModifier(config_groups=groups, ignore=["lm_head"], input_observer="static_minmax"), progress=False)
+    calibrate(
+        model,
+        make_batches(),
+        QuantizationModifier(config_groups=groups, ignore=["lm_head"], input_observer="static_minmax"),
+        progress=False,
+    )
     assert phase_of(model) == "calibrated"
 
 

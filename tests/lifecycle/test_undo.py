@@ -14,11 +14,14 @@ from tests.lifecycle.walking import FP8, STATIC, run_until
 
 @pytest.mark.parametrize("phase", ["original", "initialized", "started", "fed", "ended"])
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.filterwarnings("ignore:.*cannot be quantized.*:UserWarning", "ignore:target.*matches no module:UserWarning")
+@pytest.mark.filterwarnings(
+    "ignore:.*cannot be quantized.*:UserWarning", "ignore:target.*matches no module:UserWarning"
+)
 def test_reset_from_every_phase(name, phase):
     model, data = make_model(name), make_batches()
     model.train()
-    model.get_submodule(next(n for n, m in model.named_modules() if n and not list(m.children()))).eval()  # flags that differ between modules
+    # flags that differ between modules
+    model.get_submodule(next(n for n, m in model.named_modules() if n and not list(m.children()))).eval()
     before, exact = fingerprint(model), outputs(make_model(name), data[0])
     run_until(model, QuantizationModifier(**FP8), phase, data)
     assert reset_quantization(model) is model
@@ -29,7 +32,9 @@ def test_reset_from_every_phase(name, phase):
 WEIGHTS_ONLY = {"weights": dict(num_bits=8, strategy="channel")}
 
 
-@pytest.mark.parametrize("scheme, targets", [("FP8", ["Linear"]), ("NVFP4", ["Linear"]), (WEIGHTS_ONLY, ["Linear", "Embedding"])])
+@pytest.mark.parametrize(
+    "scheme, targets", [("FP8", ["Linear"]), ("NVFP4", ["Linear"]), (WEIGHTS_ONLY, ["Linear", "Embedding"])]
+)
 def test_reset_ties_embeddings_again(scheme, targets):
     model, data = make_model("llama_tied"), make_batches()
     before = fingerprint(model)
@@ -49,7 +54,8 @@ def test_reset_after_an_exception_inside_a_forward_pass(error):
     handle = model.model.layers[1].mlp.register_forward_hook(explode)
     with pytest.raises(error): calibrate(model, data, QuantizationModifier(**FP8), progress=False)
     handle.remove()
-    assert phase_of(model) == "calibrating" and model.model.layers[0].self_attn.q_proj.input_observer.counts.batches == 1
+    assert phase_of(model) == "calibrating"
+    assert model.model.layers[0].self_attn.q_proj.input_observer.counts.batches == 1
     reset_quantization(model)
     assert differences(before, fingerprint(model)) == []
 
@@ -70,7 +76,8 @@ def test_a_users_own_hook_and_attribute_survive():
 
 
 def test_reset_keeps_no_copy_of_the_weights():
-    "Calibrating and resetting an 8 MB model never holds a copy of it: peak Python-visible memory for snapshots stays far below."
+    """Calibrating and resetting an 8 MB model never holds a copy of it: peak Python-visible memory for snapshots stays
+    far below."""
     model = torch.nn.Sequential(*[torch.nn.Linear(512, 512, bias=False) for _ in range(8)])
     weights = [m.weight for m in model]
     modifier = QuantizationModifier(scheme="FP8", targets="Linear")
@@ -159,7 +166,9 @@ def test_a_copy_made_during_calibration_shares_scales_with_its_own_layers():
     twin = deepcopy(model)
     with torch.no_grad(): twin.model.layers[0].self_attn.k_proj.weight.mul_(100)
     modifier.on_end(State(twin))
-    shared = {n: getattr(twin.model.layers[0].self_attn, n).weight_global_scale.item() for n in ("q_proj", "k_proj", "v_proj")}
+    shared = {
+        n: getattr(twin.model.layers[0].self_attn, n).weight_global_scale.item() for n in ("q_proj", "k_proj", "v_proj")
+    }
     assert len(set(shared.values())) == 1 and not model.model.layers[0].self_attn.k_proj.weight_observer.has_statistics
 
 

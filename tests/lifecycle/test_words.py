@@ -13,9 +13,15 @@ STATIC = dict(scheme="INT8_STATIC", ignore=["lm_head"])
 @pytest.mark.parametrize(("work", "error", "words"), [
     (lambda model: calibrate(model, make_batches(), QuantizationModifier(**STATIC), all_experts="no"), TypeError,
      "all_experts='no' must be True or False"),
-    (lambda model: QuantizationModifier(**STATIC).on_initialize(model), TypeError, "state must be a State, got LlamaForCausalLM"),
-    (lambda model: QuantizationModifier(config_groups={"g": dict(targets=["re:("], weights=dict(num_bits=8))}), ValueError,
-     "is not a regular expression"),
+    (
+        lambda model: QuantizationModifier(**STATIC).on_initialize(model), TypeError,
+        "state must be a State, got LlamaForCausalLM"
+    ),
+    (
+        lambda model: QuantizationModifier(config_groups={"g": dict(targets=["re:("], weights=dict(num_bits=8))}),
+        ValueError,
+        "is not a regular expression",
+    ),
 ])
 def test_words_for_what_people_do(work, error, words):
     model = make_model("llama_gqa")
@@ -30,9 +36,18 @@ def test_an_observer_that_nobody_asks_is_announced():
 
 
 @pytest.mark.parametrize(("observers", "error", "words"), [
-    ({"model.layers.0.self_attn": {"k": "minmax"}}, ValueError, "is an attention module; its observer is named in kv_cache_scheme"),
-    ({"model.layers.0.mlp.experts.0.down_proj": {"weight": "mse"}}, ValueError, "its experts are fused, see unfuse_experts"),
-    ({"model.layers.0.self_attn.q_proj": "mse"}, TypeError, "must map 'weight', 'input' or 'output' to an observer, got 'mse'"),
+    (
+        {"model.layers.0.self_attn": {"k": "minmax"}}, ValueError,
+        "is an attention module; its observer is named in kv_cache_scheme"
+    ),
+    (
+        {"model.layers.0.mlp.experts.0.down_proj": {"weight": "mse"}}, ValueError,
+        "its experts are fused, see unfuse_experts"
+    ),
+    (
+        {"model.layers.0.self_attn.q_proj": "mse"}, TypeError,
+        "must map 'weight', 'input' or 'output' to an observer, got 'mse'"
+    ),
 ])
 def test_overrides_that_cannot_be(observers, error, words):
     modifier = QuantizationModifier(scheme="FP8", kv_cache_scheme=KV, ignore=["lm_head"])

@@ -1,4 +1,5 @@
-"""Keys, values and queries: found, observed, quantized and given back, on models that can be hooked and on those that cannot."""
+"""Keys, values and queries: found, observed, quantized and given back, on models that can be hooked and on those that
+cannot."""
 from copy import deepcopy
 
 import pytest
@@ -23,14 +24,20 @@ UNCACHED = {"gpt_neox": "GPTNeoXAttention", "gpt2": "GPT2Attention", "bert": "Be
 
 
 def attention_recipe(**args):
-    return dict(config_groups={"attention": QuantizationScheme(targets=["re:.*self_attn$"], input_activations=KV | args)})
+    return dict(
+        config_groups={"attention": QuantizationScheme(targets=["re:.*self_attn$"], input_activations=KV | args)}
+    )
 
 
 def states(model, batches, which):
-    "The largest |value| of each attention module's query, key or value, by a plain hook where the module calls for attention."
+    """The largest |value| of each attention module's query, key or value, by a plain hook where the module calls for
+    attention."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
     found, position = {}, dict(q=0, k=1, v=2)[which]
-    eager = {type(m): __import__(type(m).__module__, fromlist=["x"]).eager_attention_forward for m in attention_modules(model).values()}
+    eager = {
+        type(m): __import__(type(m).__module__, fromlist=["x"]).eager_attention_forward
+        for m in attention_modules(model).values()
+    }
     def look(module, *args, **kwargs):
         name = next(n for n, m in attention_modules(model).items() if m is module)
         found.setdefault(name, []).append(args[position].abs().amax(dim=(0, 2, 3)))
@@ -48,9 +55,15 @@ def states(model, batches, which):
 
 @pytest.mark.parametrize("name", CACHED)
 def test_scales_of_heads_are_those_of_a_plain_loop(name):
-    "Queries, keys and values after rotary embedding, one scale a head, against another way to look at the same tensors."
+    """Queries, keys and values after rotary embedding, one scale a head, against another way to look at the same
+    tensors."""
     model, data = make_model(name), make_batches()
-    calibrate(model, data, QuantizationModifier(**attention_recipe(strategy="attn_head", observer="static_minmax")), progress=False)
+    calibrate(
+        model,
+        data,
+        QuantizationModifier(**attention_recipe(strategy="attn_head", observer="static_minmax")),
+        progress=False,
+    )
     for which in "qkv":
         for path, largest in states(make_model(name), data, which).items():
             scale = getattr(model.get_submodule(path), f"{which}_scale")
@@ -59,7 +72,8 @@ def test_scales_of_heads_are_those_of_a_plain_loop(name):
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("recipe", [
-    dict(kv_cache_scheme=KV, targets=[]), dict(kv_cache_scheme=KV, scheme="FP8", ignore=["lm_head"]), attention_recipe(),
+    dict(kv_cache_scheme=KV, targets=[]), dict(kv_cache_scheme=KV, scheme="FP8", ignore=["lm_head"]),
+    attention_recipe(),
 ], ids=["cache", "cache and FP8", "attention"])
 @pytest.mark.parametrize("name", CACHED)
 def test_quantized_and_given_back(name, recipe, implementation):
@@ -96,10 +110,16 @@ def test_where_nothing_can_be_hooked_the_error_names_what_was_found(name, classe
 
 
 @pytest.mark.parametrize(("recipe", "words"), [
-    (attention_recipe() | dict(config_groups={"a": QuantizationScheme(targets=["LlamaAttention"], input_activations=KV, weights=KV)}),
-     "attention takes input_activations and nothing else"),
+    (
+        attention_recipe()
+        | dict(config_groups={"a": QuantizationScheme(targets=["LlamaAttention"], input_activations=KV, weights=KV)}),
+        "attention takes input_activations and nothing else",
+    ),
     (dict(kv_cache_scheme=KV | dict(strategy="group", group_size=8, type="int", dynamic=True), targets=[]), None),
-    (dict(kv_cache_scheme=KV | dict(strategy="channel"), targets=[]), "kv_cache_scheme has strategy 'channel'; keys and values take 'tensor' or"),
+    (
+        dict(kv_cache_scheme=KV | dict(strategy="channel"), targets=[]),
+        "kv_cache_scheme has strategy 'channel'; keys and values take 'tensor' or",
+    ),
 ])
 def test_schemes_that_attention_cannot_have(recipe, words):
     model = make_model("llama_gqa")
@@ -117,7 +137,8 @@ def test_an_ignored_attention_module_is_left_alone():
     calibrate(model, make_batches(), modifier, progress=False)
     assert {n.rpartition(".")[0] for n in qparams(model)} == {"model.layers.1.self_attn"}
     rows = {r.module: r for r in match_report(model, modifier) if r.type == "LlamaAttention"}
-    assert not rows["model.layers.0.self_attn"].matched and rows["model.layers.1.self_attn"].reason == "kv_cache_scheme: keys and values"
+    assert not rows["model.layers.0.self_attn"].matched
+    assert rows["model.layers.1.self_attn"].reason == "kv_cache_scheme: keys and values"
 
 
 def test_two_models_with_different_attention_do_not_disturb_each_other():
@@ -135,7 +156,8 @@ def test_two_models_with_different_attention_do_not_disturb_each_other():
     assert all(torch.equal(outputs(m, data[0]), alone[k]) for k, m in models.items())
     assert {m.config._attn_implementation for m in models.values()} == {HOOKED + "sdpa", HOOKED + "eager"}
     reset_quantization(models["sdpa"])
-    assert torch.equal(outputs(models["eager"], data[0]), alone["eager"]) and torch.equal(outputs(models["sdpa"], data[0]), exact["sdpa"])
+    assert torch.equal(outputs(models["eager"], data[0]), alone["eager"])
+    assert torch.equal(outputs(models["sdpa"], data[0]), exact["sdpa"])
 
 
 def test_a_copy_quantizes_with_its_own_scales():
@@ -161,7 +183,8 @@ def test_an_exception_inside_attention_leaves_nothing_behind():
     model, data = make_model("llama_gqa"), make_batches()
     before = fingerprint(model)
     handle = model.model.layers[1].self_attn.o_proj.register_forward_pre_hook(lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError): calibrate(model, data, QuantizationModifier(**attention_recipe()), progress=False)
+    with pytest.raises(ZeroDivisionError):
+        calibrate(model, data, QuantizationModifier(**attention_recipe()), progress=False)
     handle.remove()
     reset_quantization(model)
     assert differences(before, fingerprint(model)) == []
@@ -170,7 +193,8 @@ def test_an_exception_inside_attention_leaves_nothing_behind():
 @pytest.mark.parametrize("part", ["input_activations", "output_activations"])
 @pytest.mark.parametrize("name", ["llama_gqa", "opt", "phi"])
 def test_the_immediate_mode_cache(name, part):
-    "The hooks of the earlier generation, on transformers' own attention: scales are those of a plain loop; freeze removes the cache."
+    """The hooks of the earlier generation, on transformers' own attention: scales are those of a plain loop; freeze
+    removes the cache."""
     model, data = make_model(name), make_batches()
     largest = {which: states(make_model(name), data, which) for which in "kv"}
     model.set_attn_implementation("eager")
@@ -185,7 +209,10 @@ def test_the_immediate_mode_cache(name, part):
     with torch.no_grad():
         for batch in data: model(**batch)
     for path, m in attention_modules(model).items():
-        for which in "kv": torch.testing.assert_close(getattr(m, f"{which}_scale"), largest[which][path].max().reshape(1) / 448, rtol=1e-5, atol=0)
+        for which in "kv":
+            torch.testing.assert_close(
+                getattr(m, f"{which}_scale"), largest[which][path].max().reshape(1) / 448, rtol=1e-5, atol=0
+            )
         freeze_module_quantization(m)
         assert not hasattr(m, "kv_cache") and not hasattr(m, "k_observer") and m.quantization_status == "frozen"
 

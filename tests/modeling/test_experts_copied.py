@@ -31,7 +31,8 @@ def test_a_deep_copy_keeps_a_weight_that_was_replaced():
     linear.weight = torch.nn.Parameter(linear.weight.detach().clone() + 1)
     twin = deepcopy(model)
     other = twin.model.layers[0].mlp.experts[1].up_proj
-    assert torch.equal(other.weight, linear.weight) and other.weight.data_ptr() != linear.weight.data_ptr() and same(logits(twin), logits(model))
+    assert torch.equal(other.weight, linear.weight) and other.weight.data_ptr() != linear.weight.data_ptr()
+    assert same(logits(twin), logits(model))
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
@@ -41,9 +42,11 @@ def test_a_cast_reaches_the_stacks(name):
     state, parameters = snapshot(model), dict(model.named_parameters())
     done = edits(state, snapshot(take_experts_apart(model)))
     model.bfloat16()
-    assert memory(model, *(g.source[0] for g in unfused_experts(model).values())) == memory(plain) and same(logits(plain), logits(model))
+    assert memory(model, *(g.source[0] for g in unfused_experts(model).values())) == memory(plain)
+    assert same(logits(plain), logits(model))
     undo(done)
-    assert all(p is parameters[name] and p.dtype == torch.bfloat16 for name, p in model.named_parameters()) and same(logits(plain), logits(model))
+    assert all(p is parameters[name] and p.dtype == torch.bfloat16 for name, p in model.named_parameters())
+    assert same(logits(plain), logits(model))
 
 
 def test_a_state_dict_goes_both_ways():
@@ -74,7 +77,10 @@ def test_offloaded_experts():
     linear = model.get_submodule(path)[0].gate_proj
     assert type(linear._parameters).__name__ == "CPUCache" and same(before, logits(model))
     with disable_onloading():
-        assert linear._parameters["weight"].untyped_storage().data_ptr() == fused._parameters["gate_up_proj"].untyped_storage().data_ptr()
+        assert (
+            linear._parameters["weight"].untyped_storage().data_ptr()
+            == fused._parameters["gate_up_proj"].untyped_storage().data_ptr()
+        )
     restore(model, state)
     assert model.get_submodule(path) is fused and same(before, logits(model))
 
@@ -86,4 +92,5 @@ def test_experts_on_disk(tmp_path):
     (path, fused), *_ = fused_experts(model).items()
     offload_module(fused, torch.device("cpu"), "disk", offload_dir=str(tmp_path))
     take_experts_apart(model)
-    assert type(model.get_submodule(path)[0].gate_proj._parameters).__name__ == "DiskCache" and same(before, logits(model))
+    assert type(model.get_submodule(path)[0].gate_proj._parameters).__name__ == "DiskCache"
+    assert same(before, logits(model))

@@ -25,14 +25,17 @@ def unfuse_warns(model, match):
 
 
 def test_matrices_of_another_form_stay():
-    jet = AutoModelForCausalLM.from_config(JetMoeConfig(**SMALL, num_key_value_heads=4, kv_channels=16, num_local_experts=4, intermediate_size=96))
+    jet = AutoModelForCausalLM.from_config(
+        JetMoeConfig(**SMALL, num_key_value_heads=4, kv_channels=16, num_local_experts=4, intermediate_size=96)
+    )
     assert not fused_experts(jet) and all("weight" in reason for reason in refused_experts(jet).values())
     unfuse_warns(jet, "input_linear and 7 more stay fused")
 
 
 def test_experts_that_compute_something_else_stay():
     class OddExperts(type(make("mixtral").model.layers[0].mlp.experts)):
-        def forward(self, hidden_states, top_k_index, top_k_weights): return 2 * super().forward(hidden_states, top_k_index, top_k_weights)
+        def forward(self, hidden_states, top_k_index, top_k_weights):
+            return 2 * super().forward(hidden_states, top_k_index, top_k_weights)
     model = make("mixtral", implementation="eager")
     model.model.layers[1].mlp.experts.__class__ = OddExperts
     assert len(fused_experts(model)) == 2  # it looks like any other
@@ -57,7 +60,8 @@ def test_reasons(spoil, reason):
         assert reason in refused_experts(model)["model.layers.0.mlp.experts"]
         with pytest.raises(ValueError, match=reason): expert_layout(fused)
         with pytest.warns(UserWarning, match=reason): take_experts_apart(model)
-        assert model.model.layers[0].mlp.experts is fused and list(unfused_experts(model)) == ["model.layers.1.mlp.experts"]
+        assert model.model.layers[0].mlp.experts is fused
+        assert list(unfused_experts(model)) == ["model.layers.1.mlp.experts"]
     finally:
         if reason == "no act_fn": type(fused)._apply_gate = gate
 
@@ -103,8 +107,10 @@ def test_a_model_in_use_is_left_alone():
 
 def test_which_targets_concern_experts():
     model = make("qwen2_moe")
-    for targets, ignore, expected in ((["Linear"], [], True), (["re:.*experts.5.gate_proj$"], [], True), (["re:.*experts.6.gate_proj$"], [], False),
-                                      (["re:.*shared_expert.*"], [], False), (["Linear"], ["re:.*mlp.experts.*"], False), (["Embedding"], [], False)):
+    for targets, ignore, expected in (
+        (["Linear"], [], True), (["re:.*experts.5.gate_proj$"], [], True), (["re:.*experts.6.gate_proj$"], [], False),
+        (["re:.*shared_expert.*"], [], False), (["Linear"], ["re:.*mlp.experts.*"], False), (["Embedding"], [], False)
+    ):
         assert matches_experts(model, targets, ignore) == expected, (targets, ignore)
         apart = take_experts_apart(deepcopy(model))
         from compressed_tensors.utils.match import match_named_modules

@@ -26,7 +26,8 @@ def routed(model, call):
     counts = {name: torch.zeros(6, dtype=torch.int64) for name in unfused_experts(model)}
     def hook(name):
         def count(module, args):
-            if len(args) == 1: chosen = [e for e, block in enumerate(args[0].chunk(6)) for row in block if row.abs().sum() > 0]
+            if len(args) == 1:
+                chosen = [e for e, block in enumerate(args[0].chunk(6)) for row in block if row.abs().sum() > 0]
             else: chosen = args[1].flatten().tolist()
             for e in chosen: counts[name][e] += 1
         return count
@@ -60,7 +61,8 @@ def test_counts_are_the_routers(name):
 def test_an_expert_never_chosen_is_visible():
     model = make("mixtral")
     with torch.no_grad():
-        for layer in model.model.layers: layer.mlp.gate.weight[4] = -layer.mlp.gate.weight[3]  # one of the two always loses
+        # one of the two always loses
+        for layer in model.model.layers: layer.mlp.gate.weight[4] = -layer.mlp.gate.weight[3]
         for layer in model.model.layers: layer.mlp.gate.weight[4] *= 0
         for layer in model.model.layers: layer.mlp.gate.register_forward_hook(no_expert_four)
     take_experts_apart(model)
@@ -69,7 +71,8 @@ def test_an_expert_never_chosen_is_visible():
     assert [r.tokens for r in tokens_per_expert(model) if r.expert == 4] == [0, 0]
     assert all(not seen for (_, e, _), seen in rows.items() if e == 4) and len(tokens_per_expert(model)) == 12
     with all_experts(model): logits(model)
-    assert [r.tokens for r in tokens_per_expert(model) if r.expert == 4] == [0, 0]  # the router's choice, not what was shown
+    # the router's choice, not what was shown
+    assert [r.tokens for r in tokens_per_expert(model) if r.expert == 4] == [0, 0]
     assert all(seen for (_, e, _), seen in rows.items() if e == 4)
 
 
@@ -108,7 +111,8 @@ def test_the_block_restores_itself():
 def reference_model(name, dtype):
     if name != "llama4": return make(name, dtype)
     config = Llama4Config(text_config=HEADS | LLAMA4, vision_config=dict(
-        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, image_size=28, patch_size=14, vision_output_dim=32,
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, image_size=28, patch_size=14,
+        vision_output_dim=32,
         projector_input_dim=32, projector_output_dim=32))
     config.text_config.dtype = dtype  # the reference makes its Linears in the config's dtype
     return randomize(Llama4ForConditionalGeneration(config)).to(dtype).eval()
@@ -140,7 +144,8 @@ def test_while_calibrating_the_same_bits_as_the_reference(name, dtype, every):
 
 @pytest.mark.parity
 def test_gpt_oss_rounds_as_the_model_and_not_as_the_reference():
-    "A known difference: the reference multiplies the activation's factors in another order and adds biases before rounding."
+    """A known difference: the reference multiplies the activation's factors in another order and adds biases before
+    rounding."""
     pytest.importorskip("llmcompressor", reason="no reference: pip install -e '.[dev]'")
     from llmcompressor.modeling.moe.linearize import linearize_moe
     plain, ours, theirs = (make("gpt_oss", implementation="eager") for _ in range(3))
@@ -158,5 +163,7 @@ def inputs_of(model):
     for name, module in model.named_modules():
         if not (isinstance(module, torch.nn.Linear) and ".experts." in name): continue
         seen[name] = [torch.empty(0, module.in_features, dtype=module.weight.dtype)]
-        module.register_forward_pre_hook(lambda m, args, name=name: seen[name].append(args[0]) if len(args[0]) else None)
+        module.register_forward_pre_hook(
+            lambda m, args, name=name: seen[name].append(args[0]) if len(args[0]) else None
+        )
     return seen

@@ -1,4 +1,5 @@
-"""Models whose parameters lie on the CPU or on disk: the same scales, the same quantized outputs, and nothing left of it afterwards."""
+"""Models whose parameters lie on the CPU or on disk: the same scales, the same quantized outputs, and nothing left of
+it afterwards."""
 import os
 import warnings
 
@@ -13,8 +14,12 @@ from qcal_nb.calibration import update_qparams
 from qcal_nb.lifecycle import QuantizationModifier, State, phase_of, reset_quantization
 from qcal_nb.pipelines import calibrate
 
-TWO_BITS = dict(config_groups={"g": QuantizationScheme(targets=["Linear"], weights=dict(num_bits=2, type="int", strategy="channel"))},
-                ignore=["lm_head"])
+TWO_BITS = dict(
+    config_groups={
+        "g": QuantizationScheme(targets=["Linear"], weights=dict(num_bits=2, type="int", strategy="channel"))
+    },
+    ignore=["lm_head"],
+)
 KV = dict(num_bits=8, type="float", strategy="tensor", symmetric=True, dynamic=False)
 RECIPES = {
     "FP8": dict(scheme="FP8", ignore=["lm_head"]),
@@ -30,7 +35,10 @@ def files(folder): return sorted(f for f in os.listdir(folder)) if os.path.isdir
 
 def stored(model):
     "What lies where: the objects behind parameters, offloaded or not."
-    return {(n, k): id(v) for n, m in model.named_modules() for k, v in getattr(m._parameters, "offloaded_values", m._parameters).items()}
+    return {
+        (n, k): id(v) for n, m in model.named_modules()
+        for k, v in getattr(m._parameters, "offloaded_values", m._parameters).items()
+    }
 
 
 @pytest.mark.parametrize("kind", ["cpu", "disk"])
@@ -57,8 +65,14 @@ def test_quantized_outputs_are_handed_on_from_offloaded_blocks(kind, tmp_path):
     for where in (None, kind):
         model = make_model("llama_gqa")
         if where: offload(model, kind, tmp_path)
-        calibrate(model, make_batches(), QuantizationModifier(scheme="FP8", weight_observer="mse", ignore=["lm_head"]), pipeline="sequential",
-                  propagate="quantized", progress=False)
+        calibrate(
+            model,
+            make_batches(),
+            QuantizationModifier(scheme="FP8", weight_observer="mse", ignore=["lm_head"]),
+            pipeline="sequential",
+            propagate="quantized",
+            progress=False,
+        )
         found.append(qparams(model))
     assert all(torch.equal(v, found[1][k]) for k, v in found[0].items())
 
@@ -114,12 +128,14 @@ def test_a_model_that_accelerate_offloads(name, kind, tmp_path):
         warnings.simplefilter("always")
         calibrate(model, data, QuantizationModifier(scheme="FP8"), progress=False)
     logger.remove(sink)
-    assert logged == [] and ["accelerate wrote 21 weights to disk" in str(w.message) for w in said] == [True] * (kind == "disk")
+    assert logged == []
+    assert ["accelerate wrote 21 weights to disk" in str(w.message) for w in said] == [True] * (kind == "disk")
     assert not any(hasattr(m, "_hf_hook") for m in model.modules())
     assert all(torch.equal(v, qparams(model)[k]) for k, v in qparams(plain).items())
     assert torch.equal(outputs(model, data[0]), outputs(plain, data[0]))
     reset_quantization(model)
-    assert {n: (m._hf_hook, vars(m._hf_hook)) for n, m in model.named_modules() if hasattr(m, "_hf_hook")} == hooks and files(tmp_path) == lying
+    assert {n: (m._hf_hook, vars(m._hf_hook)) for n, m in model.named_modules() if hasattr(m, "_hf_hook")} == hooks
+    assert files(tmp_path) == lying
     assert torch.equal(outputs(model, data[0]), exact)
 
 
@@ -135,4 +151,5 @@ def test_what_cannot_be_converted_is_said_and_leaves_nothing_changed(kind, tmp_p
     exact, lying = outputs(model, make_batches()[0]), files(tmp_path)
     with pytest.raises(ValueError, match="offloaded by accelerate in a way that cannot be converted: no such place"):
         QuantizationModifier(scheme="FP8").initialize_quantization(model)
-    assert phase_of(model) == "original" and torch.equal(outputs(model, make_batches()[0]), exact) and files(tmp_path) == lying
+    assert phase_of(model) == "original" and torch.equal(outputs(model, make_batches()[0]), exact)
+    assert files(tmp_path) == lying

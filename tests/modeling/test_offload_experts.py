@@ -16,8 +16,11 @@ STATIC = dict(scheme="INT8_STATIC", ignore=["lm_head"])
 def stored(folder): return sorted((f, os.path.getsize(os.path.join(folder, f))) for f in os.listdir(folder))
 
 
-@pytest.mark.parametrize("recipe", [
-    dict(scheme="FP8", ignore=["lm_head"]), dict(scheme="FP8", ignore=["lm_head", "re:.*experts.*"])], ids=["apart", "fused"])
+@pytest.mark.parametrize(
+    "recipe",
+    [dict(scheme="FP8", ignore=["lm_head"]), dict(scheme="FP8", ignore=["lm_head", "re:.*experts.*"])],
+    ids=["apart", "fused"],
+)
 def test_a_mixture_on_disk_leaves_no_files_behind(recipe, tmp_path):
     model = offload(make_model("mixtral"), "disk", tmp_path)
     before, exact = stored(tmp_path), outputs(model, make_batches()[0])

@@ -19,19 +19,29 @@ import qcal_nb
 from qcal_nb.models import calibration_texts, heldout_texts, inject_outliers, load_tiny_llama, perplexity
 
 DATA = Path(qcal_nb.__file__).parent / "data"
-SMALL = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-    vocab_size=99, max_position_embeddings=64, bos_token_id=0, eos_token_id=1, pad_token_id=None)
+SMALL = dict(
+    hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    head_dim=16, vocab_size=99, max_position_embeddings=64, bos_token_id=0, eos_token_id=1, pad_token_id=None
+)
 LLAMAS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
-    "llama tied, biases": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=True, attention_bias=True, mlp_bias=True)),
+    "llama tied, biases": lambda: LlamaForCausalLM(
+        LlamaConfig(**SMALL, tie_word_embeddings=True, attention_bias=True, mlp_bias=True)
+    ),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**SMALL)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**{k: v for k, v in SMALL.items() if k != "head_dim"})),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL)),
 }
 OTHERS = {
-    "gpt2": (lambda: GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=64, n_positions=32)), "Llama-style model"),
+    "gpt2": (
+        lambda: GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=64, n_positions=32)),
+        "Llama-style model",
+    ),
     "gemma": (lambda: GemmaForCausalLM(GemmaConfig(**SMALL)), r"weight \* x"),
-    "gemma2": (lambda: Gemma2ForCausalLM(Gemma2Config(**SMALL)), "further norms post_feedforward_layernorm, pre_feedforward_layernorm"),
+    "gemma2": (
+        lambda: Gemma2ForCausalLM(Gemma2Config(**SMALL)),
+        "further norms post_feedforward_layernorm, pre_feedforward_layernorm",
+    ),
 }
 
 
@@ -109,8 +119,13 @@ def test_package_data_is_small_and_names_its_source():
     files = [p for p in DATA.rglob("*") if p.is_file()]
     assert sum(p.stat().st_size for p in files) <= 8_000_000
     names = {p.relative_to(DATA).as_posix() for p in files}
-    assert names == {"NOTICE.md", "LICENSE-CPYTHON.txt", "texts.jsonl.xz"} | {f"tiny_llama/{name}" for name in (
-        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "training.csv")}
+    assert names == {"NOTICE.md", "LICENSE-CPYTHON.txt", "texts.jsonl.xz"} | {
+        f"tiny_llama/{name}"
+        for name in (
+            "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+            "training.csv"
+        )
+    }
     assert "PSF-2.0" in (DATA / "NOTICE.md").read_text(encoding="utf-8")
     assert "PYTHON SOFTWARE FOUNDATION LICENSE VERSION 2" in (DATA / "LICENSE-CPYTHON.txt").read_text(encoding="utf-8")
 
@@ -173,7 +188,8 @@ def test_copies_are_independent(tiny):
 
 
 @pytest.mark.parametrize("text", [
-    "", "a", "  two  spaces\n\tand a tab ", "naïve → 日本語 🙂", "def f(x): return x**2  # <s> no\r\n", "don 't , stop . \x00",
+    "", "a", "  two  spaces\n\tand a tab ", "naïve → 日本語 🙂", "def f(x): return x**2  # <s> no\r\n",
+    "don 't , stop . \x00",
 ])
 def test_tokenizer_round_trip(tiny, text):
     _, tokenizer = tiny
@@ -252,7 +268,10 @@ def test_outliers_leave_the_logits_to_the_bit(dtype, factor):
     batches = [tokenizer(text, return_tensors="pt")["input_ids"] for text in calibration_texts()[:6]]
     before = [logits(model, ids) for ids in batches]
     inject_outliers(model, n_channels=6, factor=factor, seed=3)
-    assert all(torch.equal(a.view(torch.uint8), logits(model, ids).view(torch.uint8)) for a, ids in zip(before, batches, strict=True))
+    assert all(
+        torch.equal(a.view(torch.uint8), logits(model, ids).view(torch.uint8))
+        for a, ids in zip(before, batches, strict=True)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -264,7 +283,9 @@ def test_outliers_in_other_llamas(name, dtype):
     before = logits(model, ids)
     changed = inject_outliers(model, channels=[5, 63])
     assert torch.equal(before, logits(model, ids))
-    assert set(changed) == {f"model.layers.{i}.{norm}" for i in (0, 1) for norm in ("input_layernorm", "post_attention_layernorm")}
+    assert set(changed) == {
+        f"model.layers.{i}.{norm}" for i in (0, 1) for norm in ("input_layernorm", "post_attention_layernorm")
+    }
 
 
 def test_absmax_grows_by_the_factor_and_nowhere_else(tiny):
@@ -273,8 +294,10 @@ def test_absmax_grows_by_the_factor_and_nowhere_else(tiny):
 
     def absmax():
         seen = {}
-        hooks = [m.register_forward_pre_hook(lambda m, args, name=name: seen.update({name: args[0].abs().amax(dim=(0, 1))}))
-                 for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+        hooks = [
+            m.register_forward_pre_hook(lambda m, args, name=name: seen.update({name: args[0].abs().amax(dim=(0, 1))}))
+            for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)
+        ]
         logits(model, ids)
         for hook in hooks: hook.remove()
         return seen
@@ -296,8 +319,10 @@ def test_final_norm_embedding_and_head_are_left_alone(tiny):
     after = weights(model)
     touched = {name for name in before if not torch.equal(before[name], after[name])}
     kinds = {name.split(".", 3)[-1] for name in touched}
-    assert kinds == {"input_layernorm.weight", "post_attention_layernorm.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight",
-        "self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"}
+    assert kinds == {
+        "input_layernorm.weight", "post_attention_layernorm.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight",
+        "self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"
+    }
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
@@ -327,7 +352,8 @@ def test_unsupported_models_are_refused_and_unchanged(name):
 
 @pytest.mark.parametrize("kwargs, words", [
     (dict(factor=10), "power of two"), (dict(factor=0), "power of two"), (dict(factor=-2), "power of two"),
-    (dict(factor=float("inf")), "power of two"), (dict(factor=float("nan")), "power of two"), (dict(factor=2.0**200), "not exact"),
+    (dict(factor=float("inf")), "power of two"), (dict(factor=float("nan")), "power of two"),
+    (dict(factor=2.0**200), "not exact"),
     (dict(n_channels=0), "n_channels"), (dict(n_channels=257), "n_channels"), (dict(channels=[]), "channels"),
     (dict(channels=[256]), "channels"), (dict(channels=[-1]), "channels"), (dict(channels=[3, 3]), "channels"),
 ])

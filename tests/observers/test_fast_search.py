@@ -17,8 +17,11 @@ from qcal_nb.observers.imatrix import importance_range, weighted_error
 from qcal_nb.observers.minmax import min_max
 from qcal_nb.observers.search.definition import mse_range, search_error, shrink_search
 
-ARGS = {"int8": dict(num_bits=8), "int8 asym": dict(num_bits=8, symmetric=False), "int4": dict(num_bits=4),
-        "int2 asym": dict(num_bits=2, symmetric=False), "fp8": dict(num_bits=8, type="float"), "fp4": dict(num_bits=4, type="float")}
+ARGS = {
+    "int8": dict(num_bits=8), "int8 asym": dict(num_bits=8, symmetric=False), "int4": dict(num_bits=4),
+    "int2 asym": dict(num_bits=2, symmetric=False), "fp8": dict(num_bits=8, type="float"),
+    "fp4": dict(num_bits=4, type="float")
+}
 KINDS = {
     "bell": lambda x: x,
     "one side": lambda x: x.relu(),
@@ -34,7 +37,8 @@ KINDS = {
 }
 SIZES = st.sampled_from([1e-4, 1.0, 37.0, 1e4])
 SEARCHES = st.fixed_dictionaries({}, optional=dict(
-    maxshrink=st.sampled_from([0.0, 0.2, 0.95, 1.0]), patience=st.sampled_from([0, 1, 5, 1000]), grid=st.sampled_from([20.0, 100.0]),
+    maxshrink=st.sampled_from([0.0, 0.2, 0.95, 1.0]), patience=st.sampled_from([0, 1, 5, 1000]),
+    grid=st.sampled_from([20.0, 100.0]),
     norm=st.sampled_from([2.0, 2.4, 3.0]), expand=st.sampled_from([1.0, 1.8])))
 
 
@@ -60,11 +64,14 @@ def tensor(kind, seed, size, rows, dtype):
 @given(kind=st.sampled_from(sorted(KINDS)), seed=st.integers(0, 9999), size=SIZES, rows=st.sampled_from([1, 8, 100]),
        form=st.sampled_from(sorted(ARGS)), search=SEARCHES)
 def test_the_range_is_that_of_the_definition(taken, dtype, kind, seed, size, rows, form, search):
-    x, args = tensor(kind, seed, min(size, 1.0) if dtype == torch.float16 else size, rows, dtype), QuantizationArgs(strategy="tensor", **ARGS[form])
+    x = tensor(kind, seed, min(size, 1.0) if dtype == torch.float16 else size, rows, dtype)
+    args = QuantizationArgs(strategy="tensor", **ARGS[form])
     with taken_for(taken): mine, plain = best_range(x, args, **search), mse_range(x, args, **search)
     if torch.equal(mine[0], plain[0]) and torch.equal(mine[1], plain[1]): return
     norm = search.get("norm", 2.4)  # nothing but a tie that the order of summation decides may differ
-    a, b = (search_error(x.double() if dtype == torch.float32 else x, *ends, args, norm).item() for ends in (mine, plain))
+    a, b = (
+        search_error(x.double() if dtype == torch.float32 else x, *ends, args, norm).item() for ends in (mine, plain)
+    )
     assert math.isclose(a, b, rel_tol=1e-6), (mine, plain, a, b)
 
 
@@ -107,9 +114,15 @@ def test_every_value_is_in_its_bin(kind, seed, size, threads, piece):
 @pytest.mark.parametrize("form", ["int8", "int4", "fp8"])
 def test_bounds_decide_almost_everything(form):
     x = torch.randn(512, 1, 512, generator=torch.Generator().manual_seed(0))
-    args, asked, shrinks, (low, high) = QuantizationArgs(strategy="tensor", **ARGS[form]), [], [1 - i / 100 for i in range(20)], min_max(x)
-    ends = error_bounds(Binned(x, low.item(), high.item()), low * torch.tensor(shrinks), high * torch.tensor(shrinks), args, 2.4)
-    bounded_search(shrinks, ends, 5, math.inf, [lambda p: asked.append(p) or (search_error(x, low * p, high * p, args, 2.4).item(),) * 2])
+    args = QuantizationArgs(strategy="tensor", **ARGS[form])
+    asked, shrinks = [], [1 - i / 100 for i in range(20)]
+    low, high = min_max(x)
+    ends = error_bounds(
+        Binned(x, low.item(), high.item()), low * torch.tensor(shrinks), high * torch.tensor(shrinks), args, 2.4
+    )
+    bounded_search(shrinks, ends, 5, math.inf, [
+        lambda p: asked.append(p) or (search_error(x, low * p, high * p, args, 2.4).item(),) * 2
+    ])
     assert len(asked) <= 6
 
 
@@ -117,8 +130,12 @@ def test_bounds_decide_almost_everything(form):
 @SIZES_TAKEN_FOR
 @pytest.mark.parametrize("shape", [(40, 1, 64), (1, 9, 600), (1, 9, 100)], ids=["one scale", "long rows", "short rows"])
 def test_searches_of_one_tensor_share_errors_and_nothing_else(dtype, shape, taken):
-    x, args = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype), QuantizationArgs(strategy="channel", **ARGS["int4"])
-    searches = [dict(), dict(grid=50.0), dict(maxshrink=0.6), dict(norm=2.0), dict(expand=1.3), dict(patience=1), dict(grid=33.0, maxshrink=0.9)]
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    args = QuantizationArgs(strategy="channel", **ARGS["int4"])
+    searches = [
+        dict(), dict(grid=50.0), dict(maxshrink=0.6), dict(norm=2.0), dict(expand=1.3), dict(patience=1),
+        dict(grid=33.0, maxshrink=0.9)
+    ]
     with taken_for(taken): alone = [best_range(x, args, **search) for search in searches]
     with sharing(), taken_for(taken):
         for order in (searches, searches[::-1]):
@@ -140,7 +157,10 @@ def test_values_out_of_reach_go_to_the_definition():
         args = QuantizationArgs(strategy="tensor", **ARGS["int8"])
         assert all(torch.equal(a, b) for a, b in zip(best_range(x, args), mse_range(x, args)))
     x = torch.full((4, 1, 64), math.nan)
-    assert all(torch.equal(a, b, ) or a.isnan().all() and b.isnan().all() for a, b in zip(best_range(x, args), mse_range(x, args)))
+    assert all(
+        torch.equal(a, b, ) or a.isnan().all() and b.isnan().all()
+        for a, b in zip(best_range(x, args), mse_range(x, args))
+    )
 
 
 SCALES = {"channel": (), "rows of five": (5,), "groups": (4, 32)}  # how 128 values of a row are shared out
@@ -149,7 +169,11 @@ SCALES = {"channel": (), "rows of five": (5,), "groups": (4, 32)}  # how 128 val
 def weight(kind, seed, size, rows, groups, dtype):
     x = torch.randn(rows, 128, generator=torch.Generator().manual_seed(seed))
     x = KINDS[kind](x) * size * torch.logspace(-2, 2, rows)[:, None]  # rows of very different size
-    return x.to(dtype).reshape(1, rows, *groups) if groups == (4, 32) else x.to(dtype).reshape(1, rows, 128)[..., :groups[0] if groups else None]
+    return (
+        x.to(dtype).reshape(1, rows, *groups)
+        if groups == (4, 32)
+        else x.to(dtype).reshape(1, rows, 128)[..., :groups[0] if groups else None]
+    )
 
 
 def same_but_for_ties(mine, plain, error_of):
@@ -166,29 +190,46 @@ def same_but_for_ties(mine, plain, error_of):
 @given(kind=st.sampled_from(sorted(KINDS)), seed=st.integers(0, 9999), size=SIZES, rows=st.sampled_from([2, 7, 60]),
        groups=st.sampled_from(sorted(SCALES)), form=st.sampled_from(sorted(ARGS)), search=SEARCHES)
 def test_many_scales_are_those_of_the_definition(dtype, kind, seed, size, rows, groups, form, search):
-    x, args = weight(kind, seed, min(size, 1.0), rows, SCALES[groups], dtype), QuantizationArgs(strategy="channel", **ARGS[form])
+    x = weight(kind, seed, min(size, 1.0), rows, SCALES[groups], dtype)
+    args = QuantizationArgs(strategy="channel", **ARGS[form])
     mine, plain, norm = best_range(x, args, **search), mse_range(x, args, **search), search.get("norm", 2.4)
     wide = x.double() if dtype == torch.float32 else x
-    same_but_for_ties(mine, plain, lambda low, high: search_error(wide, low.to(wide.dtype), high.to(wide.dtype), args, norm))
+    same_but_for_ties(
+        mine, plain, lambda low, high: search_error(wide, low.to(wide.dtype), high.to(wide.dtype), args, norm)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @settings(max_examples=150, deadline=None)
-@given(kind=st.sampled_from(sorted(KINDS)), seed=st.integers(0, 9999), size=SIZES, rows=st.sampled_from([2, 7, 60]),
-       groups=st.sampled_from(["channel", "groups"]), form=st.sampled_from(sorted(ARGS)), search=SEARCHES, weighted=st.booleans())
+@given(
+    kind=st.sampled_from(sorted(KINDS)), seed=st.integers(0, 9999), size=SIZES, rows=st.sampled_from([2, 7, 60]),
+    groups=st.sampled_from(["channel", "groups"]), form=st.sampled_from(sorted(ARGS)), search=SEARCHES,
+    weighted=st.booleans()
+)
 def test_weighted_scales_are_those_of_the_definition(dtype, kind, seed, size, rows, groups, form, search, weighted):
-    x, args = weight(kind, seed, min(size, 1.0), rows, SCALES[groups], dtype), QuantizationArgs(strategy="channel", **ARGS[form])
-    heard = torch.rand(128, generator=torch.Generator().manual_seed(seed)).pow(8).expand(rows, 128).reshape(x.shape) if weighted else None
+    x = weight(kind, seed, min(size, 1.0), rows, SCALES[groups], dtype)
+    args = QuantizationArgs(strategy="channel", **ARGS[form])
+    heard = (
+        torch.rand(128, generator=torch.Generator().manual_seed(seed)).pow(8).expand(rows, 128).reshape(x.shape)
+        if weighted
+        else None
+    )
     mine, norm = importance_range(x, args, heard, **search), search.get("norm", 3.0)
     low, high = (end * search.get("expand", 1.0) for end in min_max(x))
     grid = search.get("grid", 20)
-    plain = shrink_search(low, high, [1 - i / grid for i in range(max(1, int(search.get("maxshrink", 0.95) * grid)) + 1)],
-                          search.get("patience", 5) or math.inf, lambda lo, hi: weighted_error(x, lo, hi, args, norm, heard))
+    plain = shrink_search(
+        low,
+        high,
+        [1 - i / grid for i in range(max(1, int(search.get("maxshrink", 0.95) * grid)) + 1)],
+        search.get("patience", 5) or math.inf,
+        lambda lo, hi: weighted_error(x, lo, hi, args, norm, heard),
+    )
     same_but_for_ties(mine, plain, lambda lo, hi: weighted_error(x, lo, hi, args, norm, heard))
 
 
 def test_patience_ends_the_search_for_all_scales_at_once():
-    "Rows whose errors have two valleys: with patience for one, and for both; the kernel must stop where the definition does."
+    """Rows whose errors have two valleys: with patience for one, and for both; the kernel must stop where the
+    definition does."""
     g, args = torch.Generator().manual_seed(0), QuantizationArgs(strategy="channel", num_bits=4)
     ends = set()
     for trial in range(200):
@@ -201,13 +242,16 @@ def test_patience_ends_the_search_for_all_scales_at_once():
 
 
 def test_threads_and_shapes_do_not_matter():
-    args, x = QuantizationArgs(strategy="group", group_size=32, num_bits=4), torch.randn(1, 700, 40, 32, generator=torch.Generator().manual_seed(1))
+    args = QuantizationArgs(strategy="group", group_size=32, num_bits=4)
+    x = torch.randn(1, 700, 40, 32, generator=torch.Generator().manual_seed(1))
     alone, before = mse_range(x, args), torch.get_num_threads()
     try:
         for many in (1, 2, 3):
             torch.set_num_threads(many)
             mine = best_range(x, args)
-            assert same_but_for_ties(mine, alone, lambda low, high: search_error(x.double(), low.double(), high.double(), args, 2.4)) <= 3
+            assert same_but_for_ties(
+                mine, alone, lambda low, high: search_error(x.double(), low.double(), high.double(), args, 2.4)
+            ) <= 3
     finally: torch.set_num_threads(before)
     split = best_range(x.reshape(2, 350, 40, 32), args)  # two observations of each scale
     assert torch.equal(split[1], mse_range(x.reshape(2, 350, 40, 32), args)[1])
@@ -215,7 +259,9 @@ def test_threads_and_shapes_do_not_matter():
 
 def test_what_the_kernel_does_not_take_goes_to_the_definition():
     args = QuantizationArgs(strategy="channel", num_bits=4)
-    for odd in (torch.randn(1, 5, 64, dtype=torch.float64), torch.randn(1, 5, 64) * 1e30, torch.full((1, 5, 64), math.nan)):
+    for odd in (
+        torch.randn(1, 5, 64, dtype=torch.float64), torch.randn(1, 5, 64) * 1e30, torch.full((1, 5, 64), math.nan)
+    ):
         mine, plain = best_range(odd, args), mse_range(odd, args)
         assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(mine, plain))
     x = torch.randn(1, 5, 64)
@@ -225,10 +271,14 @@ def test_what_the_kernel_does_not_take_goes_to_the_definition():
 @pytest.mark.parametrize("name", ["mse", "minmax", "static_minmax"])
 def test_observers_of_one_tensor_share_one_look(name, monkeypatch):
     looks, x = [], torch.randn(3, 16, 64, generator=torch.Generator().manual_seed(0))
-    for place, what in (("qcal_nb.observers.minmax.min_max", "min_max"), ("qcal_nb.observers.mse.best_range", "best_range")):
+    for place, what in (
+        ("qcal_nb.observers.minmax.min_max", "min_max"), ("qcal_nb.observers.mse.best_range", "best_range")
+    ):
         module, function = place.rsplit(".", 1)
         original = getattr(__import__(module, fromlist=[function]), function)
-        monkeypatch.setattr(place, lambda *a, original=original, what=what, **k: looks.append(what) or original(*a, **k))
+        monkeypatch.setattr(
+            place, lambda *a, original=original, what=what, **k: looks.append(what) or original(*a, **k)
+        )
     args = QuantizationArgs(strategy="tensor", **ARGS["int8"])
     q, k, v, other = (Observer.load_from_registry(name, base_name="input", args=args) for _ in range(4))
     alone = Observer.load_from_registry(name, base_name="input", args=args)
@@ -238,7 +288,8 @@ def test_observers_of_one_tensor_share_one_look(name, monkeypatch):
     assert looks.count("best_range" if name == "mse" else "min_max") == 2
     alone(x)
     for o in (q, k, v): assert torch.equal(o.min_vals, alone.min_vals) and torch.equal(o.max_vals, alone.max_vals)
-    assert len({o.min_vals.data_ptr() for o in (q, k, v)}) == 3  # no two hold the same tensor: ranks reduce them in place
+    # no two hold the same tensor: ranks reduce them in place
+    assert len({o.min_vals.data_ptr() for o in (q, k, v)}) == 3
     y = x.clone()
     with sharing():
         q(y)

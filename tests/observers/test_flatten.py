@@ -19,7 +19,9 @@ def test_what_flatten_leaves_is_the_shape_of_the_parameter(strategy, rows, group
     from compressed_tensors.quantization import QuantizationScheme
     initialize_module_for_quantization(layer, QuantizationScheme(targets=["Linear"], weights=args))
     flat = flatten_for_calibration(layer.weight, "weight", args)
-    scale = Observer.load_from_registry("memoryless_minmax", base_name="weight", args=args)(layer.weight).get_qparams()["scale"]
+    scale = Observer.load_from_registry(
+        "memoryless_minmax", base_name="weight", args=args
+    )(layer.weight).get_qparams()["scale"]
     assert flat.shape[1:-1] == scale.shape == layer.weight_scale.shape
     if strategy != "block": assert Counter(flat.flatten().tolist()) == Counter(layer.weight.flatten().tolist())
     assert flat.shape[0] == 1

@@ -34,15 +34,21 @@ def search_over_values(data, args, maxshrink=0.20, patience=5, grid=100.0, norm=
 
 @pytest.mark.parametrize("args", ARGS)
 @pytest.mark.parametrize("options", [
-    {}, dict(maxshrink=0.9, patience=90), dict(norm=1.0, grid=37.0), dict(patience=0), dict(expand=1.5, maxshrink=0.6), dict(maxshrink=0),
+    {}, dict(maxshrink=0.9, patience=90), dict(norm=1.0, grid=37.0), dict(patience=0), dict(expand=1.5, maxshrink=0.6),
+    dict(maxshrink=0),
 ], ids=str)
 def test_the_winner_is_that_of_a_search_over_the_values_for_bfloat16(args, options):
     for seed in range(3):
         data = heavy(5000, seed, torch.bfloat16) * (1 + seed)
-        assert ends(observed("histogram_mse", [data], ARGS[args], **options)) == search_over_values(data, ARGS[args], **options)[0]
+        assert ends(observed("histogram_mse", [data], ARGS[args], **options)) == search_over_values(
+            data, ARGS[args], **options
+        )[0]
 
 
-@given(hnp.arrays(np.float32, st.integers(1, 60), elements=st.floats(-100, 100, width=32)).map(torch.from_numpy), st.sampled_from(list(ARGS)))
+@given(
+    hnp.arrays(np.float32, st.integers(1, 60), elements=st.floats(-100, 100, width=32)).map(torch.from_numpy),
+    st.sampled_from(list(ARGS)),
+)
 @settings(max_examples=50)
 def test_the_error_of_the_winner_is_the_least_for_bfloat16(x, args):
     "Here the winner need not be the same: sums of errors that are equal but for their order of summation."
@@ -62,7 +68,9 @@ def test_the_error_of_the_winner_is_within_two_percent_of_the_least(args, dtype)
         data = heavy(50_000, seed, dtype)
         low, high = observed("histogram_mse", [data], ARGS[args], patience=100).clip_range()
         scale, zero_point = calculate_qparams(low, high, ARGS[args])
-        error = (fake_quantize(data, scale, zero_point, ARGS[args]).double() - data.double()).abs().pow(2.4).sum().item()
+        error = (
+            fake_quantize(data, scale, zero_point, ARGS[args]).double() - data.double()
+        ).abs().pow(2.4).sum().item()
         assert error <= 1.02 * search_over_values(data, ARGS[args], patience=100)[1]
 
 
@@ -72,7 +80,8 @@ def test_the_search_gives_up_after_patience_failures_in_a_row(patience, tried):
     def error(low, high): return calls.append((low.item(), high.item())) or torch.ones(1)
     found = shrink_search(*ends, shrinks, patience, error)
     assert len(calls) == tried and found == tuple(ends)  # the first of equals
-    def improving(low, high): return calls.append(1) or torch.tensor([-len(calls) // 2]).float()  # every other candidate is better
+    # every other candidate is better
+    def improving(low, high): return calls.append(1) or torch.tensor([-len(calls) // 2]).float()
     calls.clear()
     shrink_search(*ends, shrinks, 2, improving)
     assert len(calls) == 20
@@ -97,5 +106,8 @@ def test_float32_that_holds_bfloat16_values_is_searched_exactly():
 
 def test_only_expand_goes_beyond_what_was_seen():
     data = torch.cat([torch.full((1, 50), 1.0), torch.full((1, 50), 0.9)], dim=1)
-    beyond = max(ends(observed("histogram_mse", [data], ARGS["int4"], expand=e, maxshrink=0.5, patience=99))[1] for e in (1.2, 1.5, 1.8))
+    beyond = max(
+        ends(observed("histogram_mse", [data], ARGS["int4"], expand=e, maxshrink=0.5, patience=99))[1]
+        for e in (1.2, 1.5, 1.8)
+    )
     assert beyond > 1.0 >= ends(observed("histogram_mse", [data], ARGS["int4"], maxshrink=0.5, patience=99))[1]

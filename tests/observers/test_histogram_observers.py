@@ -15,7 +15,11 @@ from qcal_nb.lifecycle import QuantizationModifier, reset_quantization
 from qcal_nb.pipelines import calibrate
 from tests.observers.histograms import ARGS, NAMES, TENSORS, heavy, observed
 
-STREAMS = st.lists(hnp.arrays(np.float32, st.tuples(st.just(1), st.integers(1, 12)), elements=TENSORS).map(torch.from_numpy), min_size=1, max_size=6)
+STREAMS = st.lists(
+    hnp.arrays(np.float32, st.tuples(st.just(1), st.integers(1, 12)), elements=TENSORS).map(torch.from_numpy),
+    min_size=1,
+    max_size=6,
+)
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 
 
@@ -37,7 +41,8 @@ def test_merged_statistics_conclude_what_one_observer_would(name, mine, theirs):
     ops = {"SUM": torch.add, "MIN": torch.minimum, "MAX": torch.maximum}
     a, b, both = observed(name, mine), observed(name, theirs), observed(name, mine + theirs)
     assert [op for _, op in a.sync_stats()] == list(a.sync_ops.values()) and set(a.sync_ops) == set(a.statistics)
-    for key, op in a.sync_ops.items(): setattr(a, key, ops[str(op).rsplit(".", 1)[-1]](getattr(a, key), getattr(b, key)))
+    for key, op in a.sync_ops.items():
+        setattr(a, key, ops[str(op).rsplit(".", 1)[-1]](getattr(a, key), getattr(b, key)))
     assert all(torch.equal(v, both.get_statistics()[k]) for k, v in a.get_statistics().items())
     assert torch.equal(a.get_qparams()["scale"], both.get_qparams()["scale"])
 
@@ -70,22 +75,27 @@ def test_consumed_statistics_start_anew_and_a_weight_counts_once(name):
 def test_the_range_stays_within_what_was_seen_and_the_scale_is_sane(name, args, stream, dtype):
     observer = observed(name, [t.to(dtype) for t in stream], ARGS[args])
     (low, high), everything = observer.clip_range(), torch.cat(stream, dim=1).to(dtype)
-    # A search narrows both ends towards zero, as the reference does: of values of one sign the inner end moves past the innermost of them.
+    # A search narrows both ends towards zero, as the reference does: of values of one sign the inner end moves past the
+    # innermost of them.
     least, most = everything.min().clamp(max=0), everything.max().clamp(min=0)
     assert least <= low <= high <= most and low.dtype == high.dtype == dtype and low.shape == (1,)
     q = observer.get_qparams()
-    assert q["scale"].isfinite().all() and (q["scale"] > 0).all() and q["scale"].dtype == dtype and q["global_scale"] is None
+    assert q["scale"].isfinite().all() and (q["scale"] > 0).all() and q["scale"].dtype == dtype
+    assert q["global_scale"] is None
 
 
 @pytest.mark.parametrize("args", ARGS)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("value", [
-    torch.full((1, 64), 3.0), torch.full((1, 64), -0.1), torch.zeros(1, 9), torch.tensor([[7.3]]), torch.tensor([[1e-42]]),
+    torch.full((1, 64), 3.0), torch.full((1, 64), -0.1), torch.zeros(1, 9), torch.tensor([[7.3]]),
+    torch.tensor([[1e-42]]),
 ], ids=["constant", "negative constant", "zeros", "one value", "one subnormal"])
 def test_odd_tensors_conclude_what_minmax_does(name, args, value):
     "With a single value there is nothing to clip."
-    got, want = observed(name, [value], ARGS[args]).get_qparams(), observed("static_minmax", [value], ARGS[args]).get_qparams()
-    if name == "histogram_mse": assert (got["scale"] <= want["scale"]).all() and (got["scale"] >= 0.79 * want["scale"]).all()
+    got = observed(name, [value], ARGS[args]).get_qparams()
+    want = observed("static_minmax", [value], ARGS[args]).get_qparams()
+    if name == "histogram_mse":
+        assert (got["scale"] <= want["scale"]).all() and (got["scale"] >= 0.79 * want["scale"]).all()
     else: assert torch.equal(got["scale"], want["scale"]) and torch.equal(got["zero_point"], want["zero_point"])
 
 
@@ -113,7 +123,12 @@ def test_order_and_size_of_batches_do_not_matter_to_a_model(name):
     data = make_batches(4, shape=(1, 16))
     def scales(batches):
         model = make_model("llama_gqa")
-        calibrate(model, batches, QuantizationModifier(scheme="INT8_STATIC", ignore=["lm_head"], input_observer=name), progress=False)
+        calibrate(
+            model,
+            batches,
+            QuantizationModifier(scheme="INT8_STATIC", ignore=["lm_head"], input_observer=name),
+            progress=False,
+        )
         return qparams(model)
     first, second = scales(data), scales(data[::-1])
     assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
@@ -125,8 +140,17 @@ def test_weights_and_outputs_per_tensor(name):
     model = make_model("llama_gqa")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        calibrate(model, make_batches(), QuantizationModifier(config_groups={"g": QuantizationScheme(
-            targets=["re:.*proj$"], weights=dict(part), input_activations=dict(part), output_activations=dict(part))}), progress=False)
+        calibrate(
+            model,
+            make_batches(),
+            QuantizationModifier(config_groups={
+                "g": QuantizationScheme(
+                    targets=["re:.*proj$"], weights=dict(part), input_activations=dict(part),
+                    output_activations=dict(part)
+                )
+            }),
+            progress=False,
+        )
     found = qparams(model)
     assert len(found) == 14 * 6 and all(v.float().isfinite().all() for v in found.values())
 
@@ -135,6 +159,11 @@ def test_a_strategy_that_cannot_be_served_leaves_the_model_as_it_was():
     model = make_model("llama_gqa")
     before = fingerprint(model)
     with pytest.raises(ValueError, match="strategy='channel': PercentileObserver keeps one histogram per tensor"):
-        calibrate(model, make_batches(), QuantizationModifier(scheme="INT8_STATIC", ignore=["lm_head"], weight_observer="percentile"), progress=False)
+        calibrate(
+            model,
+            make_batches(),
+            QuantizationModifier(scheme="INT8_STATIC", ignore=["lm_head"], weight_observer="percentile"),
+            progress=False,
+        )
     reset_quantization(model)
     assert differences(before, fingerprint(model)) == []

@@ -11,12 +11,17 @@ from hypothesis.extra import numpy as hnp
 from tests.observers.histograms import ARGS, INT8, TENSORS, ends, heavy, observed
 
 
-@given(hnp.arrays(np.float32, st.integers(1, 300), elements=TENSORS).map(torch.from_numpy), st.floats(50.1, 100), st.booleans())
+@given(
+    hnp.arrays(np.float32, st.integers(1, 300), elements=TENSORS).map(torch.from_numpy),
+    st.floats(50.1, 100),
+    st.booleans(),
+)
 def test_percentile_is_the_exact_quantile_within_the_bound(x, percentile, symmetric):
     args = INT8.model_copy(update={"symmetric": symmetric})
     for data in (x, x.bfloat16()):
         low, high = ends(observed("percentile", [data[None]], args, percentile=percentile))
-        wide, slack = data.double().numpy(), 2.0**-7 if data.dtype == torch.bfloat16 else 2.0**-8  # the range is rounded to bfloat16
+        # the range is rounded to bfloat16
+        wide, slack = data.double().numpy(), 2.0**-7 if data.dtype == torch.bfloat16 else 2.0**-8
         if symmetric:
             size = np.quantile(abs(wide), percentile / 100, method="linear")
             want, between = (max(-size, wide.min()), min(size, wide.max())), neighbours(abs(wide), percentile / 100)

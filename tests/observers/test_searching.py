@@ -59,7 +59,8 @@ def brute_force(x, args, steps, grid, norm, patience, expand, importance=None):
 
 
 searches = st.fixed_dictionaries(dict(
-    maxshrink=st.sampled_from([0.0, 0.2, 0.5, 0.95, 1.0]), grid=st.sampled_from([10.0, 20, 33.0]), norm=st.sampled_from([1.0, 2.0, 2.4, 3.0]),
+    maxshrink=st.sampled_from([0.0, 0.2, 0.5, 0.95, 1.0]), grid=st.sampled_from([10.0, 20, 33.0]),
+    norm=st.sampled_from([1.0, 2.0, 2.4, 3.0]),
     patience=st.sampled_from([0, 1, 3, 5, 1000]), expand=st.sampled_from([1.0, 1.8])))
 matrices = dict(rows=st.integers(1, 4), columns=st.integers(1, 40), seed=st.integers(0, 2**16),
                 dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), heavy=st.booleans())
@@ -103,19 +104,27 @@ def test_a_search_that_stops_too_early_is_noticed():
 @settings(max_examples=60, deadline=None)
 @given(constant=st.sampled_from([0.01, 0.3, 1.0]), seeds=st.lists(st.integers(0, 99), min_size=1, max_size=6))
 def test_mse_is_the_moving_average_of_its_ranges(constant, seeds):
-    observer, low, high = Observer.load_from_registry("mse", base_name="input", args=INT4, averaging_constant=constant), None, None
+    observer = Observer.load_from_registry("mse", base_name="input", args=INT4, averaging_constant=constant)
+    low = None
+    high = None
     for seed in seeds:
         x = torch.randn(8, 16, generator=torch.Generator().manual_seed(seed))
         observer(x)
         one = mse_range(flatten_for_calibration(x, "input", INT4), INT4)
-        low, high = (one if low is None or constant == 1 else [a * (1 - constant) + b * constant for a, b in zip((low, high), one)])
+        low, high = (
+            one
+            if low is None or constant == 1
+            else [a * (1 - constant) + b * constant for a, b in zip((low, high), one)]
+        )
     assert torch.equal(observer.min_vals, low) and torch.equal(observer.max_vals, high)
 
 
 # --- arguments ---
 
-BAD = [("grid", 0), ("grid", -1), ("grid", "20"), ("norm", 0), ("norm", float("inf")), ("norm", float("nan")),
-       ("maxshrink", -0.1), ("maxshrink", 1.1), ("expand", 0.9), ("patience", -1), ("patience", True), ("patience", None)]
+BAD = [
+    ("grid", 0), ("grid", -1), ("grid", "20"), ("norm", 0), ("norm", float("inf")), ("norm", float("nan")),
+    ("maxshrink", -0.1), ("maxshrink", 1.1), ("expand", 0.9), ("patience", -1), ("patience", True), ("patience", None)
+]
 
 
 @pytest.mark.parametrize("name", SEARCHING)
@@ -130,7 +139,10 @@ def test_numbers_that_make_no_sense(name, argument, value):
 
 @pytest.mark.parametrize("name", SEARCHING)
 def test_unknown_arguments_name_the_valid_ones(name):
-    with pytest.raises(ValueError, match="observer argument shrink=1 is unknown to .*; valid arguments: maxshrink, patience, grid, norm, expand"):
+    with pytest.raises(
+        ValueError,
+        match="observer argument shrink=1 is unknown to .*; valid arguments: maxshrink, patience, grid, norm, expand",
+    ):
         find_observer(name)(base_name="weight", args=INT4, shrink=1)
     find_observer(name)(base_name="weight", args=INT4, triton_error_buffer=0.3)
 
@@ -144,7 +156,10 @@ def test_strict_is_a_bool():
     ("mse", dict(maxshrink=0.20, patience=5, grid=100.0, norm=2.4, expand=1.0, averaging_constant=0.01)),
     ("nvfp4-expanded-MSE", dict(maxshrink=1 - 0.8 / 1.8, patience=1000, grid=200.0, norm=2.4, expand=1.8)),
     ("imatrix_mse", dict(maxshrink=0.95, patience=5, grid=20, norm=3.0, expand=1.0, strict=False)),
-    ("nvfp4_expanded_imatrix", dict(maxshrink=1 - 0.8 / 1.8, patience=1000, grid=200, norm=2.4, expand=1.8, strict=False)),
+    (
+        "nvfp4_expanded_imatrix",
+        dict(maxshrink=1 - 0.8 / 1.8, patience=1000, grid=200, norm=2.4, expand=1.8, strict=False),
+    ),
 ])
 def test_defaults(name, values):
     assert find_observer(name)(base_name="weight", args=INT4).kwargs == values
@@ -161,12 +176,19 @@ def test_the_old_name_warns_once():
     assert [str(w.message) for w in caught] == [words]
     modifier.on_end(State(model))
     found, other = qparams(model), make_model("llama_gqa")
-    calibrate(other, None, QuantizationModifier(scheme="NVFP4A16", weight_observer="nvfp4_expanded_mse", ignore=["lm_head"]), progress=False)
+    calibrate(
+        other,
+        None,
+        QuantizationModifier(scheme="NVFP4A16", weight_observer="nvfp4_expanded_mse", ignore=["lm_head"]),
+        progress=False,
+    )
     assert all(torch.equal(value, qparams(other)[name]) for name, value in found.items())
 
 
 @pytest.mark.parametrize(("asked", "taken"), [
-    ("mse", "MemorylessMSEObserver"), ("Static-MinMax", "MemorylessMinMaxObserver"), ("minmax", "MemorylessMinMaxObserver")])
+    ("mse", "MemorylessMSEObserver"), ("Static-MinMax", "MemorylessMinMaxObserver"),
+    ("minmax", "MemorylessMinMaxObserver")
+])
 def test_weight_observers_become_memoryless_with_one_warning(asked, taken):
     model = make_model("llama_gqa")
     modifier = QuantizationModifier(scheme="W8A8", weight_observer=asked, ignore=["lm_head"])
@@ -182,7 +204,9 @@ def test_weight_observers_become_memoryless_with_one_warning(asked, taken):
 
 def listening(strict=False, strategy="channel", **kwargs):
     "A Linear whose weight observer listens."
-    args = INT4.model_copy(update=dict(strategy=strategy, observer="imatrix_mse", observer_kwargs=dict(strict=strict) | kwargs))
+    args = INT4.model_copy(
+        update=dict(strategy=strategy, observer="imatrix_mse", observer_kwargs=dict(strict=strict) | kwargs)
+    )
     layer = torch.nn.Linear(8, 4, bias=False)
     torch.manual_seed(0)
     with torch.no_grad(): layer.weight.copy_(torch.randn(4, 8))
@@ -202,7 +226,10 @@ def test_without_importance_every_channel_counts_the_same(prepare, why):
     layer, observer = listening()
     prepare(layer)
     with pytest.warns(UserWarning, match=f"imatrix: {why}; every channel counts the same"): observe(layer, "weight")
-    assert torch.equal(observer.max_vals, importance_range(flatten_for_calibration(layer.weight.detach(), "weight", CHANNEL), CHANNEL)[1])
+    assert torch.equal(
+        observer.max_vals,
+        importance_range(flatten_for_calibration(layer.weight.detach(), "weight", CHANNEL), CHANNEL)[1],
+    )
     layer, observer = listening(strict=True)
     prepare(layer)
     with pytest.raises(ValueError, match=f"imatrix with strict=True: {why}"): observe(layer, "weight")
@@ -212,7 +239,8 @@ def test_without_importance_every_channel_counts_the_same(prepare, why):
 def test_importance_is_for_weights_and_fine_strategies():
     layer, _ = listening(strategy="tensor")
     layer(torch.randn(2, 8))
-    with pytest.warns(UserWarning, match="strategy 'tensor' has none; use channel, group or tensor_group"): observe(layer, "weight")
+    with pytest.warns(UserWarning, match="strategy 'tensor' has none; use channel, group or tensor_group"):
+        observe(layer, "weight")
     with pytest.warns(UserWarning, match="importance belongs to weights, not to base name 'input'"):
         find_observer("imatrix_mse")(base_name="input", args=INT4)(torch.randn(2, 8))
 
@@ -221,11 +249,15 @@ def test_policies_for_what_it_hears():
     bad = torch.ones(2, 8)
     bad[1, 3] = torch.inf
     layer, observer = listening()
-    with pytest.raises(NonFiniteError, match=r"input \(for the weight\): 1 non-finite value, the first \(inf\) at position \(1, 3\)"): layer(bad)
+    with pytest.raises(
+        NonFiniteError, match=r"input \(for the weight\): 1 non-finite value, the first \(inf\) at position \(1, 3\)"
+    ):
+        layer(bad)
     assert observer.importance_sum is None
     observer.nonfinite = "skip"
     layer(torch.ones(2, 8)); layer(bad)
-    assert observer.importance_sum.tolist() == [2.0] * 8 and observer.importance_count == 2 and observer.counts.skipped == 1
+    assert observer.importance_sum.tolist() == [2.0] * 8 and observer.importance_count == 2
+    assert observer.counts.skipped == 1
     observer.nonfinite = "record"
     layer(bad)
     assert observer.importance_sum.tolist() == [4, 4, 4, 3, 4, 4, 4, 4] and observer.counts.nonfinite == 2
@@ -242,9 +274,11 @@ def test_after_consumption_it_listens_anew():
 
 def test_it_leaves_no_hook_and_needs_data():
     model = make_model("llama_gqa")
-    before, modifier = fingerprint(model), QuantizationModifier(scheme=dict(weights=CHANNEL), weight_observer="iMatrix-MSE", ignore=["lm_head"])
+    before = fingerprint(model)
+    modifier = QuantizationModifier(scheme=dict(weights=CHANNEL), weight_observer="iMatrix-MSE", ignore=["lm_head"])
     assert modifier.requires_calibration_data
-    with pytest.raises(ValueError, match="pipeline='datafree'"): calibrate(model, None, modifier, pipeline="datafree", progress=False)
+    with pytest.raises(ValueError, match="pipeline='datafree'"):
+        calibrate(model, None, modifier, pipeline="datafree", progress=False)
     calibrate(model, make_batches(), modifier, progress=False)
     assert not any(m._forward_pre_hooks for m in model.modules())
     reset_quantization(model)
@@ -256,8 +290,10 @@ def test_a_strict_observer_without_data_leaves_the_calibration_as_it_was():
     modifier = QuantizationModifier(config_groups={"g": dict(targets=["Linear"], weights=CHANNEL.model_copy(
         update=dict(observer="imatrix_mse", observer_kwargs=dict(strict=True))))}, ignore=["lm_head"])
     modifier.on_initialize(State(model)); modifier.on_start(State(model))
-    with pytest.raises(ValueError, match="model.layers.0.self_attn.q_proj: imatrix with strict=True: no data"): modifier.on_end(State(model))
-    assert phase_of(model) == "calibrating" and all(v.isnan().all() for n, v in qparams(model).items() if n.endswith("scale"))
+    with pytest.raises(ValueError, match="model.layers.0.self_attn.q_proj: imatrix with strict=True: no data"):
+        modifier.on_end(State(model))
+    assert phase_of(model) == "calibrating"
+    assert all(v.isnan().all() for n, v in qparams(model).items() if n.endswith("scale"))
     with torch.no_grad():
         for batch in make_batches(): model(**batch)
     modifier.on_end(State(model))

@@ -13,7 +13,8 @@ from qcal_nb.observers import Observer
 def test_a_new_weight_at_the_old_address_is_looked_at():
     args = QuantizationArgs(num_bits=8, strategy="tensor")
     for _ in range(20):
-        observer, weight = Observer.load_from_registry("memoryless_minmax", base_name="weight", args=args), torch.randn(16, 16)
+        observer = Observer.load_from_registry("memoryless_minmax", base_name="weight", args=args)
+        weight = torch.randn(16, 16)
         observer(weight)
         del weight
         new = torch.randn(16, 16)
@@ -49,4 +50,5 @@ def test_statistics_that_came_after_the_reading_are_not_consumed():
 
 def test_an_observer_needs_arguments():
     for args in (None, dict(num_bits=8)):
-        with pytest.raises(TypeError, match="args must be QuantizationArgs, got"): Observer.load_from_registry("minmax", base_name="input", args=args)
+        with pytest.raises(TypeError, match="args must be QuantizationArgs, got"):
+            Observer.load_from_registry("minmax", base_name="input", args=args)

@@ -1,7 +1,8 @@
 """The parity harness: small models of many architectures, many recipes, and both engines run on them in this process.
 
-`measure(architecture, configuration, pipeline)` calibrates the same model twice, once by llm-compressor's own `oneshot` and once by us, and compares
-every scale, zero point and global scale bit for bit. Tests and the parity page both use it.
+`measure(architecture, configuration, pipeline)` calibrates the same model twice, once by llm-compressor's own `oneshot`
+and once by us, and compares every scale, zero point and global scale bit for bit. Tests and the parity page both use
+it.
 """
 import contextlib
 import functools
@@ -54,33 +55,52 @@ def causal(config: Any) -> Module: return AutoModelForCausalLM.from_config(confi
 
 ARCHITECTURES: dict[str, tuple[Callable[[], Module], torch.dtype]] = {
     "Llama, grouped queries": (lambda: causal(LlamaConfig(**WIDE, num_key_value_heads=2)), torch.float32),
-    "Llama, tied, bf16": (lambda: causal(LlamaConfig(**WIDE, num_key_value_heads=4, tie_word_embeddings=True)), torch.bfloat16),
+    "Llama, tied, bf16": (
+        lambda: causal(LlamaConfig(**WIDE, num_key_value_heads=4, tie_word_embeddings=True)), torch.bfloat16
+    ),
     "Mistral": (lambda: causal(MistralConfig(**WIDE, num_key_value_heads=2, sliding_window=8)), torch.float32),
     "Qwen2, bf16": (lambda: causal(Qwen2Config(**WIDE, num_key_value_heads=2)), torch.bfloat16),
     "Qwen3": (lambda: causal(Qwen3Config(**WIDE, num_key_value_heads=2, head_dim=32)), torch.float32),
     "Gemma 3": (lambda: causal(Gemma3TextConfig(**WIDE, num_key_value_heads=2, head_dim=32, sliding_window=8,
                                                 layer_types=["sliding_attention", "full_attention"])), torch.float32),
     "Mixtral": (lambda: causal(MixtralConfig(**MOE, num_local_experts=4)), torch.float32),
-    "Qwen3-MoE, bf16": (lambda: causal(Qwen3MoeConfig(**MOE, num_experts=4, moe_intermediate_size=128, head_dim=32)), torch.bfloat16),
-    "DeepSeek-V3": (lambda: causal(DeepseekV3Config(
-        **MOE | dict(num_key_value_heads=4), moe_intermediate_size=128, n_routed_experts=4, n_group=1, topk_group=1,
-        q_lora_rank=128, kv_lora_rank=128,        qk_rope_head_dim=32, qk_nope_head_dim=32, v_head_dim=32, first_k_dense_replace=1)), torch.float32),
+    "Qwen3-MoE, bf16": (
+        lambda: causal(Qwen3MoeConfig(**MOE, num_experts=4, moe_intermediate_size=128, head_dim=32)), torch.bfloat16
+    ),
+    "DeepSeek-V3": (
+        lambda: causal(DeepseekV3Config(
+            **MOE | dict(num_key_value_heads=4), moe_intermediate_size=128, n_routed_experts=4, n_group=1, topk_group=1,
+            q_lora_rank=128, kv_lora_rank=128, qk_rope_head_dim=32, qk_nope_head_dim=32, v_head_dim=32,
+            first_k_dense_replace=1
+        )),
+        torch.float32,
+    ),
     "GPT-NeoX": (lambda: causal(GPTNeoXConfig(**WIDE)), torch.float32),
     "OPT": (lambda: causal(OPTConfig(**SIZE, ffn_dim=256, word_embed_proj_dim=128)), torch.float32),
     "Phi": (lambda: causal(PhiConfig(**WIDE)), torch.float32),
-    "Falcon": (lambda: causal(FalconConfig(vocab_size=128, hidden_size=128, num_hidden_layers=2, num_attention_heads=4)), torch.float32),
+    "Falcon": (
+        lambda: causal(FalconConfig(vocab_size=128, hidden_size=128, num_hidden_layers=2, num_attention_heads=4)),
+        torch.float32,
+    ),
     "BLOOM": (lambda: causal(BloomConfig(vocab_size=128, hidden_size=128, n_layer=2, n_head=4)), torch.float32),
     "BERT": (lambda: BertModel(BertConfig(**WIDE)), torch.float32),
-    "ViT": (lambda: ViTModel(ViTConfig(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-                                       image_size=32, patch_size=8)), torch.float32),
+    "ViT": (
+        lambda: ViTModel(ViTConfig(
+            hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, image_size=32,
+            patch_size=8
+        )),
+        torch.float32,
+    ),
 }
 NO_CACHE = {"GPT-NeoX", "Falcon", "BLOOM", "BERT", "ViT"}  # nothing that compressed-tensors could hook
 NO_HEADS_IN_CONFIG = {"OPT"}  # the reference asks for num_key_value_heads
-# The reference's sequential pipeline traces the model. Where its code keeps the function that makes the causal mask in a variable, the tracer calls
-# it with a config rebuilt from its dictionary, which lacks the attention implementation, so that transformers makes no mask. Its own basic
-# pipeline knows better; ours is compared with that. `test_known.py` shows it.
+# The reference's sequential pipeline traces the model. Where its code keeps the function that makes the causal mask in
+# a variable, the tracer calls it with a config rebuilt from its dictionary, which lacks the attention implementation,
+# so that transformers makes no mask. Its own basic pipeline knows better; ours is compared with that. `test_known.py`
+# shows it.
 MASK_LOST = {"Mistral", "Mixtral", "Qwen3-MoE, bf16"}
-# Heads that share one cached latent have no scales of their own; we say so, the reference writes a checkpoint that cannot run.
+# Heads that share one cached latent have no scales of their own; we say so, the reference writes a checkpoint that
+# cannot run.
 ONE_LATENT = {("DeepSeek-V3", "KV cache by head, static_minmax")}
 
 INT8 = dict(num_bits=8, type="int", symmetric=True)
@@ -90,7 +110,9 @@ FP8 = dict(num_bits=8, type="float", symmetric=True)
 
 def linears(weights: dict | None = None, inputs: dict | None = None) -> dict[str, Any]:
     "A recipe for all Linears."
-    return dict(config_groups={"group_0": QuantizationScheme(targets=["Linear"], weights=weights, input_activations=inputs)})
+    return dict(
+        config_groups={"group_0": QuantizationScheme(targets=["Linear"], weights=weights, input_activations=inputs)}
+    )
 
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
@@ -112,20 +134,34 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "FP8 mse": dict(scheme="FP8", observer={"weights": "mse", "input": "mse"}),
     "A mse, averaging_constant 0.3, grid 50": linears(
         INT8 | dict(strategy="channel"),
-        INT8 | dict(strategy="tensor", observer="mse", observer_kwargs=dict(averaging_constant=0.3, grid=50.0, maxshrink=0.5, norm=2.0))),
-    "W4 channel mse, patience 0": linears(INT4 | dict(strategy="channel", observer="memoryless_mse", observer_kwargs=dict(patience=0))),
+        INT8 | dict(
+            strategy="tensor",
+            observer="mse",
+            observer_kwargs=dict(averaging_constant=0.3, grid=50.0, maxshrink=0.5, norm=2.0),
+        ),
+    ),
+    "W4 channel mse, patience 0": linears(
+        INT4 | dict(strategy="channel", observer="memoryless_mse", observer_kwargs=dict(patience=0))
+    ),
     "FP8_BLOCK mse": dict(scheme="FP8_BLOCK", weight_observer="memoryless_mse"),
     "NVFP4 mse": dict(scheme="NVFP4", weight_observer="memoryless_mse"),
     "NVFP4A16 expanded mse": dict(scheme="NVFP4A16", weight_observer="nvfp4_expanded_mse"),
     "MXFP4 mse": dict(scheme="MXFP4", weight_observer="memoryless_mse"),
     "W4 channel imatrix": linears(INT4 | dict(strategy="channel", observer="imatrix_mse")),
     "W4 g32 asym imatrix, patience 0": linears(
-        INT4 | dict(strategy="group", group_size=32, symmetric=False, observer="imatrix_mse", observer_kwargs=dict(patience=0))),
+        INT4 | dict(
+            strategy="group", group_size=32, symmetric=False, observer="imatrix_mse", observer_kwargs=dict(patience=0)
+        )
+    ),
     "NVFP4 expanded imatrix": dict(scheme="NVFP4", weight_observer="nvfp4_expanded_imatrix"),
-    "A minmax, averaging_constant 0.5": linears(INT8 | dict(strategy="tensor"),
-                                                INT8 | dict(strategy="tensor", observer="minmax", observer_kwargs=dict(averaging_constant=0.5))),
+    "A minmax, averaging_constant 0.5": linears(
+        INT8 | dict(strategy="tensor"),
+        INT8 | dict(strategy="tensor", observer="minmax", observer_kwargs=dict(averaging_constant=0.5)),
+    ),
     "FP8 and KV cache": dict(scheme="FP8", kv_cache_scheme=FP8 | dict(strategy="tensor", dynamic=False)),
-    "KV cache by head, static_minmax": dict(targets=[], kv_cache_scheme=INT8 | dict(strategy="attn_head", dynamic=False, observer="static_minmax")),
+    "KV cache by head, static_minmax": dict(
+        targets=[], kv_cache_scheme=INT8 | dict(strategy="attn_head", dynamic=False, observer="static_minmax")
+    ),
     "KV cache mse": dict(scheme="W8A8", kv_cache_scheme=FP8 | dict(strategy="tensor", dynamic=False, observer="mse")),
 }
 PIPELINES = ("basic", "sequential")
@@ -133,8 +169,10 @@ FAMILIES: dict[str, list[str]] = {  # configurations that go the same way throug
     "one scale or one a channel": ["W8A8", "FP8", "FP8_DYNAMIC", "INT8_STATIC", "A minmax, averaging_constant 0.5"],
     "groups and blocks": ["FP8_BLOCK", "W4A16", "W4A16_ASYM", "W4AFP8"],
     "four-bit floats": ["NVFP4", "NVFP4A16", "MXFP4"],
-    "a search for each scale": ["W4 g32 mse", "W8 tensor asym mse, A static_minmax asym", "FP8 mse", "A mse, averaging_constant 0.3, grid 50",
-                                "W4 channel mse, patience 0", "FP8_BLOCK mse"],
+    "a search for each scale": [
+        "W4 g32 mse", "W8 tensor asym mse, A static_minmax asym", "FP8 mse", "A mse, averaging_constant 0.3, grid 50",
+        "W4 channel mse, patience 0", "FP8_BLOCK mse"
+    ],
     "four-bit floats, searched": ["NVFP4 mse", "NVFP4A16 expanded mse", "MXFP4 mse"],
     "weighted by what is heard": ["W4 channel imatrix", "W4 g32 asym imatrix, patience 0", "NVFP4 expanded imatrix"],
     "keys and values": ["FP8 and KV cache", "KV cache by head, static_minmax", "KV cache mse"],
@@ -153,14 +191,17 @@ def make(architecture: str, seed: int = 0) -> Module:
 def batches(architecture: str, n: int = 3, seed: int = 1) -> list[dict[str, torch.Tensor]]:
     "Random token ids with their mask, or random pixels."
     generator = torch.Generator().manual_seed(seed)
-    if architecture == "ViT": return [dict(pixel_values=torch.randn(2, 3, 32, 32, generator=generator)) for _ in range(n)]
+    if architecture == "ViT":
+        return [dict(pixel_values=torch.randn(2, 3, 32, 32, generator=generator)) for _ in range(n)]
     ids = [torch.randint(0, 128, (2, 16), generator=generator) for _ in range(n)]
     return [dict(input_ids=i, attention_mask=torch.ones_like(i)) for i in ids]
 
 
 def qparams(model: Module) -> dict[str, torch.Tensor]:
     "Every scale and zero point of a model, copied."
-    return {name: p.detach().clone() for name, p in model.named_parameters() if name.endswith(("_scale", "_zero_point"))}
+    return {
+        name: p.detach().clone() for name, p in model.named_parameters() if name.endswith(("_scale", "_zero_point"))
+    }
 
 
 @contextlib.contextmanager
@@ -172,7 +213,9 @@ def one_thread():
     finally: torch.set_num_threads(before)
 
 
-def reference(model: Module, data: list, tokenizer: Any = None, pipeline: str = "basic", **recipe: Any) -> dict[str, torch.Tensor]:
+def reference(
+    model: Module, data: list, tokenizer: Any = None, pipeline: str = "basic", **recipe: Any
+) -> dict[str, torch.Tensor]:
     "The scales that llm-compressor's oneshot leaves on the model."
     import llmcompressor
     from llmcompressor.modifiers.quantization import QuantizationModifier as Reference
@@ -195,7 +238,9 @@ def unequal(theirs: dict[str, torch.Tensor], mine: dict[str, torch.Tensor]) -> l
     "The names of scales that differ in name, dtype or a single bit."
     if not theirs: raise ValueError("the reference computed no scale at all: nothing was compared")
     def same(a: torch.Tensor, b: torch.Tensor) -> bool: return a.dtype == b.dtype and torch.equal(a, b)
-    return sorted(theirs.keys() ^ mine.keys()) + sorted(n for n in theirs.keys() & mine.keys() if not same(theirs[n], mine[n]))
+    return sorted(theirs.keys() ^ mine.keys()) + sorted(
+        n for n in theirs.keys() & mine.keys() if not same(theirs[n], mine[n])
+    )
 
 
 @dataclass(frozen=True)
@@ -210,7 +255,10 @@ class Cell:
 
 def applies(architecture: str, configuration: str) -> bool:
     "Whether both engines can be asked at all."
-    return "KV" not in configuration or not (architecture in NO_CACHE | NO_HEADS_IN_CONFIG or (architecture, configuration) in ONE_LATENT)
+    return (
+        "KV" not in configuration
+        or not (architecture in NO_CACHE | NO_HEADS_IN_CONFIG or (architecture, configuration) in ONE_LATENT)
+    )
 
 
 Case = tuple[str, str, str]  # architecture, configuration, pipeline
@@ -222,7 +270,8 @@ def whole() -> list[Case]:
 
 
 def sample() -> list[Case]:
-    """A part of the matrix by design: each architecture meets each family once, its members in turn, the pipelines in turn.
+    """A part of the matrix by design: each architecture meets each family once, its members in turn, the pipelines in
+    turn.
 
     So both pipelines run for every architecture and for every configuration; a test counts it.
     """

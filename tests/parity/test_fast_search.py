@@ -1,11 +1,14 @@
-"""The fast ways to a range, which large tensors take, on the whole matrix of architectures: tensors of any size are sent there."""
+"""The fast ways to a range, which large tensors take, on the whole matrix of architectures: tensors of any size are
+sent there."""
 import pytest
 from harness import ARCHITECTURES, applies, measure
 
 from qcal_nb.observers.search import best, kernel as kernels
 
 pytestmark = [pytest.mark.parity, pytest.mark.slow]
-SEARCHING = ("FP8 mse", "A mse, averaging_constant 0.3, grid 50", "W8 tensor asym mse, A static_minmax asym", "KV cache mse")
+SEARCHING = (
+    "FP8 mse", "A mse, averaging_constant 0.3, grid 50", "W8 tensor asym mse, A static_minmax asym", "KV cache mse"
+)
 CELLS = [(a, c) for a in ARCHITECTURES for c in SEARCHING if applies(a, c)]
 
 

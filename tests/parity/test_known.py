@@ -1,4 +1,5 @@
-"""Places where we differ from the reference because it is wrong. Each is shown to be wrong; should it be mended, these tests say so."""
+"""Places where we differ from the reference because it is wrong. Each is shown to be wrong; should it be mended, these
+tests say so."""
 from copy import deepcopy
 
 import pytest
@@ -41,16 +42,24 @@ def input_scales(model, feed, dtype=torch.float32):
     model.set_attn_implementation("eager")
     for name, m in model.named_modules():
         if isinstance(m, torch.nn.Linear) and name != "lm_head":
-            m.register_forward_hook(lambda m, args, out, key=f"{name}.input_scale": seen.update({key: max(seen.get(key, 0), args[0].abs().max())}))
+            m.register_forward_hook(
+                lambda m, args, out, key=f"{name}.input_scale": seen.update(
+                    {key: max(seen.get(key, 0), args[0].abs().max())}
+                )
+            )
     with torch.no_grad():
         for batch in feed: model(**batch)
     return {name: (v.reshape(1) / 127.5).to(dtype) for name, v in seen.items()}
 
 
 INPUTS = linears(inputs=INT8 | dict(strategy="tensor", observer="static_minmax")) | dict(ignore=["lm_head"])
-OUTPUTS = QuantizationScheme(targets=["Linear"], output_activations=INT8 | dict(strategy="tensor", observer="static_minmax"))
-BART = BartConfig(vocab_size=128, d_model=64, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
-                  encoder_ffn_dim=128, decoder_ffn_dim=128)
+OUTPUTS = QuantizationScheme(
+    targets=["Linear"], output_activations=INT8 | dict(strategy="tensor", observer="static_minmax")
+)
+BART = BartConfig(
+    vocab_size=128, d_model=64, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+    decoder_attention_heads=4, encoder_ffn_dim=128, decoder_ffn_dim=128
+)
 T5 = T5Config(vocab_size=128, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, decoder_start_token_id=0)
 
 
@@ -64,7 +73,8 @@ def seq2seq_data(): return [dict(b, decoder_input_ids=b["input_ids"]) for b in d
 
 @pytest.mark.parametrize("architecture", sorted(MASK_LOST))
 def test_its_sequential_pipeline_loses_the_causal_mask(architecture):
-    "Its two pipelines disagree by far on what comes out of attention; ours agree with each other and with its basic one."
+    """Its two pipelines disagree by far on what comes out of attention; ours agree with each other and with its basic
+    one."""
     feed = batches(architecture)
     basic, sequential = (reference(make(architecture), feed, pipeline=p, **STATIC) for p in ("basic", "sequential"))
     mine = ours(make(architecture), feed, "sequential", **STATIC)
@@ -74,10 +84,13 @@ def test_its_sequential_pipeline_loses_the_causal_mask(architecture):
 
 def test_without_a_mask_a_plain_loop_gives_its_numbers():
     feed = batches("Mistral")
-    unmasked = input_scales(make("Mistral"), [dict(input_ids=b["input_ids"], attention_mask=torch.zeros(2, 1, 16, 16)) for b in feed])
+    unmasked = input_scales(
+        make("Mistral"), [dict(input_ids=b["input_ids"], attention_mask=torch.zeros(2, 1, 16, 16)) for b in feed]
+    )
     theirs, mine = (who(make("Mistral"), feed, pipeline="sequential", **INPUTS) for who in (reference, ours))
     right = input_scales(make("Mistral"), feed)
-    assert all(torch.equal(theirs[n], unmasked[n]) and torch.equal(mine[n], right[n]) for n in right) and unequal(right, unmasked)
+    assert all(torch.equal(theirs[n], unmasked[n]) and torch.equal(mine[n], right[n]) for n in right)
+    assert unequal(right, unmasked)
 
 
 @pytest.mark.parametrize("config, left_out", [(BART, "model.encoder."), (T5, "")], ids=["BART", "T5"])
@@ -110,7 +123,8 @@ def test_a_nan_becomes_its_scale_in_silence():
         return model
     feed = [dict(input_ids=torch.full((1, 8), 5), attention_mask=torch.ones(1, 8, dtype=torch.long))]
     assert any(v.isnan().any() for v in reference(broken(), feed, **STATIC).values() if v.is_floating_point())
-    with pytest.raises(NonFiniteError, match="model.layers.0.self_attn.q_proj, input: .* of batch 0"): ours(broken(), feed, **STATIC)
+    with pytest.raises(NonFiniteError, match="model.layers.0.self_attn.q_proj, input: .* of batch 0"):
+        ours(broken(), feed, **STATIC)
 
 
 def test_a_nan_in_an_nvfp4_weight_is_a_global_scale_of_one():
@@ -120,7 +134,8 @@ def test_a_nan_in_an_nvfp4_weight_is_a_global_scale_of_one():
         return model
     recipe = dict(scheme="NVFP4A16", ignore=["lm_head"])
     assert reference(broken(), data(), **recipe)["model.layers.0.self_attn.o_proj.weight_global_scale"] == 1
-    with pytest.raises(NonFiniteError, match="model.layers.0.self_attn.o_proj, weight"): ours(broken(), data(), **recipe)
+    with pytest.raises(NonFiniteError, match="model.layers.0.self_attn.o_proj, weight"):
+        ours(broken(), data(), **recipe)
 
 
 def test_its_output_scales_depend_on_memory():
@@ -129,7 +144,9 @@ def test_its_output_scales_depend_on_memory():
     model.set_attn_implementation("eager")
     for name, m in model.named_modules():
         if isinstance(m, torch.nn.Linear) and name != "lm_head":
-            m.register_forward_hook(lambda m, args, out, name=name: seen.update({name: max(seen.get(name, 0), out.abs().max())}))
+            m.register_forward_hook(
+                lambda m, args, out, name=name: seen.update({name: max(seen.get(name, 0), out.abs().max())})
+            )
     with torch.no_grad():
         for batch in data(): model(**batch)
     mine = ours(llama(), data(), **recipe)
@@ -160,7 +177,9 @@ def test_a_module_that_no_batch_reaches_runs_with_what_is_in_memory():
 
 
 def test_its_query_scales_are_never_computed():
-    recipe = dict(config_groups={"attention": QuantizationScheme(targets=["re:.*self_attn$"], input_activations=FP8 | dict(strategy="tensor"))})
+    recipe = dict(config_groups={
+        "attention": QuantizationScheme(targets=["re:.*self_attn$"], input_activations=FP8 | dict(strategy="tensor"))
+    })
     theirs, mine = reference(llama(), data(), **recipe), ours(llama(), data(), **recipe)
     assert unequal(theirs, mine) == [f"model.layers.{i}.self_attn.q_scale" for i in range(2)]
     assert all(mine[f"model.layers.{i}.self_attn.q_scale"].isfinite().all() for i in range(2))
@@ -168,7 +187,9 @@ def test_its_query_scales_are_never_computed():
 
 def test_its_half_precision_search_overflows():
     "A sum in float16 ends at 65,504; then no candidate is better than min and max, which is what it takes."
-    recipe = linears(INT8 | dict(num_bits=2, strategy="tensor", observer="memoryless_mse", observer_kwargs=dict(norm=2.0)))
+    recipe = linears(
+        INT8 | dict(num_bits=2, strategy="tensor", observer="memoryless_mse", observer_kwargs=dict(norm=2.0))
+    )
     def wide():
         model = llama(torch.float16)
         with torch.no_grad(): model.model.layers[0].mlp.down_proj.weight.mul_(1000)
@@ -181,7 +202,8 @@ def test_its_half_precision_search_overflows():
 
 
 def test_two_dimensional_activations_lose_their_groups():
-    "OPT feeds its fc1 and fc2 (tokens, hidden): the reference takes all of it as one group, and searches one range instead of one a group."
+    """OPT feeds its fc1 and fc2 (tokens, hidden): the reference takes all of it as one group, and searches one range
+    instead of one a group."""
     recipe = dict(scheme="NVFP4", input_observer="mse", ignore=["lm_head"])
     def opt():
         torch.manual_seed(0)
@@ -194,8 +216,12 @@ def test_the_same_numbers_in_two_or_three_dimensions():
     from llmcompressor.observers import Observer as Theirs
     x = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
     def found(observers, value):
-        args = QuantizationArgs(num_bits=4, type="float", symmetric=True, strategy="tensor_group", group_size=16, dynamic="local")
-        return observers.load_from_registry("memoryless_mse", base_name="input", args=args)(value).get_qparams()["global_scale"].item()
+        args = QuantizationArgs(
+            num_bits=4, type="float", symmetric=True, strategy="tensor_group", group_size=16, dynamic="local"
+        )
+        return observers.load_from_registry(
+            "memoryless_mse", base_name="input", args=args
+        )(value).get_qparams()["global_scale"].item()
     assert found(Theirs, x) != found(Theirs, x[None]) == found(Observer, x[None]) == found(Observer, x)
 
 
@@ -211,7 +237,9 @@ def test_it_changes_the_norms_of_gemma(dtype):
         return model
     def norms(model): return torch.cat([p.detach().flatten() for n, p in model.named_parameters() if "norm" in n])
     theirs, mine, feed = gemma(), gemma(), batches("Gemma 3")
-    their_scales, my_scales, right = reference(theirs, feed, **INPUTS), ours(mine, feed, **INPUTS), input_scales(gemma(), feed, dtype)
+    their_scales = reference(theirs, feed, **INPUTS)
+    my_scales = ours(mine, feed, **INPUTS)
+    right = input_scales(gemma(), feed, dtype)
     assert (norms(theirs) != norms(gemma())).float().mean() > 0.5 and torch.equal(norms(mine), norms(gemma()))
     assert all(torch.equal(my_scales[n], right[n]) for n in right)
     assert bool(unequal(their_scales, my_scales)) == (dtype == torch.bfloat16)
@@ -222,7 +250,8 @@ def test_its_experts_of_gpt_oss_compute_something_else(dtype):
     def gpt_oss():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(GptOssConfig(
-            vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+            vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=16,
             num_local_experts=4, num_experts_per_tok=2)).to(dtype).eval()
         model.config.dtype = dtype
         model.set_experts_implementation("eager")
@@ -233,23 +262,32 @@ def test_its_experts_of_gpt_oss_compute_something_else(dtype):
     @torch.no_grad()
     def logits(model): return model.apply(disable_quantization)(**data()[0]).logits
     theirs, mine = gpt_oss(), gpt_oss()
-    found = unequal(reference(theirs, data(), scheme="FP8", ignore=["lm_head"]), ours(mine, data(), scheme="FP8", ignore=["lm_head"]))
+    found = unequal(
+        reference(theirs, data(), scheme="FP8", ignore=["lm_head"]),
+        ours(mine, data(), scheme="FP8", ignore=["lm_head"]),
+    )
     assert found and all(name.endswith("input_scale") for name in found)
     assert torch.equal(logits(mine), logits(gpt_oss())) and not torch.equal(logits(theirs), logits(gpt_oss()))
 
 
 def test_its_bf16_search_depends_on_the_number_of_threads():
     from llmcompressor.observers import Observer as Theirs
-    weights = {n: m.weight.detach() for n, m in load_tiny_llama(torch.bfloat16)[0].named_modules() if isinstance(m, torch.nn.Linear)}
+    weights = {
+        n: m.weight.detach()
+        for n, m in load_tiny_llama(torch.bfloat16)[0].named_modules() if isinstance(m, torch.nn.Linear)
+    }
     def scale(observers, weight):
-        observer = observers.load_from_registry("memoryless_mse", base_name="weight", args=QuantizationArgs(**FP8, strategy="tensor"))
+        observer = observers.load_from_registry(
+            "memoryless_mse", base_name="weight", args=QuantizationArgs(**FP8, strategy="tensor")
+        )
         return observer(weight).get_qparams()["scale"]
     def scales(observers, threads):
         torch.set_num_threads(threads)
         try: return {n: scale(observers, weight) for n, weight in weights.items()}
         finally: torch.set_num_threads(1)
     alone = scales(Observer, 1)
-    assert unequal(scales(Theirs, 1), alone) == [] == unequal(scales(Observer, 4), alone) and unequal(scales(Theirs, 4), alone)
+    assert unequal(scales(Theirs, 1), alone) == [] == unequal(scales(Observer, 4), alone)
+    assert unequal(scales(Theirs, 4), alone)
 
 
 def test_on_disk_it_loses_the_quantization_of_weights(tmp_path):

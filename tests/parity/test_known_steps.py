@@ -38,7 +38,9 @@ def test_one_scheme_for_two_modifiers():
     def second(modifier):
         scheme = QuantizationScheme(targets=["Linear"], input_activations=INT8 | dict(strategy="tensor"))
         modifier(config_groups={"group_0": scheme}, input_observer="mse").resolved_config  # noqa: B018
-        return modifier(config_groups={"group_0": scheme}).resolved_config.config_groups["group_0"].input_activations.observer
+        return modifier(
+            config_groups={"group_0": scheme}
+        ).resolved_config.config_groups["group_0"].input_activations.observer
     assert (second(Reference), second(QuantizationModifier)) == ("mse", "minmax")
 
 
@@ -83,7 +85,8 @@ def test_it_accepts_unknown_observers_until_start():
     modifier, model = Reference(scheme="FP8", input_observer="minmaxx"), llama()
     modifier.initialize_quantization(model)
     with pytest.raises(KeyError): modifier.start_calibration(model)
-    with pytest.raises(ValueError, match="observer='minmaxx' is unknown"): QuantizationModifier(scheme="FP8", input_observer="minmaxx")
+    with pytest.raises(ValueError, match="observer='minmaxx' is unknown"):
+        QuantizationModifier(scheme="FP8", input_observer="minmaxx")
 
 
 def test_its_nested_disable_hooks_enables():
@@ -108,7 +111,9 @@ def test_a_rank_without_statistics_asks_for_nothing(monkeypatch):
     calls = []
     monkeypatch.setattr("torch.distributed.all_reduce", lambda value, op, async_op: calls.append(op))
     for value in (torch.empty(0, 3, 8), torch.randn(2, 3, 8)):
-        observer = Theirs.load_from_registry("static_minmax", base_name="input", args=QuantizationArgs(**INT8, strategy="tensor"))
+        observer = Theirs.load_from_registry(
+            "static_minmax", base_name="input", args=QuantizationArgs(**INT8, strategy="tensor")
+        )
         observer(value).sync_activation_stats()
         assert len(calls) == 2 * bool(value.numel())
 
@@ -118,17 +123,21 @@ def test_it_calibrates_static_groups_of_activations_that_cannot_run(strategy):
     recipe, theirs = linears(inputs=INT8 | dict(strategy=strategy, group_size=16)) | dict(ignore=["lm_head"]), llama()
     assert reference(theirs, data(), **recipe)
     with torch.no_grad(), pytest.raises(RuntimeError): theirs(**data()[0])
-    with pytest.raises(ValueError, match="group scales of an activation must be dynamic"): ours(llama(), data(), **recipe)
+    with pytest.raises(ValueError, match="group scales of an activation must be dynamic"):
+        ours(llama(), data(), **recipe)
 
 
 def test_where_it_finds_nothing_to_do_it_says_nothing():
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=128, n_embd=64, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)).eval()
+    model = AutoModelForCausalLM.from_config(
+        GPT2Config(vocab_size=128, n_embd=64, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)
+    ).eval()
     assert reference(model, data(), scheme="FP8", ignore=["lm_head"]) == {}
     with pytest.warns(UserWarning, match="8 Conv1D"): assert ours(model, data(), scheme="FP8", ignore=["lm_head"]) == {}
     cache = CONFIGURATIONS["FP8 and KV cache"] | dict(ignore=["lm_head"])
     assert not any("k_scale" in n for n in reference(make("GPT-NeoX"), data(), **cache))
-    with pytest.raises(ValueError, match="no attention module whose cache can be hooked"): ours(make("GPT-NeoX"), data(), **cache)
+    with pytest.raises(ValueError, match="no attention module whose cache can be hooked"):
+        ours(make("GPT-NeoX"), data(), **cache)
 
 
 def test_it_asks_opt_for_a_field_that_opt_does_not_have():

@@ -1,6 +1,8 @@
-"""Bit for bit: every scale, zero point and global scale of many architectures and recipes, by both pipelines, against `oneshot` in this process.
+"""Bit for bit: every scale, zero point and global scale of many architectures and recipes, by both pipelines, against
+`oneshot` in this process.
 
-`make parity` compares every cell. Otherwise it is a sample by design, in which every architecture meets every family of configurations.
+`make parity` compares every cell. Otherwise it is a sample by design, in which every architecture meets every family of
+configurations.
 """
 import os
 from collections import defaultdict
@@ -37,4 +39,8 @@ def test_the_sample_covers_the_matrix(record_property):
     assert met == {(a, family[c]) for a, c, _ in whole()} and set(sample()) <= set(whole())
     for pipelines, names in ((by_architecture, ARCHITECTURES), (by_configuration, CONFIGURATIONS)):
         assert pipelines == {name: set(PIPELINES) for name in names}
-    record_property("tell", f"parity matrix: {len(CASES)} of {len(whole())} cells compared" + ("" if WHOLE else "; all of them: make parity"))
+    record_property(
+        "tell",
+        f"parity matrix: {len(CASES)} of {len(whole())} cells compared"
+        + ("" if WHOLE else "; all of them: make parity"),
+    )

@@ -1,4 +1,5 @@
-"""Scales and zero points are, bit for bit, those of llm-compressor's own `oneshot`, run here in the same process at one thread."""
+"""Scales and zero points are, bit for bit, those of llm-compressor's own `oneshot`, run here in the same process at one
+thread."""
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationScheme
@@ -24,9 +25,15 @@ SCHEMES = {
     "INT8_STATIC, inputs asymmetric": dict(config_groups={"group_0": QuantizationScheme(
         targets=["Linear"], weights=dict(**INT8, strategy="tensor"),
         input_activations=dict(INT8, symmetric=False, strategy="tensor", observer="static_minmax"))}),
-    "INT8_STATIC, averaging_constant": dict(config_groups={"group_0": QuantizationScheme(
-        targets=["Linear"], weights=dict(**INT8, strategy="channel"),
-        input_activations=dict(**INT8, strategy="tensor", observer="minmax", observer_kwargs={"averaging_constant": 0.3}))}),
+    "INT8_STATIC, averaging_constant": dict(config_groups={
+        "group_0": QuantizationScheme(
+            targets=["Linear"],
+            weights=dict(**INT8, strategy="channel"),
+            input_activations=dict(
+                **INT8, strategy="tensor", observer="minmax", observer_kwargs={"averaging_constant": 0.3}
+            ),
+        )
+    }),
 }
 EXTRA_PRESETS = ["FP8_BLOCK", "W4A16", "W4A16_ASYM", "NVFP4", "MXFP4"]
 ARCHITECTURES = ["llama_gqa", "llama_tied", "qwen3", "opt", "phi", "gpt_neox", "bert"]
@@ -37,14 +44,18 @@ ARCHITECTURES = ["llama_gqa", "llama_tied", "qwen3", "opt", "phi", "gpt_neox", "
 def test_embedded_model(scheme, dtype, tokenizer):
     data = list(batches(calibration_texts()[:6], tokenizer))
     recipe = SCHEMES[scheme] | dict(ignore=["lm_head"])
-    assert unequal(reference(load_tiny_llama(dtype)[0], data, tokenizer, **recipe), ours(load_tiny_llama(dtype)[0], data, **recipe)) == []
+    assert unequal(
+        reference(load_tiny_llama(dtype)[0], data, tokenizer, **recipe), ours(load_tiny_llama(dtype)[0], data, **recipe)
+    ) == []
 
 
 @pytest.mark.parametrize("scheme", EXTRA_PRESETS)
 def test_embedded_model_other_presets(scheme, tokenizer):
     data = list(batches(calibration_texts()[:3], tokenizer))
     recipe = dict(scheme=scheme, ignore=["lm_head"])
-    assert unequal(reference(load_tiny_llama()[0], data, tokenizer, **recipe), ours(load_tiny_llama()[0], data, **recipe)) == []
+    assert unequal(
+        reference(load_tiny_llama()[0], data, tokenizer, **recipe), ours(load_tiny_llama()[0], data, **recipe)
+    ) == []
 
 
 @pytest.mark.parametrize("scheme", ["FP8", "INT8_STATIC"])
@@ -59,7 +70,9 @@ def test_padded_batches(tokenizer):
     data = list(batches(texts, tokenizer, batch_size=2))
     assert (data[0]["attention_mask"] == 0).any()
     recipe = SCHEMES["INT8_STATIC"] | dict(ignore=["lm_head"])
-    assert unequal(reference(load_tiny_llama()[0], data, tokenizer, **recipe), ours(load_tiny_llama()[0], data, **recipe)) == []
+    assert unequal(
+        reference(load_tiny_llama()[0], data, tokenizer, **recipe), ours(load_tiny_llama()[0], data, **recipe)
+    ) == []
 
 
 def test_tied_embeddings_when_the_head_is_quantized(tokenizer):
@@ -77,7 +90,8 @@ def test_the_list_of_observers_that_production_has():
 
 
 def test_a_wrong_observer_is_noticed(tokenizer):
-    "The harness must be able to fail: an observer that is off by one part in a million is found in every activation scale."
+    """The harness must be able to fail: an observer that is off by one part in a million is found in every activation
+    scale."""
     @Observer.register("off_by_a_hair")
     class OffByAHair(MinMaxObserver):
         def update_statistics_from_observed(self, observed):
@@ -95,4 +109,6 @@ def test_a_wrong_range_is_noticed(tokenizer, monkeypatch):
     "And so is a wrong minimum in the code under test itself."
     monkeypatch.setattr("qcal_nb.observers.minmax.min_max", lambda observed: tuple(1.01 * v for v in min_max(observed)))
     data, recipe = make_batches(), dict(scheme="FP8", ignore=["lm_head"])
-    assert unequal(reference(make_model("llama_gqa"), data, tokenizer, **recipe), ours(make_model("llama_gqa"), data, **recipe))
+    assert unequal(
+        reference(make_model("llama_gqa"), data, tokenizer, **recipe), ours(make_model("llama_gqa"), data, **recipe)
+    )

@@ -1,4 +1,5 @@
-"""Mixtures of experts: scales and zero points are those of `oneshot`, which takes experts apart and shows them every token, as we do."""
+"""Mixtures of experts: scales and zero points are those of `oneshot`, which takes experts apart and shows them every
+token, as we do."""
 import pytest
 import torch
 from harness import reference, unequal
@@ -15,7 +16,10 @@ pytestmark = pytest.mark.parity
 @pytest.mark.parametrize("scheme", ["FP8", "W8A8", "NVFP4"])
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "nemotron_h"])
 def test_scales_of_experts(name, scheme, dtype, tokenizer):
-    ours, theirs, data, recipe = make(name, dtype), make(name, dtype), make_batches(), dict(scheme=scheme, ignore=["lm_head"])
+    ours = make(name, dtype)
+    theirs = make(name, dtype)
+    data = make_batches()
+    recipe = dict(scheme=scheme, ignore=["lm_head"])
     theirs.config.dtype = dtype  # the reference makes its Linears in the config's dtype
     calibrate(ours, data, QuantizationModifier(**recipe), progress=False)
     right = reference(theirs, data, tokenizer, **recipe)
@@ -24,7 +28,10 @@ def test_scales_of_experts(name, scheme, dtype, tokenizer):
 
 def test_scales_depend_on_who_sees_what(tokenizer):
     "An expert that sees only its own tokens has other input scales: the comparison above can fail."
-    ours, theirs, data, recipe = make("mixtral"), make("mixtral"), make_batches(), dict(scheme="FP8", ignore=["lm_head"])
+    ours = make("mixtral")
+    theirs = make("mixtral")
+    data = make_batches()
+    recipe = dict(scheme="FP8", ignore=["lm_head"])
     theirs.config.dtype = torch.float32
     calibrate(ours, data, QuantizationModifier(**recipe), all_experts=False, progress=False)
     found = unequal(reference(theirs, data, tokenizer, **recipe), qparams(ours))

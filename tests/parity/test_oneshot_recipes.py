@@ -1,4 +1,5 @@
-"""What we write down, llm-compressor reads as the same, and the other way round; run by its `oneshot` it gives our scales and our checkpoint."""
+"""What we write down, llm-compressor reads as the same, and the other way round; run by its `oneshot` it gives our
+scales and our checkpoint."""
 import json
 import os
 from copy import deepcopy
@@ -42,7 +43,9 @@ def oneshot(model, data, tokenizer, recipe, folder, **options):
     model.config.save_pretrained(folder)  # oneshot reads the config from disk again
     model.config._name_or_path = str(folder)
     loader = torch.utils.data.DataLoader(data, batch_size=None)
-    llmcompressor.oneshot(model=model, recipe=str(recipe), processor=tokenizer, dataset=loader, pipeline="basic", **options)
+    llmcompressor.oneshot(
+        model=model, recipe=str(recipe), processor=tokenizer, dataset=loader, pipeline="basic", **options
+    )
     return model
 
 
@@ -61,9 +64,16 @@ def modifiers():
         dict(ignore=["lm_head"]),
         dict(config_groups={"W4A16": ["Linear"]}),
         dict(config_groups={"a": preset("NVFP4", [UP]), "b": preset("MXFP8", ["Linear"])}),
-        dict(config_groups={"g": QuantizationScheme(
-            targets=["Linear"], format="naive-quantized", weights=dict(num_bits=8, type="float", strategy="tensor"),
-            output_activations=dict(num_bits=8, strategy="tensor", symmetric=False, observer_kwargs={"averaging_constant": 0.3}))}),
+        dict(config_groups={
+            "g": QuantizationScheme(
+                targets=["Linear"],
+                format="naive-quantized",
+                weights=dict(num_bits=8, type="float", strategy="tensor"),
+                output_activations=dict(
+                    num_bits=8, strategy="tensor", symmetric=False, observer_kwargs={"averaging_constant": 0.3}
+                ),
+            )
+        }),
     ]
     made = [QuantizationModifier(**f) for f in fields]
     choices = {UP: {"input": ("minmax", {"averaging_constant": 0.5})}, DOWN: {"weight": "minmax"}}
@@ -114,7 +124,8 @@ def test_a_recipe_of_ours_gives_our_scales(case, dtype, tokenizer, tmp_path):
     theirs = oneshot(make_model("llama_gqa", dtype), data, tokenizer, tmp_path/"recipe.yaml", tmp_path)
     mine = calibrate(make_model("llama_gqa", dtype), data, from_yaml(tmp_path/"recipe.yaml"), progress=False)
     a, b = qparams(theirs), qparams(mine)
-    assert a and a.keys() == b.keys() and [n for n in a if a[n].dtype != b[n].dtype or not torch.equal(a[n], b[n])] == []
+    assert a and a.keys() == b.keys()
+    assert [n for n in a if a[n].dtype != b[n].dtype or not torch.equal(a[n], b[n])] == []
     assert {n: m.quantization_scheme for n, m in theirs.named_modules() if hasattr(m, "quantization_scheme")} == {
         n: m.quantization_scheme for n, m in mine.named_modules() if hasattr(m, "quantization_scheme")}
 
@@ -124,7 +135,9 @@ def test_overridden_scales_differ():
     plain_model, other = (calibrate(make_model("llama_gqa"), make_batches(4), m, progress=False) for m in (
         QuantizationModifier(scheme="INT8_STATIC", ignore=["lm_head"]), RUN["overrides"]))
     a, b = qparams(plain_model), qparams(other)
-    assert {n for n in a if not torch.equal(a[n], b[n])} == {f"{n}.input_scale" for n in (UP, DOWN, "model.layers.1.mlp.up_proj")}
+    assert {n for n in a if not torch.equal(a[n], b[n])} == {
+        f"{n}.input_scale" for n in (UP, DOWN, "model.layers.1.mlp.up_proj")
+    }
 
 
 @pytest.mark.parametrize("scheme", ["FP8", "INT8_STATIC", "W8A8", "W4A16", "W4A16_ASYM", "NVFP4", "MXFP4", "FP8_BLOCK"])
@@ -132,12 +145,20 @@ def test_our_checkpoint_is_theirs(scheme, tokenizer, tmp_path):
     "Every tensor bit for bit; of the config what anybody reads in it."
     modifier, data = QuantizationModifier(scheme=scheme, ignore=["lm_head"]), make_batches(3, 1024)
     (tmp_path/"recipe.yaml").write_text(to_yaml(modifier))
-    oneshot(load_tiny_llama(torch.bfloat16)[0], data, tokenizer, tmp_path/"recipe.yaml", tmp_path, output_dir=str(tmp_path/"theirs"))
-    save_quantized(calibrate(load_tiny_llama(torch.bfloat16)[0], data, modifier, progress=False), tmp_path/"ours", tokenizer)
+    oneshot(
+        load_tiny_llama(torch.bfloat16)[0], data, tokenizer, tmp_path/"recipe.yaml", tmp_path,
+        output_dir=str(tmp_path/"theirs")
+    )
+    save_quantized(
+        calibrate(load_tiny_llama(torch.bfloat16)[0], data, modifier, progress=False), tmp_path/"ours", tokenizer
+    )
     a, b = (load_file(tmp_path/who/"model.safetensors") for who in ("theirs", "ours"))
     assert a.keys() == b.keys() and {n: t.dtype for n, t in a.items()} == {n: t.dtype for n, t in b.items()}
     assert [n for n in a if not torch.equal(a[n].view(torch.uint8), b[n].view(torch.uint8))] == []
-    theirs, ours = (json.loads((tmp_path/who/"config.json").read_text())["quantization_config"] for who in ("theirs", "ours"))
-    for key in ("quant_method", "format", "ignore", "kv_cache_scheme", "quantization_status", "version"): assert theirs[key] == ours[key], key
+    theirs, ours = (
+        json.loads((tmp_path/who/"config.json").read_text())["quantization_config"] for who in ("theirs", "ours")
+    )
+    for key in ("quant_method", "format", "ignore", "kv_cache_scheme", "quantization_status", "version"):
+        assert theirs[key] == ours[key], key
     assert plain(from_config(tmp_path/"theirs")) == plain(from_config(tmp_path/"ours")) == plain(modifier)
     assert plain(from_yaml(tmp_path/"theirs"/"recipe.yaml")) == plain(modifier)

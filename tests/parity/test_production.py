@@ -1,4 +1,5 @@
-"""What the Code panel hands to production: its script, run as it stands, gives the session's scales with llm-compressor's own `oneshot`."""
+"""What the Code panel hands to production: its script, run as it stands, gives the session's scales with
+llm-compressor's own `oneshot`."""
 import pytest
 import torch
 from helpers import qparams
@@ -9,13 +10,19 @@ from qcal_nb.session import Session
 
 DOWN = dict(targets=["re:.*down_proj"], weights=dict(num_bits=4, strategy="channel", observer="memoryless_mse"))
 REST = dict(targets=["Linear"], weights=dict(num_bits=8), input_activations=dict(num_bits=8, dynamic=False))
-RECIPES = {"FP8": dict(scheme="FP8"), "W4A16": dict(scheme="W4A16"), "inputs by mse": dict(scheme="INT8_STATIC", input_observer="mse"),
-           "two groups": dict(config_groups={"a": DOWN, "b": REST})}
+RECIPES = {
+    "FP8": dict(scheme="FP8"), "W4A16": dict(scheme="W4A16"),
+    "inputs by mse": dict(scheme="INT8_STATIC", input_observer="mse"),
+    "two groups": dict(config_groups={"a": DOWN, "b": REST})
+}
 
 
 def session_of(recipe):
     model, tokenizer = load_tiny_llama()
-    session = Session(model, calibration_texts()[:3], tokenizer, recipe=QuantizationModifier(**recipe, ignore=["lm_head"]), max_length=64)
+    session = Session(
+        model, calibration_texts()[:3], tokenizer, recipe=QuantizationModifier(**recipe, ignore=["lm_head"]),
+        max_length=64
+    )
     for step in ("initialize", "start", "feed_all", "end"): getattr(session, step)()
     return session
 

@@ -29,7 +29,9 @@ def test_the_context_puts_everything_back_also_after_an_error(name, attention):
 
 
 def test_two_contexts_on_models_that_share_a_config_may_end_in_any_order():
-    config = LlamaConfig(vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4)
+    config = LlamaConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4
+    )
     a, b = LlamaForCausalLM(config), LlamaForCausalLM(config)
     before = dict(vars(config))
     first, second = calibration_context(a), calibration_context(b)
@@ -117,7 +119,10 @@ def test_after_a_failed_batch_calibration_can_go_on_by_hand():
 
 def test_models_of_several_parts_and_decoders_that_want_labels():
     tower = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
-    config = CLIPConfig(text_config=tower | dict(vocab_size=64), vision_config=tower | dict(image_size=16, patch_size=8), projection_dim=16)
+    config = CLIPConfig(
+        text_config=tower | dict(vocab_size=64), vision_config=tower | dict(image_size=16, patch_size=8),
+        projection_dim=16
+    )
     clip = CLIPModel(config).eval()
     pair = dict(input_ids=torch.randint(3, 60, (2, 8)), pixel_values=torch.randn(2, 3, 16, 16))
     calibrate(clip, [pair], QuantizationModifier(scheme="FP8"), max_length=4, progress=False)
@@ -150,7 +155,10 @@ def test_inference_tensors():
 
 
 def test_max_length_leaves_images_and_wide_masks_alone():
-    batch = dict(input_ids=torch.ones(2, 8, dtype=torch.long), attention_mask=torch.ones(2, 8, dtype=torch.long), pixel_values=torch.ones(2, 8))
+    batch = dict(
+        input_ids=torch.ones(2, 8, dtype=torch.long), attention_mask=torch.ones(2, 8, dtype=torch.long),
+        pixel_values=torch.ones(2, 8)
+    )
     cut = next(batches([batch], max_length=4))
     assert cut["input_ids"].shape == cut["attention_mask"].shape == (2, 4) and cut["pixel_values"].shape == (2, 8)
 
@@ -161,7 +169,12 @@ def test_texts_in_the_forms_in_which_they_usually_come():
     texts = ["One text.", "Another one.", "A third."]
     expected = [b["input_ids"].tolist() for b in batches(texts, tokenizer)]
     ids = [torch.tensor(tokenizer(t).input_ids) for t in texts]
-    forms = [torch.utils.data.DataLoader(texts, batch_size=2), [{"text": texts}], [{"text": t} for t in texts], [i.numpy() for i in ids], iter(texts)]
+    forms = [
+        torch.utils.data.DataLoader(texts, batch_size=2), [{"text": texts}], [{"text": t} for t in texts],
+        [i.numpy() for i in ids], iter(texts)
+    ]
     for form in forms: assert [b["input_ids"].tolist() for b in batches(form, tokenizer)] == expected
     same = torch.utils.data.TensorDataset(torch.stack([ids[0], ids[0]]))
-    assert [b["input_ids"].tolist() for b in batches(torch.utils.data.DataLoader(same, batch_size=2))] == [[expected[0][0]] * 2]
+    assert [
+        b["input_ids"].tolist() for b in batches(torch.utils.data.DataLoader(same, batch_size=2))
+    ] == [[expected[0][0]] * 2]

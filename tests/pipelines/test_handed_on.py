@@ -23,8 +23,17 @@ def test_the_head_sees_what_quantized_blocks_return():
     found = []
     for propagate in ("float", "quantized"):
         model = make_model("llama_gqa")
-        calibrate(model, make_batches(), QuantizationModifier(scheme=dict(weights=dict(num_bits=4, strategy="channel"), input_activations=dict(
-            num_bits=8, strategy="tensor", observer="static_minmax"))), pipeline="sequential", propagate=propagate, progress=False)
+        calibrate(
+            model,
+            make_batches(),
+            QuantizationModifier(scheme=dict(
+                weights=dict(num_bits=4, strategy="channel"),
+                input_activations=dict(num_bits=8, strategy="tensor", observer="static_minmax"),
+            )),
+            pipeline="sequential",
+            propagate=propagate,
+            progress=False,
+        )
         found.append(qparams(model)["lm_head.input_scale"])
     seen = []
     model.lm_head.register_forward_pre_hook(lambda m, a: seen.append(a[0].abs().max()))

@@ -1,4 +1,5 @@
-"""Block by block: as whole passes where outputs are handed on unquantized, as a plain loop where they are quantized; nothing is left behind."""
+"""Block by block: as whole passes where outputs are handed on unquantized, as a plain loop where they are quantized;
+nothing is left behind."""
 import gc
 import weakref
 
@@ -27,23 +28,54 @@ from qcal_nb.pipelines.sequential import BlockByBlock, ForwardPass, look_ahead, 
 from qcal_nb.modeling import blocks_of
 
 INT8 = dict(num_bits=8, type="int", strategy="tensor", symmetric=True)
-RECIPE = dict(config_groups={"g": QuantizationScheme(targets=["Linear"], weights=dict(num_bits=4, type="int", strategy="group", group_size=32),
-                                                     input_activations=INT8 | dict(observer="static_minmax"))}, ignore=["lm_head", "re:.*altup.*"])
-SMALL_LLAMA = dict(vocab_size=128, hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
-BOTH = dict(d_model=64, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=128,
-            decoder_ffn_dim=128, vocab_size=128, decoder_start_token_id=0, pad_token_id=1, bos_token_id=0, eos_token_id=2)
+RECIPE = dict(
+    config_groups={
+        "g": QuantizationScheme(
+            targets=["Linear"], weights=dict(num_bits=4, type="int", strategy="group", group_size=32),
+            input_activations=INT8 | dict(observer="static_minmax")
+        )
+    },
+    ignore=["lm_head", "re:.*altup.*"],
+)
+SMALL_LLAMA = dict(
+    vocab_size=128, hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2,
+    max_position_embeddings=64
+)
+BOTH = dict(
+    d_model=64, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+    encoder_ffn_dim=128, decoder_ffn_dim=128, vocab_size=128, decoder_start_token_id=0, pad_token_id=1, bos_token_id=0,
+    eos_token_id=2
+)
 SPECIAL = dict(
-    t5=lambda: AutoModelForSeq2SeqLM.from_config(T5Config(vocab_size=128, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4,
-                                                          decoder_start_token_id=0)),
+    t5=lambda: AutoModelForSeq2SeqLM.from_config(
+        T5Config(vocab_size=128, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    ),
     bart=lambda: AutoModelForSeq2SeqLM.from_config(BartConfig(**BOTH)),
     whisper=lambda: WhisperForConditionalGeneration(WhisperConfig(**BOTH, max_source_positions=16, num_mel_bins=8)),
-    # its later blocks read keys and values that earlier ones left in a dict, and outputs of a projection outside of blocks
+    # its later blocks read keys and values that earlier ones left in a dict, and outputs of a projection outside of
+    # blocks
     gemma3n=lambda: Gemma3nForCausalLM(Gemma3nTextConfig(
-        vocab_size=128, vocab_size_per_layer_input=128, hidden_size=64, hidden_size_per_layer_input=32, intermediate_size=128, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=64, sliding_window=8, num_kv_shared_layers=2,
-        layer_types=["sliding_attention", "full_attention"] * 2, laurel_rank=32, altup_num_inputs=2, activation_sparsity_pattern=[0.0] * 4)),
-    albert=lambda: AlbertModel(AlbertConfig(vocab_size=128, embedding_size=32, hidden_size=64, num_hidden_layers=3, num_attention_heads=4,
-                                            intermediate_size=128)),
+        vocab_size=128,
+        vocab_size_per_layer_input=128,
+        hidden_size=64,
+        hidden_size_per_layer_input=32,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=64,
+        sliding_window=8,
+        num_kv_shared_layers=2,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        laurel_rank=32,
+        altup_num_inputs=2,
+        activation_sparsity_pattern=[0.0] * 4,
+    )),
+    albert=lambda: AlbertModel(AlbertConfig(
+        vocab_size=128, embedding_size=32, hidden_size=64, num_hidden_layers=3, num_attention_heads=4,
+        intermediate_size=128
+    )),
 )
 
 
@@ -56,8 +88,13 @@ def make(name):
 def data_for(name):
     data = make_batches()
     if name == "whisper":
-        return [dict(input_features=torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(i)), decoder_input_ids=b["input_ids"])
-                for i, b in enumerate(data)]
+        return [
+            dict(
+                input_features=torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(i)),
+                decoder_input_ids=b["input_ids"],
+            )
+            for i, b in enumerate(data)
+        ]
     return [dict(b, decoder_input_ids=b["input_ids"]) for b in data] if name in ("t5", "bart") else data
 
 
@@ -66,22 +103,27 @@ def result(name, **options):
     before = fingerprint(model)
     modifier = QuantizationModifier(**RECIPE)
     calibrate(model, data_for(name), modifier, progress=False, **options)
-    found, seen = qparams(model), {(r.module, r.base_name): (r.observations, r.batches, r.elements) for r in modifier.coverage}
+    found = qparams(model)
+    seen = {(r.module, r.base_name): (r.observations, r.batches, r.elements) for r in modifier.coverage}
     reset_quantization(model)
     assert differences(before, fingerprint(model)) == []
     return found, seen
 
 
-@pytest.mark.parametrize("name", ["llama_gqa", "qwen3", "gemma2", "opt", "phi", "gpt_neox", "mixtral", "bert", *SPECIAL])
+@pytest.mark.parametrize(
+    "name", ["llama_gqa", "qwen3", "gemma2", "opt", "phi", "gpt_neox", "mixtral", "bert", *SPECIAL]
+)
 def test_float_outputs_give_the_scales_of_whole_passes(name):
     "And every observer, inside blocks and outside, has seen the same tensors equally often."
     (basic, seen), (sequential, seen_too) = result(name), result(name, pipeline="sequential")
-    assert basic.keys() == sequential.keys() and all(torch.equal(v, sequential[k]) for k, v in basic.items()) and seen == seen_too
+    assert basic.keys() == sequential.keys() and all(torch.equal(v, sequential[k]) for k, v in basic.items())
+    assert seen == seen_too
 
 
 @pytest.mark.parametrize("name", ["llama_gqa", "qwen3", "mixtral", "bart", "t5"])
 def test_quantized_outputs_change_what_later_blocks_see(name):
-    (floats, seen), (quantized, seen_too) = result(name, pipeline="sequential"), result(name, pipeline="sequential", propagate="quantized")
+    floats, seen = result(name, pipeline="sequential")
+    quantized, seen_too = result(name, pipeline="sequential", propagate="quantized")
     first = next(iter(blocks_of(make(name))))
     changed = {k for k, v in floats.items() if not torch.equal(v, quantized[k])}
     assert changed and seen == seen_too and all(k.endswith("input_scale") for k in changed)
@@ -132,7 +174,8 @@ def test_an_exception_in_a_later_block_leaves_what_reset_restores(error, propaga
         if len(calls) == 4: raise error("in the middle")
     handle = model.model.layers[1].mlp.register_forward_pre_hook(fail)
     modifier = QuantizationModifier(**RECIPE)
-    with pytest.raises(error): calibrate(model, make_batches(), modifier, pipeline="sequential", propagate=propagate, progress=False)
+    with pytest.raises(error):
+        calibrate(model, make_batches(), modifier, pipeline="sequential", propagate=propagate, progress=False)
     handle.remove()
     assert phase_of(model) == "calibrating" and "forward" not in vars(model.model.layers[0])
     assert not any(m.quantization_enabled for m in model.modules())
@@ -146,7 +189,10 @@ def test_each_batch_passes_each_block_once():
     calibrate(model, make_batches(), QuantizationModifier(**RECIPE), pipeline="sequential", progress=False)
     assert len(calls) == 2 * (1 + 3)  # once to look ahead, and once for each of three batches
     calls.clear(); reset_quantization(model)
-    calibrate(model, make_batches(), QuantizationModifier(**RECIPE), pipeline="sequential", propagate="quantized", progress=False)
+    calibrate(
+        model, make_batches(), QuantizationModifier(**RECIPE), pipeline="sequential", propagate="quantized",
+        progress=False
+    )
     assert len(calls) == 2 * (1 + 3 + 3)  # every block is passed a second time, since the head follows the last one
     for handle in handles: handle.remove()
 
@@ -161,8 +207,12 @@ def test_blocks_are_called_as_often_as_there_are_layers_and_batches(layers, prop
     handles = [layer.register_forward_pre_hook(lambda m, *_: calls.append(m)) for layer in model.model.layers]
     inner = [layer.mlp.register_forward_pre_hook(lambda m, *_: calls.append(m)) for layer in model.model.layers]
     outside = [model.model.register_forward_pre_hook(lambda m, *_: calls.append(m))]
-    calibrate(model, make_batches(), QuantizationModifier(**RECIPE), pipeline="sequential", propagate=propagate, progress=False)
-    assert [sum(m is layer for m in calls) for layer in model.model.layers] == [1 + 3] * layers  # of whole passes, by the model
+    calibrate(
+        model, make_batches(), QuantizationModifier(**RECIPE), pipeline="sequential", propagate=propagate,
+        progress=False
+    )
+    # of whole passes, by the model
+    assert [sum(m is layer for m in calls) for layer in model.model.layers] == [1 + 3] * layers
     assert [sum(m is layer.mlp for m in calls) for layer in model.model.layers] == [passes] * layers
     assert sum(m is model.model for m in calls) == 1 + 3
     for handle in (*handles, *inner, *outside): handle.remove()
@@ -252,14 +302,21 @@ def test_batches_that_take_different_ways_are_refused():
 
 
 @pytest.mark.parametrize(("options", "words"), [
-    (dict(pipeline="layerwise"), "pipeline='layerwise' is unknown; it must be one of 'basic', 'sequential', 'datafree'"),
-    (dict(propagate="int8", pipeline="sequential"), "propagate='int8' is unknown; it must be one of 'float', 'quantized'"),
+    (
+        dict(pipeline="layerwise"),
+        "pipeline='layerwise' is unknown; it must be one of 'basic', 'sequential', 'datafree'",
+    ),
+    (
+        dict(propagate="int8", pipeline="sequential"),
+        "propagate='int8' is unknown; it must be one of 'float', 'quantized'",
+    ),
     (dict(propagate="quantized"), "propagate='quantized' needs pipeline='sequential', got pipeline='basic'"),
 ])
 def test_options_are_checked_before_anything_changes(options, words):
     model = make("llama_gqa")
     before = fingerprint(model)
-    with pytest.raises(ValueError) as caught: calibrate(model, make_batches(), QuantizationModifier(**RECIPE), progress=False, **options)
+    with pytest.raises(ValueError) as caught:
+        calibrate(model, make_batches(), QuantizationModifier(**RECIPE), progress=False, **options)
     assert words in str(caught.value) and differences(before, fingerprint(model)) == []
 
 

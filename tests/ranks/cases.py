@@ -2,7 +2,8 @@
 
     python cases.py FOLDER SECONDS CASE [CASE ...]
 
-SECONDS is the process group's limit. Each rank saves what its cases returned in FOLDER/{rank}.pt, and its process id in FOLDER/{rank}.pid.
+SECONDS is the process group's limit. Each rank saves what its cases returned in FOLDER/{rank}.pt, and its process id in
+FOLDER/{rank}.pid. What ranks do with records and with statistics is in record_cases.py and statistics_cases.py.
 """
 import os
 import sys
@@ -14,34 +15,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from qcal_nb.calibration import observe, observer_of, update_qparams
 from qcal_nb.lifecycle import QuantizationModifier, State, phase_of, reset_quantization
-from qcal_nb.models import calibration_texts, load_tiny_llama
-from qcal_nb.observers import Counts, Observer
+from qcal_nb.models import load_tiny_llama
 from qcal_nb.pipelines import calibrate, calibration_context
 from qcal_nb.calibration.ranks import agree
-from qcal_nb.calibration import differing_qparams, observe_weights, rank_and_size, sync_statistics, together
-from qcal_nb.records import all_ranks, record
-from qcal_nb.schemes import preset
+from qcal_nb.calibration import differing_qparams, rank_and_size, sync_statistics, together
+
+import record_cases
+import statistics_cases
+from common import WEIGHTS, said, scales, texts
 
 LIMIT = float(sys.argv[2])
-WEIGHTS = dict(weights=dict(num_bits=8, strategy="channel"))
-
-
-def said(function, *args, **kwargs):
-    "The error that a call ends with, as text."
-    try: function(*args, **kwargs)
-    except Exception as error: return f"{type(error).__name__}: {error}"
-    return "no error"
-
-
-def scales(model): return {n: p.detach().clone() for n, p in model.named_parameters() if n.endswith(("_scale", "_zero_point"))}
-
-
-def texts():
-    "Four texts: all of them for one process, three for the first rank and one for the second."
-    rank, size = rank_and_size()
-    return calibration_texts()[:4] if size == 1 else [calibration_texts()[:3], calibration_texts()[3:4]][rank]
 
 
 def calibrated(options=None, **recipe):
@@ -91,7 +75,10 @@ def sequential(): return calibrated(dict(pipeline="sequential"), scheme="INT8_ST
 
 
 def sequential_quantized():
-    return calibrated(dict(pipeline="sequential", propagate="quantized"), scheme="INT8_STATIC", input_observer="static_minmax", weight_observer="mse")
+    return calibrated(
+        dict(pipeline="sequential", propagate="quantized"), scheme="INT8_STATIC", input_observer="static_minmax",
+        weight_observer="mse"
+    )
 
 
 def searched(): return calibrated(scheme="W4A16", weight_observer="memoryless_mse")
@@ -112,21 +99,27 @@ def experts():
     "A mixture of eight experts; the second rank has two tokens, so that most experts are seen on the first alone."
     from transformers import MixtralConfig, MixtralForCausalLM
     torch.manual_seed(0)
-    model = MixtralForCausalLM(MixtralConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
-                                             num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=1, max_position_embeddings=64)).eval()
+    model = MixtralForCausalLM(MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=1, max_position_embeddings=64
+    )).eval()
     rank, size = rank_and_size()
     data = [torch.arange(i, 64, 3)[None] for i in range(3)] + [torch.tensor([[7, 9]])]
     if size == 2: data = [data[:3], data[3:]][rank]
     modifier = QuantizationModifier(scheme="INT8_STATIC", input_observer="static_minmax", ignore=["lm_head"])
     calibrate(model, data, modifier, all_experts=False, progress=False, on_uncalibrated="skip")
-    seen = {row.module for row in modifier.coverage if row.base_name == "input" and row.observations and ".experts." in row.module}
+    seen = {
+        row.module for row in modifier.coverage
+        if row.base_name == "input" and row.observations and ".experts." in row.module
+    }
     return dict(scales=scales(model), differing=differing_qparams(model), seen=seen)
 
 
 def every_layer_by_itself():
     "Scales are computed layer by layer, as sequential calibration does, and the last of them at the end."
     model, tokenizer = load_tiny_llama()
-    modifier, state = QuantizationModifier(scheme="NVFP4", ignore=["lm_head"], input_observer="static_minmax"), State(model)
+    modifier = QuantizationModifier(scheme="NVFP4", ignore=["lm_head"], input_observer="static_minmax")
+    state = State(model)
     modifier.on_initialize(state)
     modifier.on_start(state)
     with calibration_context(model):
@@ -134,79 +127,6 @@ def every_layer_by_itself():
     for layer in model.model.layers[:3]: modifier.on_sequential_epoch_end(state, None, layer.modules())
     modifier.on_end(state)
     return dict(scales=scales(model), differing=differing_qparams(model))
-
-
-# --- records: each rank saves its part ---
-
-def recorded(name, model, data, **options):
-    "This rank's part of a record, saved beside the results."
-    rank, _ = rank_and_size()
-    before = {n: len(m._forward_pre_hooks) for n, m in model.named_modules()}
-    run = record(model, data, progress=False, **options)
-    run.save(Path(sys.argv[1])/f"{name}.{rank}.record")
-    return dict(batches=run.spans, tokens=run.tokens, clean=before == {n: len(m._forward_pre_hooks) for n, m in model.named_modules()})
-
-
-def record_texts():
-    model, tokenizer = load_tiny_llama()
-    return recorded("texts", model, texts(), tokenizer=tokenizer, max_length=64, observers=["static_minmax", "percentile", "minmax"])
-
-
-def record_experts():
-    from transformers import MixtralConfig, MixtralForCausalLM
-    model = MixtralForCausalLM(MixtralConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
-                                             num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=1, max_position_embeddings=64)).eval()
-    rank, size = rank_and_size()
-    data = [torch.arange(i, 64, 3)[None] for i in range(3)] + [torch.tensor([[7, 9]])]
-    return recorded("experts", model, data if size == 1 else [data[:3], data[3:]][rank], scheme="NVFP4", observers=["static_minmax"])
-
-
-def record_by_hand():
-    "Global indices given: rank 0 has the even ones. No rank asks another."
-    rank, size = rank_and_size()
-    data = [torch.full((2, 8), float(i + 1)) for i in range(5)]
-    mine = range(5) if size == 1 else range(rank, 5, 2)
-    return recorded("by_hand", torch.nn.Sequential(torch.nn.Linear(8, 8)), [data[i] for i in mine], batch_indices=mine)
-
-
-def record_one_without_data():
-    rank, size = rank_and_size()
-    data = [torch.ones(2, 8), torch.ones(3, 8)]
-    return recorded("no_data", torch.nn.Sequential(torch.nn.Linear(8, 8)), data if rank == 0 or size == 1 else [])
-
-
-def record_together():
-    "All parts on every rank; and parts of two models, which no rank may take for one."
-    model, tokenizer = load_tiny_llama()
-    rank, _ = rank_and_size()
-    part = record(model, texts(), tokenizer=tokenizer, max_length=64, observers=["percentile"], progress=False)
-    whole = all_ranks(part)
-    whole.save(Path(sys.argv[1])/f"together.{rank}.record")
-    other = record(torch.nn.Sequential(torch.nn.Linear(8, 8 + rank)), [torch.ones(2, 8)], progress=False)
-    return dict(batches=whole.spans, own=part.spans, error=said(all_ranks, other))
-
-
-def record_bad_data():
-    "The second rank's data cannot be read: all hear of it, and can go on."
-    rank, _ = rank_and_size()
-    model = torch.nn.Sequential(torch.nn.Linear(8, 8))
-    error = said(record, model, [torch.ones(2, 8)] if rank == 0 else [object()], progress=False)
-    return dict(error=error, again=record(model, [torch.ones(2, 8)], progress=False).spans)
-
-
-def record_bad_argument():
-    "One rank's arguments are wrong: found before the ranks speak to each other, and yet told to all."
-    rank, _ = rank_and_size()
-    return said(record, torch.nn.Sequential(torch.nn.Linear(8, 8)), [torch.ones(2, 8)], observers="mse" if rank == 0 else "msee", progress=False)
-
-
-def record_bad_forward():
-    "A forward pass fails on the second rank alone; the first one's part is not lost."
-    rank, _ = rank_and_size()
-    model = torch.nn.Sequential(torch.nn.Linear(8, 8))
-    error = said(record, model, [torch.ones(2, 8 + rank)], progress=False)
-    agree("still in step")
-    return error
 
 
 # --- branches that do not run everywhere ---
@@ -226,7 +146,10 @@ class Branches(torch.nn.Module):
 
 def branch_data(rank):
     generator = torch.Generator().manual_seed(rank)
-    return [dict(x=torch.randn(5, 8, generator=generator) * (1 + rank), route=torch.tensor([rank == 1])) for _ in range(3 - rank)]
+    return [
+        dict(x=torch.randn(5, 8, generator=generator) * (1 + rank), route=torch.tensor([rank == 1]))
+        for _ in range(3 - rank)
+    ]
 
 
 def branches(observer="static_minmax"):
@@ -239,7 +162,10 @@ def branches(observer="static_minmax"):
     calibrate(model, data, modifier, progress=False, on_uncalibrated="skip")
     uncovered = [f"{row.module}.{row.base_name}" for row in modifier.coverage if not row.computed]
     enabled = {name: m.quantization_enabled for name, m in model.named_modules() if hasattr(m, "quantization_scheme")}
-    return dict(scales=scales(model), refused=refused, phase=phase, differing=differing_qparams(model), uncovered=uncovered, enabled=enabled)
+    return dict(
+        scales=scales(model), refused=refused, phase=phase, differing=differing_qparams(model), uncovered=uncovered,
+        enabled=enabled
+    )
 
 
 def branches_minmax(): return branches("minmax")
@@ -281,7 +207,9 @@ def bad_batch():
     good = torch.tensor([[1, 2, 3]])
     modifier = QuantizationModifier(scheme="FP8", ignore=["lm_head"])
     start = time.monotonic()
-    error = said(calibrate, model, [good, good, good] if rank == 0 else [good, torch.tensor([[99999]])], modifier, progress=False)
+    error = said(
+        calibrate, model, [good, good, good] if rank == 0 else [good, torch.tensor([[99999]])], modifier, progress=False
+    )
     seconds, phase = time.monotonic() - start, phase_of(model)
     reset_quantization(model)
     calibrate(model, [good], modifier, progress=False)
@@ -291,7 +219,10 @@ def bad_batch():
 def no_data():
     rank, _ = rank_and_size()
     modifier = QuantizationModifier(scheme="INT8_STATIC")
-    return said(calibrate, torch.nn.Sequential(torch.nn.Linear(4, 4)), [torch.ones(2, 4)] if rank == 0 else [], modifier, progress=False)
+    return said(
+        calibrate, torch.nn.Sequential(torch.nn.Linear(4, 4)), [torch.ones(2, 4)] if rank == 0 else [], modifier,
+        progress=False
+    )
 
 
 def bad_weight():
@@ -354,91 +285,6 @@ def local_observers():
     return dict(warnings=[str(w.message) for w in caught], differing=differing_qparams(model))
 
 
-# --- statistics of all kinds, against plain arithmetic ---
-
-AVG, SUM, MIN, MAX = (getattr(dist.ReduceOp, name) for name in ("AVG", "SUM", "MIN", "MAX"))
-
-
-class Kept(Observer):
-    "An observer whose statistics are put there by hand."
-
-    statistics = ("a", "b")
-    def update_statistics_from_observed(self, observed): raise AssertionError("nobody observes")
-
-
-OPS = [(MIN, MAX), (AVG, AVG), (SUM, SUM), (MAX, SUM), (SUM, AVG)]
-KINDS = [type(f"Kept{i}", (Kept,), {"sync_ops": dict(zip("ab", ops))}) for i, ops in enumerate(OPS)]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-
-
-def drawn(rank):
-    "What a rank knows in the game of statistics: for each observer (kind, values of a and b, or None). Everyone can draw everyone's."
-    world, own = torch.Generator().manual_seed(7), torch.Generator().manual_seed(100 + rank)
-    found = []
-    for i in range(60):
-        kind, shape = i % len(KINDS), [(), (1,), (3,), (2, 5), (2, 1, 3)][int(torch.randint(5, (), generator=world))]
-        pair = []
-        for op in OPS[kind]:
-            dtype = DTYPES[int(torch.randint(4, (), generator=world))]
-            value = (torch.randn(shape, generator=own) * 100).to(dtype)
-            pair.append(value.to(torch.int64) if op == SUM and i % 2 else value)
-        present = torch.rand((), generator=own).item() < (0, 0.3, 0.6, 1)[i % 4]
-        found.append((kind, pair if present else None))
-    return found
-
-
-def statistics():
-    "All observers of the game, synchronised twice, and what they hold."
-    rank, _ = rank_and_size()
-    observers, originals = [], []
-    for kind, pair in drawn(rank):
-        observer = KINDS[kind](base_name="input", args=preset("INT8_STATIC").input_activations)
-        if pair: observer.a, observer.b = pair
-        observers.append(observer)
-        originals.append(pair and [p.clone() for p in pair])
-    before = [(o.__dict__.get("a"), o.__dict__.get("b")) for o in observers]
-    sync_statistics(observers)
-    after = [(o.__dict__.get("a"), o.__dict__.get("b")) for o in observers]
-    untouched = all(torch.equal(x, y) for pair, old in zip(before, originals) if old for x, y in zip(pair, old))
-    sync_statistics(observers)
-    same = all(x is y for o, pair in zip(observers, after) for x, y in zip((o.__dict__.get("a"), o.__dict__.get("b")), pair))
-    own_storage = all(t.untyped_storage().nbytes() == t.numel() * t.itemsize for pair in after for t in pair if t is not None)
-    return dict(after=after, untouched=untouched, twice_is_once=same, own_storage=own_storage, counts=[o.counts == Counts() for o in observers])
-
-
-def consumed():
-    "Statistics that were written into a scale count as nothing: on one rank only, and on all."
-    rank, _ = rank_and_size()
-    layer = torch.nn.Linear(4, 4)
-    QuantizationModifier(scheme="INT8_STATIC", input_observer="static_minmax").on_initialize(State(layer))
-    observer = Observer.load_from_registry("static_minmax", base_name="input", args=preset("INT8_STATIC").input_activations)
-    layer.input_observer = observer
-    observer(torch.tensor([[-9.0 - rank, 9.0]]))
-    update_qparams(layer, "input")
-    old = observer.min_vals
-    sync_statistics([observer])
-    kept = observer.min_vals is old and observer.consumed
-    if rank == 1: observer(torch.tensor([[-2.0, 3.0]]))
-    sync_statistics([observer])
-    return dict(kept=kept, range=(observer.min_vals.item(), observer.max_vals.item()), fresh=not observer.consumed)
-
-
-def weights_by_hand():
-    "A second look at weights that nobody changed is no look; one rank's share is the other's gap."
-    model = torch.nn.Sequential(*(torch.nn.Linear(4, n) for n in (4, 5, 6, 7)))
-    modifier = QuantizationModifier(scheme=WEIGHTS)
-    modifier.on_initialize(State(model))
-    modifier.on_start(State(model))
-    observe_weights(model.children())
-    observers = [observer_of(m, "weight") for m in model]
-    first, looks = [o.min_vals for o in observers], [o.counts.observations for o in observers]
-    observe_weights(model.children())
-    same = all(torch.equal(o.min_vals, f) for o, f in zip(observers, first))
-    observe(model.children(), "weight")
-    right = all(torch.equal(o.min_vals, m.weight.amin(-1, keepdim=True)) for o, m in zip(observers, model))
-    return dict(looks=looks, same=same, right=right, again=[o.counts.observations for o in observers])
-
-
 # --- what cannot go on in the same processes ---
 
 def hang():
@@ -458,7 +304,10 @@ def falls_silent():
 def dies():
     "One rank ends in the middle, without a word; the other does not catch what comes of it."
     if rank_and_size()[0] == 1: os._exit(3)
-    calibrate(torch.nn.Sequential(torch.nn.Linear(4, 4)), [torch.ones(2, 4)], QuantizationModifier(scheme="FP8"), progress=False)
+    calibrate(
+        torch.nn.Sequential(torch.nn.Linear(4, 4)), [torch.ones(2, 4)], QuantizationModifier(scheme="FP8"),
+        progress=False
+    )
 
 
 def uncaught():
@@ -474,9 +323,9 @@ if __name__ == "__main__":
     if "RANK" in os.environ: dist.init_process_group("gloo", timeout=timedelta(seconds=LIMIT))
     rank, size = rank_and_size()
     (folder/f"{rank}.pid").write_text(str(os.getpid()))
-    results = {}
+    results, known = {}, vars(record_cases) | vars(statistics_cases) | globals()
     for case in cases:
         torch.manual_seed(0)
-        results[case] = globals()[case]()
+        results[case] = known[case]()
         torch.save(results, folder/f"{rank}.pt")
     if dist.is_initialized(): dist.destroy_process_group()

@@ -24,14 +24,23 @@ def observers():
     "Names of observers, with arguments that differ from their defaults where we know a range."
     def kwargs(name):
         knows = "averaging_constant" in find_observer(name).defaults
-        return st.fixed_dictionaries({}, optional={"averaging_constant": st.floats(0.01, 1.0)}) if knows else st.just({})
+        return (
+            st.fixed_dictionaries({}, optional={"averaging_constant": st.floats(0.01, 1.0)}) if knows else st.just({})
+        )
     return st.sampled_from(Registry.registered_names()).flatmap(lambda name: st.tuples(st.just(name), kwargs(name)))
 
 
-TARGETS = st.lists(st.sampled_from(["Linear", "re:.*mlp.*", "lm_head", UP, "re:.*[qk]_proj$"]), min_size=1, max_size=3, unique=True)
+TARGETS = st.lists(
+    st.sampled_from(["Linear", "re:.*mlp.*", "lm_head", UP, "re:.*[qk]_proj$"]), min_size=1, max_size=3, unique=True
+)
 IGNORE = st.lists(st.sampled_from(["lm_head", "re:.*down_proj", DOWN]), max_size=2, unique=True)
-POLICIES = st.fixed_dictionaries({}, optional=dict(nonfinite=st.sampled_from(["skip", "record"]), on_uncalibrated=st.just("skip"),
-                                                   bypass_divisibility_checks=st.just(True)))
+POLICIES = st.fixed_dictionaries(
+    {},
+    optional=dict(
+        nonfinite=st.sampled_from(["skip", "record"]), on_uncalibrated=st.just("skip"),
+        bypass_divisibility_checks=st.just(True)
+    ),
+)
 
 
 @st.composite
@@ -53,13 +62,17 @@ def modifiers(draw, targets=TARGETS):
     form = draw(st.sampled_from(["preset", "presets", "scheme", "fields", "groups"]))
     fields = dict(ignore=draw(IGNORE)) | draw(POLICIES)
     if form == "preset": fields |= dict(scheme=draw(st.sampled_from(preset_names())), targets=draw(targets))
-    if form == "presets": fields["scheme"] = draw(st.dictionaries(st.sampled_from(preset_names()), targets, min_size=1, max_size=3))
+    if form == "presets":
+        fields["scheme"] = draw(st.dictionaries(st.sampled_from(preset_names()), targets, min_size=1, max_size=3))
     if form == "scheme": fields["scheme"] = draw(schemes(targets))
     if form == "fields": fields["scheme"] = draw(schemes(targets)).model_dump(exclude={"targets"})
-    if form == "groups": fields["config_groups"] = {f"group_{i}": draw(schemes(targets)) for i in range(draw(st.integers(1, 3)))}
+    if form == "groups":
+        fields["config_groups"] = {f"group_{i}": draw(schemes(targets)) for i in range(draw(st.integers(1, 3)))}
     if form in ("preset", "presets") and draw(st.booleans()):
         name = draw(st.sampled_from(["static_minmax", "minmax", "MINMAX", "memoryless-minmax"]))
-        fields |= draw(st.sampled_from([dict(input_observer=name), dict(observer=dict(input=name)), dict(weight_observer="memoryless_minmax")]))
+        fields |= draw(st.sampled_from(
+            [dict(input_observer=name), dict(observer=dict(input=name)), dict(weight_observer="memoryless_minmax")]
+        ))
     return QuantizationModifier(**fields)
 
 

@@ -34,7 +34,8 @@ def test_what_was_not_reached_is_saved_as_it_was_and_ignored(tmp_path):
     modifier.on_event(State(model), Event(EventType.CALIBRATION_END), on_uncalibrated="skip")
     a, b, unfit = saved(model, tmp_path/"x")
     ignore = json.loads((tmp_path/"x"/"config.json").read_text())["quantization_config"]["ignore"]
-    assert ignore == ["lm_head", *(f"model.layers.1.mlp.{n}_proj" for n in ("gate", "up", "down"))] and torch.equal(a, b) and unfit == {}
+    assert ignore == ["lm_head", *(f"model.layers.1.mlp.{n}_proj" for n in ("gate", "up", "down"))]
+    assert torch.equal(a, b) and unfit == {}
     assert to_config(model)["ignore"] == ignore
 
 
@@ -47,12 +48,16 @@ def test_what_a_checkpoint_holds(tmp_path):
     assert {p.name for p in folder.iterdir()} >= {"config.json", "model.safetensors", "recipe.yaml", "tokenizer.json"}
     section = json.loads((folder/"config.json").read_text())["quantization_config"]
     assert section | {"version": ""} == to_config(model) | {"version": ""}
-    expected = dict(quant_method="compressed-tensors", format="float-quantized", ignore=["lm_head"], quantization_status="compressed",
-                    kv_cache_scheme=None)
+    expected = dict(
+        quant_method="compressed-tensors", format="float-quantized", ignore=["lm_head"],
+        quantization_status="compressed", kv_cache_scheme=None
+    )
     assert {k: section[k] for k in expected} == expected
     own = section["config_groups"]["group_1"]
     assert own["targets"] == [UP] and own["input_activations"]["observer_kwargs"] == {"averaging_constant": 0.2}
-    assert from_config(folder).resolved_config == from_yaml(folder/"recipe.yaml").resolved_config == modifier.resolved_config
+    assert from_config(folder).resolved_config == from_yaml(
+        folder/"recipe.yaml"
+    ).resolved_config == modifier.resolved_config
     tensors = load_file(folder/"model.safetensors")
     assert tensors[f"{UP}.weight"].dtype == torch.float8_e4m3fn and "lm_head.weight" not in tensors
     assert not [n for n in tensors if n.endswith("zero_point")]
@@ -69,7 +74,8 @@ def test_a_cache_that_is_only_partly_quantized_is_not_saved(recipe, tmp_path):
     "On loading every attention module would be hooked, and some would have scales that nobody wrote."
     model = make_model("llama_gqa")
     calibrate(model, make_batches(), QuantizationModifier(**recipe), progress=False)
-    with pytest.raises(ValueError, match=r"1 of 2 attention modules have no scales \(model.layers.0.self_attn\)"): save_quantized(model, tmp_path/"x")
+    with pytest.raises(ValueError, match=r"1 of 2 attention modules have no scales \(model.layers.0.self_attn\)"):
+        save_quantized(model, tmp_path/"x")
     assert not (tmp_path/"x").exists()
 
 
@@ -103,7 +109,9 @@ def test_a_failure_leaves_neither_a_folder_nor_a_trace(tmp_path, monkeypatch):
     before = state_of(model)
     with pytest.raises(OSError, match="disk full"): save_quantized(model, tmp_path/"x", Broken())
     assert list(tmp_path.iterdir()) == [] and differences(before, state_of(model)) == []
-    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        "transformers.modeling_utils.safe_save_file", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt): save_quantized(model, tmp_path/"x")
     assert list(tmp_path.iterdir()) == [] and differences(before, state_of(model)) == []
     monkeypatch.undo()
@@ -116,25 +124,31 @@ def test_nothing_is_overwritten(tmp_path):
     model = calibrated(**FP8)
     (tmp_path/"kept").write_text("mine")
     for path in (tmp_path, tmp_path/"kept"):
-        with pytest.raises(ValueError, match="exists and is not an empty folder; choose another"): save_quantized(model, path)
+        with pytest.raises(ValueError, match="exists and is not an empty folder; choose another"):
+            save_quantized(model, path)
     assert (tmp_path/"kept").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_only_a_calibrated_model_of_transformers_has_a_checkpoint(tmp_path):
     model, modifier = make_model("llama_gqa"), QuantizationModifier(**FP8)
-    with pytest.raises(LifecycleError, match="cannot save a model that is original; calibrate it first"): save_quantized(model, tmp_path/"x")
+    with pytest.raises(LifecycleError, match="cannot save a model that is original; calibrate it first"):
+        save_quantized(model, tmp_path/"x")
     modifier.initialize_quantization(model)
-    with pytest.raises(LifecycleError, match="cannot save a model that is initialized"): save_quantized(model, tmp_path/"x")
+    with pytest.raises(LifecycleError, match="cannot save a model that is initialized"):
+        save_quantized(model, tmp_path/"x")
     assert phase_of(model) == "initialized" and recipe_of(model).resolved_config == modifier.resolved_config
-    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got str"): save_quantized("gpt2", tmp_path/"x")
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got str"):
+        save_quantized("gpt2", tmp_path/"x")
     net = torch.nn.Sequential(torch.nn.Linear(8, 8))
     calibrate(net, [torch.ones(2, 8)], QuantizationModifier(scheme="FP8"), progress=False)
-    with pytest.raises(ValueError, match="a Sequential has no checkpoint format, only models of transformers do"): save_quantized(net, tmp_path/"x")
+    with pytest.raises(ValueError, match="a Sequential has no checkpoint format, only models of transformers do"):
+        save_quantized(net, tmp_path/"x")
     assert to_config(net)["config_groups"]["group_0"]["format"] == "float-quantized"
     plain_model = make_model("llama_gqa")
     with pytest.warns(UserWarning, match="quantizes nothing"):
         calibrate(plain_model, None, QuantizationModifier(scheme="UNQUANTIZED"), progress=False)
-    with pytest.raises(ValueError, match="nothing of this model is quantized"): save_quantized(plain_model, tmp_path/"x")
+    with pytest.raises(ValueError, match="nothing of this model is quantized"):
+        save_quantized(plain_model, tmp_path/"x")
     assert list(tmp_path.iterdir()) == []
 
 

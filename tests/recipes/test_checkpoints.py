@@ -36,7 +36,8 @@ def test_every_preset_loads_with_the_same_logits(scheme, tmp_path):
 @pytest.mark.parametrize("scheme", UNPACKED_AS_BF16)
 def test_formats_that_are_unpacked_as_bf16_say_so_on_a_float32_model(scheme, tmp_path):
     model = calibrated(scheme=scheme, ignore=["lm_head"])
-    with pytest.warns(UserWarning, match=r"unpacks .* to torch.bfloat16, but this model is torch.float32"): a, b, unfit = saved(model, tmp_path/"x")
+    with pytest.warns(UserWarning, match=r"unpacks .* to torch.bfloat16, but this model is torch.float32"):
+        a, b, unfit = saved(model, tmp_path/"x")
     assert b.dtype == torch.bfloat16 and not torch.equal(a, b.float()) and unfit == {}
 
 
@@ -47,10 +48,16 @@ CASES = {
     "head too, untied": dict(scheme="FP8"),
     "embedding of eight bits": dict(scheme={"W8A16": ["Embedding"], "FP8": ["Linear"]}),
     "embedding of four bits": dict(scheme={"W4A16": ["Linear", "Embedding"]}),
-    "asymmetric inputs": group(weights=dict(INT8, strategy="tensor"), input_activations=dict(INT8, symmetric=False, strategy="tensor")),
-    "asymmetric channels": group(weights=dict(INT8, strategy="channel", symmetric=False), input_activations=dict(INT8, strategy="tensor")),
+    "asymmetric inputs": group(
+        weights=dict(INT8, strategy="tensor"), input_activations=dict(INT8, symmetric=False, strategy="tensor")
+    ),
+    "asymmetric channels": group(
+        weights=dict(INT8, strategy="channel", symmetric=False), input_activations=dict(INT8, strategy="tensor")
+    ),
     "asymmetric groups": group(weights=dict(num_bits=4, strategy="group", group_size=32, symmetric=False)),
-    "outputs": group(weights=dict(INT8, strategy="tensor"), output_activations=dict(INT8, strategy="tensor", symmetric=False)),
+    "outputs": group(
+        weights=dict(INT8, strategy="tensor"), output_activations=dict(INT8, strategy="tensor", symmetric=False)
+    ),
     "inputs alone": group(input_activations=dict(INT8, strategy="tensor")),
     "fp8 weights alone": group(weights=dict(num_bits=8, type="float", strategy="channel")),
     "two formats": dict(scheme={"FP8": ["re:.*mlp.*"], "W4A16": ["re:.*attn.*"]}),
@@ -67,7 +74,8 @@ def test_other_schemes_load_with_the_same_logits(case, dtype, tmp_path):
     a, b, unfit = saved(model, tmp_path/"x")
     assert torch.equal(a, b) and unfit == {}
     loaded, mine = (m.resolved_config.config_groups for m in (from_config(tmp_path/"x"), recipe_of(model)))
-    if case == "embedding of four bits": assert loaded.pop("group_0_naive-quantized").targets == ["model.embed_tokens"]  # one scheme, two formats
+    # one scheme, two formats
+    if case == "embedding of four bits": assert loaded.pop("group_0_naive-quantized").targets == ["model.embed_tokens"]
     assert loaded == mine
 
 
@@ -90,12 +98,14 @@ def test_an_encoder(tmp_path):
 
 
 def test_a_class_of_ones_own_that_is_a_linear(tmp_path):
-    class Mine(torch.nn.Linear): "Compressed-tensors 0.19 would store its float weight, and quantize it no more when it is loaded."
+    class Mine(torch.nn.Linear):
+        "Compressed-tensors 0.19 would store its float weight, and quantize it no more when it is loaded."
     model = make_model("llama_gqa")
     model.model.layers[0].mlp.up_proj.__class__ = Mine
     calibrate(model, make_batches(), QuantizationModifier(**FP8), progress=False)
     a, b, unfit = saved(model, tmp_path/"x")
-    assert torch.equal(a, b) and unfit == {} and load_file(tmp_path/"x"/"model.safetensors")[f"{UP}.weight"].dtype == torch.float8_e4m3fn
+    assert torch.equal(a, b) and unfit == {}
+    assert load_file(tmp_path/"x"/"model.safetensors")[f"{UP}.weight"].dtype == torch.float8_e4m3fn
 
 
 @pytest.mark.slow
@@ -138,8 +148,11 @@ INT4_WEIGHTS = dict(config_groups={"g": QuantizationScheme(
 def test_experts_are_stored_under_the_names_of_the_hub_and_load_with_the_same_logits(tmp_path):
     model, expected, warned = saved_mixture("mixtral", INT4_WEIGHTS, tmp_path/"x")
     names = {n for n in load_file(tmp_path/"x"/"model.safetensors") if ".experts." in n}
-    assert names == {f"model.layers.{i}.block_sparse_moe.experts.{e}.{w}.weight_{part}"
-                     for i in range(2) for e in range(4) for w in ("w1", "w2", "w3") for part in ("packed", "scale", "shape")} and not warned
+    assert names == {
+        f"model.layers.{i}.block_sparse_moe.experts.{e}.{w}.weight_{part}"
+        for i in range(2) for e in range(4) for w in ("w1", "w2", "w3") for part in ("packed", "scale", "shape")
+    }
+    assert not warned
     assert torch.equal(outputs(AutoModelForCausalLM.from_pretrained(tmp_path/"x"), make_batches(1)[0]), expected)
     before = fingerprint(make_model("mixtral"))
     reset_quantization(model)

@@ -15,10 +15,13 @@ from tests.recipes.samples import FP8, UP, modifiers, plain
 @given(modifiers())
 def test_json_and_back(modifier):
     again = from_config(json.loads(json.dumps(to_config(modifier))))
-    assert again.resolved_config == modifier.resolved_config and plain(again.resolved_config) == plain(modifier.resolved_config)
+    assert again.resolved_config == modifier.resolved_config
+    assert plain(again.resolved_config) == plain(modifier.resolved_config)
     for source in (again.resolved_config, json.dumps({"quantization_config": to_config(modifier)})):
         assert from_config(source).resolved_config == modifier.resolved_config
-    assert QuantizationConfig.model_validate(to_config(modifier)).config_groups == modifier.resolved_config.config_groups
+    assert (
+        QuantizationConfig.model_validate(to_config(modifier)).config_groups == modifier.resolved_config.config_groups
+    )
 
 
 @pytest.mark.parametrize("scheme", [dict(num_bits=8, type="float", strategy="tensor", dynamic=False, symmetric=True),
@@ -31,16 +34,26 @@ def test_the_kv_cache_is_carried_both_ways(scheme):
 
 
 BAD_CONFIGS = {
-    "gptq": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quant_method is 'gptq'; only 'compressed-tensors' can be read"),
+    "gptq": (
+        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+        "quant_method is 'gptq'; only 'compressed-tensors' can be read",
+    ),
     "awq": ({"quantization_config": {"quant_method": "awq"}}, "quant_method is 'awq'"),
-    "bitsandbytes": ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "quant_method is 'bitsandbytes'"),
+    "bitsandbytes": (
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+        "quant_method is 'bitsandbytes'",
+    ),
     "not quantized": ({"model_type": "llama"}, "holds no config_groups: this is not the config of a quantized model"),
     "no groups": ({"quantization_config": {"quant_method": "compressed-tensors"}}, "holds no config_groups"),
     "a list": ({"quantization_config": [1]}, "must hold keys and values, got [1]"),
     "groups in a list": ({"quantization_config": {"config_groups": [1]}}, "config_groups"),
     "no targets": ({"quantization_config": {"config_groups": {"g": {"weights": {}}}}}, "targets: Field required"),
-    "a misspelt field": ({"config_groups": {"g": {"targets": ["Linear"], "weights": {"num_bit": 8}}}}, "weights.num_bit: Extra inputs"),
-    "an observer to import": ({"config_groups": {"g": {"targets": ["Linear"], "weights": {"observer": "a/b.py:C"}}}}, "never imported"),
+    "a misspelt field": (
+        {"config_groups": {"g": {"targets": ["Linear"], "weights": {"num_bit": 8}}}}, "weights.num_bit: Extra inputs"
+    ),
+    "an observer to import": (
+        {"config_groups": {"g": {"targets": ["Linear"], "weights": {"observer": "a/b.py:C"}}}}, "never imported"
+    ),
 }
 
 
@@ -63,7 +76,9 @@ def test_damaged_config_files(tmp_path):
 
 def test_left_overs_of_other_tools():
     fp8 = QuantizationModifier(**FP8)
-    section = to_config(fp8) | {"version": "0.9", "global_compression_ratio": 1.5, "sparsity_config": {}, "transform_config": None}
+    section = to_config(fp8) | {
+        "version": "0.9", "global_compression_ratio": 1.5, "sparsity_config": {}, "transform_config": None
+    }
     assert from_config(section).resolved_config == fp8.resolved_config
     for left in ({"sparsity_config": {"format": "sparse-24-bitmask"}}, {"transform_config": {"config_groups": {}}}):
         with pytest.warns(UserWarning, match=next(iter(left))): again = from_config(section | left)
@@ -72,5 +87,6 @@ def test_left_overs_of_other_tools():
 
 def test_a_preset_by_name_in_a_config():
     config = {"quant_method": "compressed-tensors", "config_groups": {"W4A16": ["Linear"]}, "ignore": None}
-    read, said = from_config({"compression_config": config}).resolved_config, QuantizationModifier(scheme="W4A16").resolved_config
+    read = from_config({"compression_config": config}).resolved_config
+    said = QuantizationModifier(scheme="W4A16").resolved_config
     assert read.config_groups == {"W4A16": said.config_groups["group_0"]}

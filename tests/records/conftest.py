@@ -18,7 +18,10 @@ def batches_and_whole():
     "Batches of unequal shape with their record; every way to split them has to lead here."
     model = mixture()
     data = [*make_batches(2), *make_batches(3, shape=(1, 5), seed=2), *make_batches(1, shape=(3, 9), seed=3)]
-    options = dict(observers=["static_minmax", "percentile", "mse", "minmax", "imatrix_mse"], base_names=["input", "weight", "output"], **QUIET)
+    options = dict(
+        observers=["static_minmax", "percentile", "mse", "minmax", "imatrix_mse"],
+        base_names=["input", "weight", "output"], **QUIET
+    )
     return model, data, options, record(model, data, **options)
 
 

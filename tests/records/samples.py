@@ -11,23 +11,32 @@ from qcal_nb.stats import TensorStats
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 QUIET = dict(progress=False)
-NARROW = dict(vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=64)
+NARROW = dict(
+    vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+    max_position_embeddings=64
+)
 
 
 def bits(value):
     "A tensor as something to compare bit for bit."
-    return value if value is None else (value.dtype, tuple(value.shape), value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return value if value is None else (
+        value.dtype, tuple(value.shape), value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    )
 
 
 def concluded_bits(c):
-    tensors = [c.low, c.high, c.scale, c.zero_point, c.global_scale, *(c.statistics[name] for name in sorted(c.statistics))]
+    tensors = [
+        c.low, c.high, c.scale, c.zero_point, c.global_scale, *(c.statistics[name] for name in sorted(c.statistics))
+    ]
     return [c.observer, c.reason, sorted(c.statistics), *map(bits, tensors)]
 
 
 def exact(s: TensorStats):
     "All of a tensor's statistics, sums as the fractions that they are."
-    return (s.sum, s.sum_squares, dict(s.levels), repr(s.first_nonfinite), s.dtypes, s.shapes, s.channels.tobytes(), s.channels.dtype, s.top,
-            s.timeline, s.calls, s.batches, s.skipped, repr(s.mean), repr(s.std), s.numel)
+    return (
+        s.sum, s.sum_squares, dict(s.levels), repr(s.first_nonfinite), s.dtypes, s.shapes, s.channels.tobytes(),
+        s.channels.dtype, s.top, s.timeline, s.calls, s.batches, s.skipped, repr(s.mean), repr(s.std), s.numel
+    )
 
 
 def merged(parts, rng):
@@ -39,7 +48,9 @@ def merged(parts, rng):
     return parts[0]
 
 
-SPECIAL = [math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-40, -1e-40, 6e-8, 3.0, -3.0, 1 + 2**-40, 1e300, -1e-60, 65504.0, 3.4e38]
+SPECIAL = [
+    math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-40, -1e-40, 6e-8, 3.0, -3.0, 1 + 2**-40, 1e300, -1e-60, 65504.0, 3.4e38
+]
 
 
 def tensor_of(rng, channels):
@@ -56,7 +67,9 @@ def tensor_of(rng, channels):
 
 def mixture(seed=0):
     torch.manual_seed(seed)
-    return MixtralForCausalLM(MixtralConfig(**NARROW, num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2)).eval()
+    return MixtralForCausalLM(
+        MixtralConfig(**NARROW, num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2)
+    ).eval()
 
 
 OPTIONS = dict(observers=["static_minmax", "minmax", "mse", "percentile", "imatrix_mse"], scheme="FP8", **QUIET)

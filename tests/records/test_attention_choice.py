@@ -62,7 +62,8 @@ def test_a_session_feeds_with_it_and_says_so(used):
 def test_a_wrong_one_is_refused_before_anything_runs(used):
     model, tokenizer = load_tiny_llama()
     said = "attention='flash' must be 'eager' .* or 'model'"
-    with pytest.raises(ValueError, match=said): record(model, calibration_texts()[:1], tokenizer=tokenizer, attention="flash", **QUIET)
+    with pytest.raises(ValueError, match=said):
+        record(model, calibration_texts()[:1], tokenizer=tokenizer, attention="flash", **QUIET)
     with pytest.raises(ValueError, match=said): Session(model, calibration_texts()[:1], tokenizer, attention="flash")
     assert not used and phase_of(model) == "original"
 

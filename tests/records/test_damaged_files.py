@@ -55,7 +55,10 @@ def test_what_is_no_record(tmp_path, monkeypatch, saved):
         path = tmp_path/"other"
         path.write_bytes(data)
         return refused(path)
-    for data in (b"", b"\0" * 8, b"\xff" * 100, b"PK\x03\x04", pickle.dumps(Evil()), b"#!/bin/sh\ntouch executed\n", os.urandom(4000)):
+    for data in (
+        b"", b"\0" * 8, b"\xff" * 100, b"PK\x03\x04", pickle.dumps(Evil()), b"#!/bin/sh\ntouch executed\n",
+        os.urandom(4000)
+    ):
         assert "cannot be read: it is damaged or truncated, or was never a qcal_nb.record file" in with_bytes(data)
     torch.save(Evil(), tmp_path/"pickled")
     refused(tmp_path/"pickled")
@@ -66,11 +69,14 @@ def test_what_is_no_record(tmp_path, monkeypatch, saved):
     assert "its format is 'pt'" in refused(tmp_path/"pt")
     assert "is a folder" in refused(tmp_path)
     for missing in (tmp_path/"missing", saved/"below", str(tmp_path/"missing")):
-        with pytest.raises(FileNotFoundError, match="there is no file .*(missing|below)"): CalibrationRecord.load(missing)
+        with pytest.raises(FileNotFoundError, match="there is no file .*(missing|below)"):
+            CalibrationRecord.load(missing)
 
 
-@pytest.mark.parametrize("version, words", [("2", "written by a newer qcal_nb.*upgrade"), ("999", "version 999"), ("0", "damaged"), ("-1", "damaged"),
-                                            ("", "damaged"), ("one", "damaged"), ("1.5", "damaged"), ("\u00b2", "damaged")])
+@pytest.mark.parametrize("version, words", [
+    ("2", "written by a newer qcal_nb.*upgrade"), ("999", "version 999"), ("0", "damaged"), ("-1", "damaged"),
+    ("", "damaged"), ("one", "damaged"), ("1.5", "damaged"), ("\u00b2", "damaged")
+])
 def test_another_version(saved, version, words):
     with safe_open(saved, "pt") as file: arrays, header = {n: file.get_tensor(n) for n in file.keys()}, file.metadata()
     save_file(arrays, saved, metadata=header | dict(version=version))
@@ -100,8 +106,10 @@ def changed(tree, place, new):
 def test_a_valid_digest_with_a_wrong_structure(small, tmp_path):
     "Anything at any place: a record, or a ValueError that names the file. Never another error."
     tree, rng, outcomes = to_tree(small), random.Random(0), []
-    wrong = [None, -1, 3, 10**40, 1.5, "x", "1/0", [], [1, 2], {}, {"a": []}, True, torch.zeros(2), torch.zeros(0, dtype=torch.int64),
-             [[1, [2]]], {"tensor": 3}]
+    wrong = [
+        None, -1, 3, 10**40, 1.5, "x", "1/0", [], [1, 2], {}, {"a": []}, True, torch.zeros(2),
+        torch.zeros(0, dtype=torch.int64), [[1, [2]]], {"tensor": 3}
+    ]
     places = list(nodes(tree))
     for place in [(), *((k,) for k in tree), *rng.sample(places, 150)]:
         for new in rng.sample(wrong, 4):
@@ -116,22 +124,36 @@ def test_a_valid_digest_with_a_wrong_structure(small, tmp_path):
 
 def forged(path, tree_text, counts=None, pools=None):
     "A file with any text as its tree and any counts, its digest right."
-    arrays = {n: squeeze(t) for n, t in dict(pools or {}, tree=torch.tensor(list(tree_text), dtype=torch.uint8)).items()}
-    facts = json.dumps(dict(counts=dict({n: len(t) for n, t in (pools or {}).items()}, tree=len(tree_text), **{}) if counts is None else counts))
-    header = dict(format=FORMAT, version=str(VERSION), about=facts, digest=qcal_nb.records.files._content_digest(arrays, facts))
+    arrays = {
+        n: squeeze(t) for n, t in dict(pools or {}, tree=torch.tensor(list(tree_text), dtype=torch.uint8)).items()
+    }
+    facts = json.dumps(dict(
+        counts=(
+            dict({n: len(t) for n, t in (pools or {}).items()}, tree=len(tree_text), **{}) if counts is None else counts
+        )
+    ))
+    header = dict(
+        format=FORMAT, version=str(VERSION), about=facts, digest=qcal_nb.records.files._content_digest(arrays, facts)
+    )
     path.write_bytes(save(arrays, header))
     return path
 
 
 @pytest.mark.parametrize("text", [
-    b"", b"{", b"nul", b"5", b"[]", b"NaN", b"[" * 100_000, b"\xff\xfe", b'{"tensor": []}', b'{"tensor": ["float32", 0, 1]}',
-    b'{"tensor": [[], 0]}', b'{"tensor": ["p", 0, 99]}', b'{"tensor": ["p", "a"]}', b'{"tensor": ["p", 0, -1]}', b'{"tensor": [null, 3]}',
+    b"", b"{", b"nul", b"5", b"[]", b"NaN", b"[" * 100_000, b"\xff\xfe", b'{"tensor": []}',
+    b'{"tensor": ["float32", 0, 1]}',
+    b'{"tensor": [[], 0]}', b'{"tensor": ["p", 0, 99]}', b'{"tensor": ["p", "a"]}', b'{"tensor": ["p", 0, -1]}',
+    b'{"tensor": [null, 3]}',
     b'{"tensor": ["p", 0, 99999999999999999999, 99999999999999999999]}', b'{"tensor": ["p", null, 1e400]}'])
-def test_forged_trees(tmp_path, text): refused(forged(tmp_path/"forged", text, pools=dict(p=torch.zeros(4, dtype=torch.uint8))))
+def test_forged_trees(tmp_path, text):
+    refused(forged(tmp_path/"forged", text, pools=dict(p=torch.zeros(4, dtype=torch.uint8))))
 
 
-@pytest.mark.parametrize("counts", [[], {}, 3, None, {"tree": -1}, {"tree": 10**40}, {"tree": 1.5}, {"tree": "2"}, {"tree": None}, {"tree": 10**12}])
-def test_forged_counts(tmp_path, counts): refused(forged(tmp_path/"forged", b"{}", counts=counts if counts is not None else [None]))
+@pytest.mark.parametrize("counts", [
+    [], {}, 3, None, {"tree": -1}, {"tree": 10**40}, {"tree": 1.5}, {"tree": "2"}, {"tree": None}, {"tree": 10**12}
+])
+def test_forged_counts(tmp_path, counts):
+    refused(forged(tmp_path/"forged", b"{}", counts=counts if counts is not None else [None]))
 
 
 def test_a_forged_header(tmp_path, saved):
@@ -142,7 +164,11 @@ def test_a_forged_header(tmp_path, saved):
     for name in ("digest", "about", "version"):
         save_file(arrays, saved, metadata={k: v for k, v in header.items() if k != name})
         refused(saved)
-    save_file({n: t.view(torch.int8) for n, t in arrays.items()} | {"more": torch.ones(2, dtype=torch.bfloat16)}, saved, metadata=header)
+    save_file(
+        {n: t.view(torch.int8) for n, t in arrays.items()} | {"more": torch.ones(2, dtype=torch.bfloat16)},
+        saved,
+        metadata=header,
+    )
     refused(saved)
     save_file({n: t for n, t in arrays.items() if n != "tree"}, saved, metadata=header)
     refused(saved)

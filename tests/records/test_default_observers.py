@@ -27,7 +27,9 @@ def test_a_modifiers_own_observers_are_recorded_unless_others_are_asked_for(fiel
     model, data, modifier = make_model("llama_gqa"), make_batches(3), QuantizationModifier(**fields, ignore=["lm_head"])
     names = ["input", "weight", "output", "k", "v"]
     run = record(model, data, scheme=modifier, base_names=names, **QUIET)
-    assert record(model, data, scheme=modifier, observers=["entropy"], base_names="input", **QUIET).observers == ["entropy"]
+    assert record(
+        model, data, scheme=modifier, observers=["entropy"], base_names="input", **QUIET
+    ).observers == ["entropy"]
     assert all((*key, "static_minmax") in run.results for key in run.tensors)
     calibrate(model, data, modifier, progress=False)
     found = 0
@@ -36,11 +38,14 @@ def test_a_modifiers_own_observers_are_recorded_unless_others_are_asked_for(fiel
             scale = getattr(module, f"{base_name}_scale", None)
             if scale is None: continue
             found += 1
-            told = [c.scale for (n, b, _), c in run.results.items() if (n, b) == (name, base_name) and c.scale is not None]
+            told = [
+                c.scale for (n, b, _), c in run.results.items() if (n, b) == (name, base_name) and c.scale is not None
+            ]
             assert any(torch.equal(scale, t) for t in told), (name, base_name)
     assert found >= 14
 
 
 def test_a_preset_and_no_scheme_are_recorded_with_the_usual_observer():
     model, data = make_model("llama_gqa"), make_batches(1)
-    for scheme in (None, "INT8_STATIC"): assert record(model, data, scheme=scheme, **QUIET).observers == ["static_minmax"]
+    for scheme in (None, "INT8_STATIC"):
+        assert record(model, data, scheme=scheme, **QUIET).observers == ["static_minmax"]

@@ -25,17 +25,25 @@ from qcal_nb.records import write_whole
 from qcal_nb.records import CalibrationRecord, record, record_equal, unequal_parts
 from tests.records.samples import QUIET
 
-DTYPES = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bfloat16, torch.float16, torch.float32, torch.float64,
-          torch.float8_e4m3fn, torch.float8_e5m2]
+DTYPES = [
+    torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bfloat16, torch.float16,
+    torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2
+]
 
 
-def bits(t): return t if t is None else (t.dtype, tuple(t.shape), t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+def bits(t):
+    return t if t is None else (t.dtype, tuple(t.shape), t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
 def everything(c):
-    tensors = [c.low, c.high, c.scale, c.zero_point, c.global_scale, *(c.statistics[name] for name in sorted(c.statistics))]
+    tensors = [
+        c.low, c.high, c.scale, c.zero_point, c.global_scale, *(c.statistics[name] for name in sorted(c.statistics))
+    ]
     last = replace(c.counts, last_batch=None)
-    return [c.observer, c.base_name, c.args.model_dump(), dict(c.kwargs), sorted(c.statistics), c.reason, repr(last), *map(bits, tensors)]
+    return [
+        c.observer, c.base_name, c.args.model_dump(), dict(c.kwargs), sorted(c.statistics), c.reason, repr(last),
+        *map(bits, tensors)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +53,10 @@ def run():
     data = make_batches(2, shape=(1, 9))
     with torch.no_grad(): model.model.embed_tokens.weight[int(data[1]["input_ids"][0, 3]), 5] = float("nan")
     observers = [n for n in Registry.registered_names() if "nvfp4" not in n and "four" not in n and "mse" not in n]
-    return record(model, data, scheme="FP8", observers=[*observers, ("percentile", {"percentile": 99.5}), "mse"], tokenizer=tokenizer,
-                  base_names=["input", "output", "lm_head_output"], **QUIET)
+    return record(
+        model, data, scheme="FP8", observers=[*observers, ("percentile", {"percentile": 99.5}), "mse"],
+        tokenizer=tokenizer, base_names=["input", "output", "lm_head_output"], **QUIET
+    )
 
 
 def test_everything_comes_back(run, tmp_path):
@@ -57,9 +67,12 @@ def test_everything_comes_back(run, tmp_path):
     for key, s in run.tensors.items():
         assert (again[key].sum, again[key].sum_squares) == (s.sum, s.sum_squares)
         assert repr(again[key].first_nonfinite) == repr(s.first_nonfinite)
-    assert any(s.nan for s in run.tensors.values()) and run.has_text and again.has_text and any(run.expert_tokens.values())
-    for name in ("about", "types", "spans", "level_tokens", "expert_tokens", "seconds"): assert getattr(again, name) == getattr(run, name), name
-    def shared(r): return [[k for k in r.tensors if r.tensors[k] is s] for s in {id(s): s for s in r.tensors.values()}.values()]
+    assert any(s.nan for s in run.tensors.values()) and run.has_text and again.has_text
+    assert any(run.expert_tokens.values())
+    for name in ("about", "types", "spans", "level_tokens", "expert_tokens", "seconds"):
+        assert getattr(again, name) == getattr(run, name), name
+    def shared(r):
+        return [[k for k in r.tensors if r.tensors[k] is s] for s in {id(s): s for s in r.tensors.values()}.values()]
     assert shared(again) == shared(run)  # what was one object is one again
     again.save(tmp_path/"again.record")
     headers = [safe_open(tmp_path/n, "pt").metadata() for n in ("run.record", "again.record")]
@@ -93,10 +106,18 @@ def test_empty_records_and_strange_names(tmp_path):
 def test_tensors_of_every_dtype_and_shape(dtype, tmp_path):
     gen = torch.Generator().manual_seed(0)
     for shape in ((), (0,), (1,), (3, 0, 2), (7, 3)):
-        raw = torch.randint(0, 2 if dtype == torch.bool else 256, (*shape, dtype.itemsize), generator=gen, dtype=torch.uint8)
+        raw = torch.randint(
+            0, 2 if dtype == torch.bool else 256, (*shape, dtype.itemsize), generator=gen, dtype=torch.uint8
+        )
         x = raw.reshape(-1).view(dtype).reshape(shape)
         assert bits(unsqueeze(squeeze(x), dtype, x.numel()).reshape(shape)) == bits(x)
-        path = write_tree(tmp_path/"t", dict(x=x, deep=[[{"tensor": x, "n": 1}], {"tensor": x}, {"tensor": {"tensor": [x]}}]), "t", 1, {})
+        path = write_tree(
+            tmp_path/"t",
+            dict(x=x, deep=[[{"tensor": x, "n": 1}], {"tensor": x}, {"tensor": {"tensor": [x]}}]),
+            "t",
+            1,
+            {},
+        )
         back = read_tree(path, "t", 1)
         assert bits(back["x"]) == bits(back["deep"][0][0]["tensor"]) == bits(back["deep"][1]["tensor"]) == bits(x)
         assert bits(back["deep"][2]["tensor"]["tensor"][0]) == bits(x)
@@ -111,13 +132,16 @@ def test_what_is_unpacked_is_bounded():
     with pytest.raises(ValueError, match="does not hold 10 elements"): unsqueeze(bomb, torch.uint8, 10)
     for count in (-1, 7):
         with pytest.raises(ValueError): unsqueeze(squeeze(torch.zeros(6)), torch.float32, count)
-    with pytest.raises(ValueError, match="cannot be unpacked"): unsqueeze(torch.zeros(9, dtype=torch.uint8), torch.uint8, 9)
+    with pytest.raises(ValueError, match="cannot be unpacked"):
+        unsqueeze(torch.zeros(9, dtype=torch.uint8), torch.uint8, 9)
 
 
 def unpacked(path):
     "All that is in a file, uncompressed."
     with safe_open(path, "pt") as file:
-        return b"".join(zlib.decompress(file.get_tensor(name).numpy().tobytes()) for name in file.keys()) + json.dumps(file.metadata()).encode()
+        return b"".join(
+            zlib.decompress(file.get_tensor(name).numpy().tobytes()) for name in file.keys()
+        ) + json.dumps(file.metadata()).encode()
 
 
 def test_without_text_there_is_no_text(tmp_path):
@@ -129,8 +153,10 @@ def test_without_text_there_is_no_text(tmp_path):
     contents = [unpacked(r.save(tmp_path/n)) for r, n in ((told, "told"), (untold, "untold"))]
     about = [json.loads(safe_open(tmp_path/n, "pt").metadata()["about"]) for n in ("told", "untold")]
     words = {w.encode() for text in texts for w in text.replace('"', " ").split() if w.isalpha() and len(w) > 5}
-    assert any(w in contents[0] for w in words) and [a["has_text"] for a in about] == [True, False] == [told.has_text, untold.has_text]
-    said = unpacked(record(model, [torch.arange(20)], base_names="input", **QUIET).save(tmp_path/"ids"))  # what a record says without any text
+    assert any(w in contents[0] for w in words)
+    assert [a["has_text"] for a in about] == [True, False] == [told.has_text, untold.has_text]
+    # what a record says without any text
+    said = unpacked(record(model, [torch.arange(20)], base_names="input", **QUIET).save(tmp_path/"ids"))
     assert not [w for w in words if w in contents[1] and w not in said]
 
 
@@ -234,7 +260,8 @@ def test_a_record_of_thousands_of_batches_stays_small(tmp_path):
     torch.manual_seed(0)
     model, sizes = Sequential(Linear(16, 16)), []
     data = torch.randn(2000, 4, 16)
-    for n in (500, 2000): sizes.append(record(model, list(data[:n]), base_names="input", **QUIET).save(tmp_path/f"{n}").stat().st_size)
+    for n in (500, 2000):
+        sizes.append(record(model, list(data[:n]), base_names="input", **QUIET).save(tmp_path/f"{n}").stat().st_size)
     assert sizes[1] < 2 * sizes[0]
     start = time.process_time()
     CalibrationRecord.load(tmp_path/"2000")

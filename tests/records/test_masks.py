@@ -18,15 +18,24 @@ from tests.records.samples import QUIET, bits
 
 @pytest.mark.parametrize("name", ["llama_gqa", "opt", "gpt_neox", "gemma2", "mixtral"])
 def test_what_is_masked_does_not_count(name):
-    "Against every Linear's inputs, caught and cut by hand. OPT flattens what its MLP is fed, experts are shown all tokens in a row."
+    """Against every Linear's inputs, caught and cut by hand. OPT flattens what its MLP is fed, experts are shown all
+    tokens in a row."""
     model, data, caught = make_model(name), make_batches(3), {}
     for b in data: b["attention_mask"][1, 12:] = 0
     mask = {5, 9, int(data[0]["input_ids"][0, 0])}
-    for given_mask, keep in ((mask, lambda b: ~torch.isin(b["input_ids"], torch.tensor(sorted(mask)))), (lambda b: b["attention_mask"].bool(),) * 2):
+    for given_mask, keep in (
+        (mask, lambda b: ~torch.isin(b["input_ids"], torch.tensor(sorted(mask)))),
+        (lambda b: b["attention_mask"].bool(),) * 2,
+    ):
         caught.clear()
         def catch(n): return lambda _, args: caught.setdefault(n, []).append((current_batch.get(), args[0].detach()))
-        handles = [m.register_forward_pre_hook(catch(n)) for n, m in model.named_modules() if isinstance(m, Linear) and n != "lm_head"]
-        run = record(model, data, mask=given_mask, base_names=["input", "output"], observers=["minmax", "static_minmax"], **QUIET)
+        handles = [
+            m.register_forward_pre_hook(catch(n))
+            for n, m in model.named_modules() if isinstance(m, Linear) and n != "lm_head"
+        ]
+        run = record(
+            model, data, mask=given_mask, base_names=["input", "output"], observers=["minmax", "static_minmax"], **QUIET
+        )
         for h in handles: h.remove()
         kept = [keep(b) for b in data]
         assert run.tokens == sum(int(k.sum()) for k in kept)
@@ -47,7 +56,8 @@ def test_padding_does_not_count(tiny):
     texts = sorted(calibration_texts()[:40], key=len)[::13]
     assert len({len(tokenizer(t).input_ids) for t in texts}) == 4
     options = dict(tokenizer=tokenizer, **QUIET)
-    with pytest.warns(UserWarning, match="the padding counts like any token.*leaves it out"): careless = record(model, texts, batch_size=4, **options)
+    with pytest.warns(UserWarning, match="the padding counts like any token.*leaves it out"):
+        careless = record(model, texts, batch_size=4, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         padded = record(model, texts, batch_size=4, mask=lambda b: b["attention_mask"].bool(), **options)
@@ -58,11 +68,17 @@ def test_padding_does_not_count(tiny):
 
 
 @pytest.mark.parametrize("mask, error, words", [
-    ("bos", TypeError, "mask must be token ids"), (3, TypeError, "mask must be token ids"), ([1.5], TypeError, "mask must be token ids"),
+    ("bos", TypeError, "mask must be token ids"), (3, TypeError, "mask must be token ids"),
+    ([1.5], TypeError, "mask must be token ids"),
     ([True, False], TypeError, "mask must be token ids"), (torch.tensor([[True]]), TypeError, "mask must be token ids"),
     ([None], TypeError, "mask must be"),
-    (lambda b: b["attention_mask"], ValueError, "mask must return a bool tensor of the shape of input_ids, \\(2, 16\\); it returned torch.int64"),
-    (lambda b: b["attention_mask"].bool()[0], ValueError, "it returned torch.bool \\(16,\\)"), (lambda b: True, ValueError, "it returned bool"),
+    (
+        lambda b: b["attention_mask"],
+        ValueError,
+        "mask must return a bool tensor of the shape of input_ids, \\(2, 16\\); it returned torch.int64",
+    ),
+    (lambda b: b["attention_mask"].bool()[0], ValueError, "it returned torch.bool \\(16,\\)"),
+    (lambda b: True, ValueError, "it returned bool"),
 ])
 def test_masks_that_make_no_sense(mask, error, words):
     model = make_model("llama_gqa")
@@ -87,6 +103,11 @@ def test_a_mask_that_does_not_fit_is_refused_by_name():
     with pytest.raises(ValueError, match=r"mask: the input of pooler.dense has shape \(2, 64\).*leave the module out"):
         record(model, make_batches(1), mask=[5], **QUIET)
     assert differences(before, fingerprint(model)) == []
-    run = record(model, make_batches(1), mask=[5], scheme=QuantizationMixin(scheme="INT8_STATIC", ignore=["pooler.dense"]), **QUIET)
-    assert run.tokens == int((make_batches(1)[0]["input_ids"] != 5).sum()) and ("pooler.dense", "input") not in run.tensors
-    with pytest.raises(ValueError, match="mask needs token ids"): record(Sequential(Linear(4, 4)), [torch.ones(2, 4)], mask=[5], **QUIET)
+    run = record(
+        model, make_batches(1), mask=[5], scheme=QuantizationMixin(scheme="INT8_STATIC", ignore=["pooler.dense"]),
+        **QUIET
+    )
+    assert run.tokens == int((make_batches(1)[0]["input_ids"] != 5).sum())
+    assert ("pooler.dense", "input") not in run.tensors
+    with pytest.raises(ValueError, match="mask needs token ids"):
+        record(Sequential(Linear(4, 4)), [torch.ones(2, 4)], mask=[5], **QUIET)

@@ -30,7 +30,9 @@ def failing(model, where, error, after=2):
 
 
 def test_nothing_is_left_by_success(batches_and_whole):
-    for name, options in itertools.product(("llama_gqa", "mixtral", "gemma2"), ({}, dict(scheme="NVFP4", observers=["imatrix_mse", "mse"]))):
+    for name, options in itertools.product(
+        ("llama_gqa", "mixtral", "gemma2"), ({}, dict(scheme="NVFP4", observers=["imatrix_mse", "mse"]))
+    ):
         model = make_model(name)
         before = fingerprint(model)
         record(model, make_batches(1), **options, **QUIET)
@@ -38,7 +40,9 @@ def test_nothing_is_left_by_success(batches_and_whole):
 
 
 @pytest.mark.parametrize("name", ["llama_gqa", "mixtral"])
-@pytest.mark.parametrize("what", ["bad data", "late bad data", "forward", "interrupt", "raise", "mask", "indices", "strange error"])
+@pytest.mark.parametrize(
+    "what", ["bad data", "late bad data", "forward", "interrupt", "raise", "mask", "indices", "strange error"]
+)
 def test_nothing_is_left_by_what_fails(name, what):
     model, data = make_model(name), make_batches(3)
     options = dict(observers=["minmax", "imatrix_mse"], **QUIET)
@@ -54,7 +58,9 @@ def test_nothing_is_left_by_what_fails(name, what):
     if what == "mask": options |= dict(mask=lambda batch: batch["attention_mask"])
     if what == "indices": options |= dict(batch_indices=[0, 1])
     before = fingerprint(model)
-    expected = {"forward": Broken, "interrupt": None, "raise": NonFiniteError, "strange error": SystemExit}.get(what, ValueError)
+    expected = {
+        "forward": Broken, "interrupt": None, "raise": NonFiniteError, "strange error": SystemExit
+    }.get(what, ValueError)
     if expected is None: assert record(model, data, **options).batches == 1
     else:
         with pytest.raises(expected): record(model, data, **options)
@@ -67,10 +73,13 @@ def test_nothing_is_left_by_what_fails(name, what):
 def test_a_nan_is_refused_with_its_name_and_place():
     model, x = Sequential(Linear(4, 4)), torch.ones(2, 3, 4)
     x[1, 2, 3] = math.inf
-    with pytest.raises(NonFiniteError, match=r"0, input: 1 non-finite value, the first \(inf\) at position \(1, 2, 3\) of batch 1"):
+    with pytest.raises(
+        NonFiniteError, match=r"0, input: 1 non-finite value, the first \(inf\) at position \(1, 2, 3\) of batch 1"
+    ):
         record(model, [torch.ones(2, 3, 4), x], nonfinite="raise", **QUIET)
     with torch.no_grad(): model[0].weight[2, 1] = math.nan
-    with pytest.raises(NonFiniteError, match=r"0, weight: .* at position \(2, 1\)"): record(model, [x], nonfinite="raise", **QUIET)
+    with pytest.raises(NonFiniteError, match=r"0, weight: .* at position \(2, 1\)"):
+        record(model, [x], nonfinite="raise", **QUIET)
 
 
 @pytest.mark.parametrize("name", ["llama_gqa", "mixtral"])
@@ -105,9 +114,14 @@ def test_an_interrupt_at_any_line():
     "Between looking, adding and keeping there is no line where statistics know more batches than conclusions do."
     torch.manual_seed(0)
     model, data = Sequential(Linear(8, 8), Linear(8, 8)), [torch.randn(2, 8) for _ in range(3)]
-    options = dict(observers=["minmax", "imatrix_mse"], scheme=dict(weights=dict(num_bits=8, strategy="channel")), progress=False)
+    options = dict(
+        observers=["minmax", "imatrix_mse"], scheme=dict(weights=dict(num_bits=8, strategy="channel")), progress=False
+    )
     right = {n: record(model, data[:n], **options) for n in (1, 2, 3)}
-    files = ("records/collect.py", "records/observing.py", "records/tokens.py", "records/calibration_record.py", "stats/tensor.py")
+    files = (
+        "records/collect.py", "records/observing.py", "records/tokens.py", "records/calibration_record.py",
+        "stats/tensor.py"
+    )
     lines = [0]
     def run(stop):
         lines[0] = 0
@@ -123,7 +137,10 @@ def test_an_interrupt_at_any_line():
                 back = back.f_back
             return False
         def trace(frame, event, _):
-            watched = frame.f_code.co_filename.endswith(files) and frame.f_code.co_name not in ("_attached", "_module_hooks", "attached")
+            watched = (
+                frame.f_code.co_filename.endswith(files)
+                and frame.f_code.co_name not in ("_attached", "_module_hooks", "attached")
+            )
             return local if watched and inside(frame) else None
         sys.settrace(trace)
         try: return record(model, data, **options)
@@ -136,7 +153,8 @@ def test_an_interrupt_at_any_line():
         assert differences(before, fingerprint(model)) == []
         if found.batches:
             assert unequal_parts(found, right[found.batches]) == []
-            for key, c in right[found.batches].results.items(): assert concluded_bits(found.results[key]) == concluded_bits(c), (stop, key)
+            for key, c in right[found.batches].results.items():
+                assert concluded_bits(found.results[key]) == concluded_bits(c), (stop, key)
     assert min(counts[n] for n in (0, 1, 2)) > 5
 
 

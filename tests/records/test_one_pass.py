@@ -33,9 +33,15 @@ def looks(monkeypatch):
             return function(*args, **kwargs)
         return counted
     monkeypatch.setattr(qcal_nb.records.collect, "measure", counting("measure", qcal_nb.records.collect.measure))
-    for read in ("_read_once", "_read_each"): monkeypatch.setattr(qcal_nb.stats.reading, read, counting(read, getattr(qcal_nb.stats.reading, read)))
-    monkeypatch.setattr(MinMaxObserver, "update_statistics_from_observed", counting("minmax", MinMaxObserver.update_statistics_from_observed))
-    monkeypatch.setattr(qcal_nb.observers.histogram, "bucket_counts", counting("histogram", qcal_nb.observers.histogram.bucket_counts))
+    for read in ("_read_once", "_read_each"):
+        monkeypatch.setattr(qcal_nb.stats.reading, read, counting(read, getattr(qcal_nb.stats.reading, read)))
+    monkeypatch.setattr(
+        MinMaxObserver, "update_statistics_from_observed",
+        counting("minmax", MinMaxObserver.update_statistics_from_observed)
+    )
+    monkeypatch.setattr(
+        qcal_nb.observers.histogram, "bucket_counts", counting("histogram", qcal_nb.observers.histogram.bucket_counts)
+    )
     return counts
 
 
@@ -43,15 +49,20 @@ def forwards(model, counts):
     return model.register_forward_pre_hook(lambda *_: counts.update(["forward"]))
 
 
-@pytest.mark.parametrize("observers", [["static_minmax"], ["static_minmax", "minmax", "percentile", "entropy", "histogram_mse", "memoryless_minmax"]])
+@pytest.mark.parametrize("observers", [
+    ["static_minmax"], ["static_minmax", "minmax", "percentile", "entropy", "histogram_mse", "memoryless_minmax"]
+])
 def test_one_pass_for_any_number_of_observers(looks, observers):
-    "Two layers, three batches: q, k, v read one tensor, gate and up another, o and down their own; and fourteen weights."
+    """Two layers, three batches: q, k, v read one tensor, gate and up another, o and down their own; and fourteen
+    weights."""
     model = make_model("llama_gqa")
     handle = forwards(model, looks)
     run = record(model, make_batches(3), observers=observers, **QUIET)
     handle.remove()
     tensors = 2 * 4 * 3 + 14
-    assert (looks["forward"], looks["measure"], looks["_read_once"], looks["_read_each"], looks["histogram"]) == (3, tensors, tensors, 0, 0)
+    assert (looks["forward"], looks["measure"], looks["_read_once"], looks["_read_each"], looks["histogram"]) == (
+        3, tensors, tensors, 0, 0
+    )
     assert looks["minmax"] == (2 * 4 * 3 if "minmax" in observers else 0)  # a weight's follows from what was measured
     for layer in ("model.layers.0", "model.layers.1"):
         q, k, v = (run[f"{layer}.self_attn.{n}_proj", "input"] for n in "qkv")
@@ -73,7 +84,10 @@ def test_experts_share_what_they_are_all_shown(looks):
 def test_a_module_that_runs_three_times_in_a_batch(looks):
     "ALBERT has one layer and runs it three times."
     torch.manual_seed(0)
-    config = AlbertConfig(vocab_size=128, embedding_size=16, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64)
+    config = AlbertConfig(
+        vocab_size=128, embedding_size=16, hidden_size=32, num_hidden_layers=3, num_attention_heads=2,
+        intermediate_size=64
+    )
     model, data = AlbertModel(config).eval(), make_batches(2)
     caught = {0: [], 1: []}
     query = next(m for n, m in model.named_modules() if n.endswith("query"))
@@ -84,7 +98,8 @@ def test_a_module_that_runs_three_times_in_a_batch(looks):
     stats = run[name, "input"]
     assert (stats.calls, stats.batches) == (6, 2) and [len(c) for c in caught.values()] == [3, 3]
     wanted = merged((measure(x, i) for i, xs in caught.items() for x in xs), random.Random(0))
-    assert stats.histogram == wanted.histogram and stats.top == wanted.top and stats.timeline == wanted.timeline and stats.mean == wanted.mean
+    assert stats.histogram == wanted.histogram and stats.top == wanted.top and stats.timeline == wanted.timeline
+    assert stats.mean == wanted.mean
     alone = new_observer("minmax", "input", DEFAULT_ARGS)
     for xs in caught.values():
         for x in xs: alone(x)
@@ -105,7 +120,8 @@ def test_a_recycled_address_is_another_tensor():
 
 
 class Alters(Module):
-    "Two Linears; what the first one read is changed in place, or freed and its place taken, before the second one reads."
+    """Two Linears; what the first one read is changed in place, or freed and its place taken, before the second one
+    reads."""
 
     def __init__(self, how):
         super().__init__()
@@ -125,7 +141,9 @@ class Alters(Module):
         return self.b(t)
 
 
-@pytest.mark.parametrize("how, same", [("nothing", True), ("in place", False), ("freed", False), ("part", False), ("view", False)])
+@pytest.mark.parametrize(
+    "how, same", [("nothing", True), ("in place", False), ("freed", False), ("part", False), ("view", False)]
+)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_only_the_same_state_of_a_tensor_is_taken_for_the_same(how, same, mode):
     model, x = Alters(how), torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0))
@@ -144,7 +162,8 @@ def test_outputs_and_the_head(looks):
     run = record(model, data, base_names=["output", "lm_head_output"], **QUIET)
     for h in handles: h.remove()
     assert set(run.tensors) == {(n, "output") for n in caught} and ("lm_head", "output") in run.tensors
-    for name, outs in caught.items(): assert exact(run[name, "output"]) == exact(measure(outs[0], 0) | measure(outs[1], 1))
+    for name, outs in caught.items():
+        assert exact(run[name, "output"]) == exact(measure(outs[0], 0) | measure(outs[1], 1))
     assert ("lm_head", "output") not in record(model, data[:1], base_names="output", **QUIET).tensors
     assert ("lm_head", "input") in record(model, data[:1], scheme=QuantizationMixin(scheme="FP8"), **QUIET).tensors
 
@@ -164,7 +183,10 @@ class Parting(Module):
 
 @pytest.mark.parametrize("parts", [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 1, 1)])
 def test_modules_share_a_memory_only_while_they_saw_the_same(parts):
-    data = [dict(x=torch.randn(3, 8, generator=torch.Generator().manual_seed(i)), apart=torch.tensor([[part == 1]])) for i, part in enumerate(parts)]
+    data = [
+        dict(x=torch.randn(3, 8, generator=torch.Generator().manual_seed(i)), apart=torch.tensor([[part == 1]]))
+        for i, part in enumerate(parts)
+    ]
     run = record(Parting(), data, observers=["minmax", "mse"], base_names="input", **QUIET)
     for name in ("minmax", "mse"):
         a, b = (new_observer(name, "input", DEFAULT_ARGS) for _ in "ab")
@@ -173,5 +195,7 @@ def test_modules_share_a_memory_only_while_they_saw_the_same(parts):
             b(batch["x"] * 5 if batch["apart"].any() else batch["x"])
         for key, alone in (("a", a), ("b", b)):
             found = run.results[key, "input", name]
-            assert bits(found.scale) == bits(alone.get_qparams()["scale"]) and found.counts.observations == alone.counts.observations
-    assert (run["a", "input"].count, run["a", "input"].calls, run["a", "input"].batches) == (2 * 3 * 24, 6, 3) and run["b", "input"].count == 3 * 24
+            assert bits(found.scale) == bits(alone.get_qparams()["scale"])
+            assert found.counts.observations == alone.counts.observations
+    assert (run["a", "input"].count, run["a", "input"].calls, run["a", "input"].batches) == (2 * 3 * 24, 6, 3)
+    assert run["b", "input"].count == 3 * 24

@@ -24,7 +24,8 @@ def test_parts_of_a_record_add_up(batches_and_whole, seed):
     found = merged(parts, rng)
     assert unequal_parts(found, whole) == [] and record_equal(found, whole)
     for key in whole.tensors: assert exact(found[key]) == exact(whole[key]), key
-    assert found.expert_tokens == whole.expert_tokens and found.tokens == whole.tokens == sum(b["input_ids"].numel() for b in data)
+    assert found.expert_tokens == whole.expert_tokens
+    assert found.tokens == whole.tokens == sum(b["input_ids"].numel() for b in data)
     lasting = [k for k, c in whole.results.items() if k[2] in ("static_minmax", "percentile")]
     assert lasting and all(concluded_bits(found.results[k]) == concluded_bits(whole.results[k]) for k in lasting)
 
@@ -36,7 +37,10 @@ def test_moving_averages_do_not_merge_and_say_so(batches_and_whole):
     for name, words in (("minmax", "depends on the order"), ("mse", "depends on the order")):
         moving = [c for k, c in both.results.items() if k[1:] == ("input", name)]
         assert moving and all(words in c.reason and c.scale is None and c.low is None for c in moving)
-        assert all(concluded_bits(both.results[k])[3:] == concluded_bits(c)[3:] for k, c in a.results.items() if k[1:] == ("weight", name))
+        assert all(
+            concluded_bits(both.results[k])[3:] == concluded_bits(c)[3:]
+            for k, c in a.results.items() if k[1:] == ("weight", name)
+        )
     weighed = [c for k, c in both.results.items() if k[1:] == ("weight", "imatrix_mse")]
     assert weighed and all("weighs the weight's columns" in c.reason and c.scale is None for c in weighed)
     third = record(model, data[:1], batch_indices=[40], **options)
@@ -55,7 +59,9 @@ def test_a_part_that_saw_nothing_finite_leaves_the_other_its_conclusion():
             for name in observers:
                 key = ("0", "input", name)
                 assert parts[0].results[key].reason == "nothing finite was seen"
-                assert concluded_bits((parts[0] | parts[1]).results[key]) == concluded_bits(whole.results[key]), (name, policy)
+                assert concluded_bits(
+                    (parts[0] | parts[1]).results[key]
+                ) == concluded_bits(whole.results[key]), (name, policy)
             assert record_equal(parts[1] | parts[0], whole)
 
 
@@ -66,7 +72,10 @@ def test_what_cannot_be_merged_is_refused_with_words(batches_and_whole):
         for pair in ((one, other), (other, one)):
             with pytest.raises(ValueError, match=words): _ = pair[0] | pair[1]
     refused(record(model, data[1:2], **options), "batch 0 is in both records, so it would count twice; .*batch_indices")
-    refused(record(make_model("llama_gqa"), data[:1], batch_indices=[1], **options), "two runs: model is '.*' in one and '.*' in the other")
+    refused(
+        record(make_model("llama_gqa"), data[:1], batch_indices=[1], **options),
+        "two runs: model is '.*' in one and '.*' in the other",
+    )
     refused(record(model, data[:1], scheme="FP8", batch_indices=[1], **options), "two runs: config is")
     refused(record(mixture(seed=1), data[:1], batch_indices=[1], **options), "its weight differs in the other record")
     class Other(Linear): pass
@@ -80,9 +89,13 @@ def test_what_cannot_be_merged_is_refused_with_words(batches_and_whole):
 def test_what_record_equal_sees(batches_and_whole):
     model, data, options, whole = batches_and_whole
     assert record_equal(whole, record(model, data, **options))
-    assert any("statistics of" in part for part in unequal_parts(whole, record(model, data[::-1], **options)))  # another batch 0
+    # another batch 0
+    assert any("statistics of" in part for part in unequal_parts(whole, record(model, data[::-1], **options)))
     assert "experts" in unequal_parts(whole, record(model, data[:-1], **options))
-    assert any(p.startswith("conclusion of") for p in unequal_parts(whole, record(model, data, **options | dict(observers=["static_minmax"]))))
+    assert any(
+        p.startswith("conclusion of")
+        for p in unequal_parts(whole, record(model, data, **options | dict(observers=["static_minmax"])))
+    )
     assert "config" in unequal_parts(whole, record(model, data, scheme="FP8", **options))
 
 

@@ -1,11 +1,14 @@
-"""Each rank records its own data and saves its part; the parts together are the record of one process. Real torchrun processes."""
+"""Each rank records its own data and saves its part; the parts together are the record of one process. Real torchrun
+processes."""
 import pytest
 
 from qcal_nb.records import CalibrationRecord, record_equal, unequal_parts
 from tests.ranks.launching import good
 
 WHOLE = ["record_texts", "record_experts", "record_by_hand", "record_one_without_data"]
-NAMES = dict(record_texts="texts", record_experts="experts", record_by_hand="by_hand", record_one_without_data="no_data")
+NAMES = dict(
+    record_texts="texts", record_experts="experts", record_by_hand="by_hand", record_one_without_data="no_data"
+)
 
 
 @pytest.fixture(scope="module")
@@ -13,7 +16,10 @@ def folders(tmp_path_factory): return {n: tmp_path_factory.mktemp(str(n)) for n 
 
 
 @pytest.fixture(scope="module")
-def two(folders): return good(folders[2], 2, [*WHOLE, "record_together", "record_bad_data", "record_bad_argument", "record_bad_forward"])
+def two(folders):
+    return good(
+        folders[2], 2, [*WHOLE, "record_together", "record_bad_data", "record_bad_argument", "record_bad_forward"]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +82,7 @@ def test_a_forward_that_fails_on_one_rank_costs_only_its_part(two):
 def test_all_ranks_have_the_whole(two, one, folders):
     alone = CalibrationRecord.load(folders[1]/"together.0.record")
     for rank in (0, 1): assert unequal_parts(CalibrationRecord.load(folders[2]/f"together.{rank}.record"), alone) == []
-    assert [r["record_together"]["own"] for r in two] == [((0, 3),), ((3, 4),)] and all(r["record_together"]["batches"] == ((0, 4),) for r in two)
+    assert [r["record_together"]["own"] for r in two] == [((0, 3),), ((3, 4),)]
+    assert all(r["record_together"]["batches"] == ((0, 4),) for r in two)
     assert all("its weight differs in the other record" in r["record_together"]["error"] for r in two)
     assert one["record_together"]["error"] == "no error"

@@ -24,7 +24,8 @@ SHARED = {(f"{LAYER}.self_attn.q_proj", "input"): tuple(f"{LAYER}.self_attn.{x}_
 def run(): return record(make_model("llama_gqa"), make_batches(4), observers=["static_minmax", "mse"], progress=False)
 
 
-def shared(found): return {key: names for key, names in found.readers.items() if len(names) > 1 and key[0].startswith(LAYER)}
+def shared(found):
+    return {key: names for key, names in found.readers.items() if len(names) > 1 and key[0].startswith(LAYER)}
 
 
 def test_readers_are_those_that_were_fed_the_same_tensor(run, tmp_path):
@@ -32,7 +33,9 @@ def test_readers_are_those_that_were_fed_the_same_tensor(run, tmp_path):
     assert shared(CalibrationRecord.load(run.save(tmp_path / "a"))) == SHARED
     model, data = make_model("llama_gqa"), make_batches(4)
     parts = [record(model, data[i:i + 2], batch_indices=range(i, i + 2), progress=False) for i in (0, 2)]
-    assert shared(parts[0] | parts[1]) == SHARED == shared(parts[1] | CalibrationRecord.load(parts[0].save(tmp_path / "b")))
+    assert shared(parts[0] | parts[1]) == SHARED == shared(
+        parts[1] | CalibrationRecord.load(parts[0].save(tmp_path / "b"))
+    )
 
 
 class Sometimes(torch.nn.Module):
@@ -48,7 +51,8 @@ def test_in_all_batches_or_not_at_all():
     assert ("a", "b") in record(Sometimes(), [small, small], progress=False).readers.values()
     found = record(Sometimes(), [small, large], progress=False)
     assert all(len(names) == 1 for names in found.readers.values())
-    assert len(record(Sometimes(), [small, large], progress=False).readers) == 6  # what was never seen is not one tensor
+    # what was never seen is not one tensor
+    assert len(record(Sometimes(), [small, large], progress=False).readers) == 6
 
 
 def test_a_batch_that_is_left_out_is_left_out_for_all_readers():
@@ -69,7 +73,8 @@ def test_equal_numbers_are_not_one_tensor():
 def test_a_tensor_has_one_row_and_each_reader_finds_it(run, table):
     found = table(run)
     inputs = found[found.base_name == "input"]
-    assert inputs.module.nunique() == 8 and {names for names in inputs.readers if names[0].startswith(LAYER)} >= set(SHARED.values())
+    assert inputs.module.nunique() == 8
+    assert {names for names in inputs.readers if names[0].startswith(LAYER)} >= set(SHARED.values())
     for (first, _), names in SHARED.items():
         for name in names:
             rows = rows_of_module(inputs, name)
@@ -104,7 +109,8 @@ def test_pictures_and_findings_count_tensors(run):
     ax = plot_observers(run)
     assert len(drawn(ax)["sqnr_db"]) == 8 and "q/k/v_proj" in [label.get_text() for label in ax.get_xticklabels()]
     said = [found.words for found in findings(run)]
-    assert any("at the 8 inputs of 14 modules" in words for words in said) and any("at the 14 weights (" in words for words in said)
+    assert any("at the 8 inputs of 14 modules" in words for words in said)
+    assert any("at the 14 weights (" in words for words in said)
 
 
 # --- found once ---
@@ -143,7 +149,8 @@ def test_an_interrupt_leaves_the_record_as_it_was(run, monkeypatch, tmp_path):
 
 
 class Largest(TorchDispatchMode):
-    "Of all tensors that an operation of torch takes, the most elements; and of those that it rounds or raises to a power."
+    """Of all tensors that an operation of torch takes, the most elements; and of those that it rounds or raises to a
+    power."""
     most = most_rounded = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -154,10 +161,14 @@ class Largest(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("table", [compare_observers, convergence, partial(compare_observers, observers=["histogram_mse"])])
+@pytest.mark.parametrize(
+    "table", [compare_observers, convergence, partial(compare_observers, observers=["histogram_mse"])]
+)
 def test_no_operation_of_torch_is_so_large_that_it_starts_threads(table):
     wide = torch.randn(400, 500, generator=torch.Generator().manual_seed(0)).exp()
-    found = CalibrationRecord({("a", "input"): measure(wide * wide, 0)}, dict(a="Linear"), spans=((0, 1),), level_tokens={0: 400})
+    found = CalibrationRecord(
+        {("a", "input"): measure(wide * wide, 0)}, dict(a="Linear"), spans=((0, 1),), level_tokens={0: 400}
+    )
     assert len(found["a", "input"].histogram.codes) * 16 > 32_768
     with Largest() as seen: table(found)
     assert 0 < seen.most < 32_768 and seen.most_rounded < 2_048  # where torch begins to share out

@@ -39,10 +39,15 @@ def one_layer(dtype=torch.float32):
 
 
 @pytest.mark.filterwarnings("ignore:.*(observer|imatrix):UserWarning")
-@pytest.mark.parametrize("scheme, dtype", [*((s, torch.float32) for s in SCHEMES), ("FP8", torch.bfloat16), ("NVFP4", torch.bfloat16)])
+@pytest.mark.parametrize(
+    "scheme, dtype", [*((s, torch.float32) for s in SCHEMES), ("FP8", torch.bfloat16), ("NVFP4", torch.bfloat16)]
+)
 def test_all_at_once_is_each_alone_in_a_calibration(scheme, dtype):
     data, compared = make_batches(3), Counter()
-    run = record(one_layer(dtype), data, scheme=QuantizationMixin(scheme=SCHEMES[scheme], ignore=["lm_head"]), observers=OBSERVERS, **QUIET)
+    run = record(
+        one_layer(dtype), data, scheme=QuantizationMixin(scheme=SCHEMES[scheme], ignore=["lm_head"]),
+        observers=OBSERVERS, **QUIET
+    )
     for observer, part in itertools.product(OBSERVERS, ("weight", "input")):
         found = {k[0]: c for k, c in run.results.items() if k[1:] == (part, observer)}
         assert len(found) == 7
@@ -50,10 +55,17 @@ def test_all_at_once_is_each_alone_in_a_calibration(scheme, dtype):
         else:
             fine = scheme == "FP8" if part == "weight" else scheme != "NVFP4"
             impossible = "keeps one histogram per tensor" if observer in HISTOGRAMS and not fine else ""
-        assert all(bool(c.reason) == bool(impossible) and impossible in c.reason for c in found.values()), (observer, part)
+        assert all(
+            bool(c.reason) == bool(impossible) and impossible in c.reason for c in found.values()
+        ), (observer, part)
         if impossible or part == "input" and scheme not in STATIC_INPUTS: continue
         model = one_layer(dtype)
-        calibrate(model, data, QuantizationModifier(scheme=SCHEMES[scheme], ignore=["lm_head"], **{f"{part}_observer": observer}), **QUIET)
+        calibrate(
+            model,
+            data,
+            QuantizationModifier(scheme=SCHEMES[scheme], ignore=["lm_head"], **{f"{part}_observer": observer}),
+            **QUIET,
+        )
         for name, value in qparams(model).items():
             module, _, field = name.rpartition(f".{part}_")
             if not module or part == "input" and field not in STATIC_INPUTS[scheme]: continue
@@ -64,7 +76,9 @@ def test_all_at_once_is_each_alone_in_a_calibration(scheme, dtype):
 
 
 def test_fused_weights_share_one_global_scale_of_each_observer():
-    run = record(one_layer(), make_batches(1), scheme="NVFP4", observers=["static_minmax", "mse", "imatrix_mse"], **QUIET)
+    run = record(
+        one_layer(), make_batches(1), scheme="NVFP4", observers=["static_minmax", "mse", "imatrix_mse"], **QUIET
+    )
     for name in run.observers:
         q, k, v, o = (run.results[f"model.layers.0.self_attn.{n}_proj", "weight", name].global_scale for n in "qkvo")
         assert torch.equal(q, k) and torch.equal(k, v) and not torch.equal(q, o)
@@ -85,12 +99,17 @@ def test_with_nan_in_some_batches_too(policy, scheme):
     field = "global_scale" if scheme == "NVFP4" else "scale"
     for observer, part in [*((o, "input") for o in wanted), ("imatrix_mse", "weight"), ("mse", "weight")]:
         model = fresh()
-        calibrate(model, data, QuantizationModifier(scheme=scheme, **{f"{part}_observer": observer}), nonfinite=policy, **QUIET)
+        calibrate(
+            model, data, QuantizationModifier(scheme=scheme, **{f"{part}_observer": observer}), nonfinite=policy,
+            **QUIET
+        )
         for layer in "02":
             right, found = qparams(model)[f"{layer}.{part}_{field}"], run.results[layer, part, observer]
             assert bits(getattr(found, field)) == bits(right), (observer, layer, part)
     stats = run["0", "input"]
-    assert (stats.nan, stats.inf, stats.skipped, stats.batches) == (1, 1, 0 if policy == "record" else 2, 5 if policy == "record" else 3)
+    assert (stats.nan, stats.inf, stats.skipped, stats.batches) == (
+        1, 1, 0 if policy == "record" else 2, 5 if policy == "record" else 3
+    )
     assert stats.first_nonfinite.batch == 1 and stats.first_nonfinite.position == (2, 3)
     right = [x for i, x in enumerate(data) if policy == "record" or i not in (1, 3)]
     assert stats.count == sum(int(x.isfinite().sum()) for x in right)
@@ -101,7 +120,10 @@ def test_with_nan_in_some_batches_too(policy, scheme):
 def test_a_weight_with_a_nan(policy):
     model = Sequential(Linear(8, 8))
     with torch.no_grad(): model[0].weight[1, 2] = math.nan
-    run = record(model, [torch.ones(2, 8)], nonfinite=policy, scheme="FP8", observers=["static_minmax", "mse", "imatrix_mse"], **QUIET)
+    run = record(
+        model, [torch.ones(2, 8)], nonfinite=policy, scheme="FP8", observers=["static_minmax", "mse", "imatrix_mse"],
+        **QUIET
+    )
     for name in run.observers:
         alone = new_observer(name, "weight", run.results["0", "weight", name].args)
         alone.nonfinite = policy
@@ -146,7 +168,9 @@ def test_arguments_of_an_observer_count(tiny):
 def test_statistics_alone_conclude_what_the_observer_would(seed):
     rng = random.Random(seed)
     dtype = rng.choice(DTYPES[:3])
-    data = [x for i in range(3) if (x := tensor_of(rng, 8).to(dtype).nan_to_num(0.0, 9.0, -9.0).clamp(-1e4, 1e4)).numel()]
+    data = [
+        x for i in range(3) if (x := tensor_of(rng, 8).to(dtype).nan_to_num(0.0, 9.0, -9.0).clamp(-1e4, 1e4)).numel()
+    ]
     stats = merged([measure(x, i) for i, x in enumerate(data)], rng)
     for name in ("static_minmax", "percentile", "entropy", "histogram_mse"):
         alone = new_observer(name, "input", DEFAULT_ARGS)

@@ -43,7 +43,9 @@ def check_against_brute_force(stats: TensorStats, seen: dict[int, torch.Tensor])
         h = stats.up_to(k).histogram
         assert dict(zip(h.codes.tolist(), h.counts.tolist())) == Counter(code_of(v) for v, i, *_ in good if i < 2**k)
     channels = max(x.shape[-1] for x in seen.values())
-    assert stats.channels.tolist() == [max((abs(v) for v, *_, c in good if c == channel), default=0.0) for channel in range(channels)]
+    assert stats.channels.tolist() == [
+        max((abs(v) for v, *_, c in good if c == channel), default=0.0) for channel in range(channels)
+    ]
     assert not np.signbit(stats.channels).any()
     largest = sorted((e for e in good if e[0]), key=lambda e: (-abs(e[0]), *e[1:]))[:8]
     assert [(t.value, t.batch, t.position, t.channel) for t in stats.top] == largest
@@ -78,7 +80,8 @@ def test_any_split_any_order_any_grouping_is_the_whole(seed):
     whole = merged(parts, random.Random(0))
     check_against_brute_force(whole, seen)
     for _ in range(3): assert exact(merged(parts, rng)) == exact(whole)
-    assert same_stats(whole, merged(parts, rng)) and exact(whole | TensorStats()) == exact(TensorStats() | whole) == exact(whole)
+    assert same_stats(whole, merged(parts, rng))
+    assert exact(whole | TensorStats()) == exact(TensorStats() | whole) == exact(whole)
 
 
 @settings(max_examples=40)
@@ -93,7 +96,9 @@ def test_the_same_values_of_another_width(seed):
     check_against_brute_force(whole, seen)
 
 
-@pytest.mark.parametrize("indices", [range(1000), range(0, 4096, 3), range(5, 3000, 8), [0, 2**20, *range(1, 600, 2)]], ids=str)
+@pytest.mark.parametrize(
+    "indices", [range(1000), range(0, 4096, 3), range(5, 3000, 8), [0, 2**20, *range(1, 600, 2)]], ids=str
+)
 def test_a_timeline_of_many_batches_is_the_same_however_it_was_split(indices):
     rng, ramp = random.Random(1), {i: torch.tensor([[-1.0 - i % 13, i % 7]]) for i in indices}
     parts = [measure(x, i) for i, x in ramp.items()]
@@ -133,11 +138,13 @@ def test_zeros_have_no_sign_and_are_no_extremes():
     for width in (1, 7, 8, 17, 64):
         for zero, dtype in itertools.product((0.0, -0.0), DTYPES):
             stats = measure(torch.full((3, width), zero, dtype=dtype))
-            assert not np.signbit(stats.channels).any() and stats.top == () and math.copysign(1, stats.min) == math.copysign(1, stats.max) == 1
+            assert not np.signbit(stats.channels).any() and stats.top == ()
+            assert math.copysign(1, stats.min) == math.copysign(1, stats.max) == 1
 
 
 def test_large_tensors_in_pieces_find_the_first_of_equals():
-    "Bigger than any piece that is looked at, with the largest value everywhere: the first eight places, and sums over all."
+    """Bigger than any piece that is looked at, with the largest value everywhere: the first eight places, and sums over
+    all."""
     x = torch.ones(600, 700)
     x[5, 3] = -2.0
     stats = measure(x, 4)
@@ -147,12 +154,14 @@ def test_large_tensors_in_pieces_find_the_first_of_equals():
     assert math.isclose(measure(y).std, wide.std(correction=0).item(), rel_tol=1e-12)
     assert abs(measure(y).mean - wide.mean().item()) < 1e-12
     top = measure(y).top
-    assert [abs(e.value) for e in top] == y.abs().flatten().topk(8).values.tolist() and all(y[e.position][e.channel] == e.value for e in top)
+    assert [abs(e.value) for e in top] == y.abs().flatten().topk(8).values.tolist()
+    assert all(y[e.position][e.channel] == e.value for e in top)
 
 
 def test_a_tensor_that_is_not_contiguous():
     x = torch.randn(6, 5, 4, generator=torch.Generator().manual_seed(0))
-    for view in (x.transpose(0, 1), x[::2], x.permute(2, 0, 1), x[..., 1:3]): assert exact(measure(view)) == exact(measure(view.contiguous()))
+    for view in (x.transpose(0, 1), x[::2], x.permute(2, 0, 1), x[..., 1:3]):
+        assert exact(measure(view)) == exact(measure(view.contiguous()))
 
 
 def test_nothing_to_see():

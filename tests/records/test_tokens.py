@@ -18,7 +18,10 @@ def test_the_largest_values_stand_where_they_are_said_to_stand(tiny):
     channels = inject_outliers(model)["model.layers.1.input_layernorm"]
     texts, caught = calibration_texts()[:6], {}
     def catch(n): return lambda _, args: caught.setdefault(n, {}).setdefault(current_batch.get(), args[0].detach())
-    handles = [m.register_forward_pre_hook(catch(n)) for n, m in model.named_modules() if isinstance(m, Linear) and n != "lm_head"]
+    handles = [
+        m.register_forward_pre_hook(catch(n))
+        for n, m in model.named_modules() if isinstance(m, Linear) and n != "lm_head"
+    ]
     run = record(model, texts, tokenizer=tokenizer, max_length=96, base_names="input", **QUIET)
     for h in handles: h.remove()
     ids = [tokenizer(t, truncation=True, max_length=96).input_ids for t in texts]
@@ -43,7 +46,10 @@ def test_tokens_of_parts_are_tokens_of_the_whole(tiny):
     parts = [record(model, texts[i:i + 2], batch_indices=[i // 2], **options) for i in (4, 0, 2)]
     assert record_equal(merged(parts, random.Random(0)), whole)
     assert all(e.token is not None for s in whole.tensors.values() for e in s.top)
-    assert all(e.token is None and e.context is None for s in record(model, texts, keep_text=False, **options).tensors.values() for e in s.top)
+    assert all(
+        e.token is None and e.context is None
+        for s in record(model, texts, keep_text=False, **options).tensors.values() for e in s.top
+    )
 
 
 def test_a_batch_that_was_skipped_does_not_keep_others_from_being_told(tiny):
@@ -67,7 +73,8 @@ def test_flattened_tokens_are_told_and_other_rows_are_not(tiny):
     "OPT's MLP sees (batch * seq, hidden); a pooler's rows are no tokens."
     model, data = make_model("opt"), make_batches(1)
     run = record(model, data, tokenizer=tiny[1], base_names="input", **QUIET)
-    for e in run["model.decoder.layers.0.fc1", "input"].top: assert e.token == tiny[1].decode([int(data[0]["input_ids"][e.position])])
+    for e in run["model.decoder.layers.0.fc1", "input"].top:
+        assert e.token == tiny[1].decode([int(data[0]["input_ids"][e.position])])
     run = record(make_model("bert"), data, tokenizer=tiny[1], base_names="input", **QUIET)
     assert all(e.token is None for e in run["pooler.dense", "input"].top)
     assert all(e.token for e in run["encoder.layer.0.attention.self.query", "input"].top)

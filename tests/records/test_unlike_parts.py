@@ -1,4 +1,5 @@
-"""Parts that were not recorded alike: what can be drawn anew is, everything else says why not, and what does not belong together is refused."""
+"""Parts that were not recorded alike: what can be drawn anew is, everything else says why not, and what does not belong
+together is refused."""
 import pytest
 import torch
 from helpers import make_batches, make_model
@@ -12,8 +13,8 @@ from qcal_nb.records import CalibrationRecord, record, record_equal
 def parts(first, second, **options):
     model, data = make_model("llama_gqa"), make_batches(5)
     a = record(model, data[:1], observers=first, progress=False, **options)
-    return a, record(model, data[1:], observers=second, batch_indices=range(1, 5), progress=False, **options), record(model, data, observers=[
-        *dict.fromkeys([*first, *second])], progress=False, **options)
+    b = record(model, data[1:], observers=second, batch_indices=range(1, 5), progress=False, **options)
+    return a, b, record(model, data, observers=[*dict.fromkeys([*first, *second])], progress=False, **options)
 
 
 @pytest.mark.parametrize("turned", [False, True])
@@ -33,7 +34,9 @@ def test_an_observer_of_one_part_does_not_speak_for_both(turned):
 def test_an_observer_of_the_only_part_that_saw_a_tensor_speaks_for_it():
     a, b, _ = parts(["minmax"], [])
     inputs = [key for key in a.results if key[1] == "input"]
-    weights_alone = CalibrationRecord({k: v for k, v in b.tensors.items() if k[1] == "weight"}, b.types, about=b.about, spans=b.spans)
+    weights_alone = CalibrationRecord(
+        {k: v for k, v in b.tensors.items() if k[1] == "weight"}, b.types, about=b.about, spans=b.spans
+    )
     merged = a | weights_alone
     assert all(torch.equal(merged.results[k].scale, a.results[k].scale) for k in inputs)
 
@@ -43,7 +46,8 @@ def test_a_mask_belongs_to_a_record():
     masked = record(model, data[:1], mask=[3, 1], progress=False)
     plain = record(model, data[1:], batch_indices=[1], progress=False)
     assert masked.about.mask == "token ids 1, 3" and "without token ids 1, 3" in repr(masked) and plain.about.mask == ""
-    with pytest.raises(ValueError, match="of two runs: mask is 'token ids 1, 3' in one and '' in the other"): _ = masked | plain
+    with pytest.raises(ValueError, match="of two runs: mask is 'token ids 1, 3' in one and '' in the other"):
+        _ = masked | plain
     second = record(model, data[1:], mask=[1, 3], batch_indices=[1], progress=False)
     assert record_equal(masked | second, record(model, data, mask=[1, 3], progress=False))
 
@@ -54,7 +58,8 @@ def test_a_quantized_model_is_another_run():
     calibrate(model, data, QuantizationModifier(scheme="FP8", ignore=["lm_head"]), progress=False)
     quantized = record(model, data[1:], batch_indices=[1], progress=False)
     assert quantized.about.phase == "calibrated"
-    with pytest.raises(ValueError, match="phase is 'original' in one and 'calibrated' in the other"): _ = plain | quantized
+    with pytest.raises(ValueError, match="phase is 'original' in one and 'calibrated' in the other"):
+        _ = plain | quantized
 
 
 def test_what_was_left_out_is_in_the_file(tmp_path):
@@ -76,11 +81,19 @@ def test_a_folder_that_is_not_there(tmp_path):
 
 @pytest.mark.parametrize("args", ["int4", 4, dict(num_bits=4)])
 def test_arguments_of_a_comparison(args):
-    with pytest.raises(TypeError, match="args must be QuantizationArgs, got"): compare_observers(CalibrationRecord(), args=args)
+    with pytest.raises(TypeError, match="args must be QuantizationArgs, got"):
+        compare_observers(CalibrationRecord(), args=args)
 
 
 def test_what_differs_is_named_and_nothing_else_is_printed():
     model, data = make_model("llama_gqa"), make_batches(3)
-    a, b, c = (record(model, data[i:i + 1], scheme=s, batch_indices=[i], progress=False) for i, s in enumerate(("FP8", "INT8_STATIC", None)))
-    with pytest.raises(ValueError, match="two runs: config.config_groups.group_0.weights.type is 'float' in one and 'int' in the other$"): a | b
+    a, b, c = (
+        record(model, data[i:i + 1], scheme=s, batch_indices=[i], progress=False)
+        for i, s in enumerate(("FP8", "INT8_STATIC", None))
+    )
+    with pytest.raises(
+        ValueError,
+        match="two runs: config.config_groups.group_0.weights.type is 'float' in one and 'int' in the other$",
+    ):
+        a | b
     with pytest.raises(ValueError, match="two runs: config is None in one and {'config_groups'"): c | a

@@ -8,7 +8,10 @@ from qcal_nb.report import to_html
 
 @pytest.fixture(scope="module")
 def run():
-    return record(make_model("llama_gqa"), make_batches(4), scheme="INT8_STATIC", observers=["static_minmax", "mse"], progress=False)
+    return record(
+        make_model("llama_gqa"), make_batches(4), scheme="INT8_STATIC", observers=["static_minmax", "mse"],
+        progress=False
+    )
 
 
 @pytest.fixture(scope="module")

@@ -57,7 +57,9 @@ def test_tables_are_those_of_the_analysis(run, page):
     tables = read(page).tables
     for name, wanted in dict(ranges=ranges(run), observers=compare_observers(run), coverage=coverage(run)).items():
         assert tables[name][0] == list(wanted.columns)
-        assert tables[name][1:] == [[html.unescape(cell(v)) for v in row] for row in wanted.astype(object).values.tolist()], name
+        assert tables[name][1:] == [
+            [html.unescape(cell(v)) for v in row] for row in wanted.astype(object).values.tolist()
+        ], name
     assert set(tables) == {"ranges", "observers", "extremes", "outlier-channels", "coverage", "convergence"}
     assert len(tables["convergence"]) == 1 + sum(b == "input" for _, b in run.readers)
 
@@ -67,13 +69,17 @@ def test_pictures_carry_their_numbers(run, page):
     pictures = [attrs for tag, attrs in read(page).tags if tag == "img"]
     data = [data_of(base64.b64decode(p["src"].partition(",")[2])) for p in pictures]
     table = ranges(run)
-    for base_name in ("input", "weight"): assert table[table.base_name == base_name][["min", "max"]].values.tolist() in [d.get("range") for d in data]
+    for base_name in ("input", "weight"):
+        assert table[table.base_name == base_name][["min", "max"]].values.tolist() in [d.get("range") for d in data]
     assert all(len(p["alt"]) > 10 for p in pictures) and len(pictures) >= 5 + 3 * 1
 
 
 def test_the_top_says_what_was_run(run, page):
     text = read(page).text
-    for fact in ("A & B", "LlamaForCausalLM", "int8", "4 batches, 128 tokens", "static_minmax, mse", f"torch {run.about.versions['torch']}"):
+    for fact in (
+        "A & B", "LlamaForCausalLM", "int8", "4 batches, 128 tokens", "static_minmax, mse",
+        f"torch {run.about.versions['torch']}"
+    ):
         assert fact in text
     assert "Nothing is wrong" in text and "pieces of the calibration text" not in text
 
@@ -92,44 +98,62 @@ def test_nothing_points_outside(page):
 def test_what_is_wrong_stands_first(tmp_path):
     found = read(to_html(odd_record(), tmp_path / "odd.html"))
     head = found.text[:found.text.index("Findings")]
-    for words in ("pieces of the calibration text", "broken (input): 1 NaN, 1 infinite, the first nan at (0, 1) of batch 0",
-                  "Never seen: 1 tensor", "never (input)", "layers.0.experts.3"): assert words in head, words
+    for words in (
+        "pieces of the calibration text", "broken (input): 1 NaN, 1 infinite, the first nan at (0, 1) of batch 0",
+        "Never seen: 1 tensor", "never (input)", "layers.0.experts.3"
+    ):
+        assert words in head, words
 
 
 def test_scales_at_eps_are_reported(tmp_path):
     model = make_model("llama_gqa")
     with torch.no_grad(): model.model.layers[0].self_attn.k_proj.weight[1] = 0
-    seen = record(model, None, scheme="FP8_DYNAMIC", observers=["memoryless_minmax"], base_names=["weight"], progress=False)
+    seen = record(
+        model, None, scheme="FP8_DYNAMIC", observers=["memoryless_minmax"], base_names=["weight"], progress=False
+    )
     text = read(to_html(seen, tmp_path / "eps.html")).text
-    assert re.search(r"at eps \(all values were zero\): 1\.\s*model\.layers\.0\.self_attn\.k_proj \(weight\): 1 of 32, memoryless_minmax", text)
+    assert re.search(
+        r"at eps \(all values were zero\): 1\.\s*model\.layers\.0\.self_attn\.k_proj \(weight\): 1 of 32, "
+        r"memoryless_minmax",
+        text,
+    )
 
 
 def test_ranges_and_scales_are_those_of_the_recipe(tmp_path):
     recipe = QuantizationModifier(scheme="INT8_STATIC", input_observer="mse", ignore=["lm_head"])
-    text = read(to_html(record(make_model("llama_gqa"), make_batches(2), scheme=recipe, progress=False), tmp_path / "mse.html")).text
-    assert re.findall(r"The black marks are the range that (\w+) chose", text) == ["mse", "memoryless_minmax"]  # of inputs, of weights
+    text = read(
+        to_html(record(make_model("llama_gqa"), make_batches(2), scheme=recipe, progress=False), tmp_path / "mse.html")
+    ).text
+    # of inputs, of weights
+    assert re.findall(r"The black marks are the range that (\w+) chose", text) == ["mse", "memoryless_minmax"]
     assert "scales that mse chose for inputs" in text
 
 
 def test_keys_are_drawn_as_the_cache_will_hold_them():
-    recipe = QuantizationModifier(targets=[], kv_cache_scheme=dict(num_bits=8, type="float", strategy="tensor", symmetric=True, observer="mse"))
+    recipe = QuantizationModifier(
+        targets=[], kv_cache_scheme=dict(num_bits=8, type="float", strategy="tensor", symmetric=True, observer="mse")
+    )
     seen = record(make_model("llama_gqa"), make_batches(2), scheme=recipe, base_names=["k"], progress=False)
     assert seen.observers == ["static_minmax", "mse"] and observer_to_draw(seen, "k") == "mse"
 
 
 def test_html_in_names_and_tokens_is_text(tmp_path):
     found = read(to_html(odd_record(), tmp_path / "odd.html", title=EVIL))
-    assert [t for t, _ in found.tags].count("script") == 1 and all(a.get("src", "data:").startswith("data:") for _, a in found.tags)
+    assert [t for t, _ in found.tags].count("script") == 1
+    assert all(a.get("src", "data:").startswith("data:") for _, a in found.tags)
     assert not [a for _, attrs in found.tags for a in attrs if a.startswith("on")]
-    assert EVIL in {row[0] for row in found.tables["ranges"]} and EVIL in {c for row in found.tables["extremes"] for c in row}
+    assert EVIL in {row[0] for row in found.tables["ranges"]}
+    assert EVIL in {c for row in found.tables["extremes"] for c in row}
 
 
-def test_text_is_left_out_where_the_record_holds_none(run, page): assert not {"token", "context"} & set(read(page).tables["extremes"][0])
+def test_text_is_left_out_where_the_record_holds_none(run, page):
+    assert not {"token", "context"} & set(read(page).tables["extremes"][0])
 
 
 def test_an_empty_record(tmp_path):
     found = read(to_html(CalibrationRecord(), tmp_path / "empty.html"))
-    assert "Nothing was recorded." in found.text and "0 batches" in found.text and all(len(rows) == 1 for rows in found.tables.values())
+    assert "Nothing was recorded." in found.text and "0 batches" in found.text
+    assert all(len(rows) == 1 for rows in found.tables.values())
 
 
 def test_writing(run, tmp_path):
@@ -145,8 +169,10 @@ def test_a_thousand_tensors_have_no_more_pictures(tmp_path):
     bell = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
     stats = [measure(bell * (1 + i), 0) for i in range(20)]
     names = [f"model.layers.{i // 7}.m{i % 7}" for i in range(1000)]
-    many = CalibrationRecord({(n, "input"): replace(stats[i % 20]) for i, n in enumerate(names)}, dict.fromkeys(names, "Linear"), spans=((0, 1),),
-            level_tokens={0: 20})
+    many = CalibrationRecord(
+        {(n, "input"): replace(stats[i % 20]) for i, n in enumerate(names)}, dict.fromkeys(names, "Linear"),
+        spans=((0, 1),), level_tokens={0: 20}
+    )
     path = to_html(many, tmp_path / "many.html")
     found = read(path)
     assert len(found.tables["ranges"]) == 1001 and len(found.tables["observers"]) == 4001

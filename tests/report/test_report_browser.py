@@ -16,7 +16,8 @@ pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 @pytest.fixture
 def opened(browser, tmp_path):
-    "Opens a report from disk, offline; afterwards nothing may have been asked of a network, and no error may have occurred."
+    """Opens a report from disk, offline; afterwards nothing may have been asked of a network, and no error may have
+    occurred."""
     pages = []
     def open_report(path, scheme="light"):
         context = browser.new_context(color_scheme=scheme, viewport=dict(width=1200, height=900), offline=True)
@@ -38,7 +39,8 @@ def shown(page, name, column):
     "The texts of a column's visible cells, from top to bottom."
     return page.evaluate("""([name, column]) => { const t = document.querySelector(`#${name} table`);
         const i = [...t.tHead.rows[0].cells].findIndex(c => c.textContent === column);
-        return [...t.tBodies[0].rows].filter(r => r.offsetParent !== null).map(r => r.cells[i].textContent); }""", [name, column])
+        const seen = [...t.tBodies[0].rows].filter(r => r.offsetParent !== null);
+        return seen.map(r => r.cells[i].textContent); }""", [name, column])
 
 
 def test_sorting_and_filtering(opened, run, page):
@@ -87,9 +89,12 @@ def test_light_and_dark(opened, scheme, tmp_path):
     model, tokenizer = load_tiny_llama()
     run = record(model, calibration_texts()[:4], scheme="FP8", tokenizer=tokenizer, max_length=128, progress=False)
     page = opened(to_html(run, tmp_path / "report.html"), scheme)
-    ground, ink = page.evaluate("[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]"
-                                ".map(c => c.match(/\\d+/g).map(Number).reduce((a, b) => a + b) / 3)")
+    ground, ink = page.evaluate(
+        "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]"
+        ".map(c => c.match(/\\d+/g).map(Number).reduce((a, b) => a + b) / 3)"
+    )
     assert abs(ground - ink) > 150 and (ground > ink) == (scheme == "light")
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")      # nothing sticks out sideways
     assert page.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
-    if folder := os.environ.get("QCAL_SHOTS"): page.screenshot(path=Path(folder) / f"report-{scheme}.png", full_page=True)
+    if folder := os.environ.get("QCAL_SHOTS"):
+        page.screenshot(path=Path(folder) / f"report-{scheme}.png", full_page=True)

@@ -35,4 +35,5 @@ def test_quantized_values_are_scaled_code_points(x):
     args = preset("INT8_STATIC").input_activations
     q = observed("static_minmax", [x]).get_qparams()
     steps = fake_quantize(x, q["scale"], q["zero_point"], args).double() / q["scale"].double()
-    assert set(steps.round().flatten().tolist()) <= set(code_points(args).tolist()) and (steps - steps.round()).abs().max() < 1e-3
+    assert set(steps.round().flatten().tolist()) <= set(code_points(args).tolist())
+    assert (steps - steps.round()).abs().max() < 1e-3

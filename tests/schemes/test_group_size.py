@@ -13,7 +13,9 @@ from qcal_nb.recipes import from_yaml, to_yaml
 from qcal_nb.schemes import adjusted
 from qcal_nb.session import Session
 
-WRITTEN_OUT = QuantizationArgs(num_bits=4, symmetric=True, strategy="group", group_size=64, observer="memoryless_minmax")
+WRITTEN_OUT = QuantizationArgs(
+    num_bits=4, symmetric=True, strategy="group", group_size=64, observer="memoryless_minmax"
+)
 PAIR = ("W4A16", {"group_size": 64})
 
 
@@ -28,7 +30,9 @@ def options(words): return parser().parse_args(["calibrate", "tiny", "--out", "o
 
 
 def test_the_recipe_is_the_one_written_out():
-    written = QuantizationModifier(config_groups={"group_0": QuantizationScheme(targets=["Linear"], weights=WRITTEN_OUT)})
+    written = QuantizationModifier(
+        config_groups={"group_0": QuantizationScheme(targets=["Linear"], weights=WRITTEN_OUT)}
+    )
     for short in (QuantizationModifier(scheme="W4A16", group_size=64), QuantizationModifier(scheme=PAIR)):
         assert short.resolved_config == written.resolved_config
         assert from_yaml(to_yaml(short)).resolved_config == written.resolved_config
@@ -39,7 +43,9 @@ def test_other_fields_go_to_the_weights():
     modifier = QuantizationModifier(scheme="W4A4", group_size=32, symmetric=False, num_bits=3)
     scheme = modifier.resolved_config.config_groups["group_0"]
     assert (scheme.weights.num_bits, scheme.weights.symmetric, scheme.weights.group_size) == (3, False, 32)
-    assert scheme.input_activations == QuantizationModifier(scheme="W4A4").resolved_config.config_groups["group_0"].input_activations
+    assert scheme.input_activations == QuantizationModifier(
+        scheme="W4A4"
+    ).resolved_config.config_groups["group_0"].input_activations
 
 
 def test_a_group_size_goes_to_every_part_with_groups():
@@ -62,9 +68,13 @@ def test_wherever_a_scheme_is_taken(tiny):
     made.append(bench.session.modifier)
     bench.close()
     assert [weights_of(modifier) for modifier in made] == [WRITTEN_OUT] * len(made)
-    assert record(model, texts, scheme="W4A16", group_size=64, **given).about.config["config_groups"]["group_0"]["weights"]["group_size"] == 64
+    assert record(
+        model, texts, scheme="W4A16", group_size=64, **given
+    ).about.config["config_groups"]["group_0"]["weights"]["group_size"] == 64
     def sqnr(scheme, **more):
-        return compare_observers(model, None, ["memoryless_minmax"], scheme=scheme, base_names=["weight"], progress=False, **more).sqnr_db.mean()
+        return compare_observers(
+            model, None, ["memoryless_minmax"], scheme=scheme, base_names=["weight"], progress=False, **more
+        ).sqnr_db.mean()
     assert sqnr("W4A16", group_size=64) == sqnr(PAIR) > sqnr("W4A16")
     rows = compare_schemes(model, None, ["W4A16", "FP8_DYNAMIC"], group_size=64, eval_data=texts, **given)
     assert list(rows.scheme) == ["original", "W4A16, group_size=64", "FP8_DYNAMIC"]
@@ -75,11 +85,15 @@ def test_wherever_a_scheme_is_taken(tiny):
 def test_sessions_can_be_configured_with_a_pair(tiny):
     session = Session(*tiny[:1], calibration_texts()[:1], tiny[1])
     session.configure(scheme=PAIR)
-    assert weights_of(session.modifier) == WRITTEN_OUT and "configure(scheme=('W4A16', {'group_size': 64}))" in session.script()
+    assert weights_of(session.modifier) == WRITTEN_OUT
+    assert "configure(scheme=('W4A16', {'group_size': 64}))" in session.script()
 
 
 BAD = {
-    "no groups": (dict(scheme="FP8", group_size=64), "group_size=64: nothing in preset 'FP8' has groups; presets with groups are W4A16_ASYM,"),
+    "no groups": (
+        dict(scheme="FP8", group_size=64),
+        "group_size=64: nothing in preset 'FP8' has groups; presets with groups are W4A16_ASYM,",
+    ),
     "no preset": (dict(group_size=64), "group_size=64 goes beside a preset's name, as scheme='W4A16'; got scheme=None"),
     "a scheme": (dict(scheme=dict(W4A16=["Linear"]), group_size=64), "group_size=64 goes beside a preset's name"),
     "zero": (dict(scheme="W4A16", group_size=0), "group_size=0 must be an int of at least 1"),

@@ -1,4 +1,5 @@
-"""Calibrations taken up from a record: the same scales bit for bit as by feeding, for every observer; the best of each; the session as Python."""
+"""Calibrations taken up from a record: the same scales bit for bit as by feeding, for every observer; the best of each;
+the session as Python."""
 import os
 import pickle
 import subprocess
@@ -35,7 +36,9 @@ RECIPES = {
     "NVFP4": dict(scheme="NVFP4"), "W8A8": dict(scheme="W8A8"),
     "kv cache": dict(scheme="FP8", kv_cache_scheme=KV), "kv cache alone": dict(kv_cache_scheme=KV),
     "imatrix": dict(scheme="INT8_STATIC", weight_observer="imatrix_mse"),
-    "outputs": dict(config_groups={"g": dict(targets=["Linear"], weights=dict(num_bits=8), output_activations=dict(num_bits=8, strategy="tensor"))}),
+    "outputs": dict(config_groups={
+        "g": dict(targets=["Linear"], weights=dict(num_bits=8), output_activations=dict(num_bits=8, strategy="tensor"))
+    }),
     **{f"inputs by {name}": dict(scheme="INT8_STATIC", input_observer=name) for name in compared("activation")},
     **{f"weights by {name}": dict(scheme="W8A8", weight_observer=name) for name in ("memoryless_mse", "imatrix_mse")},
 }
@@ -58,7 +61,11 @@ def same(a, b):
 def unequal(a, b):
     "Keys of conclusions whose scales differ."
     assert set(a) == set(b)
-    return [k for k in a if (a[k].scale is None) != (b[k].scale is None) or a[k].scale is not None and not torch.equal(a[k].scale, b[k].scale)]
+    return [
+        k for k in a
+        if (a[k].scale is None) != (b[k].scale is None)
+        or a[k].scale is not None and not torch.equal(a[k].scale, b[k].scale)
+    ]
 
 
 @pytest.mark.parametrize("arch", ["llama_gqa", "mixtral"])
@@ -76,37 +83,56 @@ def test_a_session_from_a_record_has_the_scales_of_feeding(name, arch, tmp_path)
     assert same(qparams(second.model), qparams(first.model)) == []
 
 
-@pytest.mark.parametrize("name", ["FP8", "INT8_STATIC", "kv cache", "imatrix", "inputs by mse", "inputs by minmax", "inputs by entropy"])
+@pytest.mark.parametrize(
+    "name", ["FP8", "INT8_STATIC", "kv cache", "imatrix", "inputs by mse", "inputs by minmax", "inputs by entropy"]
+)
 def test_feeding_goes_on_where_the_record_ends(name, tmp_path):
     data = make_batches(5)
-    whole = walk(Session(make_model("llama_gqa"), data, recipe=modifier(name)), "initialize", "start", "feed_all", "end")
+    whole = walk(
+        Session(make_model("llama_gqa"), data, recipe=modifier(name)), "initialize", "start", "feed_all", "end"
+    )
     part = walk(Session(make_model("llama_gqa"), data[:2], recipe=modifier(name)), "initialize", "start", "feed_all")
     rest = Session(make_model("llama_gqa"), data, record=part.record.save(tmp_path / "part"), recipe=modifier(name))
     walk(rest, "initialize", "start")
     assert (rest.phase, rest.fed) == ("fed", 2)
     walk(rest, "feed_all", "end")
-    assert rest.fed == 5 and same(qparams(rest.model), qparams(whole.model)) == [] and record_equal(rest.record, whole.record)
+    assert rest.fed == 5 and same(qparams(rest.model), qparams(whole.model)) == []
+    assert record_equal(rest.record, whole.record)
     assert unequal(rest.record.results, whole.record.results) == []
 
 
 def test_what_a_record_lacks_must_be_fed(tmp_path):
-    first = walk(Session(make_model("llama_gqa"), make_batches(3), recipe=modifier("FP8")), "initialize", "start", "feed_all")
-    other = QuantizationModifier(scheme="INT8_STATIC", input_observer="mse", ignore=["lm_head"])  # mse was asked for another format
-    second = walk(Session(make_model("llama_gqa"), make_batches(3), record=first.record, recipe=other), "initialize", "start")
-    assert (second.phase, second.fed, second.replayed) == ("started", 0, False) and "need data first" in second.legal()["end"]
+    first = walk(
+        Session(make_model("llama_gqa"), make_batches(3), recipe=modifier("FP8")), "initialize", "start", "feed_all"
+    )
+    # mse was asked for another format
+    other = QuantizationModifier(scheme="INT8_STATIC", input_observer="mse", ignore=["lm_head"])
+    second = walk(
+        Session(make_model("llama_gqa"), make_batches(3), record=first.record, recipe=other), "initialize", "start"
+    )
+    assert (second.phase, second.fed, second.replayed) == ("started", 0, False)
+    assert "need data first" in second.legal()["end"]
     assert second.record is first.record  # kept until the first batch
     second.feed()
     assert second.record.batches == 1
     second.back()
     assert second.record is first.record
-    plain = QuantizationModifier(scheme="INT8_STATIC", input_observer="percentile", ignore=["lm_head"])  # follows from a record for any format
-    third = walk(Session(make_model("llama_gqa"), make_batches(3), record=first.record, recipe=plain), "initialize", "start", "end")
+    # follows from a record for any format
+    plain = QuantizationModifier(scheme="INT8_STATIC", input_observer="percentile", ignore=["lm_head"])
+    third = walk(
+        Session(make_model("llama_gqa"), make_batches(3), record=first.record, recipe=plain),
+        "initialize",
+        "start",
+        "end",
+    )
     fed = calibrate(make_model("llama_gqa"), make_batches(3), plain, progress=False)
     assert same(qparams(third.model), qparams(fed)) == []
 
 
 def test_start_can_be_told_to_begin_anew():
-    session = walk(Session(make_model("llama_gqa"), make_batches(3)), "initialize", "start", "feed_all", "reset", "initialize")
+    session = walk(
+        Session(make_model("llama_gqa"), make_batches(3)), "initialize", "start", "feed_all", "reset", "initialize"
+    )
     session.start(replay=False)
     assert session.phase == "started" and session.fed == 0 and session.code[-1] == "start(replay=False)"
     session.back()
@@ -115,11 +141,14 @@ def test_start_can_be_told_to_begin_anew():
 
 
 def test_back_over_a_replayed_start():
-    session = walk(Session(make_model("llama_gqa"), make_batches(3)), "initialize", "start", "feed_all", "reset", "initialize")
+    session = walk(
+        Session(make_model("llama_gqa"), make_batches(3)), "initialize", "start", "feed_all", "reset", "initialize"
+    )
     before, run = fingerprint(session.model), session.record
     session.start()
     session.back()
-    assert differences(before, fingerprint(session.model)) == [] and session.phase == "initialized" and session.fed == 0 and session.record is run
+    assert differences(before, fingerprint(session.model)) == [] and session.phase == "initialized" and session.fed == 0
+    assert session.record is run
 
 
 # --- the best of each ---
@@ -132,7 +161,8 @@ def test_use_best_is_the_comparison_and_its_scales_those_of_feeding(arch):
     table = per_reader(compare_observers(session.record, args=args)).query("base_name == 'input'")
     chosen = session.use_best("input")
     assert session.phase == "original" and session.record.batches == 3
-    best, rows = table.loc[table.groupby("module").sqnr_db.idxmax()].set_index("module"), table.set_index(["module", "observer"])
+    best = table.loc[table.groupby("module").sqnr_db.idxmax()].set_index("module")
+    rows = table.set_index(["module", "observer"])
     for m, top in best.iterrows():  # the largest, or one that cannot be told from it; nothing is changed without need
         used = rows.loc[(m, label_of(chosen[m]["input"]) if m in chosen else "static_minmax")]
         assert used.sqnr_db + used.bound_db >= top.sqnr_db - top.bound_db, m
@@ -147,7 +177,8 @@ def test_use_best_is_the_comparison_and_its_scales_those_of_feeding(arch):
 def test_use_best_says_why_not_and_changes_nothing():
     model = make_model("llama_gqa")
     session, before = Session(model, make_batches(2), scheme="W4A16", targets=["re:.*down_proj"]), fingerprint(model)
-    with pytest.raises(SessionError, match="cannot use best: nothing was recorded; initialize, start and feed first"): session.use_best()
+    with pytest.raises(SessionError, match="cannot use best: nothing was recorded; initialize, start and feed first"):
+        session.use_best()
     with pytest.raises(ValueError, match=r"base_names=\['q'\] must be some of"): session.use_best("q")
     assert differences(before, fingerprint(model)) == [] and session.code == []
 
@@ -155,7 +186,8 @@ def test_use_best_says_why_not_and_changes_nothing():
 def test_weights_of_many_scales_are_measured_and_a_record_alone_says_why_not(tmp_path):
     session = walk(Session(make_model("llama_gqa"), make_batches(2), scheme="W8A8"), "initialize", "start", "feed_all")
     saved = Saved(session.record.save(tmp_path / "run"))
-    with pytest.raises(SessionError, match="no tensor's SQNR is known from the record.*evaluate.compare_observers"): saved.use_best()
+    with pytest.raises(SessionError, match="no tensor's SQNR is known from the record.*evaluate.compare_observers"):
+        saved.use_best()
     table = session.comparison().set_index(["module", "observer"])
     chosen = session.use_best()
     names = [label for label in compared("weight") if label != "imatrix_mse"]  # which needs data
@@ -165,7 +197,8 @@ def test_weights_of_many_scales_are_measured_and_a_record_alone_says_why_not(tmp
     best = table[table.best].reset_index().set_index("module").observer
     assert {m: c["weight"] for m, c in chosen.items()} == best[best != "memoryless_minmax"].to_dict() != {}
     tops = table.reset_index().groupby("module").sqnr_db.max()
-    assert table[table.best].reset_index().set_index("module").sqnr_db.sort_index().equals(tops)  # measured ones are exact
+    # measured ones are exact
+    assert table[table.best].reset_index().set_index("module").sqnr_db.sort_index().equals(tops)
     walk(session, "initialize", "start", "feed_all", "end")
     fed = calibrate(make_model("llama_gqa"), make_batches(2), session.recipe(), progress=False)
     assert same(qparams(session.model), qparams(fed)) == []
@@ -181,7 +214,9 @@ def test_six_observers_are_compared_and_none_twice():
 
 
 def test_conclusions_are_found_when_asked_for_and_are_those_of_a_recording():
-    session = walk(Session(make_model("llama_gqa"), make_batches(3), scheme="INT8_STATIC"), "initialize", "start", "feed_all")
+    session = walk(
+        Session(make_model("llama_gqa"), make_batches(3), scheme="INT8_STATIC"), "initialize", "start", "feed_all"
+    )
     lazy = session.record.results
     assert len(lazy._found) == 0 and len(lazy) == len(list(lazy))
     key = next(k for k in lazy if k[1:] == ("input", "entropy"))
@@ -195,11 +230,15 @@ def test_conclusions_are_found_when_asked_for_and_are_those_of_a_recording():
 # --- without the model ---
 
 def test_a_saved_run(tmp_path):
-    session = walk(Session(make_model("llama_gqa"), make_batches(3), scheme=FOUR_BITS), "initialize", "start", "feed_all", "end")
+    session = walk(
+        Session(make_model("llama_gqa"), make_batches(3), scheme=FOUR_BITS), "initialize", "start", "feed_all", "end"
+    )
     saved = Saved(session.record.save(tmp_path / "run"))
-    assert saved.phase == "saved" and set(saved.legal().values()) == {saved.legal()["end"]} and "pass the model" in saved.legal()["end"]
+    assert saved.phase == "saved" and set(saved.legal().values()) == {saved.legal()["end"]}
+    assert "pass the model" in saved.legal()["end"]
     both = saved.scales().merge(session.scales(), on=["module", "base_name"], suffixes=("", "_model"))
-    assert len(both) == len(session.scales()) and np.array_equal(both.clip_max, both.clip_max_model) and np.array_equal(both.scale, both.scale_model)
+    assert len(both) == len(session.scales()) and np.array_equal(both.clip_max, both.clip_max_model)
+    assert np.array_equal(both.scale, both.scale_model)
     chosen = saved.use_best()
     assert chosen == session.use_best() and to_yaml(saved.recipe()) == to_yaml(session.recipe())
     with pytest.raises(SessionError, match="saved record without its model"): saved.compare_schemes(["FP8"])
@@ -211,11 +250,17 @@ def test_a_saved_run(tmp_path):
 
 def test_a_record_of_another_model_is_refused():
     run = walk(Session(make_model("llama_gqa"), make_batches(1)), "initialize", "start", "feed_all").record
-    with pytest.raises(ValueError, match="record is of another model: this Sequential has no 'model.layers.0.self_attn.q_proj'"):
+    with pytest.raises(
+        ValueError, match="record is of another model: this Sequential has no 'model.layers.0.self_attn.q_proj'"
+    ):
         Session(torch.nn.Sequential(torch.nn.Linear(2, 2)), None, record=run)
-    wanted = dict(record="a CalibrationRecord or the path of one", recipe="a QuantizationModifier, or the path or text of a recipe")
+    wanted = dict(
+        record="a CalibrationRecord or the path of one",
+        recipe="a QuantizationModifier, or the path or text of a recipe",
+    )
     for what, words in wanted.items():
-        with pytest.raises(TypeError, match=f"{what} must be {words}, got int"): Session(make_model("llama_gqa"), **{what: 3})
+        with pytest.raises(TypeError, match=f"{what} must be {words}, got int"):
+            Session(make_model("llama_gqa"), **{what: 3})
 
 
 # --- the session as Python ---
@@ -241,12 +286,21 @@ def run_scripts(texts, folder):
 
 STORIES = {
     "plain": lambda s: walk(s, "initialize", "start", "feed_all", "end"),
-    "back and again": lambda s: (walk(s, "initialize", "start", "feed", "feed_all", "back", "feed", "end", "back"), s.feed_all(), s.end()),
-    "use best": lambda s: (s.configure(scheme=FOUR_BITS), walk(s, "initialize", "start", "feed_all", "end"), s.use_best(),
-                           walk(s, "initialize", "start", "end")),
-    "configured": lambda s: (s.configure(scheme="INT8_STATIC", ignore=["lm_head", "re:.*down_proj"]), walk(s, "initialize", "start", "feed", "end")),
-    "a recipe": lambda s: (s.configure(recipe=QuantizationModifier(scheme="FP8", input_observer="mse", ignore=["lm_head"])),
-                           walk(s, "initialize", "start", "feed", "end")),
+    "back and again": lambda s: (
+        walk(s, "initialize", "start", "feed", "feed_all", "back", "feed", "end", "back"), s.feed_all(), s.end()
+    ),
+    "use best": lambda s: (
+        s.configure(scheme=FOUR_BITS), walk(s, "initialize", "start", "feed_all", "end"), s.use_best(),
+        walk(s, "initialize", "start", "end")
+    ),
+    "configured": lambda s: (
+        s.configure(scheme="INT8_STATIC", ignore=["lm_head", "re:.*down_proj"]),
+        walk(s, "initialize", "start", "feed", "end"),
+    ),
+    "a recipe": lambda s: (
+        s.configure(recipe=QuantizationModifier(scheme="FP8", input_observer="mse", ignore=["lm_head"])),
+        walk(s, "initialize", "start", "feed", "end"),
+    ),
 }
 
 
@@ -276,7 +330,10 @@ def test_a_model_from_a_folder_and_texts_of_ones_own(tmp_path):
     tokenizer.save_pretrained(tmp_path / "mine")
     from transformers import AutoTokenizer, LlamaForCausalLM
     mine, own = LlamaForCausalLM.from_pretrained(tmp_path / "mine"), AutoTokenizer.from_pretrained(tmp_path / "mine")
-    session = Session(mine, ["def f(x):\n    return 'x'", 'class A: "quoted"'], own, scheme={"weights": {"num_bits": 4, "strategy": "channel"}})
+    session = Session(
+        mine, ["def f(x):\n    return 'x'", 'class A: "quoted"'], own,
+        scheme={"weights": {"num_bits": 4, "strategy": "channel"}}
+    )
     walk(session, "initialize", "start", "feed_all", "end")
     there, = run_scripts([session.script()], tmp_path)
     assert there.equals(session.scales())

@@ -1,4 +1,5 @@
-"""The session: long work in a thread, who may run the model meanwhile, and what is left when something is interrupted."""
+"""The session: long work in a thread, who may run the model meanwhile, and what is left when something is
+interrupted."""
 import inspect
 import linecache
 import threading
@@ -84,7 +85,10 @@ def test_while_a_feed_runs_everything_else_is_refused_by_name():
     for foreign in (lambda: session.model(x), lambda: session.model.layer(x)):
         with pytest.raises(ModelBusyError, match=r"session .* \(feed_all\(\)\) is feeding this model"): foreign()
     modifier = QuantizationModifier(scheme="FP8", targets="Linear")
-    for other in (lambda: record(session.model, [x], progress=False), lambda: calibrate(session.model, [x], modifier, progress=False)):
+    for other in (
+        lambda: record(session.model, [x], progress=False),
+        lambda: calibrate(session.model, [x], modifier, progress=False),
+    ):
         with pytest.raises(ModelBusyError, match="is at work on it; wait for it or stop it first"): other()
     stop(session)
     session.model.gate.release(2)
@@ -128,7 +132,8 @@ def test_a_feed_that_fails_at_once_leaves_nothing_to_take_back():
     session.start()
     before = fingerprint(session.model)
     with pytest.raises(IndexError): session.feed()
-    assert session.phase == "started" and len(session.history) == 2 and differences(before, fingerprint(session.model)) == []
+    assert session.phase == "started" and len(session.history) == 2
+    assert differences(before, fingerprint(session.model)) == []
 
 
 def test_the_session_equals_calibrate():
@@ -142,15 +147,19 @@ def test_the_session_equals_calibrate():
     calibrate(at_once, data, QuantizationModifier(scheme="INT8_STATIC", ignore=["lm_head"]), progress=False)
     assert all(torch.equal(v, qparams(at_once)[k]) for k, v in qparams(stepped).items())
     alone = record(make_model("qwen3"), data, progress=False)
-    assert session.record.tensors == alone.tensors and (session.record.batches, session.record.tokens) == (alone.batches, alone.tokens)
+    assert session.record.tensors == alone.tensors
+    assert (session.record.batches, session.record.tokens) == (alone.batches, alone.tokens)
 
 
 def remembered(session):
     "What every observer knows, the record's own ones among them; tensors as bytes."
     plain = lambda v: v.numpy().tobytes() if isinstance(v, torch.Tensor) else v
     observers = {n: m for n, m in session.model.named_modules() if isinstance(m, Observer)}
-    mine = {(n, k): plain(v) for n, m in observers.items() for k, v in vars(m).items() if k not in vars(torch.nn.Module())}
-    return mine, {key: {k: plain(v) for k, v in memory.items()} for key, memory in session.memory.items()}, dict(session.record.results).keys()
+    mine = {
+        (n, k): plain(v) for n, m in observers.items() for k, v in vars(m).items() if k not in vars(torch.nn.Module())
+    }
+    kept = {key: {k: plain(v) for k, v in memory.items()} for key, memory in session.memory.items()}
+    return mine, kept, dict(session.record.results).keys()
 
 
 def test_the_way_back_over_every_feed_is_exact_and_keeps_only_what_changed():
@@ -187,7 +196,8 @@ def test_configure_before_and_not_after():
 def test_a_session_wants_an_original_model():
     model = make_model("llama_gqa")
     calibrate(model, make_batches(), QuantizationModifier(scheme="FP8", ignore=["lm_head"]), progress=False)
-    with pytest.raises(ValueError, match="this model is calibrated; a session starts with an original one"): Session(model)
+    with pytest.raises(ValueError, match="this model is calibrated; a session starts with an original one"):
+        Session(model)
     reset_quantization(model)
     Session(model)
 
@@ -207,7 +217,11 @@ def test_a_listener_hears_every_step():
 
 def test_the_script_imports_the_module_of_an_observer_of_ones_own_and_it_is_none_for_llm_compressor():
     Observer.register("test_session_own")(type("Own", (MinMaxObserver,), {"__module__": __name__}))
-    session = Session(make_model("llama_gqa"), make_batches(1), recipe=QuantizationModifier(scheme="FP8", input_observer="test_session_own"))
+    session = Session(
+        make_model("llama_gqa"),
+        make_batches(1),
+        recipe=QuantizationModifier(scheme="FP8", input_observer="test_session_own"),
+    )
     assert f"import {__name__}  # registers the observer {__name__}:Own\n" in session.script()
     assert "llm-compressor has no observer test_session_own" in session.production()
     assert observer_code(QuantizationModifier(scheme="INT8_STATIC")) == []
@@ -215,19 +229,23 @@ def test_the_script_imports_the_module_of_an_observer_of_ones_own_and_it_is_none
 
 def test_an_observer_of_a_notebook_is_defined_in_the_script():
     own = "@Observer.register('test_cell')\nclass Cell(MinMaxObserver):\n    def hears(self): return True"
-    text, space = f"x = 1\n\n{own}\n\ny = 2\n", dict(__name__="__main__", Observer=Observer, MinMaxObserver=MinMaxObserver)
+    text = f"x = 1\n\n{own}\n\ny = 2\n"
+    space = dict(__name__="__main__", Observer=Observer, MinMaxObserver=MinMaxObserver)
     linecache.cache["<cell>"] = len(text), None, text.splitlines(keepends=True), "<cell>"
     exec(compile(text, "<cell>", "exec"), space)
     recipe = QuantizationModifier(scheme="FP8", input_observer="test_cell")
     lines = observer_code(recipe, recipe)
     assert len(lines) == 1 and lines[0].endswith(f"uses\n{own}")
     del linecache.cache["<cell>"]
-    assert observer_code(recipe) == ["# the observer __main__:Cell has to be defined or imported here, its source is not known"]
+    assert observer_code(recipe) == [
+        "# the observer __main__:Cell has to be defined or imported here, its source is not known"
+    ]
 
 
 @pytest.mark.parametrize(("more", "expected"), [("", 0), ("    extra = 1\n", 1)])
 def test_the_package_s_own_observer_run_again_from_its_chapter_is_not_the_user_s(more, expected, monkeypatch):
-    "As nbdev-test does: several chapters in one kernel. A class of the same name that is another one has to be defined."
+    """As nbdev-test does: several chapters in one kernel. A class of the same name that is another one has to be
+    defined."""
     name = f"<chapter {expected}>"
     text = inspect.getsource(histogram.PercentileObserver) + more
     monkeypatch.setitem(linecache.cache, name, (len(text), None, text.splitlines(keepends=True), name))

@@ -1,4 +1,5 @@
-"""The mergeable histogram against sorting, counting and summing the values themselves, for all values, shapes and splits."""
+"""The mergeable histogram against sorting, counting and summing the values themselves, for all values, shapes and
+splits."""
 import pickle
 from collections import Counter
 
@@ -9,10 +10,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from qcal_nb.stats import N_BUCKETS, Histogram, bucket_counts, cells, is_bfloat16, sum_of
+from qcal_nb.stats import Histogram, bucket_counts, cells, is_bfloat16, sum_of
 from qcal_nb.stats.histogram import Buckets, representatives
 
-BITS = {torch.float32: (np.uint32, torch.int32), torch.bfloat16: (np.uint16, torch.int16), torch.float16: (np.uint16, torch.int16)}
+BITS = {
+    torch.float32: (np.uint32, torch.int32), torch.bfloat16: (np.uint16, torch.int16),
+    torch.float16: (np.uint16, torch.int16)
+}
 
 
 def from_bits(bits, dtype): return torch.from_numpy(bits.view(bits.dtype.str.replace("u", "i"))).view(dtype)
@@ -27,12 +31,23 @@ def any_bits(dtype, shape=SHAPES):
 
 
 ANY = st.sampled_from(list(BITS)).flatmap(any_bits)
-FINITE = hnp.arrays(np.float32, hnp.array_shapes(max_dims=1, max_side=40), elements=st.floats(width=32, allow_nan=False, allow_infinity=False)
-                    ).map(torch.from_numpy)
+FINITE = hnp.arrays(
+    np.float32, hnp.array_shapes(max_dims=1, max_side=40),
+    elements=st.floats(width=32, allow_nan=False, allow_infinity=False)
+).map(torch.from_numpy)
 SAMPLE = hnp.arrays(np.float32, st.integers(1, 200), elements=st.floats(-1e4, 1e4, width=32)).map(torch.from_numpy)
-# the smallest positive float32, the ends of the subnormal and of the normal range, zeros, and NaNs that differ from infinity in the lower bits only
-ODD = from_bits(np.array([0, 1, 0x7FFFFF, 0x800000, 0x7F7FFFFF, 0x7F800000, 0x7F800001, 0x7FC00000, 0xFF800000, 0xFF80FFFF, 0x80000000, 0x80000001],
-                         np.uint32), torch.float32)
+# the smallest positive float32, the ends of the subnormal and of the normal range, zeros, and NaNs that differ from
+# infinity in the lower bits only
+ODD = from_bits(
+    np.array(
+        [
+            0, 1, 0x7FFFFF, 0x800000, 0x7F7FFFFF, 0x7F800000, 0x7F800001, 0x7FC00000, 0xFF800000, 0xFF80FFFF,
+            0x80000000, 0x80000001
+        ],
+        np.uint32,
+    ),
+    torch.float32,
+)
 
 
 def expected(value):
@@ -66,7 +81,11 @@ def test_merging_is_associative_and_commutative_to_the_bit(x, y, z):
     assert hash(a | b) == hash(b | a)
 
 
-@given(st.sampled_from(list(BITS)).flatmap(lambda d: any_bits(d, st.integers(0, 60))), st.lists(st.integers(0, 60), max_size=5), st.randoms())
+@given(
+    st.sampled_from(list(BITS)).flatmap(lambda d: any_bits(d, st.integers(0, 60))),
+    st.lists(st.integers(0, 60), max_size=5),
+    st.randoms(),
+)
 def test_any_split_in_any_order_is_the_whole(value, cuts, random):
     parts = list(torch.tensor_split(value, sorted(cuts)))
     random.shuffle(parts)
@@ -82,15 +101,24 @@ def test_the_dtype_that_carries_the_values_does_not_matter(value):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("reshape", [
-    lambda x: x.T, lambda x: x[:, ::2], lambda x: x[::3], lambda x: x.view(2, -1, 40, 20).permute(3, 0, 2, 1), lambda x: x[:0],
-    lambda x: x[0, 0], lambda x: x.expand(3, *x.shape), lambda x: x[:, :1], lambda x: x[None, :, 7:, None], lambda x: x.flip(0)],
-    ids=["transposed", "every other column", "every third row", "permuted", "empty", "scalar", "expanded", "one column", "offset", "flipped"])
+@pytest.mark.parametrize(
+    "reshape",
+    [
+        lambda x: x.T, lambda x: x[:, ::2], lambda x: x[::3], lambda x: x.view(2, -1, 40, 20).permute(3, 0, 2, 1),
+        lambda x: x[:0], lambda x: x[0, 0], lambda x: x.expand(3, *x.shape), lambda x: x[:, :1],
+        lambda x: x[None, :, 7:, None], lambda x: x.flip(0)
+    ],
+    ids=[
+        "transposed", "every other column", "every third row", "permuted", "empty", "scalar", "expanded", "one column",
+        "offset", "flipped"
+    ],
+)
 def test_any_strides(dtype, reshape):
     torch.manual_seed(0)
     value = reshape(torch.randn(1600, 400).to(dtype))
     counts = bucket_counts(value)
-    assert torch.equal(counts, bucket_counts(value.clone(memory_format=torch.contiguous_format))) and counts.sum() == value.numel()
+    assert torch.equal(counts, bucket_counts(value.clone(memory_format=torch.contiguous_format)))
+    assert counts.sum() == value.numel()
 
 
 def test_rows_longer_than_a_piece():
@@ -105,7 +133,9 @@ def test_dense_counts_are_never_changed_in_place():
     assert torch.equal(before, kept) and after.data_ptr() != before.data_ptr() and after.sum() == 5
 
 
-@pytest.mark.parametrize("value", [torch.arange(3), torch.ones(2, dtype=torch.bool), torch.ones(2, dtype=torch.complex64), [1.0, 2.0]])
+@pytest.mark.parametrize(
+    "value", [torch.arange(3), torch.ones(2, dtype=torch.bool), torch.ones(2, dtype=torch.complex64), [1.0, 2.0]]
+)
 def test_what_is_not_floating_point_is_refused(value):
     for function in (bucket_counts, is_bfloat16, Histogram.of):
         with pytest.raises(TypeError, match="value must be a tensor of floating point numbers, got"): function(value)
@@ -221,7 +251,8 @@ def test_a_linear_view_keeps_the_total(x, bins, default):
     h = Histogram.of(x)
     low, high = (None, None) if default else (-1.5, 2.5)
     counts, edges = h.linear(bins, low, high)
-    assert len(counts) == bins and len(edges) == bins + 1 and (counts >= 0).all() and np.isclose(counts.sum(), x.numel(), rtol=1e-12)
+    assert len(counts) == bins and len(edges) == bins + 1 and (counts >= 0).all()
+    assert np.isclose(counts.sum(), x.numel(), rtol=1e-12)
     if default: assert edges[0] <= x.min() and x.max() <= edges[-1]
 
 
@@ -242,9 +273,12 @@ def test_a_single_point_is_where_it_belongs():
 
 
 @pytest.mark.parametrize("call, words", [
-    (lambda h: h.linear(0), "bins=0 must be an int of at least 1"), (lambda h: h.linear(2.5), "bins=2.5"), (lambda h: h.linear(True), "bins=True"),
-    (lambda h: h.linear(4, 1.0, 1.0), "low=1.0, high=1.0 must be finite, low < high"), (lambda h: h.linear(4, 0.0, np.inf), "high=inf"),
-    (lambda h: h.linear(4, np.nan, 1.0), "low=nan"), (lambda h: h.quantile(1.5), "q=1.5 must be a share between 0 and 1"),
+    (lambda h: h.linear(0), "bins=0 must be an int of at least 1"), (lambda h: h.linear(2.5), "bins=2.5"),
+    (lambda h: h.linear(True), "bins=True"),
+    (lambda h: h.linear(4, 1.0, 1.0), "low=1.0, high=1.0 must be finite, low < high"),
+    (lambda h: h.linear(4, 0.0, np.inf), "high=inf"),
+    (lambda h: h.linear(4, np.nan, 1.0), "low=nan"),
+    (lambda h: h.quantile(1.5), "q=1.5 must be a share between 0 and 1"),
     (lambda h: h.quantile(np.nan), "q=nan"), (lambda h: h.quantile([0.5, -1]), "must be a share"),
     (lambda h: sum_of(h, lambda x: x.sum()), r"fn must keep the shape \(4,\), it returned \(\)")])
 def test_questions_that_make_no_sense(call, words):
@@ -254,7 +288,8 @@ def test_questions_that_make_no_sense(call, words):
 def test_without_values_the_answers_are_empty():
     for h in (Histogram(), Histogram.of(torch.ones(0)), Histogram.of(torch.tensor([np.nan, np.inf]))):
         assert h.count == 0 and np.isnan(h.quantile(0.5)) and np.isnan(h.bounds).all() and h.outside(0, 1) == 0
-        assert h.linear(3)[0].sum() == 0 and sum_of(h, torch.abs) == 0 and h.abs().count == 0 and "Histogram(0 values" in repr(h)
+        assert h.linear(3)[0].sum() == 0 and sum_of(h, torch.abs) == 0 and h.abs().count == 0
+        assert "Histogram(0 values" in repr(h)
 
 
 @given(any_bits(torch.bfloat16, st.integers(0, 60)))
@@ -268,7 +303,10 @@ def test_the_error_of_quantizing_is_estimated_to_one_percent():
     "Where a bucket is as wide as a step or half of it, its middle alone misleads."
     torch.manual_seed(0)
     worst = {1: 0.0, 4: 0.0}
-    for top, x in ((1.0, torch.randn(300_000)), (1.3, torch.rand(300_000) * 2 - 1), (1.99, torch.randn(300_000)), (2.0, torch.rand(300_000))):
+    for top, x in (
+        (1.0, torch.randn(300_000)), (1.3, torch.rand(300_000) * 2 - 1), (1.99, torch.randn(300_000)),
+        (2.0, torch.rand(300_000))
+    ):
         x = x / x.abs().max() * top
         for step in (top / 127.5, top / 127, 2**-6):
             def error(v, step=step): return (torch.round(v / step).clamp(-128, 127) * step - v).square()
@@ -306,12 +344,17 @@ GOOD = dict(codes=np.array([3, 9], np.int16), counts=np.array([1, 2]), rest=np.a
 
 
 @pytest.mark.parametrize("bad, words", [
-    (dict(codes=np.array([9, 3], np.int16)), "codes must ascend"), (dict(codes=np.array([3, 3], np.int16)), "codes must ascend"),
+    (dict(codes=np.array([9, 3], np.int16)), "codes must ascend"),
+    (dict(codes=np.array([3, 3], np.int16)), "codes must ascend"),
     (dict(codes=np.array([3, 0x7F80], np.int16)), "codes must be those of finite numbers"),
     (dict(counts=np.array([1, 0])), "counts must be positive, got 0"),
-    (dict(counts=np.array([1, 2, 3])), r"one shape \(n,\), got \(2,\) and \(3,\)"), (dict(counts=np.array([1.0, 2.0])), "counts must be int64"),
-    (dict(codes=np.array([3, 9])), "codes must be int16"), (dict(rest=np.array([0, 0, 0])), "rest must be counts"),
-    (dict(rest=np.array([0, -1, 0, 1])), "rest must be counts"), (dict(rest=np.array([0, 0, 0, 2])), "rest must be counts")])
+    (dict(counts=np.array([1, 2, 3])), r"one shape \(n,\), got \(2,\) and \(3,\)"),
+    (dict(counts=np.array([1.0, 2.0])), "counts must be int64"),
+    (dict(codes=np.array([3, 9])), "codes must be int16"),
+    (dict(rest=np.array([0, 0, 0])), "rest must be counts"),
+    (dict(rest=np.array([0, -1, 0, 1])), "rest must be counts"),
+    (dict(rest=np.array([0, 0, 0, 2])), "rest must be counts"),
+])
 def test_damaged_arrays_are_refused(bad, words):
     assert Histogram.from_arrays(GOOD).count == 3
     with pytest.raises(ValueError, match=words): Histogram.from_arrays(GOOD | bad)
@@ -319,42 +362,9 @@ def test_damaged_arrays_are_refused(bad, words):
 
 @pytest.mark.parametrize("name", GOOD)
 def test_missing_arrays_are_named(name):
-    with pytest.raises(ValueError, match=f"'{name}' is missing"): Histogram.from_arrays({k: v for k, v in GOOD.items() if k != name})
+    with pytest.raises(ValueError, match=f"'{name}' is missing"):
+        Histogram.from_arrays({k: v for k, v in GOOD.items() if k != name})
 
 
 def test_merging_with_something_else_is_refused():
     with pytest.raises(TypeError): Histogram() | 3
-
-
-# --- size ---
-
-def test_a_histogram_of_a_million_values_is_small():
-    h = Histogram.of(torch.randn(2**20) * torch.rand(2**20))
-    assert sum(a.nbytes for a in h.arrays().values()) < 100_000
-
-
-class Allocations(torch.utils._python_dispatch.TorchDispatchMode):
-    "The largest tensor that operations return inside the block, in bytes of storage of its own."
-
-    def __init__(self, *known):
-        super().__init__()
-        self.known, self.largest = {t.untyped_storage().data_ptr() for t in known}, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for t in [result] if isinstance(result, torch.Tensor) else []:
-            if t.untyped_storage().data_ptr() not in self.known: self.largest = max(self.largest, t.untyped_storage().nbytes())
-        return result
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_temporaries_are_small_whatever_the_tensor(dtype):
-    base = torch.randn(2048, 2048).to(dtype)
-    for value in (base, base.T, base[:, ::2], base[::2].T):
-        with Allocations(base) as seen: bucket_counts(value), is_bfloat16(value)
-        assert 0 < seen.largest <= 2 * 2**20
-    with Allocations() as seen: base * 2
-    assert seen.largest == base.numel() * base.element_size()  # the measure sees what it should
-
-
-def test_there_are_65536_buckets(): assert bucket_counts(torch.ones(0)).shape == (N_BUCKETS,) == (65536,)

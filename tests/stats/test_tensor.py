@@ -20,7 +20,8 @@ FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
 def rows(elements): return hnp.arrays(np.float32, SHAPES, elements=elements).map(torch.from_numpy)
 
 
-def same_sums(a: Fraction, b: Fraction, size: float) -> bool: return math.isclose(a, b, rel_tol=1e-12, abs_tol=1e-12 * size)
+def same_sums(a: Fraction, b: Fraction, size: float) -> bool:
+    return math.isclose(a, b, rel_tol=1e-12, abs_tol=1e-12 * size)
 
 
 @settings(max_examples=200)
@@ -82,11 +83,13 @@ def test_a_tensor_with_something_else_than_finite_numbers_is_asked_again(what):
     stats = measure(value)
     rest = value[value.isfinite()]
     assert (stats.count, stats.nan + stats.inf, stats.min, stats.max) == (209, 1, rest.min().item(), rest.max().item())
-    assert stats.first_nonfinite.position == (11, 3) and math.isclose(stats.mean, rest.double().mean().item(), rel_tol=1e-12)
+    assert stats.first_nonfinite.position == (11, 3)
+    assert math.isclose(stats.mean, rest.double().mean().item(), rel_tol=1e-12)
 
 
 @pytest.mark.parametrize("value", [torch.randn(4, 6).half(), torch.randn(4, 6).double()])
-def test_other_tensors_are_read_by_the_definition(value): assert _read_once(value) is None and measure(value).count == 24
+def test_other_tensors_are_read_by_the_definition(value):
+    assert _read_once(value) is None and measure(value).count == 24
 
 
 def expected_places(value: torch.Tensor) -> list[tuple[int, int]]:
@@ -107,4 +110,6 @@ def test_the_largest_are_those_of_sorting(value, dtype):
 def test_the_largest_of_a_tensor_that_is_read_in_many_blocks():
     value = torch.ones(40_000, 10, dtype=torch.bfloat16)
     value[39_999, 9] = value[20_000, 4] = 2
-    assert largest_places(value, value.abs().amax(0)) == expected_places(value) == [(20_000, 4), (39_999, 9), *((0, i) for i in range(6))]
+    assert largest_places(value, value.abs().amax(0)) == expected_places(value) == [
+        (20_000, 4), (39_999, 9), *((0, i) for i in range(6))
+    ]

@@ -1,4 +1,5 @@
-"""Where tensors pass: what `watch` shows, that it changes nothing, and that nobody else hooks a module to look at it."""
+"""Where tensors pass: what `watch` shows, that it changes nothing, and that nobody else hooks a module to look at
+it."""
 import re
 from copy import deepcopy
 from pathlib import Path
@@ -16,7 +17,8 @@ from qcal_nb.lifecycle import restore, snapshot
 from qcal_nb.taps import TAPS, has_tap, unwatch, watch
 
 PACKAGE = Path(qcal_nb.__file__).parent
-# who registers hooks for something else: a guard against foreign passes, the modules that a block's pass meets, a quantized output
+# who registers hooks for something else: a guard against foreign passes, the modules that a block's pass meets, a
+# quantized output
 NOT_TO_LOOK = {"calibration/lock.py", "pipelines/sequential.py", "lifecycle/steps.py", "taps.py"}
 
 
@@ -31,7 +33,10 @@ class Named(Module):
 
 
 def test_nobody_else_hooks_a_module_to_look_at_it():
-    hooks = {p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py") if re.search(r"register_forward_(pre_)?hook\(", p.read_text())}
+    hooks = {
+        p.relative_to(PACKAGE).as_posix()
+        for p in PACKAGE.rglob("*.py") if re.search(r"register_forward_(pre_)?hook\(", p.read_text())
+    }
     assert hooks <= NOT_TO_LOOK, hooks - NOT_TO_LOOK
 
 
@@ -53,7 +58,9 @@ def test_states_of_attention_as_they_are_and_the_same_logits():
     before, seen = snapshot(model), {}
     attention = next(iter(attention_modules(model).values()))
     assert not any(has_tap(attention, state) for state in "qkv")
-    with pytest.raises(ValueError, match="base_name='k': no such tensor passes this LlamaAttention.*only where attention is hooked"):
+    with pytest.raises(
+        ValueError, match="base_name='k': no such tensor passes this LlamaAttention.*only where attention is hooked"
+    ):
         watch(attention, "k", print)
     hook_attention(model, attention)
     handles = [watch(attention, state, lambda value, state=state: seen.update({state: value})) for state in "qkv"]

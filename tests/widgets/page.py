@@ -12,7 +12,7 @@ KERNEL = """async code => {
   await future.done;
   return { text, error };
 }"""
-PICTURE = """async img => { const bytes = new Uint8Array(await (await fetch(img.src)).arrayBuffer()); return Array.from(bytes); }"""
+PICTURE = "async img => Array.from(new Uint8Array(await (await fetch(img.src)).arrayBuffer()))"
 
 
 def ask(page, expression):
@@ -49,7 +49,9 @@ def click(page, step, phase):
     from playwright.sync_api import expect
     page.locator(f"button.qcal-{step}").click()
     until(page, "[wb.session.phase, wb.session.running]", [phase, ""])
-    names = dict(original="Original", initialized="Initialized", started="Calibration", fed="Calibration", ended="Frozen")
+    names = dict(
+        original="Original", initialized="Initialized", started="Calibration", fed="Calibration", ended="Frozen"
+    )
     expect(page.locator(".qcal-phase .chip.now")).to_have_text(names[phase])
     legal = ask(page, "{k: v is None for k, v in wb.session.legal().items()}")
     for name, may in legal.items():

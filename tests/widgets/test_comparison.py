@@ -75,23 +75,35 @@ def test_a_question_that_nobody_asks_any_more_is_given_up(monkeypatch, session):
 
 
 def test_the_schemes_observer_is_that_of_the_model(session):
-    config = dict(group_0=dict(targets=["Linear"], weights=dict(num_bits=8), input_activations=dict(num_bits=8, observer="minmax")),
-                  group_1=dict(targets=[UP], weights=dict(num_bits=8, observer="mse"), input_activations=dict(num_bits=8, observer="mse")),
-                  group_2=dict(targets=["re:.*layers.0.*down_proj"], input_activations=dict(num_bits=8, observer="percentile")))
+    config = dict(
+        group_0=dict(
+            targets=["Linear"], weights=dict(num_bits=8), input_activations=dict(num_bits=8, observer="minmax")
+        ),
+        group_1=dict(
+            targets=[UP], weights=dict(num_bits=8, observer="mse"), input_activations=dict(num_bits=8, observer="mse")
+        ),
+        group_2=dict(targets=["re:.*layers.0.*down_proj"], input_activations=dict(num_bits=8, observer="percentile")),
+    )
     model = make_model("llama_gqa")
     modifier = QuantizationModifier(config_groups=config, ignore=["lm_head", "re:.*o_proj"])
     run = record(model, make_batches(1), progress=False)
     modifier.initialize_quantization(model)
     for base_name in ("input", "weight"):
         found = scheme_args_by_module(run, modifier.resolved_config, base_name)
-        real = {name: scheme_args(m, base_name) for name, m in model.named_modules() if name in run.types and scheme_args(m, base_name) is not None}
-        assert {n: a.observer for n, a in found.items()} == {n: a.observer for n, a in real.items()} and len(found) in (11, 12)
+        real = {
+            name: scheme_args(m, base_name)
+            for name, m in model.named_modules() if name in run.types and scheme_args(m, base_name) is not None
+        }
+        assert {n: a.observer for n, a in found.items()} == {n: a.observer for n, a in real.items()}
+        assert len(found) in (11, 12)
 
 
 def test_nothing_recorded(session):
     panel = ready(session)
-    assert panel.picture.alt == "Nothing recorded yet: feed a batch to compare observers" and drawn(panel) == {} and panel.tables._thread is None
-    assert panel.use.disabled and "nothing was recorded yet" in panel.use.tooltip and panel.observers.value == panel.table.value == ""
+    assert panel.picture.alt == "Nothing recorded yet: feed a batch to compare observers" and drawn(panel) == {}
+    assert panel.tables._thread is None
+    assert panel.use.disabled and "nothing was recorded yet" in panel.use.tooltip
+    assert panel.observers.value == panel.table.value == ""
     assert base64.b64decode(panel._repr_mimebundle_()["image/png"]).startswith(b"\x89PNG")
     panel.close()
 
@@ -101,9 +113,12 @@ def test_what_is_shown_is_what_analysis_says(session):
     truth = per_reader(compare_observers(session.record, args=question_of(session, panel.state).args))
     truth = truth[truth.base_name == "input"]
     sqnr = truth.pivot(index="module", columns="observer", values="sqnr_db").loc[list(dict.fromkeys(truth.module))]
-    seen = torch.tensor([[x if x is not None else float("nan") for x in column[:4]] for column in drawn(panel)["sqnr_db"]])
+    seen = torch.tensor(
+        [[x if x is not None else float("nan") for x in column[:4]] for column in drawn(panel)["sqnr_db"]]
+    )
     assert torch.allclose(seen, torch.tensor(sqnr[observers_from_stats()].to_numpy(float)).float(), atol=1e-3)
-    assert panel.rows.best_db.tolist() == truth[truth.best].sqnr_db.tolist() and panel.rows.best.tolist() == truth[truth.best].observer.tolist()
+    assert panel.rows.best_db.tolist() == truth[truth.best].sqnr_db.tolist()
+    assert panel.rows.best.tolist() == truth[truth.best].observer.tolist()
     assert "14 input tensors as <b>fp8, symmetric, one scale per tensor</b>" in panel.verdict.value
     assert set(panel.rows.scheme) == {"static_minmax"} and (panel.rows.gain_db >= 0).all()
     panel.close()
@@ -121,8 +136,10 @@ def test_one_tensor():
 def test_select_by_mouse_list_and_python_and_hover(session):
     panel = ready(feed(session))
     click(panel, 13)
-    assert panel.state.selected == DOWN == panel.select.value and drawn(panel)["selected"] == [13] and f"{DOWN} is selected" in panel.picture.alt
-    assert panel.observers.value.count("<tr>") - 1 >= 4 and "best" in panel.observers.value and "±" in panel.observers.value
+    assert panel.state.selected == DOWN == panel.select.value and drawn(panel)["selected"] == [13]
+    assert f"{DOWN} is selected" in panel.picture.alt
+    assert panel.observers.value.count("<tr>") - 1 >= 4 and "best" in panel.observers.value
+    assert "±" in panel.observers.value
     panel.select.value = UP
     assert panel.state.selected == UP and drawn(panel)["selected"] == [12]
     panel.state.selected = ""
@@ -144,7 +161,8 @@ def test_filter_layer_format_and_order(session):
     panel.layer.value = 1
     assert panel.rows.module.tolist() == [DOWN]
     panel.pattern.value = "nothing"
-    assert "No input tensor matches the filter" in panel.verdict.value and panel.picture.alt == "No tensor matches the filter"
+    assert "No input tensor matches the filter" in panel.verdict.value
+    assert panel.picture.alt == "No tensor matches the filter"
     panel.pattern.value, panel.layer.value = "", -1
     eight = panel.rows.best_db.mean()
     panel.format.value = "int3"
@@ -169,7 +187,8 @@ def test_a_question_asked_before_is_not_asked_again(monkeypatch, session):
     monkeypatch.setattr(drawing, "plot_observers", lambda *_, **__: pytest.fail("drawn again"))
     for base_name in ("input", "weight", "input"):
         panel.base_name.value = base_name
-        assert drawn(panel)["sqnr_db"] and panel.rows.module.tolist() == [m for m, b in session.record.tensors if b == base_name]
+        assert drawn(panel)["sqnr_db"]
+        assert panel.rows.module.tolist() == [m for m, b in session.record.tensors if b == base_name]
     assert panel.use_for.value == ("input",)
     panel.close()
 
@@ -181,7 +200,8 @@ def test_while_batches_run_nothing_is_compared(session, monkeypatch):
     panel = ObserverComparison(session)
     session.listen(lambda what: (panel.refresh(what), notes.append(panel.note.value)) if what == "batch" else None)
     feed(session)
-    assert asked and not any(asked) and any("updated when feeding ends" in note for note in notes) and "Batches are running" not in panel.note.value
+    assert asked and not any(asked) and any("updated when feeding ends" in note for note in notes)
+    assert "Batches are running" not in panel.note.value
     panel.close()
 
 
@@ -235,7 +255,10 @@ def test_a_minmax_of_a_weight_is_known_as_static_minmax(session):
     panel = ready(feed(session), WorkbenchState(base_name="weight"))
     table = panel.compared[panel.compared.observer == "static_minmax"]
     assert set(panel.rows.scheme) == {"memoryless_minmax"} and panel.rows.scheme_db.tolist() == table.sqnr_db.tolist()
-    truth = record(make_model("llama_gqa"), None, scheme="FP8", observers=["memoryless_minmax"], base_names=["weight"], progress=False)
+    truth = record(
+        make_model("llama_gqa"), None, scheme="FP8", observers=["memoryless_minmax"], base_names=["weight"],
+        progress=False
+    )
     assert compare_observers(truth, ["memoryless_minmax"]).sqnr_db.tolist() == table.sqnr_db.tolist()
     panel.close()
 
@@ -251,7 +274,9 @@ def test_nan_zeros_and_an_exact_format():
     names = ["a", "b", "c"]
     values = torch.tensor([1.0, float("nan"), -2.0]), torch.zeros(4), torch.tensor([1.0, -1.0, 0.5, 2.0])
     session = Session(torch.nn.Sequential(torch.nn.Linear(2, 2)), ignore=[])
-    session.record = CalibrationRecord({(n, "input"): measure(v[None]) for n, v in zip(names, values)}, dict.fromkeys(names, "Linear"))
+    session.record = CalibrationRecord(
+        {(n, "input"): measure(v[None]) for n, v in zip(names, values)}, dict.fromkeys(names, "Linear")
+    )
     panel = ready(session)
     for name in names:
         panel.state.selected = name
@@ -278,7 +303,9 @@ def test_a_comparison_that_fails_is_explained_and_the_panel_goes_on(session, mon
 def many(n):
     names = [f"model.layers.{i // 7}.m{i % 7}" for i in range(n)]
     stats = [measure(torch.randn(2, 64, generator=torch.Generator().manual_seed(i)) * (1 + i)) for i in range(7)]
-    return CalibrationRecord({(name, "input"): stats[i % 7] for i, name in enumerate(names)}, dict.fromkeys(names, "Linear"))
+    return CalibrationRecord(
+        {(name, "input"): stats[i % 7] for i, name in enumerate(names)}, dict.fromkeys(names, "Linear")
+    )
 
 
 def test_a_thousand_tensors():

@@ -1,4 +1,5 @@
-"""RangeExplorer without a browser: what it shows, chooses and says in every state; drawings and tables are made once for a record."""
+"""RangeExplorer without a browser: what it shows, chooses and says in every state; drawings and tables are made once
+for a record."""
 import time
 
 import numpy as np
@@ -24,7 +25,9 @@ def explore(tensors, **state):
     session = Session(torch.nn.Sequential(torch.nn.Linear(2, 2)), ignore=[])
     if isinstance(tensors, dict):
         stats = {key: measure(value) for key, value in tensors.items()}
-        tensors = CalibrationRecord(stats, dict.fromkeys((m for m, _ in stats), "Linear"), spans=((0, 1),), level_tokens={0: 8})
+        tensors = CalibrationRecord(
+            stats, dict.fromkeys((m for m, _ in stats), "Linear"), spans=((0, 1),), level_tokens={0: 8}
+        )
     session.record = tensors
     return RangeExplorer(session, WorkbenchState(**state))
 
@@ -37,7 +40,8 @@ def column(panel, index):
 
 
 @pytest.fixture(scope="module")
-def run(): return record(make_model("llama_gqa"), make_batches(4), base_names=["input", "weight", "output"], progress=False)
+def run():
+    return record(make_model("llama_gqa"), make_batches(4), base_names=["input", "weight", "output"], progress=False)
 
 
 @pytest.fixture
@@ -71,7 +75,9 @@ def test_hover_names_and_click_selects_in_both_views(panel, view):
         row = panel.shown.iloc[index]
         panel.picture.pointer = [column(panel, index), 0.5]
         words = readers_in_words(row.readers)
-        assert panel.picture.hint == f"{words}\n{row['min']:.4g} … {row['max']:.4g}, outlier ratio {row.outlier_ratio:.3g}"
+        assert (
+            panel.picture.hint == f"{words}\n{row['min']:.4g} … {row['max']:.4g}, outlier ratio {row.outlier_ratio:.3g}"
+        )
         panel.picture.clicked = [column(panel, index), 0.5, index]
         assert panel.state.selected == panel.select.value == row.module
         assert words in panel.numbers.value and f"{row['min']:.4g} … {row['max']:.4g}" in panel.numbers.value
@@ -95,7 +101,8 @@ def test_orders_sort_table_and_list(panel, run, order):
     assert [v for _, v in panel.select.options[1:]] == expected
     places = [panel.table.value.index(f">{m}<") for m in expected]
     assert places == sorted(places) and "outlier ratio</abbr>" in panel.table.value
-    assert panel.shown.module.tolist() == choose(ranges(run), base_name="input").module.tolist()  # the picture stays in model order
+    # the picture stays in model order
+    assert panel.shown.module.tolist() == choose(ranges(run), base_name="input").module.tolist()
 
 
 def test_sqnr_is_found_when_asked_for_and_once(panel, run, monkeypatch):
@@ -105,12 +112,15 @@ def test_sqnr_is_found_when_asked_for_and_once(panel, run, monkeypatch):
     assert calls == [] and "sqnr_db" not in panel.shown
     panel.order.value = "sqnr_db"
     panel._known.comparing.join(180)
-    best = compare_observers(run).query("base_name == 'input'").groupby("module").sqnr_db.max().sort_values(kind="stable")
+    best = compare_observers(run).query("base_name == 'input'").groupby("module").sqnr_db.max().sort_values(
+        kind="stable"
+    )
     shown = choose(panel.shown, order="sqnr_db").set_index("module").sqnr_db
     assert shown.is_monotonic_increasing and np.allclose(shown, best[shown.index])
     panel.layer.value = 1
     panel.order.value, panel.order.value = "absmax", "sqnr_db"
-    assert len(calls) == 1 and calls[0] is run and "Computing the SQNR" not in panel.hint.value and ">SQNR<" in panel.table.value
+    assert len(calls) == 1 and calls[0] is run and "Computing the SQNR" not in panel.hint.value
+    assert ">SQNR<" in panel.table.value
 
 
 def test_a_refused_filter_is_explained_and_changes_nothing(panel):
@@ -134,7 +144,8 @@ def test_state_set_from_python_moves_the_controls_and_is_not_moved_by_them(panel
 def test_a_selection_that_is_not_shown_says_so(panel):
     panel.state.selected = "model.layers.1.mlp.up_proj"
     panel.layer.value = 0
-    assert "model.layers.1.mlp.up_proj is selected, but it is not shown here" in panel.numbers.value and panel.select.value == ""
+    assert "model.layers.1.mlp.up_proj is selected, but it is not shown here" in panel.numbers.value
+    assert panel.select.value == ""
     assert panel.state.selected == "model.layers.1.mlp.up_proj"
 
 
@@ -159,7 +170,8 @@ def test_nothing_matches_says_how_to_widen_the_choice(panel):
 
 def test_a_base_name_that_was_not_recorded(panel):
     panel.state.base_name = "q"
-    assert "No q was seen so far" in panel.hint.value and "Choose input or weight or output under Tensor" in panel.hint.value
+    assert "No q was seen so far" in panel.hint.value
+    assert "Choose input or weight or output under Tensor" in panel.hint.value
     assert panel.base_name.value == "q" and len(panel.shown) == 0
 
 
@@ -249,7 +261,9 @@ def test_the_last_batch_is_always_drawn_and_others_now_and_then(monkeypatch):
     inputs = [[session.record[key].min, session.record[key].max] for key in session.record.readers if key[1] == "input"]
     assert data_of(panel.picture.png)["range"] == inputs and panel.state.selected == ""
     assert 1 <= len(spent) < 12
-    assert all(after[0] - before[1] >= (before[1] - before[0]) / panels.SHARE * 0.9 for before, after in zip(spent, spent[1:]))
+    assert all(
+        after[0] - before[1] >= (before[1] - before[0]) / panels.SHARE * 0.9 for before, after in zip(spent, spent[1:])
+    )
     session._listeners[:] = []
     session.reset()
 

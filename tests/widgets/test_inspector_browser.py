@@ -1,4 +1,5 @@
-"""The panel for one tensor in JupyterLab in Chromium: keys on its controls move read-out and picture, and both are what the kernel holds."""
+"""The panel for one tensor in JupyterLab in Chromium: keys on its controls move read-out and picture, and both are what
+the kernel holds."""
 import json
 import re
 import struct
@@ -31,7 +32,8 @@ def data_of(page, name):
     while at < len(data):
         size, kind = struct.unpack(">I4s", data[at:at + 8])
         body = data[at + 8:at + 8 + size]
-        if kind == b"zTXt" and body.startswith(b"qcal_nb\0"): return json.loads(zlib.decompress(body.split(b"\0", 1)[1][1:]))
+        if kind == b"zTXt" and body.startswith(b"qcal_nb\0"):
+            return json.loads(zlib.decompress(body.split(b"\0", 1)[1][1:]))
         at += 12 + size
     assert not data, "the picture carries no data"
     return {}  # not drawn yet
@@ -47,7 +49,9 @@ def eventually(found, wanted, seconds=120):
 
 def by_hand(page):
     "Scale and SQNR of the scale by hand, as the page writes them."
-    cells = next(v for k, v in page.locator(".qcal-inspector-readout-box table").evaluate(READOUT).items() if "by hand" in k)
+    cells = next(
+        v for k, v in page.locator(".qcal-inspector-readout-box table").evaluate(READOUT).items() if "by hand" in k
+    )
     return [cells[0], cells[4].split(" dB")[0]]
 
 
@@ -57,7 +61,8 @@ from qcal_nb.plots.tensor import stored_values
 def _ends():
     "The smallest and the largest number that the scale by hand can store, from the record and the state alone."
     key = panel.shown()[0]
-    found = result_by_hand(session.record[key], key[1], panel.state.args() or recorded_args(session.record, key), panel.state.clip)
+    args = panel.state.args() or recorded_args(session.record, key)
+    found = result_by_hand(session.record[key], key[1], args, panel.state.clip)
     return [stored_values(found)[[0, -1]].tolist()]
 def _written():
     row = panel.table.set_index("observer").loc["by hand"]
@@ -70,7 +75,9 @@ def _channels(): return session.record[panel.shown()[0]].channels.tolist()
 def page(lab, open_nb):
     cells = [dict(cell_type="code", id="a0", metadata={}, source=CELL, outputs=[], execution_count=None)]
     meta = dict(kernelspec=dict(name="python3", display_name="python3", language="python"))
-    (lab.root/"inspector.ipynb").write_text(json.dumps(dict(cells=cells, metadata=meta, nbformat=4, nbformat_minor=5)), encoding="utf-8")
+    (lab.root/"inspector.ipynb").write_text(
+        json.dumps(dict(cells=cells, metadata=meta, nbformat=4, nbformat_minor=5)), encoding="utf-8"
+    )
     page = open_nb("inspector.ipynb", viewport=(1200, 1500))
     page.locator(".qcal-inspector-histogram img").wait_for()
     assert page.evaluate(KERNEL, LOOK)["error"] is None
@@ -78,7 +85,9 @@ def page(lab, open_nb):
 
 
 def press(page, control, key, times=1):
-    handle = page.locator(f".qcal-inspector-{control} .noUi-handle, .qcal-inspector-{control} select, .qcal-inspector-{control} input").first
+    handle = page.locator(
+        f".qcal-inspector-{control} .noUi-handle, .qcal-inspector-{control} select, .qcal-inspector-{control} input"
+    ).first
     handle.focus()
     for _ in range(times): page.keyboard.press(key)
 
@@ -93,7 +102,8 @@ def test_sliders_move_readout_and_picture(page):
     press(page, "clip", "ArrowLeft", 20)
     eventually(lambda: ask(page, "round(panel.state.clip, 6)"), lambda: 0.9)
     second = as_held()
-    assert second["by hand"] != first["by hand"] and second["count"] == first["count"] and second["static_minmax"] == first["static_minmax"]
+    assert second["by hand"] != first["by hand"] and second["count"] == first["count"]
+    assert second["static_minmax"] == first["static_minmax"]
 
     press(page, "format", "ArrowRight", 3)
     eventually(lambda: ask(page, "panel.state.format"), lambda: "int4")

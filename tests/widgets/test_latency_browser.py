@@ -1,4 +1,5 @@
-"""How fast the workbench feels: from a click in Chromium until the new picture is on the page, and the kernel's part. Prints, asserts no time.
+"""How fast the workbench feels: from a click in Chromium until the new picture is on the page, and the kernel's part.
+Prints, asserts no time.
 
 `make latency` prints the table: on the embedded model, and on a made-up record of 1,000 tensors.
 """
@@ -17,7 +18,8 @@ WATCH = """() => {
   window.next_picture = () => { const img = visible(), src = img.src, t0 = performance.now();
     return new Promise((done, fail) => { const look = () => { const now = visible();
       if (now && now.src !== src && now.complete) requestAnimationFrame(() => done(performance.now() - t0));
-      else if (performance.now() - t0 > 60000) fail('no new picture'); else requestAnimationFrame(look); }; look(); }); };
+      else if (performance.now() - t0 > 60000) fail('no new picture');
+      else requestAnimationFrame(look); }; look(); }); };
 }"""
 THOUSAND = """
 import torch, time
@@ -26,7 +28,9 @@ from qcal_nb.records import CalibrationRecord
 from qcal_nb.stats import measure
 _names = [f"model.layers.{i // 7}.m{i % 7}" for i in range(500)]
 _bell = torch.randn(400, 64, generator=torch.Generator().manual_seed(0))
-_stats = [(measure(_bell * (1 + i % 5 + 20 * (i == 77)), 0), measure(_bell.T.contiguous() * 0.02, None)) for i in range(20)]
+_stats = [
+    (measure(_bell * (1 + i % 5 + 20 * (i == 77)), 0), measure(_bell.T.contiguous() * 0.02, None)) for i in range(20)
+]
 _tensors = {(n, b): _stats[i % 20][j] for i, n in enumerate(_names) for j, b in enumerate(("input", "weight"))}
 _record = CalibrationRecord(_tensors, dict.fromkeys(_names, "Linear"), spans=((0, 1),), level_tokens={0: 400})
 wb.close()
@@ -73,7 +77,9 @@ def choose(page, label, values):
 def test_latency(open_nb, what, record_property):
     page = open_nb("app.ipynb", viewport=(1400, 1900))
     if what == "embedded":
-        assert page.evaluate(KERNEL, "for step in ('initialize', 'start', 'feed_all', 'end'): getattr(wb, step)()")["error"] is None
+        assert page.evaluate(
+            KERNEL, "for step in ('initialize', 'start', 'feed_all', 'end'): getattr(wb, step)()"
+        )["error"] is None
     else: open_thousand(page)
     assert page.evaluate(KERNEL, TIMED)["error"] is None
     page.evaluate(WATCH)
@@ -95,6 +101,7 @@ def test_latency(open_nb, what, record_property):
 def open_thousand(page):
     "Put the made-up record in the place of the workbench, as the output of a cell of its own."
     page.evaluate("""async code => { const panel = window.jupyterapp.shell.currentWidget;
-        await window.jupyterapp.commands.execute('notebook:insert-cell-below'); panel.content.activeCell.model.sharedModel.setSource(code);
+        await window.jupyterapp.commands.execute('notebook:insert-cell-below');
+        panel.content.activeCell.model.sharedModel.setSource(code);
         await window.jupyterapp.commands.execute('notebook:run-cell'); }""", THOUSAND)
     until(page, "len(wb.record)", 1000)

@@ -30,7 +30,8 @@ def panel_picture(page, panel):
 def wait_for_picture(page, key, seconds=60):
     "The visible picture's numbers, once it has some under `key`."
     deadline = time.monotonic() + seconds
-    while key not in (found := panel_picture(page, ".qcal-workbench")) and time.monotonic() < deadline: page.wait_for_timeout(200)
+    while key not in (found := panel_picture(page, ".qcal-workbench")) and time.monotonic() < deadline:
+        page.wait_for_timeout(200)
     return found
 
 
@@ -50,7 +51,8 @@ def shot(page, request, name):
 
 
 def calibrated(page):
-    for step, phase in (("initialize", "initialized"), ("start", "started"), ("feed-all", "fed"), ("end", "ended")): click(page, step, phase)
+    for step, phase in (("initialize", "initialized"), ("start", "started"), ("feed-all", "fed"), ("end", "ended")):
+        click(page, step, phase)
 
 
 def test_use_best_changes_the_scheme_and_the_next_end_yields_those_scales(app, request):
@@ -58,18 +60,30 @@ def test_use_best_changes_the_scheme_and_the_next_end_yields_those_scales(app, r
     calibrated(app)
     tab(app, "Compare")
     columns = wait_for_picture(app, "sqnr_db")["sqnr_db"]
-    held = ask(app, "[[None if x != x else round(x, 3) for x in wb.comparison.compared[wb.comparison.compared.module == m].sqnr_db.astype(float)]"
-                    " for m in wb.comparison.rows.module]")
-    assert [[None if x is None else round(x, 2) for x in c] for c in columns] == [[None if x is None else round(x, 2) for x in c] for c in held]
+    held = ask(
+        app,
+        "[[None if x != x else round(x, 3) for x in "
+        "wb.comparison.compared[wb.comparison.compared.module == m].sqnr_db.astype(float)] "
+        "for m in wb.comparison.rows.module]",
+    )
+    assert [[None if x is None else round(x, 2) for x in c] for c in columns] == [
+        [None if x is None else round(x, 2) for x in c] for c in held
+    ]
     best = ask(app, "dict(zip(wb.comparison.rows.module, wb.comparison.rows.best))")
     assert len(set(best.values())) > 1  # whose are not all the recipe's
     press(app, "button:has-text('Use best')")
     # Seen on a busy machine: the model was back at the original and the new recipe not there yet.
-    named = "{t: s.input_activations.observer for s in wb.recipe().resolved_config.config_groups.values() for t in s.targets}"
+    named = (
+        "{t: s.input_activations.observer for s in wb.recipe().resolved_config.config_groups.values() for t in "
+        "s.targets}"
+    )
     until(app, f"(lambda named: {{m: named.get(m, named.get('Linear')) for m in {list(best)!r}}})({named})", best)
     until(app, "wb.session.phase", "original")
     for step, phase in (("initialize", "initialized"), ("start", "fed"), ("end", "ended")): click(app, step, phase)
-    scales = f"[(m.input_scale, wb.record.results[n, 'input', {best!r}[n]].scale) for n, m in wb.session.model.named_modules() if n in {best!r}]"
+    scales = (
+        f"[(m.input_scale, wb.record.results[n, 'input', {best!r}[n]].scale) for n, m in "
+        f"wb.session.model.named_modules() if n in {best!r}]"
+    )
     assert ask(app, f"(lambda pairs: [len(pairs), all(torch.equal(a, b) for a, b in pairs)])({scales})") == [28, True]
     shot(app, request, "compare-used")
     assert not app.console_errors
@@ -152,7 +166,8 @@ def test_screenshots(open_nb, request, theme):
     "A walk through the main states in both themes; `make screenshots` keeps the pictures."
     page = open_nb("app.ipynb", viewport=(1400, 1900))
     page.evaluate(KERNEL, "import json, torch")
-    if theme == "dark": page.evaluate("window.jupyterapp.commands.execute('apputils:change-theme', { theme: 'JupyterLab Dark' })")
+    if theme == "dark":
+        page.evaluate("window.jupyterapp.commands.execute('apputils:change-theme', { theme: 'JupyterLab Dark' })")
     until(page, "wb.session.phase", "original")
     shot(page, request, f"{theme}-1-original")
     for name in ("Histogram", "Compare", "Code"):

@@ -21,9 +21,11 @@ def _digest():
     bits = hashlib.sha256()
     for name, p in sorted(wb.session.model.named_parameters()):
         bits.update(name.encode() + p.detach().contiguous().view(torch.uint8).numpy().tobytes())
-    with torch.no_grad(): logits = wb.session.model(tokenizer("def f(x): return x", return_tensors="pt").input_ids).logits
+    ids = tokenizer("def f(x): return x", return_tensors="pt").input_ids
+    with torch.no_grad(): logits = wb.session.model(ids).logits
     return [bits.hexdigest(), hashlib.sha256(logits.numpy().tobytes()).hexdigest()]
-def _ranges(base_name="input"): return [[wb.record[key].min, wb.record[key].max] for key in wb.record.readers if key[1] == base_name]
+def _ranges(base_name="input"):
+    return [[wb.record[key].min, wb.record[key].max] for key in wb.record.readers if key[1] == base_name]
 _ids = {n: id(p) for n, p in wb.session.model.named_parameters()}
 """
 
@@ -38,7 +40,8 @@ def changes_in_kernel(page):
 
 
 def drawn(page, key="range", held="_ranges()", seconds=60):
-    "What the picture holds under `key`, once it is what the kernel holds. Pictures follow a step a moment later than its labels."
+    """What the picture holds under `key`, once it is what the kernel holds. Pictures follow a step a moment later than
+    its labels."""
     deadline = time.monotonic() + seconds
     while picture(page).get(key) != ask(page, held) and time.monotonic() < deadline: time.sleep(0.2)
     assert picture(page)[key] == ask(page, held)
@@ -80,7 +83,8 @@ def test_from_initialize_to_reset(open_nb, request):
     shot(page, request, "ended")
 
     click(page, "reset", "original")
-    assert ask(page, "_digest()") == start and ask(page, "_ids == {n: id(p) for n, p in wb.session.model.named_parameters()}")
+    assert ask(page, "_digest()") == start
+    assert ask(page, "_ids == {n: id(p) for n, p in wb.session.model.named_parameters()}")
     assert changes_on_page(page) == changes_in_kernel(page)
     assert len(drawn(page)) == 16  # the record is kept
     assert not page.console_errors
@@ -119,7 +123,9 @@ def test_back_filter_select_and_errors(open_nb):
     left, width = ask(page, "[wb.explorer._ax.get_position().x0, wb.explorer._ax.get_position().width]")
     x = box["x"] + box["width"] * (left + width * (2 + 0.8) / 4.6)  # the third of four bars
     page.mouse.move(x, box["y"] + box["height"] / 2)
-    until(page, "wb.explorer.picture.hint.split()[0] if wb.explorer.picture.hint else ''", "model.layers.2.mlp.down_proj")
+    until(
+        page, "wb.explorer.picture.hint.split()[0] if wb.explorer.picture.hint else ''", "model.layers.2.mlp.down_proj"
+    )
     page.mouse.click(x, box["y"] + box["height"] / 2)
     until(page, "wb.selected", "model.layers.2.mlp.down_proj")
     expect(page.locator(".qcal-range-numbers")).to_contain_text("model.layers.2.mlp.down_proj")

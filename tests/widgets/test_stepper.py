@@ -1,4 +1,5 @@
-"""LifecycleStepper without a browser: every state it can be in, every field of a scheme, and words with a remedy for what goes wrong."""
+"""LifecycleStepper without a browser: every state it can be in, every field of a scheme, and words with a remedy for
+what goes wrong."""
 import threading
 from html import escape
 
@@ -48,7 +49,8 @@ def test_the_fields_show_every_preset_and_an_edit_of_nothing_is_that_preset(pane
                 continue
             assert [shown[k].value for k in ("num_bits", "type", "symmetric", "strategy", "dynamic")] \
                 == [args.num_bits, args.type, args.symmetric, args.strategy, args.dynamic], name
-            assert shown["group_size"].value == (args.group_size or 0) and shown["observer"].value == (args.observer or "")
+            assert shown["group_size"].value == (args.group_size or 0)
+            assert shown["observer"].value == (args.observer or "")
         assert panel.session.scheme == panel.scheme.value == name and panel.error.value == ""
 
 
@@ -89,7 +91,8 @@ def test_one_field_is_edited_or_the_reason_is_said(panel, start, part, name, val
     s = panel.session
     assert differences(model, fingerprint(s.model)) == []
     if expected is None:
-        assert s.scheme == panel.scheme.value == start and s.modifier.resolved_config == before and fields(panel, part)[name].value == old
+        assert s.scheme == panel.scheme.value == start and s.modifier.resolved_config == before
+        assert fields(panel, part)[name].value == old
         assert 'role="alert"' in panel.error.value and "Nothing was changed" in panel.error.value
         return
     args = getattr(s.modifier.resolved_config.config_groups["group_0"], part)
@@ -97,7 +100,9 @@ def test_one_field_is_edited_or_the_reason_is_said(panel, start, part, name, val
     assert panel.scheme.value == "custom" and ">custom</abbr>" in panel.words.value
     assert fields(panel, part)[name].value == value and isinstance(s.scheme, dict)
     other = next(p for p in panel.parts if p != part)
-    assert getattr(before.config_groups["group_0"], other) == getattr(s.modifier.resolved_config.config_groups["group_0"], other)
+    assert getattr(before.config_groups["group_0"], other) == getattr(
+        s.modifier.resolved_config.config_groups["group_0"], other
+    )
 
 
 def test_an_edited_scheme_is_a_line_of_python_that_does_the_same(panel):
@@ -108,7 +113,8 @@ def test_an_edited_scheme_is_a_line_of_python_that_does_the_same(panel):
     assert again.modifier.resolved_config == panel.session.modifier.resolved_config
     assert panel.session.modifier.resolved_config.config_groups["group_0"].input_activations is None
     press(panel, "initialize", "start", "end")
-    assert panel.session.phase == "ended" and all(m.weight_scale.shape[0] > 1 for m in panel.session.model.modules() if hasattr(m, "weight_scale"))
+    assert panel.session.phase == "ended"
+    assert all(m.weight_scale.shape[0] > 1 for m in panel.session.model.modules() if hasattr(m, "weight_scale"))
 
 
 def test_every_registered_observer_is_offered(panel):
@@ -117,12 +123,15 @@ def test_every_registered_observer_is_offered(panel):
 
 def test_custom_opens_the_fields_and_changes_nothing(panel):
     panel.scheme.value = "custom"
-    assert panel.editor.selected_index == 0 and panel.scheme.value == panel.session.scheme == "FP8" and panel.session.code == []
+    assert panel.editor.selected_index == 0 and panel.scheme.value == panel.session.scheme == "FP8"
+    assert panel.session.code == []
 
 
 def test_fields_are_shut_once_the_scheme_is_in_use_and_say_why(panel):
     press(panel, "initialize")
-    everything = [panel.scheme, panel.targets, panel.ignore, *(f for part in panel.parts.values() for f in part.fields.values())]
+    everything = [
+        panel.scheme, panel.targets, panel.ignore, *(f for part in panel.parts.values() for f in part.fields.values())
+    ]
     assert all(f.disabled and "the scheme is in use (the model is initialized)" in f.tooltip for f in everything)
     assert "the scheme is in use" in panel.why.value
     press(panel, "back")
@@ -132,9 +141,12 @@ def test_fields_are_shut_once_the_scheme_is_in_use_and_say_why(panel):
 def test_schemes_set_from_python_have_a_label(panel):
     s = panel.session
     s.configure(scheme={"FP8": ["re:.*mlp.*"], "W8A8": ["re:.*self_attn.*"]})
-    assert panel.scheme.value == "custom" and "re:.*mlp.*" in panel.words.value and "groups of modules have different schemes" in panel.why.value
+    assert panel.scheme.value == "custom" and "re:.*mlp.*" in panel.words.value
+    assert "groups of modules have different schemes" in panel.why.value
     assert all(f.disabled for f in fields(panel).values())
-    s.configure(scheme=QuantizationScheme(targets=["Linear"], weights=dict(num_bits=4, strategy="group", group_size=32)))
+    s.configure(
+        scheme=QuantizationScheme(targets=["Linear"], weights=dict(num_bits=4, strategy="group", group_size=32))
+    )
     assert panel.scheme.value == "custom" and fields(panel)["group_size"].value == 32
     s._options["scheme"] = "recipe.yaml"  # a label that stands for a recipe
     panel.refresh()
@@ -152,14 +164,16 @@ def test_what_initialize_would_refuse_is_said_before(panel):
     fields(panel)["group_size"].value = 48
     assert "Initialize will refuse this: the scheme does not fit 14 tensors" in panel.words.value
     press(panel, "initialize")
-    assert "the scheme does not fit" in panel.error.value and "Choose another scheme" in panel.error.value and panel.session.phase == "original"
+    assert "the scheme does not fit" in panel.error.value and "Choose another scheme" in panel.error.value
+    assert panel.session.phase == "original"
 
 
 @pytest.mark.parametrize("name, text", [("targets", "re:("), ("ignore", "lm_head, re:*")])
 def test_a_refused_name_is_said_and_the_field_shows_what_is_set(panel, name, text):
     before = getattr(panel, name).value
     getattr(panel, name).value = text
-    assert "is not a regular expression" in panel.error.value and getattr(panel, name).value == before == ", ".join(getattr(panel.session, name))
+    assert "is not a regular expression" in panel.error.value
+    assert getattr(panel, name).value == before == ", ".join(getattr(panel.session, name))
 
 
 # --- feeding ---
@@ -167,7 +181,8 @@ def test_a_refused_name_is_said_and_the_field_shows_what_is_set(panel, name, tex
 def test_no_data_says_so_where_one_looks():
     panel = LifecycleStepper(Session(make_model("llama_gqa")))
     press(panel, "initialize", "start")
-    assert "Cannot feed: there is no data; pass data= to feed some" in panel.note.value and "Stuck: there is no data" in panel.phase.value
+    assert "Cannot feed: there is no data; pass data= to feed some" in panel.note.value
+    assert "Stuck: there is no data" in panel.phase.value
     panel.close()
 
 
@@ -178,10 +193,13 @@ def test_stopped_half_way(panel):
     halt = s.listen(lambda what: what == "batch" and s.fed == 3 and stop(s))
     press(panel, "feed_all")
     halt()
-    assert s.fed == 3 and "Stopped after 3 of 4 batches" in panel.note.value and "Feed all continues from there" in panel.note.value
-    assert panel.bar.value == 0.75 and panel.buttons["feed_all"].button_style == "primary" and not panel.buttons["end"].disabled
+    assert s.fed == 3 and "Stopped after 3 of 4 batches" in panel.note.value
+    assert "Feed all continues from there" in panel.note.value
+    assert panel.bar.value == 0.75 and panel.buttons["feed_all"].button_style == "primary"
+    assert not panel.buttons["end"].disabled
     press(panel, "feed_all")
-    assert "4 of 4 batches fed" in panel.note.value and "all data was seen" in panel.note.value and "Stopped" not in panel.note.value
+    assert "4 of 4 batches fed" in panel.note.value and "all data was seen" in panel.note.value
+    assert "Stopped" not in panel.note.value
 
 
 def test_paused_and_resumed(panel):
@@ -224,7 +242,8 @@ def test_data_that_fails_half_way():
 
     panel = LifecycleStepper(Session(make_model("llama_gqa"), data()))
     press(panel, "initialize", "start", "feed_all")
-    assert panel.session.fed == 1 and "the disk is gone" in panel.error.value and "Cannot feed: the data cannot be read" in panel.note.value
+    assert panel.session.fed == 1 and "the disk is gone" in panel.error.value
+    assert "Cannot feed: the data cannot be read" in panel.note.value
     press(panel, "end")
     assert panel.session.phase == "ended"
     panel.close()
@@ -236,7 +255,8 @@ def test_somebody_else_at_work_on_the_model(panel):
     assert "another session" in panel.error.value and panel.session.fed == 0
     reset_quantization(panel.session.model)
     panel.refresh()
-    assert "No step is possible now" in panel.phase.value and "Something else changed the model since" in panel.error.value
+    assert "No step is possible now" in panel.phase.value
+    assert "Something else changed the model since" in panel.error.value
     assert all(b.disabled for b in panel.buttons.values())
 
 
@@ -258,7 +278,9 @@ def test_while_batches_run_only_the_progress_is_touched(panel, monkeypatch):
 
 def many(layers):
     model = torch.nn.Module()
-    model.layers = torch.nn.ModuleList(torch.nn.ModuleDict({n: torch.nn.Linear(2, 2) for n in "abcdefg"}) for _ in range(layers))
+    model.layers = torch.nn.ModuleList(
+        torch.nn.ModuleDict({n: torch.nn.Linear(2, 2) for n in "abcdefg"}) for _ in range(layers)
+    )
     return model
 
 
@@ -268,12 +290,15 @@ def test_a_thousand_modules_stay_readable():
     assert panel.matches.value.index(">layers.77.c<") < panel.matches.value.index(">layers.0.a<")
     press(panel, "initialize")
     assert "0–76 <span" in panel.tree.value and "(77 alike)" in panel.tree.value and "78–149" in panel.tree.value
-    assert "1,049 initialized" in panel.tree.value and len(panel.tree.value) < 10_000 and "and 649 more rows" in panel.changes.value
+    assert "1,049 initialized" in panel.tree.value and len(panel.tree.value) < 10_000
+    assert "and 649 more rows" in panel.changes.value
     panel.close()
 
 
 def test_layers_that_differ_are_not_merged_and_a_large_tree_is_closed():
-    statuses = [(f"m.{i}.{name}", ["original", "frozen"][(i + len(name)) % 2]) for i in range(90) for name in ("a", "bb")]
+    statuses = [
+        (f"m.{i}.{name}", ["original", "frozen"][(i + len(name)) % 2]) for i in range(90) for name in ("a", "bb")
+    ]
     html = tree_html(statuses)
     assert "alike" not in html and html.count("<details open") == 1 and html.count("<details>") == 90
     assert tree_html([("a.0", "frozen"), ("a.1", "frozen")]).count("alike") == 0  # two are not many
@@ -283,7 +308,10 @@ def test_layers_that_differ_are_not_merged_and_a_large_tree_is_closed():
 
 def test_words_are_explained_for_mouse_and_keyboard(panel):
     assert all(len(sentence) < 200 and "\n" not in sentence for sentence in GLOSSARY.values())
-    for word in ("observer", "scale", "zero point", "scheme", "strategy", "targets", "ignore", "calibrate", "freeze", "fake quantize", "SQNR"):
+    for word in (
+        "observer", "scale", "zero point", "scheme", "strategy", "targets", "ignore", "calibrate", "freeze",
+        "fake quantize", "SQNR"
+    ):
         assert 'tabindex="0"' in term(word) and escape(GLOSSARY[word.lower()]) in glossary_html()
     controls = [panel.scheme, panel.targets, panel.ignore, panel.order, panel.hold, panel.halt, *panel.buttons.values(),
                 *(f for part in panel.parts.values() for f in part.fields.values())]

@@ -15,12 +15,17 @@ def test_use_best_says_what_it_changed_and_what_comes_next(session):
     assert best
     assert panel.use_for.value == ("input",) and not panel.use.disabled
     panel.use.click()
-    assert session.phase == "original" and session.code[-1] == "use_best(['input'])" and "Initialize" in panel.used.value
+    assert session.phase == "original" and session.code[-1] == "use_best(['input'])"
+    assert "Initialize" in panel.used.value
     for name, n in best.items(): assert f"<b>{name}</b> for {n}" in panel.used.value
     for step in ("initialize", "start", "end"): getattr(session, step)()
-    assert {m: s.input_activations.observer for m, s in session.modifier.resolved_config.config_groups.items() if s.targets != ["Linear"]}
+    assert {
+        m: s.input_activations.observer
+        for m, s in session.modifier.resolved_config.config_groups.items() if s.targets != ["Linear"]
+    }
     panel.wait()
-    assert "The scheme already has the best observer everywhere" in panel.verdict.value and "there is nothing to change" in panel.verdict.value
+    assert "The scheme already has the best observer everywhere" in panel.verdict.value
+    assert "there is nothing to change" in panel.verdict.value
     panel.use_for.value = ("input", "weight")
     panel.use.click()
     assert session.code[-1] == "use_best(['input', 'weight'])" and "weight tensors: " in panel.used.value
@@ -32,9 +37,11 @@ def test_use_best_changes_nothing_where_nothing_is_known_to_be_better(session):
     panel = ready(feed(session))
     session.end()
     before = fingerprint(session.model)
-    assert (panel.rows.best == "static_minmax").all()  # eight bits of floating point: all are within what a histogram can tell
+    # eight bits of floating point: all are within what a histogram can tell
+    assert (panel.rows.best == "static_minmax").all()
     panel.use.click()
-    assert "Nothing was changed" in panel.used.value and session.phase == "ended" and differences(before, fingerprint(session.model)) == []
+    assert "Nothing was changed" in panel.used.value and session.phase == "ended"
+    assert differences(before, fingerprint(session.model)) == []
     panel.close()
 
 
@@ -47,7 +54,8 @@ def test_an_observer_with_arguments_is_compared_and_found_again():
     for base_name, label in (("input", "mse(grid=50.0)"), ("weight", "memoryless_mse(grid=50.0)")):
         state.base_name = base_name
         panel.wait()
-        assert panel.problem.value == "" and set(panel.rows.scheme) == {label} and np.isfinite(panel.rows.scheme_db.astype(float)).all()
+        assert panel.problem.value == "" and set(panel.rows.scheme) == {label}
+        assert np.isfinite(panel.rows.scheme_db.astype(float)).all()
         names = set(panel.compared.observer)
         assert label in names and label.partition("(")[0] not in names  # that of the recipe stands for its name
     state.base_name, state.format = "input", "int3"  # of which nothing was attached

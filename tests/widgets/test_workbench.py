@@ -43,7 +43,8 @@ def test_from_initialize_to_reset_by_its_buttons(wb):
     clips = wb.scales().query("base_name == 'input'").set_index("module").clip_max[[name for name, _ in rows]].tolist()
     assert drawn(wb)["clip_max"] == clips and wb.stepper.code.value.count("<code>") == 5
     press(wb, "reset")
-    assert differences(before, fingerprint(wb.session.model)) == [] and drawn(wb)["range"] == inputs  # the record is kept
+    # the record is kept
+    assert differences(before, fingerprint(wb.session.model)) == [] and drawn(wb)["range"] == inputs
 
 
 def test_python_and_mouse_do_the_same(wb):
@@ -62,16 +63,19 @@ def test_only_legal_buttons_are_enabled_and_the_next_is_marked(wb):
         marked = [name for name, b in wb.stepper.buttons.items() if b.button_style == "primary"]
         assert marked == ([following] if following else [])
         for name, reason in wb.session.legal().items():
-            assert wb.stepper.buttons[name].disabled == (reason is not None) and (reason is None or reason in wb.stepper.buttons[name].tooltip)
+            assert wb.stepper.buttons[name].disabled == (reason is not None)
+            assert reason is None or reason in wb.stepper.buttons[name].tooltip
 
 
 def test_scheme_targets_and_ignore_can_be_edited_before_and_not_after(wb):
     wb.stepper.scheme.value = "INT8_STATIC"
     wb.stepper.ignore.value = "lm_head, re:.*down_proj"
-    assert wb.scheme == "INT8_STATIC" and "12 of 16 modules" in wb.stepper.matches.value and "int8" in wb.stepper.words.value
+    assert wb.scheme == "INT8_STATIC" and "12 of 16 modules" in wb.stepper.matches.value
+    assert "int8" in wb.stepper.words.value
     wb.stepper.targets.value = "Linear, Embedding"
     press(wb, "initialize")
-    assert "embed_tokens: the input of an Embedding is token ids" in wb.stepper.error.value and wb.session.phase == "original"
+    assert "embed_tokens: the input of an Embedding is token ids" in wb.stepper.error.value
+    assert wb.session.phase == "original"
     wb.stepper.targets.value = "Linear"
     press(wb, "initialize")
     assert wb.stepper.error.value == "" and wb.stepper.scheme.disabled and wb.stepper.targets.disabled
@@ -89,8 +93,10 @@ def test_no_data():
 def test_data_that_cannot_be_read_is_said_at_once():
     model = make_model("llama_gqa")
     before = fingerprint(model)
-    with pytest.raises(ValueError, match="data holds strings but tokenizer=None; pass the model's tokenizer"): Workbench(model, ["a text"])
-    with pytest.raises(ValueError, match="batch_size=0 must be an int of at least 1"): Workbench(model, make_batches(1), batch_size=0)
+    with pytest.raises(ValueError, match="data holds strings but tokenizer=None; pass the model's tokenizer"):
+        Workbench(model, ["a text"])
+    with pytest.raises(ValueError, match="batch_size=0 must be an int of at least 1"):
+        Workbench(model, make_batches(1), batch_size=0)
     assert differences(before, fingerprint(model)) == []
     wb = Workbench(model)
     assert "There is no data to feed, and this scheme needs some" in wb.stepper.note.value
@@ -100,13 +106,15 @@ def test_data_that_cannot_be_read_is_said_at_once():
 
 
 def test_a_head_that_shares_its_weight_is_fed_too():
-    "Its forward is a plain function once compressed-tensors has wrapped it, which no check of schemes would accept again."
+    """Its forward is a plain function once compressed-tensors has wrapped it, which no check of schemes would accept
+    again."""
     from transformers import BertConfig, BertForMaskedLM
     sizes = dict(vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128)
     model = BertForMaskedLM(BertConfig(**sizes)).eval()
     before, wb = fingerprint(model), Workbench(model, make_batches(2), ignore=[])
     press(wb, "initialize", "start", "feed_all", "end")
-    assert wb.session.phase == "ended" and wb.stepper.error.value == "" and "cls.predictions.decoder" in set(wb.scales().module)
+    assert wb.session.phase == "ended" and wb.stepper.error.value == ""
+    assert "cls.predictions.decoder" in set(wb.scales().module)
     press(wb, "reset")
     assert differences(before, fingerprint(model)) == []
     wb.close()
@@ -145,7 +153,8 @@ def test_nan_in_the_data_is_shown_and_the_session_goes_on():
 def test_a_scheme_that_observes_no_activation_says_so():
     wb = Workbench(make_model("llama_gqa"), make_batches(2), scheme="W8A8")
     press(wb, "initialize", "start")
-    assert "This scheme observes no activation" in wb.stepper.note.value and wb.stepper.buttons["end"].button_style == "primary"
+    assert "This scheme observes no activation" in wb.stepper.note.value
+    assert wb.stepper.buttons["end"].button_style == "primary"
     press(wb, "end")
     assert wb.session.phase == "ended"
     wb.close()
@@ -197,7 +206,8 @@ def test_the_display_bundle_carries_the_picture(wb):
     wb.feed_all()
     import base64
     bundle = wb._repr_mimebundle_()
-    assert data_of(base64.b64decode(bundle["image/png"])) == drawn(wb) and "application/vnd.jupyter.widget-view+json" in bundle
+    assert data_of(base64.b64decode(bundle["image/png"])) == drawn(wb)
+    assert "application/vnd.jupyter.widget-view+json" in bundle
 
 
 def test_the_quickstart_names(wb):
@@ -208,7 +218,8 @@ def test_the_quickstart_names(wb):
     bench.feed_all()
     bench.end()
     bench.selected = "model.layers.2.mlp.down_proj"
-    assert bench.record.batches == 2 and len(bench.scales()) == 56 and "model.layers.2.mlp.down_proj" in bench.explorer.numbers.value
+    assert bench.record.batches == 2 and len(bench.scales()) == 56
+    assert "model.layers.2.mlp.down_proj" in bench.explorer.numbers.value
     bench.back()
     bench.reset()
     bench.close()
@@ -226,7 +237,8 @@ def test_two_workbenches_on_one_model_notice_each_other():
     from qcal_nb.lifecycle import reset_quantization
     reset_quantization(model)
     press(first, "feed")
-    assert "something else changed the model since (it is original now)" in first.stepper.error.value and first.session.fed == 0
+    assert "something else changed the model since (it is original now)" in first.stepper.error.value
+    assert first.session.fed == 0
     for bench in (first, second): bench.close()
 
 
@@ -240,7 +252,8 @@ def test_warnings_are_shown_and_nothing_quantized_is_said():
     with pytest.warns(UserWarning, match="this recipe quantizes nothing"):
         wb = Workbench(make_model("gpt2"), make_batches(2))
         press(wb, "initialize")
-    assert "8 Conv1D hold weights" in wb.stepper.error.value and "this recipe quantizes nothing" in wb.stepper.error.value
+    assert "8 Conv1D hold weights" in wb.stepper.error.value
+    assert "this recipe quantizes nothing" in wb.stepper.error.value
     press(wb, "start", "end")
     assert "Nothing is quantized" in wb.stepper.phase.value
     wb.close()
@@ -249,7 +262,8 @@ def test_warnings_are_shown_and_nothing_quantized_is_said():
 @pytest.mark.parametrize("field", ["targets", "ignore"])
 def test_a_pattern_that_is_none_is_refused_at_once(wb, field):
     getattr(wb.stepper, field).value = "re:("
-    assert "&#x27;re:(&#x27; is not a regular expression" in wb.stepper.error.value and "re:(" not in getattr(wb.session, field)
+    assert "&#x27;re:(&#x27; is not a regular expression" in wb.stepper.error.value
+    assert "re:(" not in getattr(wb.session, field)
 
 
 def test_data_that_cannot_be_read_is_said_in_the_panel():
@@ -265,7 +279,8 @@ def test_the_selection_survives_a_filter_and_a_step_back(wb):
     wb.selected = "model.layers.1.mlp.up_proj"
     wb.explorer.pattern.value = "up_proj"
     assert wb.selected == "model.layers.1.mlp.up_proj"
-    assert wb.explorer.select.value == "model.layers.1.mlp.gate_proj"  # both read one tensor: one row, named by the first
+    # both read one tensor: one row, named by the first
+    assert wb.explorer.select.value == "model.layers.1.mlp.gate_proj"
     wb.explorer.pattern.value = "down_proj"
     assert wb.selected == "model.layers.1.mlp.up_proj" and wb.explorer.select.value == ""
     press(wb, "back", "back")
@@ -277,7 +292,8 @@ def test_many_scales_are_not_told_as_one():
     wb = Workbench(model, calibration_texts()[:1], tokenizer, scheme="W4A16")
     press(wb, "initialize", "start", "feed_all", "end")
     wb.state.base_name, wb.selected = "weight", "model.layers.0.mlp.down_proj"
-    assert "1,024 scales," in wb.explorer.numbers.value and "in the middle; the widest covers" in wb.explorer.numbers.value
+    assert "1,024 scales," in wb.explorer.numbers.value
+    assert "in the middle; the widest covers" in wb.explorer.numbers.value
     wb.close()
 
 
@@ -294,7 +310,8 @@ def test_panels_behind_tabs_rest_until_they_are_seen(wb):
     assert wb.code.script.text == before[1]
     wb.turn_to("Code")
     assert wb.code.script.text == wb.script() and "session.end()" in wb.code.script.text
-    with pytest.raises(ValueError, match="panel='Histo' must be one of 'Ranges', 'Histogram', 'Compare', 'Code'"): wb.turn_to("Histo")
+    with pytest.raises(ValueError, match="panel='Histo' must be one of 'Ranges', 'Histogram', 'Compare', 'Code'"):
+        wb.turn_to("Histo")
 
 
 def test_what_is_saved_with_a_notebook_is_the_panel_that_was_turned_to(wb):
@@ -312,7 +329,8 @@ def test_best_observers_by_buttons_need_no_second_feed(wb):
     wb.comparison.use.click()
     assert wb.session.phase == "original" and "Start uses them" in wb.stepper.note.value
     press(wb, "initialize", "start")
-    assert "Taken from the record: 4 batches" in wb.stepper.note.value and "Nothing has to be fed again" in wb.stepper.note.value
+    assert "Taken from the record: 4 batches" in wb.stepper.note.value
+    assert "Nothing has to be fed again" in wb.stepper.note.value
     assert wb.stepper.buttons["end"].button_style == "primary"
     press(wb, "end")
     best = dict(zip(wb.comparison.rows.module, wb.comparison.rows.best))
@@ -324,12 +342,14 @@ def test_a_saved_run_shows_all_but_the_steps(wb, tmp_path):
     wb.scheme = FOUR_BITS
     press(wb, "initialize", "start", "feed_all", "end")
     saved = Workbench.from_record(wb.record.save(tmp_path / "run"))
-    assert saved.stepper is None and drawn(saved)["range"] == drawn(wb)["range"] and drawn(saved)["clip_max"] == drawn(wb)["clip_max"]
+    assert saved.stepper is None and drawn(saved)["range"] == drawn(wb)["range"]
+    assert drawn(saved)["clip_max"] == drawn(wb)["clip_max"]
     for name in saved.panels:
         saved.turn_to(name)
         assert saved.static_png().startswith(b"\x89PNG")
     saved.comparison.wait()
-    assert len(saved.comparison.rows) == 14 and "pass the model" in saved.session.legal()["end"] and saved.comparison.schemes.go.disabled
+    assert len(saved.comparison.rows) == 14 and "pass the model" in saved.session.legal()["end"]
+    assert saved.comparison.schemes.go.disabled
     assert "Saved(record)" in saved.code.script.text
     chosen = saved.use_best("input")
     assert chosen == wb.use_best("input") and len(chosen) > 7 and "config_groups" in saved.code.recipe.text
@@ -358,6 +378,7 @@ def test_after_closing_nobody_listens_and_no_thread_runs(wb):
     wb.close()
     wb.comparison.wait()
     assert wb.session._listeners == [] and wb.comparison.tables._thread is None
-    assert phase_of(wb.session.model) == "original" and not any(m._forward_pre_hooks for m in wb.session.model.modules())
+    assert phase_of(wb.session.model) == "original"
+    assert not any(m._forward_pre_hooks for m in wb.session.model.modules())
     wb.state.clip = 0.3
     wb.state.selected = "anything"

@@ -1,0 +1,29 @@
+"""Where the rows of the benchmark are registered: a name, a sentence and a function each, in the order of the table."""
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+from .results import Result
+from .sides import Size
+
+SMALL = 25.0  # seconds for the rounds of a row about a few per cent, where noise matters most
+
+
+@dataclass(frozen=True)
+class Row:
+    "A name to ask for, a sentence, and the function."
+
+    name: str
+    what: str
+    run: Callable[[Size], list[Result]]
+
+
+ROWS: list[Row] = []
+
+
+def row(name: str, what: str) -> Callable:
+    "Register a function as a row."
+    def add(run: Callable[[Size], list[Result]]) -> Callable[[Size], list[Result]]:
+        ROWS.append(Row(name, what, run))
+        return run
+    return add
