@@ -26,7 +26,7 @@ from ..calibration import exclusive
 from .divergence import check_original
 from ..lifecycle import experts_apart, reaches_experts
 from ..observers import ObserverSpec, current_feed, label_of
-from ..pipelines import batches, check_mask
+from ..pipelines import as_batches, batches, check_mask, running_batch
 from ..records import CalibrationRecord, Collector, Key, NEVER_SEEN, ObserverResult, ResultKey, attention_open
 from ..records import check_base_names, check_observers, kept_of, modules_to_record, one_pass, recipe_to_record
 from ..records import record, selected, tensors_to_record
@@ -188,13 +188,13 @@ class Measurer(Collector):
         self.tallies: Tallies = {}
         self._batch: Tallies = {}
 
-    def begin(self, *args: Any) -> None:
+    def forget(self) -> None:
         self._batch = {}
-        super().begin(*args)
+        super().forget()
 
     def look(self, name: str, base_name: str, value: Any) -> None:
         if current_feed.get() != self.owner or not isinstance(value, Tensor) or not value.is_floating_point(): return
-        keep = kept_of(value, name, base_name, self.running)
+        keep = kept_of(value, name, base_name, running_batch())
         shown = value if keep is None else self.once(value, "shown", lambda: selected(value, keep))
         self.count(name, base_name, value, shown)
 
@@ -233,8 +233,8 @@ def measured(
         measurer = Measurer(tensors, run.results, f"compare_observers {uuid.uuid4().hex}")
         _tally_weights(measurer, tensors)
         if names != ("weight",):
-            stream = enumerate(stream[:run.batches])
-            one_pass(model, stream, measurer, CalibrationRecord(), mask, run.batches, progress)
+            stream = as_batches(model, enumerate(stream[:run.batches]), mask)
+            one_pass(model, stream, measurer, CalibrationRecord(), run.batches, progress)
     return measurer.tallies
 
 # %% ../../nbs/evaluate/observers.ipynb #dc8e0240

@@ -14,7 +14,8 @@ from .undo_log import (
 )
 from .match import QUANTIZABLE, check_schemes, observed_names, reaches_experts, schemes_by_module, warn_unmatched
 from .report import Match, match_report
-from .snapshots import Edit, ModuleChange, Snapshot, changes, edits, restore, snapshot, undo
+from .snapshots import Edit, ModuleChange, Snapshot, StepEdits, changes, edits, restore, snapshot, step_edits
+from .snapshots import take_back, undo
 from .steps import (
     Event,
     EventType,
@@ -41,6 +42,7 @@ __all__ = [
     "QuantizationModifier",
     "Snapshot",
     "State",
+    "StepEdits",
     "UndoLog",
     "borrowed",
     "changes",
@@ -61,7 +63,9 @@ __all__ = [
     "schemes_by_module",
     "snapshot",
     "start_calibration",
+    "step_edits",
     "suspicious_scales",
+    "take_back",
     "uncomputed",
     "undo",
     "undo_log_of",

@@ -1,42 +1,50 @@
-"""Data on its way through a model: any form of text to batches, whole passes, block by block."""
+"""Data on its way through a model: any form of text to batches, one loop that feeds them, whole passes or block by block."""
 
-from .basic import PIPELINES, calibrate
-from .context import attention_used, calibration_context, check_attention
-from .data import (
-    RepeatableBatches,
-    Running,
-    batches,
+from .basic import PIPELINES, calibrate, scales_of_segment
+from .batch import (
+    Batch,
+    as_batch,
+    as_batches,
     check_mask,
-    expected_batches,
     feed,
     mask_in_words,
     not_empty,
     numbered,
     reads_two_sequences,
-    running_of,
+    running_batch,
     warn_if_too_long,
     warn_of_padding,
 )
+from .context import attention_used, calibration_context, check_attention
+from .data import RepeatableBatches, batches, expected_batches
+from .loop import Fed, check_pipeline, passes, shown
 from .sequential import PROPAGATE
 
 __all__ = [
+    "Batch",
+    "Fed",
     "PIPELINES",
     "PROPAGATE",
     "RepeatableBatches",
-    "Running",
+    "as_batch",
+    "as_batches",
     "attention_used",
     "batches",
     "calibrate",
     "calibration_context",
     "check_attention",
     "check_mask",
+    "check_pipeline",
     "expected_batches",
     "feed",
     "mask_in_words",
     "not_empty",
     "numbered",
+    "passes",
     "reads_two_sequences",
-    "running_of",
+    "running_batch",
+    "scales_of_segment",
+    "shown",
     "warn_if_too_long",
     "warn_of_padding",
 ]

@@ -20,7 +20,6 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor
 from torch.nn import Module
 from torch.utils._pytree import tree_map
-from tqdm import tqdm
 
 from ..modeling import blocks_of
 from ..observers import NOBODY, all_or_nothing, carry_into, feeding
@@ -173,31 +172,32 @@ class BlockByBlock:
 # %% ../../nbs/pipelines/sequential.ipynb #52303af1
 def run_blocks(
     model: Module,  # In calibration; inside the calibration context
-    batches: Sequence[Any],  # All of them: their passes wait for each other
-    feed: Callable[[Any, int], int],  # Runs the model on one batch (given its index), returns its tokens
+    feeds: Sequence[Callable[[], Any]],  # Each runs the model on one batch: their passes wait for each other
     owner: str,  # Whose observers hear the passes
     after: Callable[[list[Module]], None],  # Called with the modules of a segment that has seen all batches
     propagate: str = "float",  # What the next block is fed: "float" or "quantized" outputs of this one
-    progress: bool = False,  # Show a bar with blocks
-) -> None:
-    """All batches through one block after the other. The model's forwards and `quantization_enabled` flags are what
-    they were afterwards."""
+) -> Iterator[tuple[int, int]]:
+    """All batches through one block after the other; yields how many block calls are done, and how many there are.
+    Afterwards the model's forwards and `quantization_enabled` flags are what they were."""
     blocks = blocks_of(model)
-    feeds = [lambda batch=batch, index=index: feed(batch, index) for index, batch in enumerate(batches)]
-    with waiting_at(blocks), feeding(owner):
+    with waiting_at(blocks):
         with feeding(NOBODY):
             plan = look_ahead(model, blocks, feeds[0])
+        total = len(plan.calls)
         way = BlockByBlock(model, plan, feeds, propagate == "quantized")
         try:
-            with disable_offloading():
+            with feeding(owner), disable_offloading():
                 way.go_on(0)
-            for number in tqdm(range(len(plan.calls)), desc="calibrating", unit=" blocks", disable=not progress):
-                with disable_offloading():
+            for number in range(total):
+                with feeding(owner), disable_offloading():
                     _one_block(way, number, after)
-            after(way.outside(len(plan.calls)))
+                if number + 1 < total:
+                    yield number + 1, total
+            after(way.outside(total))
         finally:
             way.close()
             model.apply(disable_quantization)
+    yield total, total
 
 
 def _one_block(way: BlockByBlock, number: int, after: Callable[[list[Module]], None]) -> None:
@@ -211,3 +211,4 @@ def _one_block(way: BlockByBlock, number: int, after: Callable[[list[Module]], N
     if any(is_module_quantized(m) for m in outside):
         way.start_over(number)
     way.go_on(number + 1)
+

@@ -14,7 +14,7 @@ import operator
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
+from ..pipelines import Batch
 from .results import ObserverResult, merge_results, merges, result_of_one_part
 from .files import check_form, read_tree, write_tree
 from .tree import _FOUND, _STATS, _result_from_list, _result_to_list, _stats_from_tree, _stats_to_tree
@@ -77,6 +78,7 @@ class About:
     mask: str = ""                                          # what was left out, in words; empty: nothing
     attention: str = "eager"                                # what computed it: eager, or the model's own, by name
     phase: str = "original"                                 # whether the model was quantized: as `lifecycle.phase_of`
+    propagate: str = "float"                                # what later blocks were fed: "quantized" outputs, or not
 
 # %% ../../nbs/records/calibration_record.ipynb #28328d5f
 def _close_to(key: Key, keys: Iterable[Key]) -> str:
@@ -130,7 +132,8 @@ class _Answers:
         text = "; holds pieces of the calibration text" if self.has_text else ""
         without = f"; without {self.about.mask}" if self.about.mask else ""
         attention = "" if self.about.attention == "eager" else f"; with {self.about.attention} attention"
-        return f"CalibrationRecord({self.model or 'no model'}: {seen}{without}{attention}{text})"
+        fed = "" if self.about.propagate == "float" else "; behind quantized blocks"
+        return f"CalibrationRecord({self.model or 'no model'}: {seen}{without}{attention}{fed}{text})"
 
 # %% ../../nbs/records/calibration_record.ipynb #ce1b6247
 def _added(a: Mapping[Any, int], b: Mapping[Any, int]) -> dict[Any, int]:
@@ -176,15 +179,16 @@ class CalibrationRecord(_Answers):
     seconds: float = 0.0
 
     def seen(
-        self, news: Mapping[Key, TensorStats], batch: int, tokens: int = 0, seconds: float = 0.0
+        self, news: Mapping[Key, TensorStats], batches: Iterable[Batch], seconds: float = 0.0
     ) -> "CalibrationRecord":
-        "The record that has seen one more batch, by its global index."
-        level = level_of(batch)
+        "The record that has seen these batches, too. `news`: what was seen in them; `seconds`: how long they ran."
+        batches = list(batches)
+        tokens = reduce(_added, ({level_of(batch.index): batch.tokens} for batch in batches), self.level_tokens)
         return replace(
             self,
             tensors=joined_tensors(self.tensors, news),
-            spans=joined_spans(self.spans, ((batch, batch + 1),)),
-            level_tokens=_added(self.level_tokens, {level: tokens}),
+            spans=joined_spans(self.spans, spans_of(batch.index for batch in batches)),
+            level_tokens=tokens,
             seconds=self.seconds + seconds,
         )
 
@@ -225,7 +229,7 @@ def _unequal(a: Any, b: Any, path: str) -> tuple[str, Any, Any] | None:
 
 
 def _check_same_run(a: CalibrationRecord, b: CalibrationRecord) -> None:
-    for name in ("model", "config", "mask", "attention", "phase"):
+    for name in ("model", "config", "mask", "attention", "phase", "propagate"):
         found = _unequal(getattr(a.about, name), getattr(b.about, name), name)
         if found:
             raise ValueError("the records are of two runs: {} is {!r} in one and {!r} in the other".format(*found))
@@ -315,6 +319,7 @@ def _record_facts(record: CalibrationRecord) -> dict[str, Any]:
         mask=about.mask,
         attention=about.attention,
         phase=about.phase,
+        propagate=about.propagate,
         types=dict(record.types),
         batches=record.spans,
         tokens={k: n for k, n in record.level_tokens.items() if n},
@@ -356,9 +361,12 @@ def _references(values: Mapping[tuple, Any], numbers: Mapping[int, int]) -> list
 def _args_text(c: ObserverResult) -> str: return json.dumps(c.args.model_dump(mode="json"), sort_keys=True)
 
 
+_NOT_SAID = {"attention": "eager", "propagate": "float"}     # what is true where a file does not say it
+
+
 def _about_to_tree(about: About) -> dict[str, Any]:
-    "Without `attention` where it is eager, as it always was when records did not say it."
-    return {name: value for name, value in asdict(about).items() if (name, value) != ("attention", "eager")}
+    "Without what is as it always was when records did not say it."
+    return {name: value for name, value in asdict(about).items() if (name, value) not in _NOT_SAID.items()}
 
 
 def to_tree(record: CalibrationRecord) -> dict[str, Any]:
@@ -399,9 +407,10 @@ _FORM = dict(
 
 
 def _about_form(t: Mapping[str, Any]) -> dict[str, Any]:
-    "That of `about`: with `attention` only if the record says it."
-    says = isinstance(t.get("about"), Mapping) and "attention" in t["about"]
-    return _FORM["about"] | ({"attention": str} if says else {})
+    "That of `about`: with `attention` and `propagate` only if the record says them."
+    about = t.get("about")
+    said = [name for name in _NOT_SAID if isinstance(about, Mapping) and name in about]
+    return _FORM["about"] | dict.fromkeys(said, str)
 
 
 def _results_from_tree(t: Mapping[str, Any]) -> dict[ResultKey, ObserverResult]:
@@ -415,7 +424,7 @@ def from_tree(t: Mapping[str, Any]) -> CalibrationRecord:
     check_form(t, _FORM | {"about": _about_form(t)}, "the record")
     stats = list(map(_stats_from_tree, t["stats"]))
     tensors = {(module, base_name): stats[i] for module, base_name, i in t["tensors"]}
-    about = About(**{"attention": "eager", **t["about"]})
+    about = About(**_NOT_SAID | t["about"])
     spans = tuple(map(tuple, t["spans"]))
     level_tokens = dict(t["level_tokens"])
     return CalibrationRecord(

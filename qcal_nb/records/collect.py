@@ -10,14 +10,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.nn import Module
 
 from ..observers import Answers, ObserverSpec, TensorMemo, current_feed, sharing
-from ..pipelines import Running
+from ..pipelines import Batch, running_batch
 from .calibration_record import Key
 from .observing import Observers
 from .tokens import TokenContext, kept_of, leading_shape, selected
@@ -28,7 +27,7 @@ from ..taps import STATES, watch
 @contextmanager
 def _attached(self: "Collector") -> Iterator["Collector"]:
     with ExitStack() as end:  # all of it is done, whatever interrupts a part
-        end.callback(self.begin)
+        end.callback(self.forget)
         for name, base_name in _watched(self):
             handle = watch(self.modules[name], base_name, partial(self.look, name, base_name))
             end.callback(handle.remove)
@@ -42,14 +41,22 @@ def _watched(self: "Collector") -> Iterator[Key]:
     yield from dict.fromkeys((*tensors, *listening))
 
 # %% ../../nbs/records/collect.ipynb #351d8a63
+class _Open(NamedTuple):
+    "What a tensor's statistics are so far in the batch that it saw last."
+
+    index: int
+    stats: TensorStats
+    tainted: bool       # to be skipped
+
+
 def _see(self: "Collector", key: Key, value: Tensor) -> None:
     "Measure a tensor and show it to observers. What was done for the same tensor already is not done again."
-    keep = kept_of(value, *key, self.running)
+    batch = running_batch()
+    keep = kept_of(value, *key, batch)
     known = self.once.about(value)
     if key in self.tensors:
         stats = _measured(self, key, value, keep, known)
-        old = self.news.get(key)
-        self.news[key] = stats if old is None else known(("after", id(old)), lambda: (_both_calls(old, stats), old))[0]
+        _add(self, key, batch.index, stats, known)
     shown = value if keep is None else known("shown", lambda: selected(value, keep))
     self.observers.see(known, key, shown)
 
@@ -57,32 +64,52 @@ def _see(self: "Collector", key: Key, value: Tensor) -> None:
 def _measured(
     self: "Collector", key: Key, value: Tensor, keep: Tensor | None, known: Answers
 ) -> TensorStats:
-    running = self.running
+    batch = running_batch()
     least = self.least_extreme(key)
-    def look() -> TensorStats: return measure(value, running.index, keep, leading_shape(value, running), least)
+    def look() -> TensorStats: return measure(value, batch.index, keep, leading_shape(value, batch), least)
     stats = known(("stats", least), look)
-    if stats.first_nonfinite is not None:
-        _apply_policy(self, key, stats)
-    if self.teller is None or not stats.top or not _stands_on_tokens(value, key[1], running): return stats
-    return known(("told", least), lambda: _told(self.teller, stats))
-
-
-def _apply_policy(self: "Collector", key: Key, stats: TensorStats) -> None:
-    if self.nonfinite == "raise":
+    if stats.first_nonfinite is not None and self.nonfinite == "raise":
         raise NonFiniteError(
             f"{key[0]}, {key[1]}: {stats.first_nonfinite}. Fix the data or the model, or record with nonfinite='skip' "
             "(leave such batches out) or 'record' (leave such elements out)"
         )
-    if self.nonfinite == "skip":
-        self.tainted.add(key)
+    teller = self.teller(batch) if stats.top else None
+    if teller is None or not _stands_on_tokens(value, key[1], batch): return stats
+    return known(("told", least), lambda: _told(teller, stats))
+
+
+def _add(self: "Collector", key: Key, index: int, stats: TensorStats, known: Answers) -> None:
+    "Add what was measured to the batch that the tensor saw last, or close that one and begin the next."
+    tainted = self.nonfinite == "skip" and stats.first_nonfinite is not None
+    old = self.open.get(key)
+    if old is None or old.index != index:
+        _close(self, key, known)
+        self.open[key] = _Open(index, stats, tainted)
+    else:
+        together, _ = known(("after", id(old.stats)), lambda: (_both_calls(old.stats, stats), old.stats))
+        self.open[key] = _Open(index, together, tainted or old.tainted)
+
+
+def _close(self: "Collector", key: Key, known: Answers) -> None:
+    "Add the batch that a tensor saw last to those before it."
+    last = self.open.pop(key, None)
+    if last is None: return
+    stats = last.stats
+    if last.tainted:
+        stats, _ = known(("without", id(last.stats)), lambda: (_without_values(last.stats), last.stats))
+    old = self.news.get(key)
+    if old is not None:
+        stats, *_ = known(("joined", id(old), id(stats)), lambda: (old | stats, old, stats))
+    self.news[key] = stats
+
 
 # %% ../../nbs/records/collect.ipynb #edb2f991
-def _stands_on_tokens(value: Tensor, base_name: str, running: Running) -> bool:
+def _stands_on_tokens(value: Tensor, base_name: str, batch: Batch) -> bool:
     "Whether the positions of a tensor are those of the token ids."
-    leading = leading_shape(value, running)
+    leading = leading_shape(value, batch)
     if base_name in STATES:
         leading = leading[:1] + leading[-1:]
-    return leading == tuple(running.ids.shape)
+    return leading == tuple(batch.ids.shape)
 
 
 def _both_calls(first: TensorStats, second: TensorStats) -> TensorStats:
@@ -106,12 +133,9 @@ def _without_values(stats: TensorStats) -> TensorStats:
     )
 
 # %% ../../nbs/records/collect.ipynb #9140b9e5
-_NO_BATCH = Running()
-
-
 class Collector:
-    """Measures tensors of modules while they run, and shows them to observers. `begin` a batch, run it, and `take`
-    what was seen."""
+    """Measures tensors of modules while they run, and shows them to observers. Run a batch (or several, block by block)
+    and `take` what was seen; `forget` what a batch left that failed."""
 
     def __init__(
         self,
@@ -130,24 +154,25 @@ class Collector:
         self.nonfinite = nonfinite
         self.observers = Observers(observers, args, nonfinite)
         self.once = TensorMemo()
-        self.running = Running()
-        self.teller = None
-        self.news: dict[Key, TensorStats] = {}
-        self.tainted: set[Key] = set()      # to be skipped in this batch
-        self.earlier: Mapping[Key, TensorStats] = {}    # what is known from batches before
+        self.earlier: Mapping[Key, TensorStats] = {}    # what is known from before, so that less need be looked for
+        self.open: dict[Key, _Open] = {}                # of the batch that a tensor saw last
+        self.news: dict[Key, TensorStats] = {}          # of the batches before that one
+        self._tellers: dict[int, TokenContext] = {}
 
-    def begin(self, running: Running = _NO_BATCH, earlier: Mapping[Key, TensorStats] = MappingProxyType({})) -> None:
-        """Start a new batch. Nothing is left of one that failed. `earlier`: the statistics that this batch will be
-        added to, so that values which cannot be among the largest of all need not be looked for."""
-        self.running = running
-        self.earlier = earlier
+    def forget(self) -> None:
+        "Forget what was seen since the last `take`."
+        self.open = {}
         self.news = {}
-        self.tainted = set()
-        self.teller = (
-            TokenContext(self.tokenizer, running) if self.tokenizer is not None and running.ids is not None else None
-        )
-        self.observers.begin()
+        self._tellers = {}
+        self.observers.forget()
         self.once.clear()
+
+    def teller(self, batch: Batch) -> TokenContext | None:
+        "What knows the tokens of a batch; None without a tokenizer or token ids."
+        if self.tokenizer is None or batch.ids is None: return None
+        if batch.index not in self._tellers:
+            self._tellers[batch.index] = TokenContext(self.tokenizer, batch)
+        return self._tellers[batch.index]
 
     def look(self, name: str, base_name: str, value: Any) -> None:
         "See one tensor of a module."
@@ -156,15 +181,17 @@ class Collector:
 
     def least_extreme(self, key: Key) -> float:
         "The size that a value needs at least to be among the largest of a tensor."
-        before = self.earlier.get(key)
+        before = self.news.get(key) or self.earlier.get(key)
         return abs(before.top[-1].value) if before is not None and len(before.top) == N_EXTREMES else 0.0
 
     def take(self) -> dict[Key, TensorStats]:
-        "What was seen of the batch. From now on observers remember it."
+        "What was seen since the last time. From now on observers remember it."
+        known = Answers()
+        for key in list(self.open):
+            _close(self, key, known)
         self.observers.keep()
-        left = {id(s): _without_values(s) for key, s in self.news.items() if key in self.tainted}  # shared as before
-        news = {key: left[id(s)] if key in self.tainted else s for key, s in self.news.items()}
-        self.begin()
+        news = self.news
+        self.forget()
         return news
 
     def attached(self) -> Any: return _attached(self)

@@ -53,7 +53,7 @@ class Attached:
 
 # %% ../../nbs/records/observing.ipynb #d04ecae7
 class Observers:
-    """What the attached observers remember of every tensor. `keep` keeps the changes of the current batch, `begin`
+    """What the attached observers remember of every tensor. `keep` keeps the changes since the last time, `forget`
     forgets them."""
 
     def __init__(
@@ -92,7 +92,7 @@ class Observers:
         "Whether an observer of the module's weight needs to hear what the module is fed."
         return any(isinstance(one, Attached) and one.listens for one in self.of(name, "weight").values())
 
-    def begin(self) -> None: self._new = {}
+    def forget(self) -> None: self._new = {}
 
     def keep(self) -> None: self.memory, self._new = self.memory | self._new, {}
 

@@ -9,7 +9,6 @@ __all__ = ['RECORDABLE', 'USUAL_OBSERVERS', 'recipe_to_record', 'modules_to_reco
 
 # %% ../../nbs/records/run.ipynb #2a7b9961
 import tempfile
-import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -31,11 +30,11 @@ from ..lifecycle import QUANTIZABLE, QuantizationMixin, check_schemes, experts_a
 from ..lifecycle import restore, schemes_by_module, snapshot, undo_log_of, warn_unmatched
 from ..modeling import attention_classes, attention_faults, attention_modules, embeddings_of, hook_attention
 from ..modeling import hook_kv_cache, tokens_per_expert, unfused_experts
-from ..observers import DEFAULT_ARGS, ObserverSpec, args_or_default, feeding, find_observer, label_of
+from ..observers import DEFAULT_ARGS, ObserverSpec, args_or_default, find_observer, label_of
 from ..observers import name_and_kwargs, specs_from_config
-from ..pipelines import attention_used, batches, calibration_context, check_attention
-from ..pipelines import check_mask, expected_batches, feed, mask_in_words
-from ..pipelines import not_empty, numbered, reads_two_sequences, running_of, warn_of_padding
+from ..pipelines import Batch, Fed, as_batches, attention_used, batches, calibration_context, check_attention
+from ..pipelines import check_mask, expected_batches, mask_in_words
+from ..pipelines import not_empty, numbered, passes, reads_two_sequences, shown, warn_of_padding
 from .calibration_record import About, CalibrationRecord
 from .collect import Collector, look_at_weights
 from .files import write_whole
@@ -187,32 +186,33 @@ def new_collector(
 _PACKAGES = ("torch", "transformers", "compressed-tensors")
 
 
-def _about(model: Module, recipe: QuantizationMixin | None, mask: Any, attention: str) -> About:
+def _about(
+    model: Module,
+    recipe: QuantizationMixin | None,
+    mask: Any = None,
+    attention: str = "eager",
+    propagate: str = "float",
+) -> About:
     name = getattr(getattr(model, "config", None), "name_or_path", "") or ""
     config = None if recipe is None else recipe.resolved_config.model_dump(mode="json")
     versions = dict(qcal_nb=__version__, **{package: version(package) for package in _PACKAGES})
     used = attention_used(model, attention)
-    return About(type(model).__name__, name, config, versions, mask_in_words(mask), used, phase_of(model))
+    return About(type(model).__name__, name, config, versions, mask_in_words(mask), used, phase_of(model), propagate)
 
 # %% ../../nbs/records/run.ipynb #1eac69ee
 def new_record(
     model: Module,
     collector: Collector,
     recipe: QuantizationMixin | None = None,
-    mask: Any = None,
-    attention: str = "eager",
+    **how: Any,  # mask, attention, propagate
 ) -> CalibrationRecord:
     "A record before any data: its weights are measured at once, and everything else was not seen yet."
-    about = _about(model, recipe, mask, attention)
+    about = _about(model, recipe, **how)
     tensors = dict.fromkeys(collector.tensors, TensorStats()) | look_at_weights(collector)
     types = {name: type(m).__name__ for name, m in collector.modules.items()}
     return CalibrationRecord(tensors, types, about=about)
 
 # %% ../../nbs/records/run.ipynb #ed18ad2b
-def _bar(total: int | None, progress: bool) -> tqdm:
-    return tqdm(desc="recording", total=total, unit=" batches", disable=not progress)
-
-
 @contextmanager
 def _tokens_from_zero(model: Module) -> Iterator[None]:
     "Experts that were taken apart before count tokens from zero. Afterwards they have their old counts."
@@ -226,49 +226,37 @@ def _tokens_from_zero(model: Module) -> Iterator[None]:
             experts.tokens = tokens
 
 
-
-def _record_batch(
-    model: Module, batch: Any, index: int, collector: Collector, result: CalibrationRecord, mask: Any
-) -> CalibrationRecord:
-    "The record that has seen one more batch."
-    if mask is None:
-        warn_of_padding(batch)
-    running = running_of(batch, index, mask, reads_two_sequences(model))
-    began = time.perf_counter()
-    collector.begin(running, result.tensors)
-    with feeding(collector.owner):
-        feed(model, batch, index)
-    news = collector.take()
+def _with_step(result: CalibrationRecord, step: Fed, collector: Collector, model: Module) -> CalibrationRecord:
+    "The record that has seen the batches of one more step."
     routed = {f"{e.module}.{e.expert}": e.tokens for e in tokens_per_expert(model)}
-    seen = result.seen(news, index, running.tokens, time.perf_counter() - began)
-    return replace(seen, expert_tokens=routed)
+    return replace(result.seen(collector.take(), step.batches, step.seconds), expert_tokens=routed)
 
 
 def one_pass(
     model: Module,
-    stream: Iterator[tuple[int, Any]],
+    stream: Iterable[Batch],
     collector: Collector,
     result: CalibrationRecord,
-    mask: Any = None,
     total: int | None = None,
     progress: bool = False,
     attention: str = "eager",
 ) -> CalibrationRecord:
-    """Run numbered batches (inside `exclusive`) and return the record that has seen them too. After an interrupt it
-    has seen those that were finished."""
+    """Run batches (inside `exclusive`) and return the record that has seen them too. After an interrupt it has seen
+    those that were finished."""
     # record and memory change at once: whenever an interrupt comes, both are of the same batches
     done = result, collector.observers.memory
-    bar = _bar(total, progress)
+    collector.earlier = result.tensors
+    steps = shown(passes(model, stream, collector.owner, total=total), "recording", total, progress)
     try:
-        with collector.attached(), calibration_context(model, attention), guarded(model), _tokens_from_zero(model), bar:
-            for index, batch in stream:
-                done = _record_batch(model, batch, index, collector, done[0], mask), collector.observers.memory
-                bar.update()
-                bar.set_postfix_str(f"{done[0].tokens / done[0].seconds:,.0f} tokens/s")
+        with collector.attached(), calibration_context(model, attention), guarded(model), _tokens_from_zero(model):
+            for step in steps:
+                done = _with_step(done[0], step, collector, model), collector.observers.memory
+                collector.earlier = done[0].tensors
     except KeyboardInterrupt:
-        bar.write(f"interrupted: the record holds the {done[0].batches} batches that were finished")
+        tqdm.write(f"interrupted: the record holds the {done[0].batches} batches that were finished")
     result, collector.observers.memory = done
     return result
+
 
 # %% ../../nbs/records/run.ipynb #0a34b0db
 def check_options(model: Module, tokenizer: Any, mask: Any, keep_text: bool, nonfinite: str) -> None:
@@ -312,10 +300,19 @@ def _begun(model: Module, request: _Request) -> tuple[Collector, CalibrationReco
             f"there is nothing to record: {type(model).__name__} has no Linear or Embedding that the scheme matches "
             f"and that has any of {', '.join(map(repr, request.base_names))}"
         )
-    if not request.has_scheme: return collector, new_record(model, collector, None, request.mask, request.attention)
+    how = dict(mask=request.mask, attention=request.attention)
+    if not request.has_scheme: return collector, new_record(model, collector, **how)
     config = request.recipe.resolved_config
     warn_unmatched(model, config, schemes_by_module(model, config))
-    return collector, new_record(model, collector, request.recipe, request.mask, request.attention)
+    return collector, new_record(model, collector, request.recipe, **how)
+
+def _as_recorded(model: Module, inputs: Iterable[tuple[int, Any]], mask: Any) -> Iterator[Batch]:
+    "Batches of numbered inputs, with a warning where padding counts."
+    for batch in as_batches(model, inputs, mask):
+        if mask is None:
+            warn_of_padding(batch.inputs)
+        yield batch
+
 
 # %% ../../nbs/records/run.ipynb #a1a04250
 def record(
@@ -350,10 +347,10 @@ def record(
     stream = iter(()) if data is None and names == ("weight",) else batches(data, tokenizer, batch_size, max_length)
     with exclusive(model, "record()"), each_warning_once():
         with experts_apart(model, reaches_experts(model, recipe.resolved_config)), attention_open(model, names):
-            stream = not_empty(numbered(stream, batch_indices), names)
+            inputs = not_empty(numbered(stream, batch_indices), names)
             collector, begun = _begun(model, request)
             total = expected_batches(data, batch_size)
-            result = one_pass(model, stream, collector, begun, mask, total, progress, attention)
+            result = one_pass(model, _as_recorded(model, inputs, mask), collector, begun, total, progress, attention)
             if result.batches and not result.tokens:
                 warn_once("mask leaves out every token: nothing was seen but weights")
             return replace(result, results=results_now(collector, model, result.tensors))

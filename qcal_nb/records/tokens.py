@@ -12,30 +12,30 @@ from typing import Any
 
 from torch import Tensor
 
-from ..pipelines import Running
+from ..pipelines import Batch
 from ..stats import Extreme
 from ..taps import STATES
 
 # %% ../../nbs/records/tokens.ipynb #0c25a306
-def leading_shape(value: Tensor, running: Running) -> tuple[int, ...]:
+def leading_shape(value: Tensor, batch: Batch) -> tuple[int, ...]:
     "The dimensions before the last, as (batch, seq) where they are the flattened tokens."
     leading = tuple(value.shape[:-1])
-    ids = running.ids
+    ids = batch.ids
     return tuple(ids.shape) if ids is not None and leading in ((ids.numel(),), (1, ids.numel())) else leading
 
 
-def kept_of(value: Tensor, name: str, base_name: str, running: Running) -> Tensor | None:
+def kept_of(value: Tensor, name: str, base_name: str, batch: Batch) -> Tensor | None:
     """Which positions of a tensor count, of the shape `leading_shape`; None for all. ValueError that names a
     tensor which the mask does not fit."""
-    if running.keep is None: return None
-    leading = leading_shape(value, running)
-    if leading == tuple(running.keep.shape): return running.keep
-    if base_name in STATES and (leading[0], leading[-1]) == tuple(running.keep.shape):
-        return running.keep[:, None].expand(leading)
-    if prod(leading) == 0: return running.keep.new_zeros(leading)
+    if batch.keep is None: return None
+    leading = leading_shape(value, batch)
+    if leading == tuple(batch.keep.shape): return batch.keep
+    if base_name in STATES and (leading[0], leading[-1]) == tuple(batch.keep.shape):
+        return batch.keep[:, None].expand(leading)
+    if prod(leading) == 0: return batch.keep.new_zeros(leading)
     raise ValueError(
         f"mask: the {base_name} of {name} has shape {tuple(value.shape)}, whose positions are not those of the mask "
-        f"{tuple(running.keep.shape)}; leave the module out (scheme with `ignore`), or record without a mask"
+        f"{tuple(batch.keep.shape)}; leave the module out (scheme with `ignore`), or record without a mask"
     )
 
 
@@ -57,9 +57,9 @@ def _sound(text: str) -> str:
 class TokenContext:
     "Adds token and context to an extreme value of the batch that runs. Each position is decoded once."
 
-    def __init__(self, tokenizer: Any, running: Running) -> None:
+    def __init__(self, tokenizer: Any, batch: Batch) -> None:
         self.tokenizer = tokenizer
-        self.ids = running.ids.tolist()
+        self.ids = batch.ids.tolist()
         self._decoded: dict[tuple[int, int], tuple[str, str]] = {}
 
     def __call__(self, extreme: Extreme) -> Extreme:

@@ -13,9 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch.nn import Module
-
-from ..lifecycle import Edit, Snapshot, restore, undo
+from ..lifecycle import Snapshot, StepEdits, take_back
 from ..records import CalibrationRecord, Memory, ResultKey
 
 # %% ../../nbs/session/progress.ipynb #94ce0163
@@ -58,25 +56,26 @@ class Past:
     "What a session returns to when a step is taken back."
 
     phase: str
-    model: Snapshot | tuple[Edit, ...]  # all of it, or what a feed changed in it
+    model: Snapshot | StepEdits         # before the step all of it, after it what the step changed
     record: CalibrationRecord
     fed: int
     code: tuple[str, ...]
     memory: Mapping[ResultKey, Memory]  # what the record's observers remembered
 
-    def take_back(self, model: Module) -> None:
-        "Bring the model back. It must be as it was right after the step."
-        restore(model, self.model) if isinstance(self.model, Snapshot) else undo(self.model)
+    def take_back(self) -> None:
+        "Undo what the step did to the model, and nothing else."
+        take_back(self.model)
 
 # %% ../../nbs/session/progress.ipynb #8e4c6f05
 @dataclass(frozen=True)
 class Progress:
-    "How far a feed has come: batches done, batches in all (None if unknown), tokens, seconds since it started."
+    "How far a feed has come: steps done, steps in all (None if unknown), tokens, seconds that the model ran."
 
     done: int = 0
     total: int | None = None
     tokens: int = 0
     seconds: float = 0.0
+    unit: str = "batches"   # block by block a step is one of the "blocks"
 
     @property
     def tokens_per_second(self) -> float: return self.tokens / self.seconds if self.seconds else 0.0

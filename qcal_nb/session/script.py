@@ -74,8 +74,7 @@ def call_code(session: Any) -> str:
     options = {"recipe": made.options["recipe"]} if made.options["recipe"] is not None else _not_default(made.options)
     arguments = ["model, data, tokenizer", options_code(options, made.modifier)]
     arguments.append(options_code(_not_default(made.rest), made.modifier))
-    if made.attention != "eager":
-        arguments.append(f"attention={made.attention!r}")
+    arguments += [f"{name}={value!r}" for name, value in _not_default(made.passing).items()]
     if isinstance(made.record, (str, os.PathLike)):
         arguments.append(f"record={os.fspath(made.record)!r}")
     elif made.record is not None:
@@ -83,7 +82,16 @@ def call_code(session: Any) -> str:
     return f"session = Session({', '.join(filter(None, arguments))})"
 
 
-_DEFAULTS = dict(ignore=["lm_head"], targets=["Linear"], recipe=None, batch_size=1, max_length=None)
+_DEFAULTS = dict(
+    ignore=["lm_head"],
+    targets=["Linear"],
+    recipe=None,
+    batch_size=1,
+    max_length=None,
+    attention="eager",
+    pipeline="basic",
+    propagate="float",
+)
 
 
 def _not_default(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,15 +130,19 @@ _NEEDED = [
 def production_of(session: Any) -> str:
     "The Python that gives the same scales with llm-compressor."
     note = production_note(observers_of(session.modifier))
+    passing = session.made.passing
     options = "".join(f", {name}={value!r}" for name, value in _not_default(session.made.rest).items())
     imports, rest = imports_first([*_NEEDED, *session.origin])
     calibration = [
         f'recipe = """\n{to_yaml(session.modifier)}"""',
         'Path("recipe.yaml").write_text(recipe)',
         f"loader = DataLoader(list(batches(data, tokenizer{options})), batch_size=None)",
-        'oneshot(model=model, recipe="recipe.yaml", processor=tokenizer, dataset=loader, pipeline="basic")',
+        'oneshot(model=model, recipe="recipe.yaml", processor=tokenizer, dataset=loader, '
+        f"pipeline={passing['pipeline']!r})",
     ]
     warning = [f"# This stops: {note}"] if note else []
-    if session.made.attention != "eager":
+    if passing["attention"] != "eager":
         warning.append("# oneshot uses eager attention, this session used the model's own: scales may differ")
+    if passing["propagate"] != "float":
+        warning.append("# oneshot feeds later blocks unquantized outputs, this session quantized ones: scales differ")
     return "\n".join([*warning, *imports, "", *rest, "", *calibration]) + "\n"

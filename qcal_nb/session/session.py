@@ -7,13 +7,14 @@ __all__ = ['STEPS', 'read_record', 'Session', 'run_in_background', 'in_backgroun
            'recorded_scales', 'Saved']
 
 # %% ../../nbs/session/session.ipynb #061f8ab0
+import itertools
 import os
 import threading
 import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -24,23 +25,25 @@ from torch.nn import Module
 from ..calibration import args_in, claim, exclusive, guarded, scheme_args
 from ..evaluate import best_observers, compare_for_recipe, compare_schemes, named_schemes, observers_to_compare
 from ..evaluate import schemes_of_record, unfit_schemes
-from ..lifecycle import Match, ModuleChange, QuantizationModifier, State, changes, edits, lacking_data
+from ..lifecycle import Match, ModuleChange, QuantizationModifier, State, changes, lacking_data
 from ..lifecycle import match_report, phase_of, reset_quantization, restore, schemes_by_module, snapshot
-from ..lifecycle import undo_log_of
+from ..lifecycle import step_edits, undo_log_of
 from ..modeling import states_of
 from ..models import positions_of
-from ..observers import ObserverSpec, all_or_nothing, feeding, label_of, specs_from_args
-from ..pipelines import RepeatableBatches, batches, calibration_context, check_attention, expected_batches
-from ..pipelines import feed, running_of
+from ..observers import ObserverSpec, label_of, specs_from_args
+from ..pipelines import Batch, Fed, RepeatableBatches, as_batch, attention_used, batches, calibration_context
+from ..pipelines import check_attention, check_pipeline, expected_batches, passes, scales_of_segment
 from ..recipes import from_config, override
 from ..records import About, CalibrationRecord, Collector, LiveResults, forget_answers, new_collector
 from ..records import new_record
 from ..schemes import adjusted
 from .progress import PHASES_IN_WORDS, Past, Progress, SessionError, ended_in_time
 from .provenance import data_code, model_code
-from .replay import collector_memory, restore_statistics, statistics_by_observer
+from .replay import StatisticsByObserver, collector_memory, restore_statistics
+from .replay import statistics_by_observer
 from .scales import SCALE_COLUMNS, module_statuses, options_code, read_recipe, scale_row, scales_table
 from .script import production_of, script_of
+from ..warn import warn_once
 
 # %% ../../nbs/session/session.ipynb #104db06a
 STEPS = ("initialize", "start", "feed", "feed_all", "end", "back", "reset")
@@ -69,6 +72,8 @@ def _obstacle_to_step(session: "Session", step: str) -> str | None:
 def _obstacle_to_feed(session: "Session", phase: str) -> str | None:
     if phase in ("original", "initialized"): return "start the calibration first, so that observers are attached"
     if phase == "ended": return "the calibration has ended; go back to feed more"
+    if session.fed and session.pipeline == "sequential":
+        return "block by block, all batches pass together and their scales are computed; go back to feed others"
     try:
         batch = session.stream.get(session.fed)
     except Exception as error:
@@ -287,7 +292,7 @@ class _Made:
     rest: Mapping[str, Any]
     options: Mapping[str, Any]
     modifier: QuantizationModifier
-    attention: str
+    passing: Mapping[str, str]  # attention, pipeline, propagate
 
 
 def read_record(record: Any, model: Module) -> CalibrationRecord:
@@ -326,9 +331,12 @@ class Session(_Options, _Views, _Steps, _Choices):
         recipe: Any = None,
         group_size: int | None = None,
         attention: Literal["eager", "model"] = "eager",
+        pipeline: str = "basic",
+        propagate: str = "float",
         eval_data: Any = None,
     ) -> None:
         _check_original(model)
+        check_pipeline(pipeline, propagate)
         self.model = model
         self.tokenizer = tokenizer
         self.eval_data = eval_data
@@ -339,7 +347,10 @@ class Session(_Options, _Views, _Steps, _Choices):
         self.stream = _repeatable(data, tokenizer, batch_size, max_length)
         reading = dict(batch_size=batch_size, max_length=max_length)
         self.attention = check_attention(attention)
-        self.made = _Made(data, record, reading, dict(self._options), self.modifier, attention)
+        self.pipeline = pipeline
+        self.propagate = propagate
+        passing = dict(attention=attention, pipeline=pipeline, propagate=propagate)
+        self.made = _Made(data, record, reading, dict(self._options), self.modifier, passing)
         _at_the_beginning(self)
         _nothing_running(self)
 
@@ -422,11 +433,12 @@ def _run_step(session: Session, step: str, action: Callable[[Session], str], arg
     session.warnings = [str(w.message) for w in caught]
     for w in caught:
         warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
-    session.history.append(past)
+    after = snapshot(session.model)
+    session.history.append(replace(past, model=step_edits(past.model, after)))
     session.ledger = undo_log_of(session.model)
     session.phase = phase
     session.error = None
-    session.changes = changes(past.model, snapshot(session.model))
+    session.changes = changes(past.model, after)
     session._log(f"{step}({arguments})", step)
 
 # %% ../../nbs/session/session.ipynb #aa55eb44
@@ -438,12 +450,26 @@ def _initialize(session: Session) -> str:
 def _start(session: Session) -> str:
     "Attach observers; if the record holds what they would have seen, they know it at once."
     _attach(session)
-    known = statistics_by_observer(session.model, session.record) if session.record.batches else None
+    known = _known_statistics(session)
     if not known: return _begin(session)
     restore_statistics(known)
     session.fed = session.record.spans[-1][1]
     session.replayed = True
     return "fed"
+
+
+def _known_statistics(session: Session) -> StatisticsByObserver | None:
+    "What the record knows of every observer's statistics, if its data passed the model as this session passes it."
+    about = session.record.about
+    used = attention_used(session.model, session.attention)
+    if not session.record.batches: return None
+    if (about.attention, about.propagate) == (used, session.propagate):
+        return statistics_by_observer(session.model, session.record)
+    warn_once(
+        f"the record was made with attention={about.attention!r} and propagate={about.propagate!r}, this session has "
+        f"{used!r} and {session.propagate!r}: its observers start anew, so feed the data again"
+    )
+    return None
 
 
 def _start_anew(session: Session) -> str:
@@ -514,7 +540,8 @@ def _new_collector(session: Session, observers: Any) -> Collector:
 
 
 def _new_record(session: Session, collector: Collector) -> CalibrationRecord:
-    return new_record(session.model, collector, session.modifier, attention=session.attention)
+    how = dict(attention=session.attention, propagate=session.propagate)
+    return new_record(session.model, collector, session.modifier, **how)
 
 
 def _collector(session: Session) -> Collector:
@@ -542,7 +569,8 @@ def _run_claimed(session: Session, n: int | None, line: str, past: Past) -> None
         raise
     finally:
         if session.fed == past.fed:
-            # nothing was fed
+            # nothing was fed; block by block, something may have been computed
+            restore(model, past.model)
             session.record = past.record
             session.memory = past.memory
         elif collector is not None:
@@ -558,34 +586,57 @@ def _conclude(session: Session, collector: Collector) -> None:
     session.record = replace(session.record, results=LiveResults(collector, session.model, session.record.tensors))
 
 
-def _feed_batches(session: Session, n: int | None, collector: Collector) -> None:
+# %% ../../nbs/session/session.ipynb #1bbf8bc9
+def _next_batches(session: Session, n: int | None) -> Iterator[Batch]:
+    "Up to `n` batches (None: all that are left), until `stop`. Waits while the session is paused."
     first = session.fed
-    tokens = 0
-    seconds = 0.0
-    while (n is None or session.fed - first < n) and (batch := session.stream.get(session.fed)) is not None:
-        session._go.wait()
-        if session._stop.is_set(): return
-        began = time.perf_counter()
-        tokens += _feed_one(session, batch, collector)
-        seconds += time.perf_counter() - began  # a pause does not count
-        session.progress = Progress(session.fed - first, session.progress.total, tokens, seconds)
-        session.tell("batch")
+    for index in itertools.count(first) if n is None else range(first, first + n):
+        batch = session.stream.get(index)
+        if batch is None or not _may_go_on(session): return
+        yield as_batch(batch, index)
 
 
-def _feed_one(session: Session, batch: dict, collector: Collector) -> int:
-    collector.begin(running_of(batch, session.fed), session.record.tensors)
-    with feeding(session.owner), all_or_nothing():
-        tokens = feed(session.model, batch, session.fed)
-    session.record = session.record.seen(collector.take(), session.fed, tokens)
-    session.fed = session.fed + 1
-    return tokens
+def _may_go_on(session: Session) -> bool:
+    "Whether to take the next step: waits while paused; False after `stop`."
+    session._go.wait()
+    return not session._stop.is_set()
+
+
+def _feed_batches(session: Session, n: int | None, collector: Collector) -> None:
+    done = Progress(total=session.progress.total)
+    steps = passes(
+        session.model,
+        _next_batches(session, n),
+        session.owner,
+        pipeline=session.pipeline,
+        propagate=session.propagate,
+        after=scales_of_segment(session.modifier, session.model),
+        total=session.progress.total,
+    )
+    collector.earlier = session.record.tensors
+    with closing(steps):
+        for step in steps:
+            _count_step(session, step, collector)
+            done = Progress(step.done, step.total, done.tokens + step.tokens, done.seconds + step.seconds, step.unit)
+            session.progress = done
+            session.tell("batch")
+            if step.unit == "blocks" and not _may_go_on(session): return
+
+
+def _count_step(session: Session, step: Fed, collector: Collector) -> None:
+    "Add the batches that have passed the whole model to the record."
+    if not step.batches: return
+    session.record = session.record.seen(collector.take(), step.batches, step.seconds)
+    session.fed = session.fed + len(step.batches)
+    collector.earlier = session.record.tensors
+
 
 # %% ../../nbs/session/session.ipynb #3c74a2aa
 def _finish_feed(session: Session, past: Past, line: str) -> None:
     if session.fed == past.fed: return session.tell("feed")  # nothing was fed: there is nothing to take back
     after = snapshot(session.model)
     session.changes = changes(past.model, after)
-    session.history.append(replace(past, model=tuple(edits(past.model, after))))
+    session.history.append(replace(past, model=step_edits(past.model, after)))
     forget_answers(past.record, session.record)
     session.phase = "fed"
     complete = line == "feed_all()" and session.fed == session.stream.total
@@ -598,7 +649,7 @@ def _step_back(session: Session) -> None:
     past = session.history[-1]
     now = snapshot(session.model)
     with exclusive(session.model, session.owner):
-        past.take_back(session.model)
+        past.take_back()
     session.history.pop()
     session._stop.clear()
     session.ledger = undo_log_of(session.model)

@@ -174,6 +174,8 @@ class Workbench(_Values):
         recipe: Any = None,
         group_size: int | None = None,
         attention: str = "eager",
+        pipeline: str = "basic",
+        propagate: str = "float",
         eval_data: Any = None,
     ) -> None:
         self._build(
@@ -190,6 +192,8 @@ class Workbench(_Values):
                 recipe=recipe,
                 group_size=group_size,
                 attention=attention,
+                pipeline=pipeline,
+                propagate=propagate,
                 eval_data=eval_data,
             )
         )

@@ -22,7 +22,7 @@ import harness
 from qcal_nb.calibration import exclusive
 from qcal_nb.lifecycle import reset_quantization
 from qcal_nb.lifecycle import QuantizationModifier
-from qcal_nb.pipelines import calibrate, feed
+from qcal_nb.pipelines import as_batch, calibrate, feed
 from qcal_nb.records import new_collector, new_record, one_pass, recipe_to_record, record
 from qcal_nb.session import Session
 from qcal_nb.widgets import Workbench
@@ -50,7 +50,7 @@ def recording(model: Module, batch: dict[str, Tensor], base_names: tuple[str, ..
 
     def run(_: None) -> None:
         with exclusive(model, "a benchmark"):
-            held[0] = one_pass(model, iter([(next(numbers), batch)]), collector, held[0])
+            held[0] = one_pass(model, [as_batch(batch, next(numbers))], collector, held[0])
     return Work(run)
 
 
@@ -224,7 +224,7 @@ def fed(model: Module, data: list) -> Work:
     "A bare pass of all batches."
     def run(_: None) -> None:
         with sides.calibration_context(model):
-            for i, batch in enumerate(data): feed(model, batch, i)
+            for i, batch in enumerate(data): feed(model, as_batch(batch, i))
     return Work(run)
 
 

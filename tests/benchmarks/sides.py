@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from qcal_nb.lifecycle import QuantizationModifier
 from qcal_nb.observers import Observer
 from qcal_nb.observers import all_or_nothing
-from qcal_nb.pipelines import calibration_context, feed
+from qcal_nb.pipelines import as_batch, calibration_context, feed
 
 from .measuring import Agreement, Found, Work, agreement, search_error
 
@@ -107,7 +107,7 @@ def a_pass(model: Module, batch: dict[str, Tensor]) -> Work:
     """A forward pass as in a calibration: eager attention, no product of lm_head. With our observers, a failure would
     undo the whole batch."""
     def run(_: None) -> None:
-        with calibration_context(model), all_or_nothing(): feed(model, batch, 0)
+        with calibration_context(model), all_or_nothing(): feed(model, as_batch(batch))
     return Work(run)
 
 

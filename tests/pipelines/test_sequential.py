@@ -267,7 +267,8 @@ def test_no_pass_waits_for_ever(error):
         if len(calls) == 1 + 2: raise error("in the middle")
     handle = model.blocks[1].register_forward_hook(fail)
     data = [torch.full((1, 32), float(-i)) for i in range(3)]
-    with pytest.raises(error): run_blocks(model, data, lambda batch, index: model(batch), "me", lambda modules: None)
+    feeds = [lambda batch=batch: model(batch) for batch in data]
+    with pytest.raises(error): list(run_blocks(model, feeds, "me", lambda modules: None))
     handle.remove()
     assert len(ended) == 1 + 3 and waiting_passes() == [] and "forward" not in vars(model.blocks[0])
 

@@ -172,8 +172,8 @@ def test_the_way_back_over_every_feed_is_exact_and_keeps_only_what_changed():
         session.feed()
     inputs = {m.input_observer for m in session.model.modules() if hasattr(m, "input_observer")}
     for past in session.history[2:]:
-        assert {edit.obj for edit in past.model} == inputs  # of 60 modules; and of the record, weights are shared
-        assert len(past.model) < 8 * len(inputs)
+        assert {edit.obj for edit in past.model.edits} == inputs  # of 60 modules; and of the record, weights are shared
+        assert len(past.model.edits) < 8 * len(inputs) and not past.model.scales and not past.model.orders
     for earlier, later in zip(session.history[3:], [*session.history[4:], session]):
         assert all(stats is later.record[key] for key, stats in earlier.record.tensors.items() if key[1] == "weight")
     for before, known, record_then in reversed(seen):
@@ -252,3 +252,25 @@ def test_the_package_s_own_observer_run_again_from_its_chapter_is_not_the_user_s
     exec(compile(text, name, "exec"), vars(histogram) | {"__name__": "__main__"})
     assert Registry._classes["percentile"].__module__ == "__main__"
     assert len(observer_code(QuantizationModifier(scheme="FP8", input_observer="percentile"))) == expected
+
+
+def test_back_leaves_what_others_put_on_the_model():
+    "A hook and a note of your own, put there between two steps, stay; so does the order of all other hooks."
+    session = Session(make_model("llama_gqa"), make_batches(2), scheme="INT8_STATIC")
+    q = session.model.model.layers[0].self_attn.q_proj
+    session.initialize()
+    calls = []
+    handle = q.register_forward_pre_hook(lambda *_: calls.append("own"))
+    session.start()
+    q.note = "mine"
+    session.feed_all()
+    session.end()
+    scales = session.scales()
+    session.back()
+    session.end()
+    assert session.scales().equals(scales)
+    while session.history: session.back()
+    assert session.phase == "original" and q.note == "mine" and list(q._forward_pre_hooks) == [handle.id]
+    calls.clear()
+    session.model(**make_batches(1)[0])
+    assert calls == ["own"] and not hasattr(q, "weight_scale") and not hasattr(q, "quantization_scheme")
