@@ -16,17 +16,15 @@ from .match import QUANTIZABLE, check_schemes, observed_names, reaches_experts, 
 from .report import Match, match_report
 from .snapshots import Edit, ModuleChange, Snapshot, changes, edits, restore, snapshot, undo
 from .steps import (
-    Event,
-    EventType,
-    QuantizationMixin,
-    QuantizationModifier,
-    State,
+    compute_remaining,
+    compute_scales,
     end_calibration,
     initialize_quantization,
     lacking_data,
     start_calibration,
     uncomputed,
 )
+from .modifier import Event, EventType, QuantizationMixin, QuantizationModifier, State
 
 __all__ = [
     "Coverage",
@@ -46,6 +44,8 @@ __all__ = [
     "changes",
     "check_on_uncalibrated",
     "check_schemes",
+    "compute_remaining",
+    "compute_scales",
     "edits",
     "end_calibration",
     "experts_apart",
