@@ -17,17 +17,15 @@ from .report import Match, match_report
 from .snapshots import Edit, ModuleChange, Snapshot, StepEdits, changes, edits, restore, snapshot, step_edits
 from .snapshots import take_back, undo
 from .steps import (
-    Event,
-    EventType,
-    QuantizationMixin,
-    QuantizationModifier,
-    State,
+    compute_remaining,
+    compute_scales,
     end_calibration,
     initialize_quantization,
     lacking_data,
     start_calibration,
     uncomputed,
 )
+from .modifier import Event, EventType, QuantizationMixin, QuantizationModifier, State
 
 __all__ = [
     "Coverage",
@@ -48,6 +46,8 @@ __all__ = [
     "changes",
     "check_on_uncalibrated",
     "check_schemes",
+    "compute_remaining",
+    "compute_scales",
     "edits",
     "end_calibration",
     "experts_apart",

@@ -16,7 +16,7 @@ from torch.nn import Module
 from ..calibration import QPARAMS, stored_parameters
 from .undo_log import undo_log_of
 from .match import QUANTIZABLE, is_cache_scheme, schemes_by_module
-from .steps import QuantizationMixin
+from .modifier import QuantizationMixin
 from ..modeling import Targets, attention_modules
 
 # %% ../../nbs/lifecycle/report.ipynb #f5ebdeeb

@@ -85,7 +85,7 @@ def _obstacle_to_feed(session: "Session", phase: str) -> str | None:
 def _obstacle_to_end(session: "Session", phase: str) -> str | None:
     if phase not in ("started", "fed"):
         return "the calibration has ended already" if phase == "ended" else "start the calibration first"
-    lacking = lacking_data(session.modifier, session.model)
+    lacking = lacking_data(session.model, session.modifier.resolved_config)
     return f"{len(lacking)} scales need data first, {lacking[0]} among them; feed a batch" if lacking else None
 
 # %% ../../nbs/session/session.ipynb #abcb231b

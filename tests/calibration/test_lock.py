@@ -6,7 +6,7 @@ import torch
 from helpers import make_batches, make_model, qparams
 
 from qcal_nb.calibration import ModelBusyError
-from qcal_nb.lifecycle import QuantizationModifier
+from qcal_nb.lifecycle import QuantizationModifier, steps
 from qcal_nb.pipelines import calibrate
 
 STATIC = dict(scheme="INT8_STATIC", ignore=["lm_head"])
@@ -23,17 +23,18 @@ def test_nobody_else_is_heard_while_calibrate_is_at_work(when, monkeypatch):
             except ModelBusyError as error: refused.append(str(error))
         thread = threading.Thread(target=run)
         thread.start(); thread.join()
-    name = "on_start" if when == "the calibration starts" else "sync_obs_act_stats"
-    original = getattr(QuantizationModifier, name)
-    def interfered(self, *args, **kwargs):
-        result = original(self, *args, **kwargs)
+    owner, name = (QuantizationModifier, "on_start") if when == "the calibration starts" else (steps, "sync_observers")
+    original = getattr(owner, name)
+    def interfered(*args, **kwargs):
+        result = original(*args, **kwargs)
         if getattr(interfered, "armed", False): elsewhere()
         return result
-    monkeypatch.setattr(QuantizationModifier, name, interfered)
+    monkeypatch.setattr(owner, name, interfered)
     calibrate(plain, make_batches(), QuantizationModifier(**STATIC), progress=False)
     interfered.armed = True
     modifier = QuantizationModifier(**STATIC)
     calibrate(model, make_batches(), modifier, progress=False)
+    assert bool(refused) == (when == "weights are searched")  # before the first batch: let through, but not heard
     assert all(torch.equal(v, qparams(model)[k]) for k, v in qparams(plain).items())
     assert {r.observations for r in modifier.coverage if r.base_name == "input"} == {3}
 

@@ -1,6 +1,7 @@
 """Steps in order, all or nothing."""
 import pytest
 import torch
+from compressed_tensors.quantization import QuantizationConfig
 from helpers import CONFIGS, differences, fingerprint, make_batches, make_model, outputs, qparams
 
 from qcal_nb.lifecycle import (
@@ -10,11 +11,18 @@ from qcal_nb.lifecycle import (
     QuantizationModifier,
     State,
     changes,
+    compute_remaining,
+    compute_scales,
+    end_calibration,
+    initialize_quantization,
+    lacking_data,
     phase_of,
     reset_quantization,
     snapshot,
+    start_calibration,
 )
 from qcal_nb.pipelines import calibrate
+from qcal_nb.schemes import preset
 from tests.lifecycle.walking import FP8, STATIC, run_until
 
 
@@ -31,6 +39,35 @@ def test_steps_out_of_order(step, phase, words):
     run_until(model, modifier, phase, make_batches())
     before = fingerprint(model)
     with pytest.raises(LifecycleError, match=words): getattr(modifier, step)(State(model))
+    assert differences(before, fingerprint(model)) == []
+
+
+def test_steps_take_a_config_and_give_what_a_modifier_gives():
+    "A config of compressed-tensors' own, without a recipe; the scales of one block are computed before the rest."
+    by_steps, by_modifier, data = make_model("llama_gqa"), make_model("llama_gqa"), make_batches()
+    modifier = QuantizationModifier(**STATIC)
+    run_until(by_modifier, modifier, "ended", data)
+    config = QuantizationConfig(config_groups={"g": preset("INT8_STATIC", ["Linear"])}, ignore=["lm_head"])
+    initialize_quantization(by_steps, config)
+    start_calibration(by_steps, config)
+    names = {name.rpartition(".")[0] for name in lacking_data(by_steps, config, weights=True)}
+    assert names == {n for n, m in by_steps.named_modules() if hasattr(m, "weight_scale")}
+    for batch in data: outputs(by_steps, batch)
+    compute_scales(by_steps, config, by_steps.model.layers[0].modules())
+    assert lacking_data(by_steps, config) == []
+    compute_remaining(by_steps, config)
+    assert end_calibration(by_steps, config) == modifier.coverage
+    assert all(torch.equal(v, qparams(by_modifier)[k]) for k, v in qparams(by_steps).items())
+
+
+@pytest.mark.parametrize("step", [start_calibration, end_calibration, compute_remaining, compute_scales])
+def test_steps_refuse_another_config(step):
+    model, modifier = make_model("llama_gqa"), QuantizationModifier(**FP8)
+    run_until(model, modifier, "initialized" if step is start_calibration else "started", [])
+    before = fingerprint(model)
+    args = [model.modules()] if step is compute_scales else []
+    with pytest.raises(LifecycleError, match="initialized with another recipe"):
+        step(model, QuantizationModifier(**STATIC).resolved_config, *args)
     assert differences(before, fingerprint(model)) == []
 
 
@@ -129,7 +166,6 @@ def test_nothing_runs_through_a_scale_that_was_not_computed():
 
 
 def test_the_callers_schemes_are_not_written_to():
-    from qcal_nb.schemes import preset
     scheme = preset("INT8_STATIC")
     scheme.weights.observer = None
     before = scheme.model_dump_json()
