@@ -282,7 +282,7 @@ def _observer_rows(
                 yield from (ids | answers.row(conclusion, record.tensors[one]) for conclusion in found)
             bar.update()
 
-
+# %% ../../nbs/analysis/observers.ipynb #5a000027
 SHARED_OBSERVER_COLUMNS = [*SHARED_COLUMNS, *OBSERVER_COLUMNS[len(ID_COLUMNS):]]
 
 
