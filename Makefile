@@ -58,8 +58,10 @@ drift: $(STAMP) ## is qcal_nb/ exactly what the notebooks export?
 notebooks: $(REAL) ## run all notebooks as tests; one of them: NB=nbs/schemes.ipynb
 	@$(RUN) OMP_NUM_THREADS=1 nbdev-test $(NB)
 
+# Each in a process of its own: a worker of nbdev-test keeps what an earlier notebook registered.
 outputs: export $(REAL) ## run the notebooks and keep their outputs, cleaned; one of them: NB=nbs/schemes.ipynb
-	@$(RUN) OMP_NUM_THREADS=1 nbdev-test $(NB) --save
+	@find $(NB) -name '*.ipynb' -not -path '*/.*' | sort | while read -r nb; do \
+		$(RUN) OMP_NUM_THREADS=1 nbdev-test "$$nb" --save </dev/null || exit 1; done
 	@$(MAKE) --no-print-directory clean-notebooks
 
 clean-notebooks: $(STAMP) ## take out of the notebooks what does not belong in git

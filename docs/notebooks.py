@@ -135,6 +135,14 @@ def with_anchors(text: str) -> str:
     return ANCHOR.sub(lambda found: f"{found[1]}{found[2].lower()})", text)
 
 
+BESIDE = re.compile(r"\[([^\]]+)\]\((?:\.\./)+(\w+\.md)(?:#[^)\s]*)?\)")
+
+
+def without_files(text: str) -> str:
+    "Links to files of the repository that the site lacks, as words and the file's name."
+    return BESIDE.sub(r"\1 (`\2`)", text)
+
+
 def solved(words: str, code: str) -> str:
     "The words of a solution, still open at their end; the copy of its code, which JupyterLab needs, is dropped."
     words = words.replace(f"```python\n{code}\n```", "").rstrip()
@@ -156,7 +164,7 @@ def pages_cells(cells: list[dict], folder: Path) -> list[dict]:
         folded = solution
         if cell["cell_type"] == "markdown":
             section = ([section] + re.findall(r"^#+ (.+)", source, re.M))[-1]
-            found.append(markdown(with_dark(with_anchors(source), folder)))
+            found.append(markdown(with_dark(with_anchors(without_files(source)), folder)))
         elif cell["cell_type"] == "code":
             found += code_cells(cell, section, anchored)
     return found + [markdown("</details>")] * folded

@@ -1,7 +1,8 @@
 """Take out of the notebooks what only a running kernel can show, and what differs from run to run; after `nbdev-clean`.
 
 Drops widget views (a picture or text beside them stays) and saved widget state: a trusted notebook that was not run
-would show "Loading widget..." in their place, and their ids change on every run.
+would show "Loading widget..." in their place, and their ids change on every run. Progress bars go, too: whether one
+shows depends on how busy the machine was.
 
     python tools/clean_outputs.py [FOLDER or NOTEBOOK ...]      # nbs/ unless told; names each notebook that it changed
 """
@@ -12,11 +13,20 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 VIEW = "application/vnd.jupyter.widget-view+json"
 
+def without_bars(outputs: list[dict]) -> list[dict]:
+    "Outputs without what was overwritten on its line, as progress bars are; an output that was nothing else is gone."
+    for o in outputs:
+        if o.get("name") == "stderr":
+            lines = "".join(o["text"]).split("\n")
+            o["text"] = "\n".join(line for line in lines if "\r" not in line).splitlines(keepends=True)
+    return [o for o in outputs if o.get("text", True)]
+
 def cleaned(nb: dict) -> dict:
-    "A copy of `nb` without widget views and widget state; an output that was nothing but a view is gone."
+    "A copy of `nb` without widget views, widget state and progress bars; an output that was nothing else is gone."
     nb = json.loads(json.dumps(nb))
     nb["metadata"].pop("widgets", None)
     for cell in nb["cells"]:
+        if "outputs" in cell: cell["outputs"] = without_bars(cell["outputs"])
         views = [o for o in cell.get("outputs", []) if VIEW in o.get("data", {})]
         for o in views:
             del o["data"][VIEW]

@@ -7,6 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PICTURES = "nbs/images"
 NOTEBOOK = re.compile(r"(\]\()([^)\s:]+\.ipynb)")
+BESIDE = re.compile(r"(\]\()\.\./(?=[\w.]+\.md\b)")
 PICTURE = re.compile(r"(!\[[^\]]*\]\()(?!\w+:)")
 
 
@@ -31,7 +32,8 @@ def cell_markdown(cell: dict, pictures: dict[str, bytes]) -> list[str]:
     "One cell as pieces of markdown; links are made relative to the repository's root."
     source = joined(cell["source"])
     if cell["cell_type"] == "markdown":
-        return [PICTURE.sub(r"\1nbs/", NOTEBOOK.sub(r"\1nbs/\2", source))]
+        source = BESIDE.sub(r"\1", NOTEBOOK.sub(r"\1nbs/\2", source))
+        return [PICTURE.sub(r"\1nbs/", source)]
     directives = set(re.findall(r"^#\|\s*(.+?)\s*$", source, re.M))
     if cell["cell_type"] != "code" or "hide" in directives:
         return []

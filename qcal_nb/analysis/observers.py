@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
+from torch.nn import Module
 
 from .tables import ID_COLUMNS, Row, SHARED_COLUMNS, check_record, found_once, model_table
 from .tables import tensor_bar, tensor_columns
@@ -281,7 +282,7 @@ def _observer_rows(
                 yield from (ids | answers.row(conclusion, record.tensors[one]) for conclusion in found)
             bar.update()
 
-
+# %% ../../nbs/analysis/observers.ipynb #5a000027
 SHARED_OBSERVER_COLUMNS = [*SHARED_COLUMNS, *OBSERVER_COLUMNS[len(ID_COLUMNS):]]
 
 
@@ -293,6 +294,14 @@ def _compared(
     return observers_table(rows, record, formats, SHARED_OBSERVER_COLUMNS)
 
 
+def _refuse_model(record: object) -> None:
+    "TypeError for a model in place of a record, which says how to get one and how to measure a model."
+    if isinstance(record, Module):
+        raise TypeError(f"record must be a CalibrationRecord, got {type(record).__name__}; make one with "
+                        "qcal_nb.record(model, data), or measure the model with "
+                        "qcal_nb.evaluate.compare_observers(model, data)")
+
+
 def compare_observers(
     record: CalibrationRecord,
     observers: Iterable[ObserverSpec] | None = None,  # None: those that follow from a record, and those attached
@@ -302,7 +311,9 @@ def compare_observers(
     """A row per tensor and observer: range, scale and zero point (the middle one of many, with smallest and
     largest), what it costs, and which is best (`mark_best`). Figures from a histogram are exact to `bound_db`.
     `attrs['args']`: the arguments in words. `readers`: the modules that are fed the tensor and quantize it alike. The
-    same question about a record is answered once; an interrupt ends the search and leaves the record as it is."""
+    same question about a record is answered once; an interrupt ends the search and leaves the record as it is.
+    Measured on a model instead: `evaluate.compare_observers`."""
+    _refuse_model(record)
     asked = check_observers(observers) if observers is not None else None
     if args is not None:
         check_args(args)

@@ -281,6 +281,13 @@ def _measured_table(run: CalibrationRecord, tallies: Tallies, observers: Iterabl
 
 def _weights_alone(data: Any, base_names: tuple[str, ...]) -> bool: return data is None and base_names == ("weight",)
 
+
+def _refuse_record(model: object) -> None:
+    "TypeError for a record in place of a model, which says where to ask a record."
+    if isinstance(model, CalibrationRecord):
+        raise TypeError("model must be a torch.nn.Module, got CalibrationRecord; for a record use "
+                        "qcal_nb.analysis.compare_observers")
+
 # %% ../../nbs/evaluate/observers.ipynb #ad60db66
 def compare_observers(
     model: Module,  # Any torch model that is not quantized
@@ -298,7 +305,8 @@ def compare_observers(
 ) -> pd.DataFrame:
     """A row per tensor and observer: range, scale and zero point (the middle one of many, with smallest and
     largest), what it costs, and which is best. Measured on the tensors, in two passes over the data, for any
-    granularity. The model stays as it was."""
+    granularity. The model stays as it was. Without a model: `analysis.compare_observers`, from a record."""
+    _refuse_record(model)
     names = check_base_names(base_names)
     asked = check_observers(observers)
     mask = check_mask(mask)

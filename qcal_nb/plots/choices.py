@@ -60,6 +60,9 @@ def _filled(matrix: np.ndarray, at: tuple[np.ndarray, np.ndarray], values: pd.Se
 def _keys(table: pd.DataFrame) -> pd.MultiIndex: return pd.MultiIndex.from_frame(table[["module", "base_name"]])
 
 # %% ../../nbs/plots/choices.ipynb #7c2f4e01
+_DOTTED = 150  # so many tensors have room for a dot at the best observer
+
+
 def _hatch(ax: Axes, missing: np.ndarray) -> None:
     "Hatch the runs of cells about which nothing is known."
     style = dict(fc="white", ec="0.6", hatch="////", lw=0.4, zorder=2)
@@ -99,6 +102,17 @@ def _reasons(table: pd.DataFrame) -> list[Patch]:
     return [Patch(fc="white", ec="0.6", hatch="////", label=f"unknown: {reason}") for reason in short[:3]]
 
 
+_BEST = "least error; of figures too close to tell apart, the recipe's own observer or the upper one"
+
+
+def _marks(found: _Comparison) -> list[Patch | Line2D]:
+    "What marks the best of a column, for the legend; none if there are too many columns, or nothing is known."
+    tensors = len(found.tensors)
+    if tensors > _DOTTED or not found.best.any(): return []
+    if tensors <= NAMED: return [Patch(fc="white", ec="black", lw=1.2, label=f"framed: {_BEST}")]
+    return [Line2D([], [], ls="", marker="o", ms=4, color="white", mec="black", label=f"dot: {_BEST}")]
+
+
 def _row_name(name: str, sqnr: np.ndarray, best: np.ndarray) -> str:
     "An observer, and for how many tensors it is the best; or that nothing is known of it."
     if not np.isfinite(sqnr).any(): return f"{name}\nunknown"
@@ -131,7 +145,7 @@ def _draw_sqnr(ax: Axes, sqnr: np.ndarray, best: np.ndarray, color: str) -> Quad
     _hatch(ax, np.isnan(sqnr))
     if tensors <= NAMED:
         _write_cells(ax, sqnr, best, (low + high) / 2)
-    if tensors <= 150:
+    if tensors <= _DOTTED:
         y, x = np.nonzero(best)
         marker = "" if tensors <= NAMED else "o"
         dots(ax, x, y, "best", ls="", marker=marker, ms=4, color="white", mec="black", zorder=5)
@@ -158,7 +172,7 @@ def plot_observers(
     _draw_comparison(ax, found, base_color(base_name))
     headline(ax, _observers_title(whole, base_name), len(found.tensors))
     if own:
-        _explain_empty(ax, table)
+        _explain(ax, [*_marks(found), *_reasons(table)])
     return ax
 
 # %% ../../nbs/plots/choices.ipynb #7c2f4e06
@@ -202,8 +216,8 @@ def _args_in_words(table: pd.DataFrame, base_name: str) -> str:
     return f" ({words})" if words else ""
 
 
-def _explain_empty(ax: Axes, table: pd.DataFrame) -> None:
-    handles = _reasons(table)
+def _explain(ax: Axes, handles: list[Patch | Line2D]) -> None:
+    "What marks and hatches mean, below the axes."
     if handles:
         ax.figure.legend(handles=handles, frameon=False, fontsize=7, loc="outside lower center")
 

@@ -40,11 +40,18 @@ from ..warn import warn_once
 # %% ../../nbs/recipes/checkpoint.ipynb #1e27f521
 _Stored = dict[str, tuple[Module, QuantizationScheme, CompressionFormat]]
 
+_STATES = {
+    "original": "it is not quantized",
+    "initialized": "it is initialized, its scales are empty",
+    "calibrating": "its calibration has not ended",
+}
 
-def _calibrated(model: Module, verb: str) -> UndoLog:
+
+def _calibrated(model: Module) -> UndoLog:
+    "The undo log of a calibrated model; LifecycleError if the model is not calibrated."
     log = undo_log_of(model)
     if log is None or log.phase != "calibrated":
-        raise LifecycleError(f"cannot {verb} a model that is {phase_of(model)}; calibrate it first")
+        raise LifecycleError(f"cannot save this model: {_STATES[phase_of(model)]}; calibrate it first")
     return log
 
 
@@ -94,7 +101,7 @@ def _need_whole_attention(model: Module, config: QuantizationConfig, stored: _St
 
 def _checkpoint_config(model: Module) -> QuantizationConfig:
     "The config of the checkpoint that a calibrated model would be saved as."
-    config = _calibrated(model, "save").config
+    config = _calibrated(model).config
     stored, skipped = stored_modules(model, config)
     live = QuantizationConfig.from_pretrained(model)  # knows which modules vLLM has to ignore
     if live is None or not (stored or live.kv_cache_scheme):
@@ -178,7 +185,7 @@ def _unpacked_dtype(packed: dict[str, Tensor], scheme: QuantizationScheme, form:
 # %% ../../nbs/recipes/checkpoint.ipynb #3cff0566
 def _checkpoint_tensors(model: Module) -> tuple[dict[str, Tensor], set[torch.dtype]]:
     "Every tensor of the checkpoint by name, and the dtypes that weights are unpacked to where they had another one."
-    stored, skipped = stored_modules(model, _calibrated(model, "save").config)
+    stored, skipped = stored_modules(model, _calibrated(model).config)
     state = _untied(model, model.state_dict())
     _drop_qparams(state, skipped)
     unpacked = {}
@@ -256,7 +263,7 @@ def _way_of(name: str, stored: _Stored) -> str:
 def _refuse_uneven_experts(model: PreTrainedModel) -> None:
     """ValueError if the matrices of a layer's experts are not all quantized in one way. Programs that load such a
     checkpoint stack them, and unequal parts give a NaN or a wrong expert."""
-    stored, _ = stored_modules(model, _calibrated(model, "save").config)
+    stored, _ = stored_modules(model, _calibrated(model).config)
     for path, container in unfused_experts(model).items():
         linears = [f"{path}.{name}" for name, m in container.named_modules() if isinstance(m, torch.nn.Linear)]
         ways = {_way_of(name, stored) for name in linears}
@@ -330,7 +337,7 @@ def free_folder(path: str | os.PathLike, argument: str = "path") -> Path:
 def save_quantized(model: Module, path: str | os.PathLike, tokenizer: Any = None) -> Path:
     """Write a calibrated transformers model as a compressed-tensors checkpoint, with its recipe. Returns the folder,
     which must be new or empty. The model stays as it is, and a failure leaves nothing behind."""
-    _calibrated(model, "save")
+    _calibrated(model)
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"a {type(model).__name__} has no checkpoint format, only models of transformers do; "
                          "keep model.state_dict() and to_config(model) yourself")

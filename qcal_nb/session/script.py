@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..lifecycle import QuantizationMixin
+from .. import observers
 from ..observers import Observer, find_observer
 from ..recipes import observers_of, production_note, to_yaml
 from .scales import options_code
@@ -57,15 +58,24 @@ def observer_code(*recipes: QuantizationMixin) -> list[str]:
     where they are."""
     named = [find_observer(name) for r in recipes for name in observers_of(r)]
     foreign = dict.fromkeys(base for one in named for base in reversed(one.__mro__) if _is_foreign(base))
-    return [_definition(cls) for cls in foreign]
+    return [line for cls in foreign for line in _definition(cls)]
 
 
-def _definition(cls: type) -> str:
+def _definition(cls: type) -> list[str]:
+    "The lines that define a class, its imports first."
     where = f"{cls.__module__}:{cls.__qualname__}"
-    if cls.__module__ != "__main__": return f"import {cls.__module__}  # registers the observer {where}"
+    if cls.__module__ != "__main__": return [f"import {cls.__module__}  # registers the observer {where}"]
     source = _source_of(cls)
-    if source is None: return f"# the observer {where} has to be defined or imported here, its source is not known"
-    return f"# an observer of your own; it needs the imports and functions that it uses\n{source}"
+    if source is None: return [f"# the observer {where} has to be defined or imported here, its source is not known"]
+    words = "# an observer of your own; it needs the other imports and functions that it uses"
+    return [*_observer_imports(source), f"{words}\n{source}"]
+
+
+def _observer_imports(source: str) -> list[str]:
+    "The import of what a class uses of the package's observers: at least `Observer`, which registers it."
+    used = {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
+    ours = sorted(used.intersection(observers.__all__))
+    return [f"from qcal_nb.observers import {', '.join(ours)}"] if ours else []
 
 # %% ../../nbs/session/script.ipynb #5ca1809a
 def call_code(session: Any) -> str:

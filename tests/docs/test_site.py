@@ -249,6 +249,12 @@ def test_pages_are_made_the_same_way_twice():
 
 # --- its parts ---
 
+def test_a_file_that_the_site_lacks_is_named():
+    assert notebooks.without_files("see [Where?](../CONTRIBUTING.md#where) and [x](a.ipynb)") == (
+        "see Where? (`CONTRIBUTING.md`) and [x](a.ipynb)"
+    )
+
+
 def code(source, *tags, outputs=()):
     return dict(cell_type="code", source=source, metadata=dict(tags=list(tags)), outputs=list(outputs))
 

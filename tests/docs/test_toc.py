@@ -1,4 +1,4 @@
-"nbs/_toc.yml names every notebook once and nothing else; positions are counted from it."
+"nbs/_toc.yml names every chapter once and nothing else; positions are counted from it."
 import toc
 
 

@@ -4,6 +4,7 @@ import math
 import pytest
 from helpers import differences, fingerprint, make_model
 
+from qcal_nb import analysis
 from qcal_nb.evaluate import schemes as scheme_comparison
 from qcal_nb.analysis.observers import OBSERVER_COLUMNS
 from qcal_nb.evaluate.divergence import eval_batches
@@ -11,6 +12,7 @@ from qcal_nb.evaluate import compare_observers
 from qcal_nb.lifecycle import QuantizationModifier
 from qcal_nb.models import calibration_texts, load_tiny_llama
 from qcal_nb.pipelines import calibrate
+from qcal_nb.records import CalibrationRecord
 from qcal_nb.evaluate.schemes import evaluated
 from tests.evaluate.samples import QUIET, W4
 
@@ -87,3 +89,14 @@ def test_nonfinite_values_are_left_out(llama, data):
     table = compare_observers(llama, None, ["static_minmax"], base_names=["weight"], **QUIET)
     row = table[table.module == "model.layers.0.mlp.up_proj"].iloc[0]
     assert row.reason == "" and 20 < row.sqnr_db < 60
+
+
+def test_a_record_in_place_of_a_model_and_the_other_way_round():
+    "Two functions have one name: each says where the other is."
+    model, run = make_model("llama_gqa"), CalibrationRecord()
+    with pytest.raises(TypeError, match="got CalibrationRecord; for a record use qcal_nb.analysis.compare_observers"):
+        compare_observers(run, ["a text"])
+    with pytest.raises(TypeError, match=r"got LlamaForCausalLM; .* with qcal_nb.evaluate.compare_observers"):
+        analysis.compare_observers(model, ["a text"])
+    with pytest.raises(TypeError, match="record must be a CalibrationRecord, got int; make one"):
+        analysis.compare_observers(3)

@@ -136,3 +136,11 @@ def test_widget_views_and_state_are_dropped(tmp_path):
     assert nb["metadata"] == {}
     assert [sorted(o.get("data", {})) for o in nb["cells"][0]["outputs"]] == [["image/png", "text/plain"], []]
     assert not clean_outputs.clean_file(tmp_path/"w.ipynb")               # nothing left to do
+
+def test_progress_bars_are_dropped_and_warnings_stay(tmp_path):
+    shown = [dict(output_type="stream", name="stderr", text=["\r", " 50%|# | 1/2\r", "100%|##| 2/2\n"]),
+             dict(output_type="stream", name="stderr", text=["a warning\n", "\r100%|##| 2/2\n"])]
+    write_nb(tmp_path/"w.ipynb", cell("code", "slow()", "a0", outputs=shown))
+    clean_outputs.main([tmp_path])
+    outputs = json.loads((tmp_path/"w.ipynb").read_text())["cells"][0]["outputs"]
+    assert [o["text"] for o in outputs] == [["a warning\n"]]

@@ -131,15 +131,25 @@ def output_kinds(nb):
     state = ["saved widget state in the metadata"]*("widgets" in nb["metadata"])
     return [f"output of kind {k}" for k in bad] + [f"a cell failed with {e}" for e in errors] + state
 
-def private_paths(nb):
-    texts = (
+def texts(nb):
+    "What the outputs say."
+    return [
         "".join(t) for _, o in data_of(nb)
         for t in [o.get("text", ""), *(v for k, v in o.get("data", {}).items() if k.startswith("text/"))]
-    )
+    ]
+
+def private_paths(nb):
     return [
         f"output shows a path of one machine: {text[max(0, m.start()-20):m.end()+30]!r}"
-        for text in texts for m in PRIVATE_PATH.finditer(text)
+        for text in texts(nb) for m in PRIVATE_PATH.finditer(text)
     ]
+
+def strangers(nb):
+    "What a lesson of another notebook registered, and a process that ran both still knew."
+    own = "".join(source(c) for c in nb["cells"])
+    said = {name for text in texts(nb) for name in re.findall(r"\blesson_\w+", text)}
+    found = sorted(name for name in said if name not in own)
+    return [f"output names {name}, which no cell does: run the notebook alone" for name in found]
 
 def folded(nb):
     "JupyterLab folds a solution, and what it prints: both would answer the exercise above them."
@@ -151,7 +161,8 @@ def folded(nb):
     return [f"the solution {cell} shows its {part}" for cell, part in shows]
 
 RULES = [
-    size, prose, hiding, title, cell_lines, width, one_statement_a_line, shown, output_kinds, private_paths, folded
+    size, prose, hiding, title, cell_lines, width, one_statement_a_line, shown, output_kinds, private_paths,
+    strangers, folded
 ]
 
 # --- our notebooks ---
@@ -223,6 +234,7 @@ BAD = [
         "the solution c shows its outputs",
     ),
     (private_paths, book(py("p", dict(output_type="stream", name="stdout", text=["in /tmp/abc"]))), "/tmp/abc"),
+    (strangers, book(py("names()", out(text_plain=["['lesson_own', 'mse']"]))), "output names lesson_own"),
 ]
 
 @pytest.mark.parametrize("rule, nb, complaint", BAD, ids=[f"{r.__name__}-{c}" for r, _, c in BAD])
@@ -234,5 +246,6 @@ def test_a_good_notebook_passes():
                 py("f(1)", out(text_plain=["1"])),
                 py("def g(x):\n    if x: return 1\n    return 2\n\ndef h(): return 1"),
                 md("Relative paths and addresses are fine."),
-                py("p", out(text_html=["<a href='https://a.org/opt/x'>"], image_png="iVBO")))
+                py("p", out(text_html=["<a href='https://a.org/opt/x'>"], image_png="iVBO")),
+                py("register('lesson_own')", out(text_plain=["'lesson_own'"])))
     assert [c for rule in RULES for c in rule(good)] == []

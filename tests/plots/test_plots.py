@@ -193,6 +193,16 @@ def test_an_unknown_cell_says_why(run):
     assert any("attach it when recording" in t for t in said)
 
 
+@pytest.mark.parametrize("count, mark", [(3, "framed"), (60, "dot"), (200, "")])
+def test_what_marks_the_best_is_said(count, mark):
+    "A tie may stand on the smaller figure. With very many tensors nothing is marked."
+    names = [f"layers.{i}.q" for i in range(count)]
+    pair = dict(observer=["static_minmax", "percentile"], sqnr_db=[29.9, 30.0], best=[True, False], reason="", layer=0)
+    table = pd.concat([pd.DataFrame(dict(module=name, base_name="input", **pair)) for name in names])
+    said = [t.get_text() for legend in plots.plot_observers(table).figure.legends for t in legend.get_texts()]
+    assert [text.startswith(f"{mark}: least error; of figures too close") for text in said] == [True] * bool(mark)
+
+
 def test_scales(run):
     model = make_model("llama_gqa")
     dead = "model.layers.0.self_attn.k_proj"

@@ -131,10 +131,10 @@ def test_nothing_is_overwritten(tmp_path):
 
 def test_only_a_calibrated_model_of_transformers_has_a_checkpoint(tmp_path):
     model, modifier = make_model("llama_gqa"), QuantizationModifier(**FP8)
-    with pytest.raises(LifecycleError, match="cannot save a model that is original; calibrate it first"):
+    with pytest.raises(LifecycleError, match="cannot save this model: it is not quantized; calibrate it first"):
         save_quantized(model, tmp_path/"x")
     modifier.initialize_quantization(model)
-    with pytest.raises(LifecycleError, match="cannot save a model that is initialized"):
+    with pytest.raises(LifecycleError, match="it is initialized, its scales are empty; calibrate it first"):
         save_quantized(model, tmp_path/"x")
     assert phase_of(model) == "initialized" and recipe_of(model).resolved_config == modifier.resolved_config
     with pytest.raises(TypeError, match="model must be a torch.nn.Module, got str"):

@@ -234,15 +234,18 @@ def test_an_observer_of_a_notebook_is_defined_in_the_script():
     linecache.cache["<cell>"] = len(text), None, text.splitlines(keepends=True), "<cell>"
     exec(compile(text, "<cell>", "exec"), space)
     recipe = QuantizationModifier(scheme="FP8", input_observer="test_cell")
-    lines = observer_code(recipe, recipe)
-    assert len(lines) == 1 and lines[0].endswith(f"uses\n{own}")
+    imported, defined = observer_code(recipe, recipe)
+    assert imported == "from qcal_nb.observers import MinMaxObserver, Observer" and defined.endswith(f"uses\n{own}")
     del linecache.cache["<cell>"]
     assert observer_code(recipe) == [
         "# the observer __main__:Cell has to be defined or imported here, its source is not known"
     ]
+    fresh = {"__name__": "fresh"}
+    exec(f"{imported}\n{defined}", fresh)
+    assert issubclass(fresh["Cell"], MinMaxObserver)
 
 
-@pytest.mark.parametrize(("more", "expected"), [("", 0), ("    extra = 1\n", 1)])
+@pytest.mark.parametrize(("more", "expected"), [("", 0), ("    extra = 1\n", 2)])
 def test_the_package_s_own_observer_run_again_from_its_chapter_is_not_the_user_s(more, expected, monkeypatch):
     """As nbdev-test does: several chapters in one kernel. A class of the same name that is another one has to be
     defined."""
