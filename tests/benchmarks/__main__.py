@@ -6,8 +6,11 @@ import time
 
 import torch
 
+from qcal_nb.models import require_smollm2
+
+from .model_rows import ROWS
 from .results import FILE, table, write
-from .rows import ROWS, THREADS
+from .rows import THREADS
 from .sides import FULL, QUICK
 
 
@@ -18,8 +21,10 @@ def main(argv: list[str] | None = None) -> None:
         "--quick", action="store_true", help="tiny sizes, to see whether everything runs; writes no file"
     )
     options = parser.parse_args(argv)
-    chosen = [r for r in ROWS if not options.words or any(word in r.name for word in options.words)]
+    words = [word.casefold() for word in options.words]
+    chosen = [r for r in ROWS if not words or any(word in r.name.casefold() for word in words)]
     if not chosen: parser.error(f"no row is named like that; there are: {', '.join(r.name for r in ROWS)}")
+    if not options.quick and any(row.real for row in chosen): require_smollm2()  # now rather than after ten minutes
     torch.set_num_threads(THREADS)
     results, began = [], time.perf_counter()
     for row in chosen:

@@ -5,7 +5,7 @@ import os
 import statistics
 import time
 import tracemalloc
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,15 +32,20 @@ class Work:
     prepare: Callable[[], Any] = lambda: None
 
 
-def seconds(work: Work, calls: int = 1) -> float:
+def seconds(work: Work, calls: int = 1, now: Callable[[], float] | None = None) -> float:
     "Mean seconds of a call, over some calls in a row."
-    total = 0.0
+    total, now = 0.0, now or time.perf_counter
     for _ in range(calls):
         made = work.prepare()
-        began = time.perf_counter()
+        began = now()
         work.run(made)
-        total += time.perf_counter() - began
+        total += now() - began
     return total / calls
+
+
+def cpu_seconds(work: Work, calls: int = 1) -> float:
+    "Mean seconds that the processor works on a call, on all threads of this process together."
+    return seconds(work, calls, time.process_time)
 
 
 def rounds_for(warm: Iterable[float], budget: float = BUDGET) -> int:
@@ -50,18 +55,20 @@ def rounds_for(warm: Iterable[float], budget: float = BUDGET) -> int:
 
 
 def alternate(works: dict[str, Work], rounds: int | None = None, budget: float = BUDGET,
-              clock: Callable[..., float] = seconds) -> dict[str, list[float]]:
+              clock: Callable[..., float] = seconds, seldom: Collection[str] = ()) -> dict[str, list[float]]:
     """Seconds of each work, an entry a round. A round is A B C, and the next one A B C again; one before them counts
-    only where it is slow."""
+    only where it is slow. Works of `seldom` take part in the first rounds only, until each took BUDGET seconds, and not
+    in the one before them, which then never counts. The first work is not one of them."""
     with collected() as collect:
-        warm = {name: clock(work) for name, work in works.items()}
+        warm = {name: clock(work) for name, work in works.items() if name not in seldom}
         calls = {name: max(1, min(CALLS, round(SHORTEST / max(took, 1e-6)))) for name, took in warm.items()}
-        times: dict[str, list[float]] = {
-            name: [took] if max(warm.values()) > SLOW else [] for name, took in warm.items()
-        }
+        counts = max(warm.values()) > SLOW and not seldom
+        times: dict[str, list[float]] = {name: [warm[name]] if counts else [] for name in works}
         while len(next(iter(times.values()))) < (rounds or rounds_for(warm.values(), budget)):
             collect()
-            for name, work in works.items(): times[name].append(clock(work, calls[name]))
+            for name, work in works.items():
+                if name in seldom and sum(times[name]) >= BUDGET: continue
+                times[name].append(clock(work, calls.get(name, 1)))
     return times
 
 

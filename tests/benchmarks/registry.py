@@ -16,14 +16,15 @@ class Row:
     name: str
     what: str
     run: Callable[[Size], list[Result]]
+    real: bool = False  # whether it needs SmolLM2, unless the size names another model
 
 
 ROWS: list[Row] = []
 
 
-def row(name: str, what: str) -> Callable:
+def row(name: str, what: str, real: bool = False) -> Callable:
     "Register a function as a row."
     def add(run: Callable[[Size], list[Result]]) -> Callable[[Size], list[Result]]:
-        ROWS.append(Row(name, what, run))
+        ROWS.append(Row(name, what, run, real))
         return run
     return add

@@ -88,6 +88,11 @@ def overhead(
     return judged(result, target)
 
 
+def multiple(row: str, ours: list[float], other: list[float], target: Target | None = None, note: str = "") -> Result:
+    "A line about how many times as long as something else ours takes."
+    return judged(Result(row, "×", ratios(ours, other), rounds=len(ours), note=note), target)
+
+
 # --- the table ---
 
 

@@ -1,5 +1,6 @@
 """The rows of the benchmark. Each is a function of a `Size` that returns lines of the table, registered with a sentence
-on what it measures. Those about observers alone are in observer_rows.py and come first."""
+on what it measures. Those about observers alone are in observer_rows.py and come first; those on a real model and on
+deep ones are in model_rows.py and come last."""
 import itertools
 import os
 import statistics
@@ -30,7 +31,6 @@ from qcal_nb.widgets import Workbench
 from . import sides
 from .measuring import FEW, Agreement, Found, Spread, Work, agreement, alternate, memory, one_read, threads
 from .observer_rows import a_weight, an_activation, oneshot
-from .registry import ROWS as ROWS
 from .registry import SMALL, row
 from .results import Result, at_most, judged, overhead, timing
 from .sides import INT4_GROUP, INT8, INT8_TENSOR, Size, a_pass, batch_of, distinct, inputs_of, linears, llama, quietly
@@ -42,15 +42,19 @@ THREADS = 2
 # --- records ---
 
 
-def recording(model: Module, batch: dict[str, Tensor], base_names: tuple[str, ...]) -> Work:
-    "A pass whose tensors are recorded, as `record` does for each batch; the same record goes on."
-    recipe, numbers = recipe_to_record(), itertools.count()
-    collector = new_collector(model, recipe, base_names, False, observers=("static_minmax",))
+def recording(
+    model: Module, data: list[dict[str, Tensor]], base_names: tuple[str, ...] = ("input",), scheme: Any = None,
+    observers: Any = ("static_minmax",), attention: str = "eager"
+) -> Work:
+    "A pass whose tensors are recorded, as `record` does for all batches; the same record goes on."
+    recipe, numbers = recipe_to_record(scheme), itertools.count()
+    collector = new_collector(model, recipe, base_names, scheme is not None, observers=observers, owner="a benchmark")
     held = [new_record(model, collector)]
 
     def run(_: None) -> None:
+        stream = (as_batch(batch, next(numbers)) for batch in data)
         with exclusive(model, "a benchmark"):
-            held[0] = one_pass(model, [as_batch(batch, next(numbers))], collector, held[0])
+            held[0] = one_pass(model, stream, collector, held[0], attention=attention)
     return Work(run)
 
 
@@ -93,7 +97,7 @@ def _(size: Size) -> list[Result]:
     ):
         with outputs_of(model) as outputs: tensors = distinct(inputs_of(model, batch).values())
         works = {"bare": a_pass(model, batch), "reference": a_pass(torch_histograms(model, output), batch),
-                 "ours": recording(deepcopy(model), batch, ("input", "output") if output else ("input",)),
+                 "ours": recording(deepcopy(model), [batch], ("input", "output") if output else ("input",)),
                  "limit": one_read(tensors + outputs * output)}
         results.append(overhead(name, alternate(works, size.rounds, SMALL), target, note=note))
     return results
@@ -194,7 +198,7 @@ def _(size: Size) -> list[Result]:
         for name, base_name, args, tensor in cases
     ]
     model, batch = Sequential(Linear(side, 1, bias=False)), dict(input=value)
-    seen, theirs = recording(model, batch, ("input",)), HistogramObserver()
+    seen, theirs = recording(model, [batch]), HistogramObserver()
     seen.run(None)  # what is kept is there before: looked at are temporaries of a later batch
     theirs(value)
     note = "; the record exists already; reference: torch's HistogramObserver"
@@ -214,10 +218,12 @@ STATIC = linears(
 ) | dict(ignore=["lm_head"])
 
 
-def calibrated(model: Module, data: list, pipeline: str = "basic") -> Module:
+def a_modifier(recipe: dict[str, Any] = STATIC) -> QuantizationModifier: return QuantizationModifier(**deepcopy(recipe))
+
+
+def calibrated(model: Module, data: list, pipeline: str = "basic", **options: Any) -> Module:
     "Ours: INT8, weights per channel, inputs `static_minmax`."
-    with quietly():
-        return calibrate(model, data, QuantizationModifier(**deepcopy(STATIC)), pipeline=pipeline, progress=False)
+    with quietly(): return calibrate(model, data, a_modifier(), pipeline=pipeline, progress=False, **options)
 
 
 def fed(model: Module, data: list) -> Work:
@@ -274,10 +280,13 @@ SHORT = batch_of((1, 64))
 def deep(layers: int) -> Module: return llama(sides.QUICK, num_hidden_layers=layers)
 
 
-def growth(name: str, axis: str, xs: tuple[int, ...], work_of: Callable[[int], Work], size: Size) -> Result:
+def growth(
+    name: str, axis: str, xs: tuple[int, ...], work_of: Callable[[int], Work], size: Size, target: Any = LINEAR,
+    rounds: int = FEW
+) -> Result:
     """Times for several sizes in turn, and the exponent of the straight line through them on logarithmic scales: 1 is
     linear."""
-    times = alternate({str(x): work_of(x) for x in xs}, size.rounds or FEW)
+    times = alternate({str(x): work_of(x) for x in xs}, size.rounds or rounds)
     medians = [statistics.median(times[str(x)]) for x in xs]
     exponent, _ = np.polyfit(np.log(xs), np.log(medians), 1)
     last = float(np.log(medians[-1] / medians[-2]) / np.log(xs[-1] / xs[-2]))
@@ -289,7 +298,7 @@ def growth(name: str, axis: str, xs: tuple[int, ...], work_of: Callable[[int], W
         note=f"last step {last:.2f}",
         points=dict(axis=axis, x=list(xs), seconds=medians, exponent=float(exponent), last=last),
     )
-    return judged(found, LINEAR)
+    return judged(found, target)
 
 
 def recorded(model: Module, data: list, observers: Any = ("static_minmax",)) -> Work:

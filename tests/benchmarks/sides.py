@@ -54,11 +54,17 @@ class Size:
     batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     depths: tuple[int, ...] = (2, 4, 8, 16, 32, 64)
     observers: tuple[int, ...] = (1, 2, 4, 8)
+    model: str = "SmolLM2"                   # the real one, a name in peak.MODELS
+    lengths: tuple[int, int, int] = (64, 512, 2048)     # tokens that it is fed
+    long: int = 4096                         # tokens where memory is looked at, with the model's own attention
+    many: int = 128                          # layers of the deep model
+    deep: tuple[int, ...] = (32, 64, 96)     # layers at which each step is timed
 
 
 FULL = Size()
 QUICK = Size(hidden=128, intermediate=256, layers=1, batch=(1, 16), weight=256, small_weight=128, mib=1, rounds=2,
-             batches=(1, 2), depths=(1, 2), observers=(1, 2))
+             batches=(1, 2), depths=(1, 2), observers=(1, 2), model="embedded Llama",
+             lengths=(4, 6, 8), long=64, many=2, deep=(1, 2))
 
 
 @contextlib.contextmanager
@@ -103,11 +109,11 @@ def watched(model: Module, side: str, args: dict[str, Any]) -> Module:
     return model
 
 
-def a_pass(model: Module, batch: dict[str, Tensor]) -> Work:
-    """A forward pass as in a calibration: eager attention, no product of lm_head. With our observers, a failure would
-    undo the whole batch."""
+def a_pass(model: Module, batch: dict[str, Tensor], attention: str = "eager") -> Work:
+    """A forward pass as in a calibration: eager attention or the model's own, no product of lm_head. With our
+    observers, a failure would undo the whole batch."""
     def run(_: None) -> None:
-        with calibration_context(model), all_or_nothing(): feed(model, as_batch(batch))
+        with calibration_context(model, attention), all_or_nothing(): feed(model, as_batch(batch))
     return Work(run)
 
 
@@ -138,7 +144,7 @@ def in_hooks(model: Module, batch: dict[str, Tensor], passes: int = 5) -> float:
     return statistics.median(found)
 
 
-def inputs_of(model: Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def inputs_of(model: Module, batch: dict[str, Tensor], attention: str = "eager") -> dict[str, Tensor]:
     "What each Linear but lm_head is fed, by name; several may be fed the same tensor."
     seen, handles = {}, []
     for name, module in model.named_modules():
@@ -146,7 +152,7 @@ def inputs_of(model: Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         handles.append(
             module.register_forward_pre_hook(lambda _, args, name=name: seen.__setitem__(name, args[0].detach()))
         )
-    a_pass(model, batch).run(None)
+    a_pass(model, batch, attention).run(None)
     for handle in handles: handle.remove()
     return seen
 
@@ -194,11 +200,13 @@ def error_of(name: str, base_name: str, args: QuantizationArgs, value: Tensor, n
     return search_error(flatten_for_calibration(value, base_name, args), args, norm or NORMS[name], importance)
 
 
-def hooks_agree(model: Module, batch: dict[str, Tensor], args: dict[str, Any]) -> Agreement:
+def hooks_agree(
+    model: Module, batch: dict[str, Tensor], args: dict[str, Any], attention: str = "eager"
+) -> Agreement:
     "Compare what the input observers of both sides conclude after one pass."
     sides, total = {side: watched(model, side, args) for side in MODIFIERS}, Agreement()
-    for side in sides.values(): a_pass(side, batch).run(None)
-    for name, value in inputs_of(model, batch).items():
+    for side in sides.values(): a_pass(side, batch, attention).run(None)
+    for name, value in inputs_of(model, batch, attention).items():
         theirs, mine = (sides[side].get_submodule(f"{name}.input_observer") for side in ("reference", "ours"))
         total += agreement(found_by(theirs), found_by(mine), error_of(args["observer"], "input", mine.args, value))
     return total

@@ -9,35 +9,58 @@ from compressed_tensors.quantization import QuantizationArgs
 
 pytest.importorskip("llmcompressor", reason="no reference: pip install -e '.[dev]'")
 from benchmarks import __main__ as command
-from benchmarks import measuring, results, sides
+from benchmarks import measuring, peak, results, sides
 from benchmarks.measuring import (
     Agreement, Found, Spread, Work, agreement, alternate, memory, one_read, same_bits, search_error, threads
 )
-from benchmarks.rows import ROWS
+from benchmarks.model_rows import ROWS
 from benchmarks.sides import INT4_GROUP, INT8_TENSOR, NVFP4, OBSERVERS, QUICK
 
 from qcal_nb.observers import Observer, Registry
 from qcal_nb.observers import StaticMinMaxObserver
 
 pytestmark = [pytest.mark.parity, pytest.mark.slow]
-WITHOUT_SCALES = {"record", "live plots", "import", "temporaries", "reset", "growth"}
+WITHOUT_SCALES = {
+    "record", "live plots", "import", "temporaries", "reset", "growth", "growth of steps", "SmolLM2 CPU",
+    "SmolLM2 session", "SmolLM2 analysis", "SmolLM2 memory",
+}
+
+
+def has_scales(row, line):
+    "Whether a line is about scales that the reference finds too: of a row about everything, its hooks."
+    return row.name not in WITHOUT_SCALES and not line.row.endswith(": record")
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda r: r.name)
-def test_row_runs(row):
-    lines = row.run(replace(QUICK, rounds=1))
+def test_row_runs(row): check(row, row.run(replace(QUICK, rounds=1)))
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", ["SmolLM2 own attention", "SmolLM2 memory"])
+def test_row_runs_on_smollm2(name):
+    row = next(r for r in ROWS if r.name == name)
+    lines = row.run(replace(QUICK, rounds=1, model="SmolLM2"))
+    check(row, lines)
+    assert all(line.agreement is None or line.agreement.scales == 210 for line in lines)
+
+
+def check(row, lines):
+    "Lines have names of their own and finite numbers, and scales where there are any, of which none differs."
     assert lines and len({line.row for line in lines}) == len(lines) and row.what.endswith(".")
     for line in lines:
         spreads = [s for s in (line.ours, line.reference, line.ratio) if s is not None]
         assert all(math.isfinite(v) for s in spreads for v in (s.median, s.low, s.high))
         assert line.limit is None or math.isfinite(line.limit)
-        assert (line.agreement is None) == (row.name in WITHOUT_SCALES)
+        assert (line.agreement is not None) == has_scales(row, line)
         if line.agreement: assert line.agreement.scales and line.agreement.differ == 0
         if line.points: assert len(line.points["x"]) == len(line.points["seconds"]) > 1
     assert all(line.row in results.table(lines) for line in lines)
 
 
 def test_names_are_unique(): assert len({r.name for r in ROWS}) == len(ROWS)
+
+
+def test_rows_that_need_smollm2_say_so(): assert all(r.real == r.name.startswith("SmolLM2") for r in ROWS)
 
 
 # --- the clock ---
@@ -57,6 +80,17 @@ def test_a_slow_first_round_counts():
     assert times == dict(A=[30.0, 31.0, 32.0], B=[20.0, 21.0, 22.0])
 
 
+def test_what_is_slow_takes_part_in_the_first_rounds_only():
+    calls = []
+    def clock(work, n=1):
+        calls.append(work.prepare())
+        return 6.0
+    works = {name: Work(print, lambda name=name: name) for name in "AB"}
+    times = alternate(works, rounds=4, clock=clock, seldom=["B"])
+    # B not in the round that does not count, and no more after ten seconds
+    assert "".join(calls) == "A" + "ABABAA" and {name: len(t) for name, t in times.items()} == dict(A=4, B=2)
+
+
 def test_quick_work_is_called_several_times_in_a_row():
     calls = []
     alternate({"A": Work(lambda _: calls.append("A")), "B": Work(lambda _: calls.append("B"))}, rounds=1)
@@ -68,6 +102,11 @@ def test_preparing_is_not_on_the_clock(monkeypatch):
     monkeypatch.setattr(measuring.time, "perf_counter", lambda: now[0])
     def wait(seconds): now[0] += seconds
     assert measuring.seconds(Work(lambda made: wait(made), lambda: wait(100) or 2.0), calls=3) == 2.0
+
+
+def test_the_clock_of_the_processor_does_not_see_sleep():
+    sleeping = Work(lambda _: measuring.time.sleep(0.05))
+    assert measuring.cpu_seconds(sleeping) < measuring.seconds(sleeping)
 
 
 def test_rounds():
@@ -208,7 +247,21 @@ def test_file(tmp_path):
 
 
 def test_command(capsys):
-    command.main(["--quick", "imatrix"])
+    command.main(["--quick", "iMatrix"])
     printed = capsys.readouterr().out
     assert "imatrix_mse weight" in printed and "static_minmax" not in printed and "nothing was written" in printed
     with pytest.raises(SystemExit): command.main(["--quick", "no such row"])
+
+
+def test_command_says_at_once_that_smollm2_is_missing(monkeypatch):
+    def missing(): raise ModuleNotFoundError("pip install it")
+    monkeypatch.setattr(command, "require_smollm2", missing)
+    with pytest.raises(ModuleNotFoundError, match="pip install it"): command.main(["smollm2"])
+
+
+def test_the_highest_point_of_a_process():
+    kept = []
+    peak.forget_peak()
+    before = peak.peak()
+    kept.append(torch.ones(64 * 2**18))                                       # 64 MiB
+    assert 60 <= peak.peak() - before < 80
