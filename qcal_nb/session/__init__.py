@@ -1,8 +1,11 @@
 """The workbench without a face: steps and back, feeding, replay, and the session as Python."""
 
+from .feed import Working, run_in_background
 from .progress import PHASES_IN_WORDS, Past, Progress, SessionError, ended_in_time
+from .recorded import weight_lookup
+from .saved import Saved
 from .scales import module_statuses, scales_table
-from .session import Saved, Session, in_background, pause, resume, run_in_background, stop, weight_lookup
+from .session import Session
 from .state import FORMATS, SHOWN, WorkbenchState, args_for
 
 __all__ = [
@@ -15,14 +18,11 @@ __all__ = [
     "Session",
     "SessionError",
     "WorkbenchState",
+    "Working",
     "args_for",
     "ended_in_time",
-    "in_background",
     "module_statuses",
-    "pause",
-    "resume",
     "run_in_background",
     "scales_table",
-    "stop",
     "weight_lookup",
 ]

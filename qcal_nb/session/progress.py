@@ -62,9 +62,12 @@ class Past:
     code: tuple[str, ...]
     memory: Mapping[ResultKey, Memory]  # what the record's observers remembered
 
+    replayed: bool = False
+
     def take_back(self) -> None:
         "Undo what the step did to the model, and nothing else."
         take_back(self.model)
+
 
 # %% ../../nbs/session/progress.ipynb #8e4c6f05
 @dataclass(frozen=True)

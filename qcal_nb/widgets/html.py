@@ -347,7 +347,7 @@ def progress_text(progress: Progress) -> str:
     left = "" if not progress.seconds_left else f" · {duration(progress.seconds_left)} left"
     # a comparison of schemes counts no tokens
     tokens = f" · {progress.tokens:,} tokens · {progress.tokens_per_second:,.0f} tokens/s" if progress.tokens else ""
-    return f"{progress.done:,}{total} batches{tokens}{left}"
+    return f"{progress.done:,}{total} {progress.unit}{tokens}{left}"
 
 
 def warning_html(text: str) -> str:

@@ -17,7 +17,7 @@ import pandas as pd
 from ..evaluate import check_causal
 from ..lifecycle import QuantizationModifier
 from ..schemes import preset_names
-from ..session import PHASES_IN_WORDS, Session, SessionError, WorkbenchState, run_in_background, stop
+from ..session import PHASES_IN_WORDS, Session, SessionError, WorkbenchState, run_in_background
 from .comparison_html import _db
 from .html import block, error_html, table_html, warning_html
 from .panel import Panel, static_picture
@@ -156,7 +156,7 @@ def _make_scheme_widgets(panel: "SchemeComparison") -> None:
         getattr(panel, name).add_class(f"qcal-schemes-{name}")
     panel.names.observe(lambda _: panel.refresh(), names=["value"])
     panel.go.on_click(lambda _: panel.compare())
-    panel.halt.on_click(lambda _: stop(panel.session))
+    panel.halt.on_click(lambda _: panel.session.stop())
 
 # %% ../../nbs/widgets/schemes.ipynb #5f2016fd
 class SchemeComparison(Panel):

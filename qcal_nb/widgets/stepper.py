@@ -15,7 +15,7 @@ import ipywidgets as w
 
 from ..lifecycle import Match, check_schemes, schemes_by_module
 from ..schemes import describe, is_preset, preset_names
-from ..session import PHASES_IN_WORDS, Session, SessionError, WorkbenchState, in_background, pause, resume, stop
+from ..session import PHASES_IN_WORDS, Session, SessionError, WorkbenchState
 from .html import CHANGE_ORDERS, GLOSSARY, block, changes_html, error_html, glossary_html, matches_html
 from .html import phase_html, progress_text, term, tree_html, warning_html
 from .panel import Panel, static_picture
@@ -65,7 +65,7 @@ TIPS = {
 def _call(session: Session, step: str) -> None:
     "What a button does. Feeding runs in the background, so that the page still responds."
     if step in ("feed", "feed_all"):
-        in_background(session, 1 if step == "feed" else None)
+        session.in_background(1 if step == "feed" else None)
     else:
         getattr(session, step)()
 
@@ -90,7 +90,7 @@ def _make_feeding(panel: "LifecycleStepper") -> w.HBox:
     panel.halt.add_class("qcal-stop")
     panel.hold.add_class("qcal-pause")
     panel.hold.on_click(lambda _: panel.pause_or_resume())
-    panel.halt.on_click(lambda _: stop(panel.session))
+    panel.halt.on_click(lambda _: panel.session.stop())
     return w.HBox([panel.bar, panel.hold, panel.halt, panel.note]).add_class("qcal-row")
 
 
@@ -209,7 +209,7 @@ def _fed_words(session: Session) -> str:
         return f"Taken from the record: {session.fed:,} batches · {tokens}. Nothing has to be fed again{more}"
     of = "" if total is None else f" of {total:,}"
     if total is None or session.fed < total:
-        if session._stop.is_set():
+        if session.stopped:
             return f"Stopped after {session.fed:,}{of} batches · {tokens}. Feed all continues from there"
         return f"{session.fed:,}{of} batches fed · {tokens}"
     return f"{session.fed:,}{of} batches fed · {tokens}: all data was seen"
@@ -254,10 +254,11 @@ def _remedy(session: Session) -> str:
 def _next_html(session: Session, step: str | None, legal: dict[str, str | None]) -> str:
     "The usual next step, and what it will do."
     if session.running:
-        return (
-            f"{'Paused' if session.paused else 'Running'}: {escape(session.running)}. <i>Stop</i> ends it after "
-            "the current batch."
-        )
+        state = "Paused" if session.paused else "Running"
+        end = "the current batch"
+        if session.pipeline == "sequential" and session.running != "compare_schemes":
+            end = "the current block, and nothing is fed: block by block it is all batches or none"
+        return f"{state}: {escape(session.running)}. <i>Stop</i> ends it after {end}."
     if session.phase == "ended":
         n = len({row.module for row in session.modifier.coverage})
         done = (
@@ -418,8 +419,10 @@ class _Pressed(Panel):
 
     def pause_or_resume(self) -> None:
         "Pause a running feed, or let it continue."
-        pausing = not self.session.paused
-        (pause if pausing else resume)(self.session)
+        if self.session.paused:
+            self.session.resume()
+        else:
+            self.session.pause()
         self.refresh("paused")
 
 # %% ../../nbs/widgets/stepper.ipynb #75556362

@@ -68,7 +68,7 @@ TestSteppingAround = SteppingAround.TestCase
 
 def test_the_machine_above_can_fail():
     "Were a step back to forget the observers, the walk would be caught."
-    def forgetful(past, model): pass
+    def forgetful(past): pass
     model, data = make_model("llama_tied"), make_batches(2)
     session = Session(model, data)
     session.initialize()

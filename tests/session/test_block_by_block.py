@@ -7,7 +7,7 @@ from qcal_nb.lifecycle import QuantizationModifier, changes, reset_quantization,
 from qcal_nb.observers import Observer
 from qcal_nb.pipelines import calibrate
 from qcal_nb.records import CalibrationRecord, record, record_equal
-from qcal_nb.session import Session, SessionError, in_background, stop
+from qcal_nb.session import Session, SessionError
 from qcal_nb.widgets import Workbench
 
 GROUPS = {"weights": dict(num_bits=4, strategy="group", group_size=32), "input_activations": dict(num_bits=8)}
@@ -108,9 +108,9 @@ def test_stop_in_the_middle_leaves_nothing():
     session.start()
     before = snapshot(session.model)
     def stop_after_a_block(what):
-        if what == "batch": stop(session)
+        if what == "batch": session.stop()
     unlisten = session.listen(stop_after_a_block)
-    in_background(session).join()
+    session.in_background().join()
     unlisten()
     assert session.error is None and session.fed == 0 and session.phase == "started" and not session.running
     assert changes(before, snapshot(session.model)) == []

@@ -16,7 +16,7 @@ from qcal_nb.observers import Observer, Registry
 from qcal_nb.observers import MinMaxObserver
 from qcal_nb.pipelines import calibrate
 from qcal_nb.records import record
-from qcal_nb.session import Session, SessionError, in_background, pause, resume, stop
+from qcal_nb.session import Session, SessionError
 from qcal_nb.session.script import observer_code
 
 
@@ -49,11 +49,11 @@ def wait_for(condition, seconds=120):
 
 def test_stop_within_two_of_a_thousand_batches():
     session = slow_session()
-    thread = in_background(session)
+    thread = session.in_background()
     session.model.gate.release(3)
     wait_for(lambda: session.fed == 3)
     session.model.inside.wait(120)
-    stop(session)
+    session.stop()
     session.model.gate.release(2)
     thread.join(120)
     assert not thread.is_alive() and session.fed <= 5 and session.phase == "fed" and session.running == ""
@@ -65,20 +65,20 @@ def test_stop_within_two_of_a_thousand_batches():
 def test_pause_and_resume():
     session = slow_session(6)
     pause_now = threading.Event()
-    session.listen(lambda what: (pause(session), pause_now.set()) if what == "batch" and session.fed == 2 else None)
-    thread = in_background(session)
+    session.listen(lambda what: (session.pause(), pause_now.set()) if what == "batch" and session.fed == 2 else None)
+    thread = session.in_background()
     session.model.gate.release(6)
     pause_now.wait(120)
     time.sleep(0.1)
     assert session.fed == 2 and thread.is_alive()
-    resume(session)
+    session.resume()
     thread.join(120)
     assert session.fed == 6
 
 
 def test_while_a_feed_runs_everything_else_is_refused_by_name():
     session, x = slow_session(), torch.randn(2, 8)
-    thread = in_background(session)
+    thread = session.in_background()
     session.model.inside.wait(120)
     for step in ("initialize", "start", "feed", "end", "back", "reset"):
         with pytest.raises(SessionError, match="feed_all is running; stop it or wait"): getattr(session, step)()
@@ -90,7 +90,7 @@ def test_while_a_feed_runs_everything_else_is_refused_by_name():
         lambda: calibrate(session.model, [x], modifier, progress=False),
     ):
         with pytest.raises(ModelBusyError, match="is at work on it; wait for it or stop it first"): other()
-    stop(session)
+    session.stop()
     session.model.gate.release(2)
     thread.join(120)
     assert session.model.layer.input_observer.counts.observations == session.fed

@@ -13,7 +13,7 @@ from qcal_nb.lifecycle import QuantizationModifier, reset_quantization
 from qcal_nb.widgets.html import GLOSSARY, glossary_html, status_key, term, tree_html
 from qcal_nb.observers import Registry
 from qcal_nb.schemes import preset_names
-from qcal_nb.session import Session, in_background, stop
+from qcal_nb.session import Session
 from qcal_nb.widgets import LifecycleStepper
 
 
@@ -148,10 +148,10 @@ def test_schemes_set_from_python_have_a_label(panel):
         scheme=QuantizationScheme(targets=["Linear"], weights=dict(num_bits=4, strategy="group", group_size=32))
     )
     assert panel.scheme.value == "custom" and fields(panel)["group_size"].value == 32
-    s._options["scheme"] = "recipe.yaml"  # a label that stands for a recipe
+    s.options.given["scheme"] = "recipe.yaml"  # a label that stands for a recipe
     panel.refresh()
     assert panel.scheme.value == "recipe.yaml" and ">recipe.yaml</abbr>" in panel.words.value
-    s._options["scheme"] = QuantizationModifier(scheme="FP8")  # anything else that is no name
+    s.options.given["scheme"] = QuantizationModifier(scheme="FP8")  # anything else that is no name
     panel.refresh()
     assert panel.scheme.value == "custom"
     panel.scheme.value = "INT8_STATIC"
@@ -190,7 +190,7 @@ def test_stopped_half_way(panel):
     s = panel.session
     s.initialize()
     s.start()
-    halt = s.listen(lambda what: what == "batch" and s.fed == 3 and stop(s))
+    halt = s.listen(lambda what: what == "batch" and s.fed == 3 and s.stop())
     press(panel, "feed_all")
     halt()
     assert s.fed == 3 and "Stopped after 3 of 4 batches" in panel.note.value
@@ -213,7 +213,7 @@ def test_paused_and_resumed(panel):
             held.set()
 
     unlisten = s.listen(hold)
-    thread = in_background(s)
+    thread = s.in_background()
     assert held.wait(120)
     assert s.paused and panel.hold.description == "Resume" and not panel.hold.disabled
     assert "Paused after 2 of 4 batches" in panel.note.value and "Paused: feed_all" in panel.phase.value
