@@ -148,7 +148,7 @@ def _(size: Size) -> list[Result]:
         tokens = size.lengths[place]
         with threads(1):
             works = passes(model, copies, batch_of((1, tokens)), attention)
-            times = alternate(works, size.rounds, SMALL, cpu_seconds)
+            times = alternate(works, size.rounds, clock=cpu_seconds)
         what = f"{size.model}, CPU, {'own attention, ' * (attention == 'model')}{tokens:,} tokens"
         lines += overheads(what, times, at_length(place), {})
     return lines
@@ -194,7 +194,7 @@ def _(size: Size) -> list[Result]:
                 "one": recording(model, data, both, recipe),
                 "six": recording(model, data, both, recipe, observers_to_compare(recipe)),
                 "session": feeding(deepcopy(model), data),
-            }, size.rounds, SMALL, clock)
+            }, size.rounds, clock=clock)
         lines += [
             multiple(f"{size.model}, feed over record{name}", times["session"], times["one"]),
             multiple(
@@ -284,7 +284,7 @@ class Steps:
 
 
 ORDER = ("initialize", "start", "feed", "end", "reset")
-EACH = 7    # rounds of a step, which is short
+EACH = 5    # rounds of a step, which is short
 
 
 def stepping(model: Module, step: str, recipe: dict[str, Any] = STATIC) -> Work:
