@@ -233,8 +233,10 @@ def _(size: Size) -> list[Result]:
 
 def peak_of(what: str, size: Size) -> float:
     "MiB that one pass adds, in a process of its own."
+    # every large block goes back to the system when it is freed; else what glibc keeps varies by 40 MiB from run to run
     env = os.environ | dict(
-        PYTHONPATH=os.pathsep.join([str(ROOT), str(Path(__file__).parents[1])]), OMP_NUM_THREADS=str(THREADS)
+        PYTHONPATH=os.pathsep.join([str(ROOT), str(Path(__file__).parents[1])]), OMP_NUM_THREADS=str(THREADS),
+        MALLOC_MMAP_THRESHOLD_=str(2**18)
     )
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.peak", size.model, what, str(size.long)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
@@ -249,7 +251,7 @@ def peak_of(what: str, size: Size) -> float:
     real=True,
 )
 def _(size: Size) -> list[Result]:
-    pairs = [(peak_of("bare", size), peak_of("record", size)) for _ in range(size.rounds or FEW)]
+    pairs = [(peak_of("bare", size), peak_of("record", size)) for _ in range(size.rounds or 2)]
     bare = Spread.of(bare for bare, _ in pairs)
     found = Result(
         f"{size.model}, memory of record, {size.long:,} tokens", "MiB", Spread.of(seen - bare for bare, seen in pairs),
