@@ -125,7 +125,7 @@ screenshots: $(STAMP) ## pictures of the workbench in Chromium, in build/shots/;
 latency: $(STAMP) ## how fast the workbench answers in Chromium, on the embedded model and on 1,000 tensors
 	@QCAL_ROUNDS=9 $(RUN) python -m pytest -q tests/widgets/test_latency_browser.py
 
-bench: $(REAL) ## speed, memory and growth beside llm-compressor, about 25 minutes, for nbs/benchmarks.ipynb; some rows: ROWS='imatrix smollm2'
+bench: $(REAL) ## speed, memory and growth beside llm-compressor, about half an hour, for nbs/benchmarks.ipynb; some rows: ROWS='imatrix smollm2'
 	@PYTHONPATH=tests $(RUN) python -m benchmarks $(ROWS)
 
 model: $(STAMP) ## train the embedded model again (minutes to an hour)

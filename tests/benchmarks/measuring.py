@@ -18,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 LEAST, MOST, FEW = 5, 25, 3      # rounds: at least, at most, and where one call takes longer than SLOW
 SLOW, BUDGET = 20.0, 10.0        # seconds: a slow call; what rounds beyond LEAST may take in all
+SELDOM = 5.0                     # seconds after which a work that is only there to compare with takes part no longer
 SHORTEST, CALLS = 0.01, 20       # seconds that one entry should take at least; calls in a row to get there, at most
 TIE = 1e-6                       # relative difference of two errors below which only the order of summation decides
 
@@ -57,7 +58,7 @@ def rounds_for(warm: Iterable[float], budget: float = BUDGET) -> int:
 def alternate(works: dict[str, Work], rounds: int | None = None, budget: float = BUDGET,
               clock: Callable[..., float] = seconds, seldom: Collection[str] = ()) -> dict[str, list[float]]:
     """Seconds of each work, an entry a round. A round is A B C, and the next one A B C again; one before them counts
-    only where it is slow. Works of `seldom` take part in the first rounds only, until each took BUDGET seconds, and not
+    only where it is slow. Works of `seldom` take part in the first rounds only, until each took SELDOM seconds, and not
     in the one before them, which then never counts. The first work is not one of them."""
     with collected() as collect:
         warm = {name: clock(work) for name, work in works.items() if name not in seldom}
@@ -67,7 +68,7 @@ def alternate(works: dict[str, Work], rounds: int | None = None, budget: float =
         while len(next(iter(times.values()))) < (rounds or rounds_for(warm.values(), budget)):
             collect()
             for name, work in works.items():
-                if name in seldom and sum(times[name]) >= BUDGET: continue
+                if name in seldom and sum(times[name]) >= SELDOM: continue
                 times[name].append(clock(work, calls.get(name, 1)))
     return times
 

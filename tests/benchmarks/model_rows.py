@@ -148,7 +148,7 @@ def _(size: Size) -> list[Result]:
         tokens = size.lengths[place]
         with threads(1):
             works = passes(model, copies, batch_of((1, tokens)), attention)
-            times = alternate(works, size.rounds, SMALL, cpu_seconds)
+            times = alternate(works, size.rounds, clock=cpu_seconds)
         what = f"{size.model}, CPU, {'own attention, ' * (attention == 'model')}{tokens:,} tokens"
         lines += overheads(what, times, at_length(place), {})
     return lines
@@ -194,7 +194,7 @@ def _(size: Size) -> list[Result]:
                 "one": recording(model, data, both, recipe),
                 "six": recording(model, data, both, recipe, observers_to_compare(recipe)),
                 "session": feeding(deepcopy(model), data),
-            }, size.rounds, SMALL, clock)
+            }, size.rounds, clock=clock)
         lines += [
             multiple(f"{size.model}, feed over record{name}", times["session"], times["one"]),
             multiple(
@@ -233,8 +233,10 @@ def _(size: Size) -> list[Result]:
 
 def peak_of(what: str, size: Size) -> float:
     "MiB that one pass adds, in a process of its own."
+    # every large block goes back to the system when it is freed; else what glibc keeps varies by 40 MiB from run to run
     env = os.environ | dict(
-        PYTHONPATH=os.pathsep.join([str(ROOT), str(Path(__file__).parents[1])]), OMP_NUM_THREADS=str(THREADS)
+        PYTHONPATH=os.pathsep.join([str(ROOT), str(Path(__file__).parents[1])]), OMP_NUM_THREADS=str(THREADS),
+        MALLOC_MMAP_THRESHOLD_=str(2**18)
     )
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.peak", size.model, what, str(size.long)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
@@ -249,7 +251,7 @@ def peak_of(what: str, size: Size) -> float:
     real=True,
 )
 def _(size: Size) -> list[Result]:
-    pairs = [(peak_of("bare", size), peak_of("record", size)) for _ in range(size.rounds or FEW)]
+    pairs = [(peak_of("bare", size), peak_of("record", size)) for _ in range(size.rounds or 2)]
     bare = Spread.of(bare for bare, _ in pairs)
     found = Result(
         f"{size.model}, memory of record, {size.long:,} tokens", "MiB", Spread.of(seen - bare for bare, seen in pairs),
@@ -284,7 +286,7 @@ class Steps:
 
 
 ORDER = ("initialize", "start", "feed", "end", "reset")
-EACH = 7    # rounds of a step, which is short
+EACH = 5    # rounds of a step, which is short
 
 
 def stepping(model: Module, step: str, recipe: dict[str, Any] = STATIC) -> Work:

@@ -1,12 +1,15 @@
 """`python -m benchmarks.peak SmolLM2 record 4096`: MiB that this process uses before a pass of a model with its own
 attention, and at the highest point of it; `bare` or recorded. It is a process of its own, because memory that another
 pass left free would be used again and not seen."""
+import ctypes
+import gc
 import resource
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import Module
 
 from qcal_nb.models import load_smollm2, load_tiny_llama
 from qcal_nb.pipelines import as_batch, calibration_context, feed
@@ -15,6 +18,12 @@ from qcal_nb.records import record
 MODELS = {"SmolLM2": load_smollm2, "embedded Llama": load_tiny_llama}  # from what they are called to how one is made
 MIB = 2**20
 STATUS, FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def give_back() -> None:
+    "Give memory that was freed to the system, or what is allocated next would take it and not be seen. Only glibc can."
+    gc.collect()
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"): libc.malloc_trim(0)
 
 
 def forget_peak() -> None:
@@ -29,16 +38,20 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (MIB if sys.platform == "darwin" else 1024)
 
 
+def run(model: Module, what: str, tokens: int) -> Any:
+    "One pass, bare or recorded."
+    ids = torch.randint(0, 1024, (1, tokens), generator=torch.Generator().manual_seed(tokens))
+    if what == "record": return record(model, [ids], attention="model", progress=False)
+    with calibration_context(model, "model"): return feed(model, as_batch(dict(input_ids=ids)))
+
+
 def main(name: str, what: str, tokens: int) -> None:
     model, _ = MODELS[name]()
-    def run(tokens: int) -> Any:
-        ids = torch.randint(0, 1024, (1, tokens), generator=torch.Generator().manual_seed(tokens))
-        if what == "record": return record(model, [ids], attention="model", progress=False)
-        with calibration_context(model, "model"): return feed(model, as_batch(dict(input_ids=ids)))
-    run(8)  # compiled loops are loaded, and pools of threads made
+    run(model, "record", 8)  # for both: compiled loops are loaded, and pools of threads made
+    give_back()
     forget_peak()
     before = peak()
-    kept = run(tokens)
+    kept = run(model, what, tokens)
     print(before, peak())
     del kept
 

@@ -84,10 +84,10 @@ def test_what_is_slow_takes_part_in_the_first_rounds_only():
     calls = []
     def clock(work, n=1):
         calls.append(work.prepare())
-        return 6.0
+        return 3.0
     works = {name: Work(print, lambda name=name: name) for name in "AB"}
     times = alternate(works, rounds=4, clock=clock, seldom=["B"])
-    # B not in the round that does not count, and no more after ten seconds
+    # B not in the round that does not count, and no more after five seconds
     assert "".join(calls) == "A" + "ABABAA" and {name: len(t) for name, t in times.items()} == dict(A=4, B=2)
 
 
