@@ -68,14 +68,21 @@ def _measured(
     least = self.least_extreme(key)
     def look() -> TensorStats: return measure(value, batch.index, keep, leading_shape(value, batch), least)
     stats = known(("stats", least), look)
-    if stats.first_nonfinite is not None and self.nonfinite == "raise":
-        raise NonFiniteError(
-            f"{key[0]}, {key[1]}: {stats.first_nonfinite}. Fix the data or the model, or record with nonfinite='skip' "
-            "(leave such batches out) or 'record' (leave such elements out)"
-        )
+    if stats.first_nonfinite is not None:
+        _refuse_nonfinite(self, key, stats)
     teller = self.teller(batch) if stats.top else None
     if teller is None or not _stands_on_tokens(value, key[1], batch): return stats
     return known(("told", least), lambda: _told(teller, stats))
+
+
+def _refuse_nonfinite(self: "Collector", key: Key, stats: TensorStats) -> None:
+    "NonFiniteError if such values are refused, here or by an observer on the model that is looked for."
+    if self.nonfinite != "raise" and key not in self.refusing: return
+    raise NonFiniteError(
+        f"{key[0]}, {key[1]}: {stats.first_nonfinite}. Fix the data or the model, or "
+        f"{'calibrate' if key in self.refusing else 'record'} with nonfinite='skip' (leave such batches out) or "
+        "'record' (leave such elements out)"
+    )
 
 
 def _add(self: "Collector", key: Key, index: int, stats: TensorStats, known: Answers) -> None:
@@ -154,6 +161,7 @@ class Collector:
         self.nonfinite = nonfinite
         self.observers = Observers(observers, args, nonfinite)
         self.once = TensorMemo()
+        self.refusing: frozenset[Key] = frozenset()     # tensors whose observers on the model refuse what is not finite
         self.earlier: Mapping[Key, TensorStats] = {}    # what is known from before, so that less need be looked for
         self.open: dict[Key, _Open] = {}                # of the batch that a tensor saw last
         self.news: dict[Key, TensorStats] = {}          # of the batches before that one

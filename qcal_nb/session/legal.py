@@ -45,6 +45,7 @@ def _to_feed(session: Any) -> str | None:
 def _to_end(session: Any) -> str | None:
     if session.phase not in ("started", "fed"):
         return "the calibration has ended already" if session.phase == "ended" else "start the calibration first"
+    if session.modifier.on_uncalibrated == "skip": return None    # what lacks data stays unquantized
     lacking = lacking_data(session.model, session.modifier.resolved_config)
     return f"{len(lacking)} scales need data first, {lacking[0]} among them; feed a batch" if lacking else None
 

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Statistics', 'StatisticsByObserver', 'recorded_statistics', 'statistics_by_observer', 'restore_statistics',
-           'collector_memory']
+           'collector_memory', 'Twin', 'twins_of', 'let_twins_look', 'hand_over']
 
 # %% ../../nbs/session/replay.ipynb #2a2c2670
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 from compressed_tensors.offload import get_execution_device
 from torch import Tensor
@@ -19,6 +20,7 @@ from ..lifecycle import observed_names
 from ..observers import Counts, Observer, find_observer, observer_name
 from ..records import Attached, CalibrationRecord, Collector, Key, Memory, ObserverResult, ResultKey, counts_of
 from ..records import follows_from_stats, statistics_from
+from ..stats import TensorStats
 
 # %% ../../nbs/session/replay.ipynb #72765ae4
 def _same_observer(c: ObserverResult, observer: Observer) -> bool:
@@ -83,3 +85,64 @@ def collector_memory(record: CalibrationRecord, collector: Collector) -> dict[Re
         observer.counts = c.counts
         memory[key] = dict(observer.__dict__)
     return memory
+
+# %% ../../nbs/session/replay.ipynb #a79b5ca7
+@dataclass(frozen=True)
+class Twin:
+    "The observer of a collector that looks for an observer on the model."
+
+    key: ResultKey
+    attached: Attached
+
+
+def _twin(collector: Collector, key: Key, observer: Observer) -> Twin | None:
+    "The twin of an observer; None if no other looks at the same tensor in the same way."
+    if key not in collector.tensors: return None
+    for label, one in collector.observers.of(*key).items():
+        if isinstance(one, Attached) and _is_alike(one.observer, observer): return Twin((*key, label), one)
+    return None
+
+
+def _is_alike(a: Observer, b: Observer) -> bool:
+    return type(a) is type(b) and same_args(a.args, b.args) and a.kwargs == b.kwargs
+
+
+def twins_of(model: Module, collector: Collector) -> dict[Observer, Twin] | None:
+    "A twin for every observer on the model that needs data; None if one has none."
+    found = {}
+    for name, module in model.named_modules():
+        for base_name in observed_names(module) if hasattr(module, "quantization_scheme") else ():
+            observer = observer_of(module, base_name)
+            if observer is None or base_name == "weight" and not observer.needs_data: continue
+            twin = _twin(collector, (name, base_name), observer)
+            if twin is None or base_name == "output" or observer.nonfinite == "skip": return None
+            found[observer] = twin
+    return found
+
+
+# %% ../../nbs/session/replay.ipynb #2bff61bc
+def let_twins_look(twins: Mapping[Observer, Twin], collector: Collector) -> None:
+    "From now on the collector looks for the observers on the model, and refuses what they would refuse."
+    collector.owner = f"{collector.owner}, twins"
+    strict = [twin.key for observer, twin in twins.items() if observer.nonfinite == "raise"]
+    collector.refusing = frozenset((name, "input" if base == "weight" else base) for name, base, _ in strict)
+
+
+_OWN = ("module_name", "owner", "nonfinite", "_module", "_partners")     # what an observer does not get from its twin
+
+
+def _memory_of(twin: Twin, collector: Collector, observer: Observer, tensors: Mapping[Key, TensorStats]) -> Memory:
+    "What an observer would remember, had it looked itself. Copies: ranks combine statistics in place."
+    if twin.attached.derived:
+        stats = tensors[twin.key[:2]]
+        return dict(statistics_from(stats, observer), counts=counts_of(stats)) if stats.count else {}
+    memory = collector.observers.memory.get(twin.key, {})
+    return {n: v.clone() if isinstance(v, Tensor) else v for n, v in memory.items() if n not in _OWN}
+
+
+def hand_over(twins: Mapping[Observer, Twin], collector: Collector, tensors: Mapping[Key, TensorStats]) -> None:
+    "Give the observers on the model what their twins remember of the tensors (of which `tensors` are the statistics)."
+    found = [(observer, _memory_of(twin, collector, observer, tensors)) for observer, twin in twins.items()]
+    for observer, memory in found:
+        observer.__dict__.update(memory)
+

@@ -27,6 +27,7 @@ from ..lifecycle import Match, QuantizationModifier, State, changes, match_repor
 from ..lifecycle import reset_quantization, restore, snapshot, step_edits, undo_log_of
 from ..modeling import states_of
 from ..models import positions_of
+from ..observers import Observer
 from ..pipelines import Batch, Fed, RepeatableBatches, as_batch, attention_used, batches, calibration_context
 from ..pipelines import check_attention, check_pipeline, expected_batches, passes, scales_of_segment
 from ..records import About, CalibrationRecord, Collector, LiveResults, forget_answers, new_collector
@@ -38,8 +39,8 @@ from .options import Options
 from .progress import PHASES_IN_WORDS, Past, Progress, SessionError
 from .provenance import data_code, model_code
 from .recorded import Recorded
-from .replay import StatisticsByObserver, collector_memory, restore_statistics
-from .replay import statistics_by_observer
+from .replay import StatisticsByObserver, Twin, collector_memory, hand_over, let_twins_look
+from .replay import restore_statistics, statistics_by_observer, twins_of
 from .scales import module_statuses, options_code, scales_table
 from .script import production_of, script_of
 from ..warn import warn_once
@@ -408,11 +409,12 @@ def _begin_feed(session: Session, n: int | None) -> Callable[[], None]:
 # %% ../../nbs/session/session.ipynb #b1eb5b9f
 def _run_feed(session: Session, n: int | None, line: str, past: Past) -> None:
     model = session.model
-    collector = None
+    collector = twins = None
     try:
         context = calibration_context(model, session.attention)
         with exclusive(model, f"the {session.owner} ({line})"), context, guarded(model):
             collector = _collector(session)
+            twins = _looking_for_the_model(session, collector)
             with collector.attached():
                 _feed_batches(session, n, collector)
     except Exception as error:
@@ -426,6 +428,7 @@ def _run_feed(session: Session, n: int | None, line: str, past: Past) -> None:
             session.memory = past.memory
         elif collector is not None:
             _conclude(session, collector)
+            hand_over(twins or {}, collector, session.record.tensors)
         end_work(session)
         _finish_feed(session, past, line)
 
@@ -434,6 +437,15 @@ def _conclude(session: Session, collector: Collector) -> None:
     "What every observer makes of all that was fed so far."
     session.memory = collector.observers.memory
     session.record = replace(session.record, results=LiveResults(collector, session.model, session.record.tensors))
+
+
+def _looking_for_the_model(session: Session, collector: Collector) -> dict[Observer, Twin] | None:
+    """The twins of the observers on the model, which look in their place; None if they look for themselves: block by
+    block, scales are computed before the feed ends."""
+    twins = twins_of(session.model, collector) if session.pipeline == "basic" else None
+    if twins is not None:
+        let_twins_look(twins, collector)
+    return twins
 
 
 # %% ../../nbs/session/session.ipynb #c7c08b42
@@ -451,7 +463,7 @@ def _feed_batches(session: Session, n: int | None, collector: Collector) -> None
     steps = passes(
         session.model,
         _next_batches(session, n),
-        session.owner,
+        collector.owner,
         pipeline=session.pipeline,
         propagate=session.propagate,
         after=scales_of_segment(session.modifier, session.model),
