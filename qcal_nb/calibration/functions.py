@@ -14,7 +14,7 @@ from itertools import product
 from typing import Any
 
 from compressed_tensors.offload import update_offload_parameter
-from compressed_tensors.quantization import QuantizationStatus
+from compressed_tensors.quantization import QuantizationArgs, QuantizationStatus
 from compressed_tensors.quantization.lifecycle.forward import forward_quantize
 from torch import Tensor
 from torch.nn import Module
@@ -26,15 +26,19 @@ from ..taps import first_tensor
 from ..warn import warn_once
 
 # %% ../../nbs/calibration/functions.ipynb #f65cded0
+def _for_observer(args: QuantizationArgs, name: str) -> QuantizationArgs:
+    "The args for the observer of that name. One that stands in for the named one gets only the kwargs that it knows."
+    if name == (args.observer or name): return args
+    return args.model_copy(update={"observer_kwargs": known_kwargs(args.observer_kwargs, name)})
+
+
 def initialize_observer(module: Module, base_name: str) -> None:
     """Put the observer that the module's scheme names on the module as `{base_name}_observer`.
     Nothing happens without a scheme or where it is fully dynamic."""
     args = scheme_args(module, base_name)
     if args is None or args.dynamic is True: return
     name = observer_name(args, base_name)
-    if name != (args.observer or name):
-        args = args.model_copy(update={"observer_kwargs": known_kwargs(args.observer_kwargs, name)})
-    observer = Observer.load_from_registry(name, base_name=base_name, args=args)
+    observer = Observer.load_from_registry(name, base_name=base_name, args=_for_observer(args, name))
     observer.owner = feed_owner.get()
     module.register_module(f"{base_name}_observer", observer)
     observer.attach(module)
@@ -108,6 +112,13 @@ def calibrate_value_hook(module: Module, value_states: Tensor) -> None:
     module.v_observer.see(value_states)
 
 # %% ../../nbs/calibration/functions.ipynb #65568c99
+def _warn_of_no_statistics(module: Module, observer: Observer, base_name: str) -> None:
+    warn_once(
+        f"{observer.module_name or type(module).__name__}, {base_name}: no statistics, its scale stays as it is. No "
+        "batch reached this tensor (an expert that no token was routed to, a branch that did not run)"
+    )
+
+
 def update_qparams(
     module: Module | Iterable[Module], base_name: str | Iterable[str], only_update_onload: bool = False
 ) -> None:
@@ -120,10 +131,7 @@ def update_qparams(
         if observer.has_statistics:
             write_qparams(m, observer, only_update_onload)
         else:
-            warn_once(
-                f"{observer.module_name or type(m).__name__}, {name}: no statistics, its scale stays as it is. No "
-                "batch reached this tensor (an expert that no token was routed to, a branch that did not run)"
-            )
+            _warn_of_no_statistics(m, observer, name)
 
 
 def write_qparams(module: Module, observer: Observer, only_update_onload: bool = False,
@@ -153,14 +161,18 @@ def reset_quantization_status(model: Module) -> None:
         module.__dict__.pop("quantization_status", None)
 
 
-def freeze_module_quantization(module: Module) -> None:
-    "Detach and remove a module's observers and set FROZEN. Modules without a scheme or already frozen are left alone."
-    if not getattr(module, "quantization_scheme", None): return
-    if getattr(module, "quantization_status", None) == QuantizationStatus.FROZEN: return
+def _remove_observers(module: Module) -> None:
     for base_name in BASE_NAMES:
         if (observer := observer_of(module, base_name)) is not None:
             observer.detach(module)
             delattr(module, f"{base_name}_observer")
+
+
+def freeze_module_quantization(module: Module) -> None:
+    "Detach and remove a module's observers and set FROZEN. Modules without a scheme or already frozen are left alone."
+    if not getattr(module, "quantization_scheme", None): return
+    if getattr(module, "quantization_status", None) == QuantizationStatus.FROZEN: return
+    _remove_observers(module)
     if getattr(module._modules.get("kv_cache"), "only_while_calibrating", False):
         del module._modules["kv_cache"]
     module.quantization_status = QuantizationStatus.FROZEN

@@ -55,6 +55,9 @@ def exclusive(model: Module, owner: str) -> Iterator[None]:
         del _holders[model]
 
 # %% ../../nbs/calibration/lock.ipynb #f17c18d2
+def _is_observed(module: Module) -> bool: return any(observer_of(module, name) for name in BASE_NAMES)
+
+
 @contextmanager
 def guarded(model: Module, also: Iterable[Module] = ()) -> Iterator[None]:
     """Inside the block, a forward pass by anybody else of a held model, of an observed module or one of `also`
@@ -64,9 +67,8 @@ def guarded(model: Module, also: Iterable[Module] = ()) -> Iterator[None]:
             raise ModelBusyError(
                 f"{_holders.get(model, 'somebody')} is feeding this model; run it again when that is done"
             )
-    watched = dict.fromkeys(
-        [*also, *(m for m in model.modules() if m is model or any(observer_of(m, name) for name in BASE_NAMES))]
-    )
+    own = [m for m in model.modules() if m is model or _is_observed(m)]
+    watched = dict.fromkeys([*also, *own])
     handles = [m.register_forward_pre_hook(refuse, prepend=True) for m in watched]
     try:
         yield

@@ -63,20 +63,48 @@ def _same_everywhere(numbers: Sequence[int]) -> list[bool]:
     return [h == -l for h, l in zip(high, low)]
 
 
-def _difference(reports: list[tuple[str, str | None, list[str]]]) -> str:
-    "In words what does not agree, from each rank's step, error and lines."
+_Report = tuple[str, str | None, list[str]]  # a rank's step, error and lines
+
+
+def _failures(reports: list[_Report]) -> str:
+    "In words which ranks failed; empty if none did."
     failed = [f"rank {r} failed: {why}" for r, (_, why, _) in enumerate(reports) if why]
-    if failed: return failed[0] + (f" (and {len(failed) - 1} more)" if len(failed) > 1 else "")
-    step, _, lines = reports[0]
-    rank, (other_step, _, others) = next((r, found) for r, found in enumerate(reports) if found != reports[0])
-    if step != other_step:
-        return f"rank 0 is about to {step}, rank {rank} to {other_step}; all ranks must take the same steps"
+    if len(failed) < 2: return "".join(failed)
+    return f"{failed[0]} (and {len(failed) - 1} more)"
+
+
+def _other_lines(step: str, lines: list[str], rank: int, others: list[str]) -> str:
+    "In words the first line of rank 0 that another rank does not have."
     ours, theirs = next((a, b) for a, b in zip_longest(lines, others, fillvalue="nothing") if a != b)
     count = f" (in all {len(lines)} and {len(others)})" if len(lines) != len(others) else ""
     return (f"the ranks are about to {step}, but where rank 0 has {ours!r} rank {rank} has {theirs!r}{count}. "
             "Give all ranks the same model and the same recipe")
 
+
+def _difference(reports: list[_Report]) -> str:
+    "In words what does not agree, from the reports of all ranks."
+    failures = _failures(reports)
+    if failures: return failures
+    step, _, lines = reports[0]
+    rank, (other_step, _, others) = next((r, found) for r, found in enumerate(reports) if found != reports[0])
+    if step == other_step: return _other_lines(step, lines, rank, others)
+    return f"rank 0 is about to {step}, rank {rank} to {other_step}; all ranks must take the same steps"
+
 # %% ../../nbs/calibration/ranks.ipynb #0bc837e4
+def _all_agree(step: str, error: Exception | None, lines: Sequence[str]) -> bool:
+    "Collective: whether all ranks are at this step with the same lines, and none brings an error."
+    said = _digest_number("\n".join([step, *lines]).encode())
+    failed = error is not None
+    return all(_same_everywhere([said, int(failed)])) and not failed
+
+
+def _gathered(report: _Report) -> list[_Report]:
+    "Collective: the reports of all ranks."
+    reports: list[Any] = [None] * rank_and_size()[1]
+    dist.all_gather_object(reports, report)
+    return reports
+
+
 def agree(step: str, error: Exception | None = None, lines: Sequence[str] = ()) -> None:
     """Collective: returns where all ranks are at this step with the same lines and none brings an error.
     Otherwise every rank raises: its own error, or a RankError."""
@@ -86,13 +114,8 @@ def agree(step: str, error: Exception | None = None, lines: Sequence[str] = ()) 
     if error is not None:
         error._agreed = True  # the others hear of it here, and nowhere else
     try:
-        if (
-            all(_same_everywhere([_digest_number("\n".join([step, *lines]).encode()), int(error is not None)]))
-            and error is None
-        ):
-            return
-        reports: list[Any] = [None] * rank_and_size()[1]
-        dist.all_gather_object(reports, (step, error and f"{type(error).__name__}: {error}", list(lines)))
+        if _all_agree(step, error, lines): return
+        reports = _gathered((step, error and f"{type(error).__name__}: {error}", list(lines)))
     except RuntimeError as lost:
         if error is not None: raise error from lost
         raise RankError(f"waited to {step}, but lost the other ranks: one of them ended, or took longer than the limit "
@@ -145,16 +168,31 @@ def _form_row(value: Tensor | None) -> list[int]:
     return row + [-n for n in row]
 
 
-def _agreed_forms(found: Sequence[Contribution]) -> list[tuple[torch.dtype, torch.Size]]:
+_Form = tuple[torch.dtype, torch.Size]
+
+
+def _form_of(row: list[int]) -> _Form:
+    dtype, ndim, *sizes = row
+    return _TORCH_DTYPES[dtype], torch.Size(sizes[:ndim])
+
+
+def _check_one_form(c: Contribution, row: list[int]) -> None:
+    "ValueError if ranks know different forms: then the largest number is not the same as the smallest."
+    largest = row[:len(row) // 2]
+    smallest = [-n for n in row[len(row) // 2:]]
+    if largest == smallest: return
+    raise ValueError(
+        f"{c.observer.module_name or 'unnamed module'}, {c.observer.base_name}: {c.name} has another shape or "
+        "dtype on another rank; give all ranks the same model and the same recipe"
+    )
+
+
+def _agreed_forms(found: Sequence[Contribution]) -> list[_Form]:
     "Collective: dtype and shape of each statistic. ValueError on all ranks where two of them know different ones."
     table = _reduced(torch.tensor([_form_row(c.value) for c in found]), dist.ReduceOp.MAX).tolist()
     for c, row in zip(found, table):
-        if row[:2 + _DIMENSIONS] != [-n for n in row[2 + _DIMENSIONS:]]:
-            raise ValueError(
-                f"{c.observer.module_name or 'unnamed module'}, {c.observer.base_name}: {c.name} has another shape or "
-                "dtype on another rank; give all ranks the same model and the same recipe"
-            )
-    return [(_TORCH_DTYPES[row[0]], torch.Size(row[2:2 + row[1]])) for row in table]
+        _check_one_form(c, row)
+    return [_form_of(row) for row in table]
 
 # %% ../../nbs/calibration/ranks.ipynb #4f105cb1
 _ADDING = (dist.ReduceOp.SUM, dist.ReduceOp.AVG)
@@ -190,6 +228,14 @@ def _by_buffer(
     return buffers
 
 
+def _in_its_form(piece: Tensor, op: Any, form: _Form, holders: int) -> Tensor:
+    "A new tensor from one statistic's piece of a buffer: divided where it is a mean, in its own dtype and shape."
+    dtype, shape = form
+    if op == dist.ReduceOp.AVG:
+        piece = piece / holders
+    return piece.reshape(shape).to(dtype, copy=True)
+
+
 def _combined(found: Sequence[Contribution], holders: Sequence[int]) -> list[Tensor]:
     "Collective: the statistics over all ranks, as new tensors. `holders`: how many ranks contribute to each."
     forms = _agreed_forms(found)
@@ -199,10 +245,7 @@ def _combined(found: Sequence[Contribution], holders: Sequence[int]) -> list[Ten
         flat = torch.cat(parts)
         dist.all_reduce(flat, op=dist.ReduceOp.SUM if op == dist.ReduceOp.AVG else op)
         for i, piece in zip(members, flat.split([part.numel() for part in parts])):
-            own_dtype, shape = forms[i]
-            if op == dist.ReduceOp.AVG:
-                piece = piece / holders[i]
-            result[i] = piece.reshape(shape).to(own_dtype, copy=True)
+            result[i] = _in_its_form(piece, op, forms[i], holders[i])
     return result
 
 # %% ../../nbs/calibration/ranks.ipynb #616aeb6a
@@ -224,11 +267,16 @@ def _give_combined(c: Contribution, value: Tensor) -> None:
     observer._combined = {**getattr(observer, "_combined", {}), c.name: value}
 
 
+def _holders_and_news(found: Sequence[Contribution]) -> list[list[int]]:
+    "Collective: for each statistic how many ranks hold it, and how many have news of it."
+    bitmap = torch.tensor([[c.value is not None for c in found], [_is_new(c) for c in found]], dtype=torch.int32)
+    return _reduced(bitmap, dist.ReduceOp.SUM).tolist()
+
+
 def _combine(found: Sequence[Contribution]) -> None:
     "Collective: combine the statistics that somebody has news of, and put them onto the observers of every rank."
     if not found: return
-    bitmap = torch.tensor([[c.value is not None for c in found], [_is_new(c) for c in found]], dtype=torch.int32)
-    holders, news = _reduced(bitmap, dist.ReduceOp.SUM).tolist()
+    holders, news = _holders_and_news(found)
     taking = [i for i, n in enumerate(news) if n]
     if not taking: return
     values = _combined([found[i] for i in taking], [holders[i] for i in taking])
@@ -246,6 +294,16 @@ def _line(observer: Observer) -> str:
     return f"{observer.module_name or 'unnamed'}.{observer.base_name}: {type(observer).__name__}, {form}{kwargs}"
 
 
+def _warn_of_own_scales(observers: Iterable[Observer]) -> None:
+    "Warn where each rank will have a scale of its own. (Weights are the same on every rank.)"
+    own = [o for o in observers if o.base_name != "weight" and not o.sync_ops]
+    if own:
+        warn_once(
+            f"{type(own[0]).__name__} ({_line(own[0])}) keeps nothing that ranks could combine: each rank gets a scale "
+            "of its own; static_minmax or minmax give one scale to all"
+        )
+
+
 def sync_statistics(observers: Iterable[Observer]) -> None:
     """Collective: all ranks, the same observers in the same order. Each statistic becomes what its class declares
     over all ranks, identical on each; RankError where ranks do not match. In one process nothing happens. Write the
@@ -254,23 +312,23 @@ def sync_statistics(observers: Iterable[Observer]) -> None:
     observers = list(dict.fromkeys(observers))
     found = [c for o in observers for c in contributions(o)]
     agree("combine the statistics of observers", lines=[_line(o) for o in observers])
-    own = [o for o in observers if o.base_name != "weight" and not o.sync_ops]
-    if own:
-        warn_once(
-            f"{type(own[0]).__name__} ({_line(own[0])}) keeps nothing that ranks could combine: each rank gets a scale "
-            "of its own; static_minmax or minmax give one scale to all"
-        )
+    _warn_of_own_scales(observers)
     _combine(found)
 
 # %% ../../nbs/calibration/ranks.ipynb #6a9d521a
+def _sharing_a_scale(module: Module) -> list[Observer]:
+    "A module's weight observer and those that share a global scale with it."
+    observer = observer_of(module, "weight")
+    return [] if observer is None else [observer, *observer.partners()]
+
+
 def _groups(modules: Sequence[Module]) -> list[list[Module]]:
     "Modules whose weight observers share a global scale, together; all others by themselves. In module order."
     place = {id(o): i for i, m in enumerate(modules) if (o := observer_of(m, "weight")) is not None}
     groups: dict[int, list[Module]] = defaultdict(list)
     for i, module in enumerate(modules):
-        observer = observer_of(module, "weight")
-        fused = [] if observer is None else [observer, *observer.partners()]
-        groups[min((place[id(o)] for o in fused if id(o) in place), default=i)].append(module)
+        places = [place[id(o)] for o in _sharing_a_scale(module) if id(o) in place]
+        groups[min(places, default=i)].append(module)
     return list(groups.values())
 
 
@@ -283,11 +341,15 @@ def _shape(module: Module) -> tuple[int, ...]:
 def _size(modules: Iterable[Module]) -> int: return sum(prod(_shape(m)) for m in modules)
 
 
+def _check_ranks(ranks: Any) -> None:
+    is_int = isinstance(ranks, int) and not isinstance(ranks, bool)
+    if not is_int or ranks < 1: raise ValueError(f"ranks={ranks!r} must be an int of at least 1")
+
+
 def split_weights(modules: Iterable[Module], ranks: int) -> list[list[Module]]:
     """Each module once, in `ranks` parts of about the same size, fused groups whole. A function of its arguments:
     the same on every rank."""
-    if isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1:
-        raise ValueError(f"ranks={ranks!r} must be an int of at least 1")
+    _check_ranks(ranks)
     place = {m: i for i, m in enumerate(dict.fromkeys(each(modules)))}
     loads = [0] * ranks
     parts: list[list[Module]] = [[] for _ in range(ranks)]
@@ -307,26 +369,34 @@ def _own_contributions(observer: Observer, mine: bool) -> list[Contribution]:
     ]
 
 
+def _weight_line(module: Module) -> str:
+    "What ranks must have in common to share the work on a module's weight."
+    return f"{_line(observer_of(module, 'weight'))}, {_shape(module)}"
+
+
 def observe_weights(modules: Iterable[Module]) -> None:
     """Collective: the weight observers of these modules know their weights; each rank looked at its share alone.
     If a weight is refused (NonFiniteError), all ranks raise. In one process: `observe(modules, "weight")`."""
     rank, size = rank_and_size()
     modules = [m for m in dict.fromkeys(each(modules)) if observer_of(m, "weight") is not None]
     share = split_weights(modules, size)[rank]
-    observers = [observer_of(m, "weight") for m in modules]
-    mine = set(share)
-    lines = [f"{_line(o)}, {_shape(m)}" for m, o in zip(modules, observers)] if size > 1 else []
+    lines = [_weight_line(m) for m in modules] if size > 1 else []
     with together("search the ranges of weights", lines):
         observe(share, "weight")
     if size > 1:
-        _combine([c for m, o in zip(modules, observers) for c in _own_contributions(o, m in mine)])
+        mine = set(share)
+        _combine([c for m in modules for c in _own_contributions(observer_of(m, "weight"), m in mine)])
 
 # %% ../../nbs/calibration/ranks.ipynb #a2103886
+def _digest_of(tensor: Tensor) -> int:
+    "A number for all bits of a tensor."
+    return _digest_number(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+
+
 def differing_qparams(model: Module) -> list[str]:
     "Collective: the names of the scales and zero points that are not the same on every rank, bit for bit."
     if _is_single(): return []
     found = {f"{name}.{kind}": p.detach() for name, m in model.named_modules() for kind, p in qparams_of(m).items()}
     agree("compare scales", lines=[f"{name}: {p.dtype} {tuple(p.shape)}" for name, p in found.items()])
-    raw = [p.cpu().contiguous().reshape(-1).view(torch.uint8).numpy() for p in found.values()]
-    bits = [_digest_number(values.tobytes()) for values in raw]
+    bits = [_digest_of(p) for p in found.values()]
     return [name for name, same in zip(found, _same_everywhere(bits)) if not same]

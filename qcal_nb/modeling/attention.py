@@ -105,14 +105,19 @@ class HookedAttention(QuantizedAttentionImpl):
         return attention_function(module)(module, query, *args, **kwargs)
 
 
+def _register_hooked(implementation: str) -> None:
+    "Make attention that shows its queries known to transformers, under a name of its own, with the same mask."
+    ALL_ATTENTION_FUNCTIONS.register(HOOKED + implementation, _hooked)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(HOOKED + implementation, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
+
+
 def hook_attention(model: Module, module: Module) -> None:
     "Route an attention module through a `HookedAttention`, and hook its cache. A second call does nothing."
     config = module.config
-    original = module.config._attn_implementation
+    original = config._attn_implementation
     if not original.startswith(HOOKED):
-        for name in (original, "eager"):
-            ALL_ATTENTION_FUNCTIONS.register(HOOKED + name, _hooked)
-            ALL_MASK_ATTENTION_FUNCTIONS.register(HOOKED + name, ALL_MASK_ATTENTION_FUNCTIONS[name])
+        _register_hooked(original)
+        _register_hooked("eager")
         config.__dict__["_attn_implementation_internal"] = HOOKED + original
     if not hasattr(module, IMPL_ATTR):
         module.register_module(IMPL_ATTR, HookedAttention(config))
@@ -138,6 +143,13 @@ def attention_faults(model: Module, name: str, module: Module, scheme: Quantizat
     faults = []
     if args.dynamic is not True and args.strategy not in ("tensor", "attn_head"):
         faults.append(f"{name}: attention states take strategy 'tensor' or 'attn_head', not {str(args.strategy)!r}")
+    faults += _model_faults(model, name)
+    return faults + (_query_faults(model, name, module) if queries else [])
+
+
+def _model_faults(model: Module, name: str) -> list[str]:
+    "Why keys and values cannot be seen in any attention module of a model."
+    faults = []
     config = getattr(model, "config", None)
     if not hasattr(config, "get_text_config"):
         faults.append(f"{name}: the model has no transformers config that tells the number of heads")
@@ -145,7 +157,7 @@ def attention_faults(model: Module, name: str, module: Module, scheme: Quantizat
         faults.append(
             f"{name}: an encoder-decoder has a cache of two parts, which compressed-tensors' stand-in cannot replace"
         )
-    return faults + (_query_faults(model, name, module) if queries else [])
+    return faults
 
 
 def _query_faults(model: Module, name: str, module: Module) -> list[str]:

@@ -32,13 +32,19 @@ def _outermost(found: Mapping[str, Module]) -> dict[str, Module]:
     return {name: m for name, m in found.items() if not any(name.startswith(f"{other}.") for other in found)}
 
 
+def _is_repetition(module: Module) -> bool:
+    "Whether a module is a ModuleList of at least two members, all of one class."
+    return isinstance(module, ModuleList) and len(module) > 1 and len({type(m) for m in module}) == 1
+
+
+def _repeated(model: Module) -> dict[str, Module]:
+    lists = {name: m for name, m in model.named_modules() if _is_repetition(m)}
+    return {f"{name}.{i}": m for name, members in lists.items() for i, m in enumerate(members)}
+
+
 def blocks_of(model: Module) -> dict[str, Module]:
     """Name -> module of the blocks of a model, in model order: those of the classes in `_no_split_modules`, else
     the members of every ModuleList with at least two members, all of one class. Empty if there are none."""
     classes = set(getattr(model, "_no_split_modules", None) or ())
     found = {name: m for name, m in model.named_modules() if type(m).__name__ in classes and m is not model}
-    if not found:
-        for name, many in model.named_modules():
-            if isinstance(many, ModuleList) and len(many) > 1 and len({type(m) for m in many}) == 1:
-                found |= {f"{name}.{i}": m for i, m in enumerate(many)}
-    return _outermost(found)
+    return _outermost(found or _repeated(model))

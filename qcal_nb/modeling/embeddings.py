@@ -13,6 +13,11 @@ from compressed_tensors.offload.cache import OffloadCache
 from torch.nn import Module, Parameter
 
 # %% ../../nbs/modeling/embeddings.ipynb #861ea32d
+def _sub_configs(config: Any) -> list[Any]:
+    parts = [getattr(config, name, None) for name in config.sub_configs]
+    return [part for part in parts if part is not None]
+
+
 def configs_of(model: Module) -> list[Any]:
     "The configs that a model's modules refer to, including sub-configs, each once. A plain torch module has none."
     found: dict[int, Any] = {}
@@ -21,7 +26,7 @@ def configs_of(model: Module) -> list[Any]:
         config = pending.pop()
         if id(config) in found or not hasattr(config, "sub_configs"): continue
         found[id(config)] = config
-        pending += [value for name in config.sub_configs if (value := getattr(config, name, None)) is not None]
+        pending += _sub_configs(config)
     return list(found.values())
 
 # %% ../../nbs/modeling/embeddings.ipynb #be55921b
@@ -36,19 +41,28 @@ def embeddings_of(model: Module) -> list[Module | None]:
     return [m if getattr(m, "weight", None) is not None else None for m in found]
 
 
-def untie_embeddings(model: Module, chosen: dict[str, tuple[Module, Any]]) -> None:
-    "Give the output head its own weight if it shares one with the input embedding and either will be quantized."
-    both = embeddings_of(model)
+def _are_tied(embedding: Module | None, head: Module | None) -> bool:
     with disable_onloading():
-        tied = None not in both and both[0].weight is both[1].weight
-    if not tied or not any(m is e for m, _ in chosen.values() for e in both): return
-    weight = both[1].weight
+        return embedding is not None and head is not None and embedding.weight is head.weight
+
+
+def _give_own_weight(head: Module) -> None:
+    "Replace a head's weight by a copy, which stays offloaded if the weight is."
+    weight = head.weight
     own = Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
-    store = both[1]._parameters
+    store = head._parameters
     if isinstance(store, OffloadCache):
         store.offloaded_values["weight"] = store.offload(own)
     else:
         store["weight"] = own
+
+
+def untie_embeddings(model: Module, chosen: dict[str, tuple[Module, Any]]) -> None:
+    "Give the output head its own weight if it shares one with the input embedding and either will be quantized."
+    embedding, head = embeddings_of(model)
+    quantized = any(m is embedding or m is head for m, _ in chosen.values())
+    if not quantized or not _are_tied(embedding, head): return
+    _give_own_weight(head)
     for config in configs_of(model):
         if getattr(config, "tie_word_embeddings", False):
             config.tie_word_embeddings = False

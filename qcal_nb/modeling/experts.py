@@ -75,6 +75,21 @@ def _stacks(own: dict[str, Parameter]) -> tuple[str, bool]:
     return first, has_bias
 
 
+def _takes_sorted_tokens(module: Module) -> bool:
+    "Whether a module is called with hidden states alone. ValueError for a forward that is called another way."
+    taken = list(inspect.signature(type(module).forward).parameters)[1:]
+    if len(taken) not in _CALLS: raise ValueError(f"its forward takes ({', '.join(taken)})")
+    return _CALLS[len(taken)]
+
+
+def _check_computes_plainly(module: Module, has_gate: bool) -> None:
+    "ValueError if the activation is not known, or the forward is not the class's."
+    gates_itself = has_gate and hasattr(module, "_apply_gate")
+    if not hasattr(module, "act_fn") and not gates_itself: raise ValueError("it has no act_fn")
+    if "forward" in vars(module) and isinstance(module._parameters, dict):
+        raise ValueError("its forward was replaced (by accelerate or a kernel); undo that first")
+
+
 def expert_layout(module: Module) -> Layout:
     "How the module's experts are stored. If they cannot become Linear modules, a ValueError says why."
     own = own_parameters(module)
@@ -83,25 +98,26 @@ def expert_layout(module: Module) -> Layout:
     down = own["down_proj"]
     has_gate = first == "gate_up_proj"
     transposed = _orientation(module, up, down, 1 + has_gate)
-    taken = list(inspect.signature(type(module).forward).parameters)[1:]
-    if len(taken) not in _CALLS: raise ValueError(f"its forward takes ({', '.join(taken)})")
-    if not hasattr(module, "act_fn") and not (has_gate and hasattr(module, "_apply_gate")):
-        raise ValueError("it has no act_fn")
-    if "forward" in vars(module) and isinstance(module._parameters, dict):
-        raise ValueError("its forward was replaced (by accelerate or a kernel); undo that first")
+    presorted = _takes_sorted_tokens(module)
+    _check_computes_plainly(module, has_gate)
     intermediate, hidden = (down.shape[1], down.shape[2]) if transposed else (down.shape[2], down.shape[1])
     return Layout(len(up), hidden, intermediate, has_gate, has_bias, transposed,
-                  not getattr(module, "is_concatenated", True), _CALLS[len(taken)])
+                  not getattr(module, "is_concatenated", True), presorted)
 
 # %% ../../nbs/modeling/experts.ipynb #d35617da
+def _holds_stacked_experts(name: str, module: Module) -> bool:
+    "Whether a module is called expert, and has parameters that stack matrices."
+    if not any(p.ndim == 3 for p in own_parameters(module).values()): return False
+    return "expert" in f"{name} {type(module).__name__}".lower()
+
+
 def _scan(model: Module) -> tuple[dict[str, Module], dict[str, str]]:
     "The fused experts of a model by name, and by name the reasons why others must stay fused."
     if not isinstance(model, Module): raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     found = {}
     refused = {}
     for name, module in model.named_modules():
-        stacked = any(p.ndim == 3 for p in own_parameters(module).values())
-        if not stacked or "expert" not in f"{name} {type(module).__name__}".lower(): continue
+        if not _holds_stacked_experts(name, module): continue
         try:
             expert_layout(module)
             if not name: raise ValueError("it is the whole model, there is nothing to replace it in")
@@ -320,20 +336,30 @@ def _probe_inputs(fused: Module, layout: Layout) -> tuple[Tensor, ...]:
     return x.to(device, like.dtype), chosen.to(device), weights.to(device)
 
 
+def _own_output(fused: Module, call: tuple[Tensor, ...]) -> Tensor:
+    "What the fused module itself computes, without a kernel from elsewhere; float64."
+    with disable_offloading():
+        return inspect.unwrap(type(fused).forward)(fused, *call).double()
+
+
+def _rounding(right: Tensor, dtype: torch.dtype) -> float:
+    "How far results may be off by rounding alone."
+    return max(1e-3, 16 * torch.finfo(dtype).eps) * right.abs().max().item()
+
+
 @torch.no_grad()
 def _prove(new: UnfusedExperts) -> None:
     "ValueError if the Linears do not compute what the fused module computes. Also chooses the dtype of the sum."
     fused, = new.source
     if any(p.is_meta for p in fused.parameters()) and isinstance(fused._parameters, dict): return
     call = _probe_inputs(fused, new.layout)
-    with disable_offloading():
-        right = inspect.unwrap(type(fused).forward)(fused, *call).double()
+    right = _own_output(fused, call)
     def error(wide: bool) -> float:
         new.wide_sum = wide
         ours = _sorted_blocks(new, *call) if new.layout.presorted else _sum_by_expert(new, *call)
         return (ours.double() - right).abs().max().item()
     new.wide_sum = error(True) < error(False)
-    allowed = max(1e-3, 16 * torch.finfo(call[0].dtype).eps) * right.abs().max().item()
+    allowed = _rounding(right, call[0].dtype)
     if (off := error(new.wide_sum)) > allowed:
         raise ValueError(
             f"its forward computes something other than its matrices say: off by {off:.2g}, rounding would be "
@@ -385,6 +411,14 @@ def _replace_modules(model: Module, new: dict[int, Module]) -> None:
         raise
 
 # %% ../../nbs/modeling/experts.ipynb #785d1746
+def _warn_of_refused(refused: dict[str, str], model_name: str) -> None:
+    "One warning for each reason why experts stay fused, with the first name and how many more there are."
+    for reason in dict.fromkeys(refused.values()):
+        names = [name or model_name for name, why in refused.items() if why == reason]
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        warn_once(f"the experts {names[0]}{more} stay fused and cannot be quantized: {reason}")
+
+
 def take_experts_apart(model: Module) -> Module:
     """Replace every stack of experts by one Linear per expert and projection; returns the model. A stack that cannot
     be replaced stays, and a warning says why. Models without fused experts stay as they are."""
@@ -396,10 +430,7 @@ def take_experts_apart(model: Module) -> Module:
             new[id(module)] = _unfused(module)
         except ValueError as reason:
             refused[name] = str(reason)
-    for reason in dict.fromkeys(refused.values()):
-        names = [name or type(model).__name__ for name, why in refused.items() if why == reason]
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        warn_once(f"the experts {names[0]}{more} stay fused and cannot be quantized: {reason}")
+    _warn_of_refused(refused, type(model).__name__)
     _replace_modules(model, new)
     return model
 
@@ -409,20 +440,32 @@ def unfused_experts(model: Module) -> dict[str, UnfusedExperts]:
     return {name: m for name, m in model.named_modules() if isinstance(m, UnfusedExperts)}
 
 # %% ../../nbs/modeling/experts.ipynb #1d7b26a1
+def _linear_names(name: str, layout: Layout) -> list[str]:
+    "The names of the Linears that a stack of that name and layout would become."
+    parts = ("gate_proj", "up_proj", "down_proj") if layout.has_gate else ("up_proj", "down_proj")
+    return [f"{name}.{e}.{part}" for e in range(layout.num_experts) for part in parts]
+
+
 def matches_experts(model: Module, targets: Iterable[str], ignore: Iterable[str] = ()) -> bool:
     "Whether targets would match an expert's Linear if the fused experts were taken apart. Changes nothing."
     wanted = Targets(targets)
     ignored = Targets(ignore)
     linear = Linear(1, 1, device="meta")
     for name, module in fused_experts(model).items():
-        layout = expert_layout(module)
-        parts = ("gate_proj", "up_proj", "down_proj") if layout.has_gate else ("up_proj", "down_proj")
-        names = [f"{name}.{e}.{part}" for e in range(layout.num_experts) for part in parts]
+        names = _linear_names(name, expert_layout(module))
         if any(wanted.matching(one, linear) and not ignored.matching(one, linear) for one in names):
             return True
     return False
 
 # %% ../../nbs/modeling/experts.ipynb #4ef0c60b
+def _put_back_forward(module: Module, forward: Any) -> None:
+    "Give a module the forward of its own that it had; None: that of its class."
+    if forward is None:
+        del module.__dict__["forward"]
+    else:
+        module.__dict__["forward"] = forward
+
+
 @contextmanager
 def _stand_ins(model: Module) -> Iterator[None]:
     "Inside the block, experts that are still fused compute as if they were taken apart and saw every token."
@@ -439,10 +482,7 @@ def _stand_ins(model: Module) -> Iterator[None]:
         yield
     finally:
         for fused, forward, stand_in in made:
-            if forward is None:
-                del fused.__dict__["forward"]
-            else:
-                fused.__dict__["forward"] = forward
+            _put_back_forward(fused, forward)
             release(stand_in)
 
 

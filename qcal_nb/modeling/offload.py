@@ -69,6 +69,11 @@ def _each_its_own(model: Module) -> Iterator[None]:
             hook.weights_map = weights
 
 # %% ../../nbs/modeling/offload.ipynb #b4883f88
+def _is_readable(entry: Mapping[str, Any], placeholder: Tensor) -> bool:
+    "Whether compressed-tensors can read a weight that accelerate has on disk."
+    return "safetensors_file" in entry or placeholder in DiskCache.index
+
+
 def _unreadable(model: Module) -> Iterator[tuple[Any, str, Tensor]]:
     """Weights on disk in a format that compressed-tensors cannot read: the mapping that holds them, their name in it,
     and their placeholder on the module."""
@@ -77,12 +82,8 @@ def _unreadable(model: Module) -> Iterator[tuple[Any, str, Tensor]]:
         at_hand = getattr(weights, "state_dict", {})
         for name, meta in (*module._parameters.items(), *module._buffers.items()):
             full = prefix + name
-            if (
-                full in index
-                and full not in at_hand
-                and "safetensors_file" not in index[full]
-                and meta not in DiskCache.index
-            ):
+            on_disk = full in index and full not in at_hand
+            if on_disk and not _is_readable(index[full], meta):
                 yield weights, full, meta
 
 

@@ -1,4 +1,4 @@
-"""Data on its way through a model: any form of text to batches, one loop that feeds them, whole passes or block by block."""
+"""Data on its way through a model: any form of text to batches, one feed loop, whole passes or block by block."""
 
 from .basic import PIPELINES, calibrate, scales_of_segment
 from .batch import (

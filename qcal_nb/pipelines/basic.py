@@ -6,9 +6,9 @@
 __all__ = ['PIPELINES', 'scales_of_segment', 'set_policy', 'calibrate']
 
 # %% ../../nbs/pipelines/basic.ipynb #781bef2d
-import itertools
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from torch import Tensor
@@ -18,7 +18,7 @@ from ..calibration import claim, exclusive, guarded, observers_in, together
 from ..lifecycle import Event, EventType, QuantizationModifier, State, check_on_uncalibrated
 from ..modeling import blocks_of
 from ..observers import owned_by
-from .batch import as_batches
+from .batch import NO_DATA, as_batches, first_made
 from .context import calibration_context, check_attention
 from .data import batches, expected_batches
 from .loop import WAYS, check_pipeline, passes, shown
@@ -33,16 +33,14 @@ def _first_batches(
     data: Any, modifier: QuantizationModifier, pipeline: str, *options: Any
 ) -> Iterator[dict[str, Tensor]]:
     "The batches to feed, with the first one already made, so that bad data is found before anything changes."
-    if pipeline == "datafree" or (data is None and not modifier.requires_calibration_data):
-        if modifier.requires_calibration_data:
-            raise ValueError("pipeline='datafree' cannot find the scales of activations; "
-                             "this scheme has static ones, use pipeline='basic' with data")
-        return iter(())
-    stream = batches(data, *options)
-    first = next(stream, None)
-    if first is None: raise ValueError("data is empty: not a single batch came of it; pass at least one text or batch")
-    return itertools.chain([first], stream)
-
+    needs_data = modifier.requires_calibration_data
+    if pipeline == "datafree" and needs_data:
+        raise ValueError("pipeline='datafree' cannot find the scales of activations; "
+                         "this scheme has static ones, use pipeline='basic' with data")
+    if pipeline == "datafree" or (data is None and not needs_data): return iter(())
+    ready = first_made(batches(data, *options))
+    if ready is None: raise ValueError(NO_DATA)
+    return ready
 
 
 # %% ../../nbs/pipelines/basic.ipynb #e79f76bb
@@ -60,27 +58,77 @@ def set_policy(model: Module, nonfinite: str | None) -> None:
         observer.nonfinite = check_policy(nonfinite)
 
 
-def _check_options(
-    modifier: Any,
-    nonfinite: str | None,
-    on_uncalibrated: str | None,
-    attention: str,
-    propagate: str,
-    pipeline: str,
-    all_experts: bool,
-) -> None:
-    "TypeError or ValueError for arguments of `calibrate` that make no sense."
-    if not isinstance(modifier, QuantizationModifier):
-        raise TypeError(
-            f"modifier must be a QuantizationModifier, got {type(modifier).__name__}; "
-            "e.g. QuantizationModifier(scheme='FP8', ignore=['lm_head'])"
-        )
-    checks = (check_policy, nonfinite), (check_on_uncalibrated, on_uncalibrated), (check_attention, attention)
-    for check, value in checks:
-        if value is not None:
-            check(value)
+def _check_modifier(modifier: Any) -> None:
+    if isinstance(modifier, QuantizationModifier): return
+    raise TypeError(
+        f"modifier must be a QuantizationModifier, got {type(modifier).__name__}; "
+        "e.g. QuantizationModifier(scheme='FP8', ignore=['lm_head'])"
+    )
+
+
+def _check_choices_of_modifier(nonfinite: str | None, on_uncalibrated: str | None) -> None:
+    "ValueError for a choice that overrides the modifier's and is unknown; None leaves the modifier's."
+    if nonfinite is not None:
+        check_policy(nonfinite)
+    if on_uncalibrated is not None:
+        check_on_uncalibrated(on_uncalibrated)
+
+
+def _check_pass(attention: str, propagate: str, pipeline: str, all_experts: bool) -> None:
+    "TypeError or ValueError for ways of running the model that do not exist."
+    check_attention(attention)
     check_pipeline(pipeline, propagate, PIPELINES)
     if not isinstance(all_experts, bool): raise TypeError(f"all_experts={all_experts!r} must be True or False")
+
+
+def _say_where_it_stopped(error: BaseException) -> None:
+    if hasattr(error, "add_note"):
+        error.add_note(
+            "the model stays in calibration, with what the batches before this one gave: "
+            "qcal_nb.lifecycle.reset_quantization(model) takes it back"
+        )
+
+
+@contextmanager
+def _given_back_on_failure(model: Module) -> Iterator[None]:
+    "If the block fails, the model's observers hear everybody again, and the error says how the model was left."
+    try:
+        yield
+    except BaseException as error:
+        claim(model, None)
+        _say_where_it_stopped(error)
+        raise
+
+
+def _start(modifier: QuantizationModifier, state: State, owner: str) -> None:
+    "Put observers on the model; from the start they hear nobody but the owner."
+    modifier.on_initialize(state, unfuse=True)
+    with owned_by(owner):
+        modifier.on_event(state, Event(EventType.CALIBRATION_START))
+
+
+def _feed_all(
+    modifier: QuantizationModifier,
+    model: Module,
+    inputs: Iterator[dict[str, Tensor]],
+    owner: str,
+    pipeline: str,
+    propagate: str,
+    total: int | None,
+    progress: bool,
+) -> None:
+    "Run the model on all inputs, with a bar; block by block, scales are computed on the way."
+    steps = passes(
+        model,
+        as_batches(model, enumerate(inputs)),
+        owner,
+        pipeline="basic" if pipeline == "datafree" else pipeline,  # without data there is nothing to feed
+        propagate=propagate,
+        after=scales_of_segment(modifier, model),
+        total=total,
+    )
+    for _ in shown(steps, "calibrating", total, progress):
+        pass
 
 # %% ../../nbs/pipelines/basic.ipynb #769d8c53
 def calibrate(
@@ -101,42 +149,19 @@ def calibrate(
 ) -> Module:
     """Initialize, start, feed all data, end. Returns the same model, calibrated. `modifier.coverage` says what its
     observers saw."""
-    _check_options(modifier, nonfinite, on_uncalibrated, attention, propagate, pipeline, all_experts)
+    _check_modifier(modifier)
+    _check_choices_of_modifier(nonfinite, on_uncalibrated)
+    _check_pass(attention, propagate, pipeline, all_experts)
     state = State(model)
     owner = f"calibrate {uuid.uuid4().hex}"
     with together("end calibrate()"), exclusive(model, "calibrate()"), each_warning_once():
         inputs = _first_batches(data, modifier, pipeline, tokenizer, batch_size, max_length)
-        modifier.on_initialize(state, unfuse=True)
-        with owned_by(owner):
-            modifier.on_event(state, Event(EventType.CALIBRATION_START))  # hear nobody else from the start
-        try:
+        _start(modifier, state, owner)
+        with _given_back_on_failure(model), guarded(model, blocks_of(model).values()):
             set_policy(model, nonfinite)
-            with guarded(model, blocks_of(model).values()), calibration_context(model, attention, all_experts):
+            with calibration_context(model, attention, all_experts):
                 total = expected_batches(data, batch_size)
-                steps = passes(
-                    model,
-                    as_batches(model, enumerate(inputs)),
-                    owner,
-                    pipeline="basic" if pipeline == "datafree" else pipeline,  # without data there is nothing to feed
-                    propagate=propagate,
-                    after=scales_of_segment(modifier, model),
-                    total=total,
-                )
-                for _ in shown(steps, "calibrating", total, progress):
-                    pass
-            with guarded(model, blocks_of(model).values()):
-                modifier.on_event(state, Event(EventType.CALIBRATION_END), on_uncalibrated=on_uncalibrated)
-        except BaseException as error:
-            claim(model, None)
-            _say_where_it_stopped(error)
-            raise
+                _feed_all(modifier, model, inputs, owner, pipeline, propagate, total, progress)
+            modifier.on_event(state, Event(EventType.CALIBRATION_END), on_uncalibrated=on_uncalibrated)
     return model
-
-
-def _say_where_it_stopped(error: BaseException) -> None:
-    if hasattr(error, "add_note"):
-        error.add_note(
-            "the model stays in calibration, with what the batches before this one gave: "
-            "qcal_nb.lifecycle.reset_quantization(model) takes it back"
-        )
 

@@ -7,10 +7,11 @@ __all__ = ['check_attention', 'attention_used', 'calibration_context']
 
 # %% ../../nbs/pipelines/context.ipynb #5d4403b9
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
+from torch import Tensor
 from torch.nn import Linear, Module
 
 from ..calibration import observer_of
@@ -28,22 +29,31 @@ _patches_lock = threading.Lock()
 def _patched(obj: Any, name: str, value: Any) -> Iterator[None]:
     """Set an entry of an object's `__dict__`, and put back exactly what was there.
     Models may share a config: of several that patch one place, the last to leave puts back what the first one found."""
+    _patch(obj, name, value)
+    try:
+        yield
+    finally:
+        _unpatch(obj, name)
+
+
+def _patch(obj: Any, name: str, value: Any) -> None:
     key = (id(obj), name)
     with _patches_lock:
         _, users, old = _patches.get(key, (obj, 0, obj.__dict__.get(name, _NOT_SET)))
         _patches[key] = (obj, users + 1, old)
         obj.__dict__[name] = value
-    try:
-        yield
-    finally:
-        with _patches_lock:
-            _, users, old = _patches.pop(key)
-            if users > 1:
-                _patches[key] = (obj, users - 1, old)
-            elif old is _NOT_SET:
-                obj.__dict__.pop(name, None)
-            else:
-                obj.__dict__[name] = old
+
+
+def _unpatch(obj: Any, name: str) -> None:
+    key = (id(obj), name)
+    with _patches_lock:
+        _, users, old = _patches.pop(key)
+        if users > 1:
+            _patches[key] = (obj, users - 1, old)
+        elif old is _NOT_SET:
+            obj.__dict__.pop(name, None)
+        else:
+            obj.__dict__[name] = old
 
 
 def _idle_head(model: Module) -> Linear | None:
@@ -68,6 +78,22 @@ def attention_used(model: Module, attention: str) -> str:
     return "eager" if attention == "eager" or own is None else own
 
 
+def _settings_for_calibration(config: Any, attention: str) -> dict[str, Any]:
+    "What a config says while its model is calibrated: no KV cache, no hub kernels, and eager attention if it is asked."
+    settings = {"use_cache": False} if hasattr(config, "use_cache") else {}
+    settings["disable_custom_kernels"] = True
+    if attention == "eager":
+        now = getattr(config, "_attn_implementation_internal", None)
+        settings["_attn_implementation_internal"] = eager_beneath(now)
+    return settings
+
+
+def _without_product(head: Linear) -> Callable[[Tensor], Tensor]:
+    "A forward for a head whose output nobody needs: a tensor of the right shape, and no values."
+    def skip(x: Tensor) -> Tensor: return x.new_empty((*x.shape[:-1], head.out_features), device="meta")
+    return skip
+
+
 @contextmanager
 def calibration_context(
     model: Module, attention: Literal["eager", "model"] = "eager", all_experts: bool = True
@@ -80,13 +106,8 @@ def calibration_context(
         stack.enter_context(showing_all_experts(model, all_experts))
         stack.enter_context(evaluating(model))
         for config in configs_of(model):
-            if hasattr(config, "use_cache"):
-                stack.enter_context(_patched(config, "use_cache", False))
-            stack.enter_context(_patched(config, "disable_custom_kernels", True))
-            if attention == "eager":
-                now = getattr(config, "_attn_implementation_internal", None)
-                stack.enter_context(_patched(config, "_attn_implementation_internal", eager_beneath(now)))
+            for name, value in _settings_for_calibration(config, attention).items():
+                stack.enter_context(_patched(config, name, value))
         if (head := _idle_head(model)) is not None:
-            skip = lambda x: x.new_empty((*x.shape[:-1], head.out_features), device="meta")
-            stack.enter_context(_patched(head, "forward", skip))
+            stack.enter_context(_patched(head, "forward", _without_product(head)))
         yield model

@@ -51,9 +51,17 @@ def _classify_tensor(item: Tensor, max_length: int | None) -> dict[str, Any]:
     return {"ready": batch if item.is_floating_point() else _cut(batch, max_length)}
 
 
+def _holds_a_batch(item: Mapping[str, Any]) -> bool:
+    return any(isinstance(v, Tensor) and v.ndim >= 2 for v in item.values())
+
+
+def _holds_lists_of_ids(item: Mapping[str, Any]) -> bool:
+    return any(isinstance(row, (list, tuple)) for row in item.get("input_ids", []))
+
+
 def _classify_dict(item: Mapping[str, Any], tokenizer: Any, max_length: int | None) -> dict[str, Any]:
-    if any(isinstance(v, Tensor) and v.ndim >= 2 for v in item.values()): return {"ready": _cut(item, max_length)}
-    if any(isinstance(row, (list, tuple)) for row in item.get("input_ids", [])):
+    if _holds_a_batch(item): return {"ready": _cut(item, max_length)}
+    if _holds_lists_of_ids(item):
         raise ValueError(
             "data holds a dict whose input_ids are lists of lists; pass a row of ids in each dict, "
             "or tensors (return_tensors='pt')"
@@ -65,16 +73,23 @@ def _classify_dict(item: Mapping[str, Any], tokenizer: Any, max_length: int | No
     raise ValueError(f"data holds a dict with keys {keys}; it needs tensors for the model, 'input_ids' or 'text'")
 
 
+def _holds_only(item: Any, kind: type) -> bool:
+    "Whether this is a list of nothing but that, and not empty."
+    return isinstance(item, (list, tuple)) and len(item) > 0 and all(isinstance(one, kind) for one in item)
+
+
+def _begins_with_tensor(item: Any) -> bool:
+    "Whether this is a row of a TensorDataset, whose first tensor is taken."
+    return isinstance(item, (list, tuple)) and len(item) > 0 and isinstance(item[0], Tensor)
+
+
 def _classify(item: Any, tokenizer: Any, max_length: int | None) -> dict[str, Any]:
     "One element of the data as a ready batch (`ready` holds tensors) or as a row of token ids."
     if isinstance(item, str): return _encode(item, tokenizer, max_length)
     if isinstance(item, Tensor): return _classify_tensor(item, max_length)
     if isinstance(item, Mapping): return _classify_dict(item, tokenizer, max_length)
-    if isinstance(item, (list, tuple)) and item and all(isinstance(i, int) for i in item):
-        return {"input_ids": list(item)[:max_length]}
-    # a row of a TensorDataset: its first tensor
-    if isinstance(item, (list, tuple)) and item and isinstance(item[0], Tensor):
-        return _classify(item[0], tokenizer, max_length)
+    if _holds_only(item, int): return {"input_ids": list(item)[:max_length]}
+    if _begins_with_tensor(item): return _classify(item[0], tokenizer, max_length)
     if hasattr(item, "__array__"): return _classify(torch.as_tensor(item), tokenizer, max_length)
     raise TypeError(
         f"data holds a {type(item).__name__}; elements must be strings, token ids, tensors or dicts of tensors"
@@ -95,7 +110,26 @@ def _unpacked(item: Any) -> Iterable[Any]:
     "Several texts that come as one element, as a DataLoader or a data set's batch gives them: each for itself."
     if isinstance(item, Mapping) and isinstance(item.get("text"), (list, tuple)):
         item = item["text"]
-    return item if isinstance(item, (list, tuple)) and item and all(isinstance(i, str) for i in item) else [item]
+    return item if _holds_only(item, str) else [item]
+
+
+def _items(data: Any) -> Iterator[Any]:
+    "The elements of the data, of which some came as several in one."
+    for several in _elements(data):
+        yield from _unpacked(several)
+
+
+def _check_at_least_one(name: str, value: Any) -> None:
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    if not is_int or value < 1: raise ValueError(f"{name}={value!r} must be an int of at least 1")
+
+
+def _pad_id(tokenizer: Any) -> int:
+    "The token id that fills up short rows; 0 if the tokenizer has none for it."
+    for name in ("pad_token_id", "eos_token_id"):
+        filler = getattr(tokenizer, name, None)
+        if filler is not None: return filler
+    return 0
 
 
 def batches(
@@ -104,12 +138,11 @@ def batches(
     """Dicts of tensors for the model, from any form of data; lazily, in order.
     Strings and rows are grouped and padded, ready batches pass as they are."""
     for name, value in (("batch_size", batch_size), ("max_length", max_length)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name}={value!r} must be an int of at least 1")
-    fillers = (getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None))
-    pad = next((i for i in fillers if i is not None), 0)
+        if value is not None:
+            _check_at_least_one(name, value)
+    pad = _pad_id(tokenizer)
     rows: list[Mapping[str, Any]] = []
-    for item in (one for several in _elements(data) for one in _unpacked(several)):
+    for item in _items(data):
         found = _classify(item, tokenizer, max_length)
         if "ready" in found:
             yield found["ready"]

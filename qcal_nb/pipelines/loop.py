@@ -61,12 +61,15 @@ def _block_by_block(
 WAYS = {"basic": _whole_passes, "sequential": _block_by_block}
 
 # %% ../../nbs/pipelines/loop.ipynb #6346753c
+def _check_known(name: str, value: str, known: Iterable[str]) -> None:
+    if value not in known:
+        raise ValueError(f"{name}={value!r} is unknown; it must be one of {', '.join(map(repr, known))}")
+
+
 def check_pipeline(pipeline: str, propagate: str = "float", known: Iterable[str] = tuple(WAYS)) -> None:
     "ValueError unless both are known, and `propagate` is for the sequential pipeline where it is not the default."
-    if pipeline not in known:
-        raise ValueError(f"pipeline={pipeline!r} is unknown; it must be one of {', '.join(map(repr, known))}")
-    if propagate not in PROPAGATE:
-        raise ValueError(f"propagate={propagate!r} is unknown; it must be one of {', '.join(map(repr, PROPAGATE))}")
+    _check_known("pipeline", pipeline, known)
+    _check_known("propagate", propagate, PROPAGATE)
     if propagate != "float" and pipeline != "sequential":
         raise ValueError(f"propagate={propagate!r} needs pipeline='sequential', got pipeline={pipeline!r}: "
                          "only block by block are scales known before later blocks are fed")

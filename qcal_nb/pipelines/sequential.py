@@ -97,6 +97,22 @@ class Plan:
         return frozenset({name: number for number, name in enumerate(self.calls)}.values())
 
 
+def _run_to_its_end(one: ForwardPass) -> None:
+    try:
+        while not one.dead:
+            one.go_on()
+    finally:
+        one.throw()
+
+
+def _by_segment(first: Mapping[str, int], segments: int) -> tuple[tuple[str, ...], ...]:
+    "The names of each segment, from the segment in which each name comes first."
+    found = [[] for _ in range(segments)]
+    for name, segment in first.items():
+        found[segment].append(name)
+    return tuple(map(tuple, found))
+
+
 def look_ahead(model: Module, blocks: Mapping[str, Module], feed: Callable[[], Any]) -> Plan:
     "What one batch tells about the way of all."
     inside = {id(m) for block in blocks.values() for m in block.modules()}
@@ -107,16 +123,11 @@ def look_ahead(model: Module, blocks: Mapping[str, Module], feed: Callable[[], A
         return hook
     handles = [m.register_forward_pre_hook(note(n)) for n, m in model.named_modules() if n and id(m) not in inside]
     try:
-        while not one.dead:
-            one.go_on()
+        _run_to_its_end(one)
     finally:
-        one.throw()
         for handle in handles:
             handle.remove()
-    between = [[] for _ in range(len(one.calls) + 1)]
-    for name, segment in first.items():
-        between[segment].append(name)
-    return Plan(tuple(one.calls), tuple(map(tuple, between)))
+    return Plan(tuple(one.calls), _by_segment(first, len(one.calls) + 1))
 
 # %% ../../nbs/pipelines/sequential.ipynb #f09f732a
 PROPAGATE = ("float", "quantized")

@@ -38,7 +38,8 @@ from ..schemes import describe_args
 from ..warn import warn_once
 
 # %% ../../nbs/recipes/checkpoint.ipynb #1e27f521
-_Stored = dict[str, tuple[Module, QuantizationScheme, CompressionFormat]]
+_StoredModule = tuple[Module, QuantizationScheme, CompressionFormat]
+_Stored = dict[str, _StoredModule]
 
 _STATES = {
     "original": "it is not quantized",
@@ -183,17 +184,23 @@ def _unpacked_dtype(packed: dict[str, Tensor], scheme: QuantizationScheme, form:
     return BaseCompressor.get_value_from_registry(form.value).decompress(packed, scheme)["weight"].dtype
 
 # %% ../../nbs/recipes/checkpoint.ipynb #3cff0566
+def _other_dtype(packed: dict[str, Tensor], stored: _StoredModule) -> torch.dtype | None:
+    "The dtype that a module's packed weight is unpacked to; None if that is its own."
+    module, scheme, form = stored
+    dtype = _unpacked_dtype(packed, scheme, form)
+    return dtype if dtype != module.weight.dtype else None
+
+
 def _checkpoint_tensors(model: Module) -> tuple[dict[str, Tensor], set[torch.dtype]]:
     "Every tensor of the checkpoint by name, and the dtypes that weights are unpacked to where they had another one."
     stored, skipped = stored_modules(model, _calibrated(model).config)
     state = _untied(model, model.state_dict())
     _drop_qparams(state, skipped)
-    unpacked = {}
+    unpacked = {}  # one module of each format is unpacked, to see its dtype
     for name, (module, scheme, form) in stored.items():
         packed = packed_tensors(_own_tensors(state, name, module), scheme, form, name)
         if form not in unpacked and scheme.weights is not None:
-            dtype = _unpacked_dtype(packed, scheme, form)
-            unpacked[form] = dtype if dtype != module.weight.dtype else None
+            unpacked[form] = _other_dtype(packed, stored[name])
         state |= {f"{name}.{k}": v for k, v in packed.items()}
     return state, set(unpacked.values()) - {None}
 
@@ -260,12 +267,16 @@ def _way_of(name: str, stored: _Stored) -> str:
     return scheme.model_dump_json(exclude={"targets"})
 
 
+def _linears_in(path: str, container: Module) -> list[str]:
+    return [f"{path}.{name}" for name, m in container.named_modules() if isinstance(m, torch.nn.Linear)]
+
+
 def _refuse_uneven_experts(model: PreTrainedModel) -> None:
     """ValueError if the matrices of a layer's experts are not all quantized in one way. Programs that load such a
     checkpoint stack them, and unequal parts give a NaN or a wrong expert."""
     stored, _ = stored_modules(model, _calibrated(model).config)
     for path, container in unfused_experts(model).items():
-        linears = [f"{path}.{name}" for name, m in container.named_modules() if isinstance(m, torch.nn.Linear)]
+        linears = _linears_in(path, container)
         ways = {_way_of(name, stored) for name in linears}
         if len(ways) <= 1: continue
         quantized = [name for name in linears if name in stored]
@@ -281,16 +292,20 @@ def _more_than_weights(scheme: QuantizationScheme) -> bool:
     )
 
 # %% ../../nbs/recipes/checkpoint.ipynb #4a55522f
-def _write_config(folder: Path, config: QuantizationConfig, dtype: torch.dtype | None) -> None:
-    """Add the quantization_config to the config.json that transformers wrote, and the dtype to load if it differs from
-    the model's."""
-    path = folder/"config.json"
-    data = json.loads(path.read_text(encoding="utf-8"))
+def _complete_config(data: dict[str, Any], config: QuantizationConfig, dtype: torch.dtype | None) -> None:
+    "Add the quantization_config to a model's config, and the dtype to load if it differs from the model's."
     data["quantization_config"] = {**_config_to_dict(config), "version": compressed_tensors.__version__}
     if dtype is not None:
         data["dtype"] = str(dtype).removeprefix("torch.")
     if config.kv_cache_scheme is not None and "num_attention_heads" in data:
         data.setdefault("num_key_value_heads", data["num_attention_heads"])  # OPT lacks it; compressed-tensors asks
+
+
+def _write_config(folder: Path, config: QuantizationConfig, dtype: torch.dtype | None) -> None:
+    "Complete the config.json that transformers wrote."
+    path = folder/"config.json"
+    data = json.loads(path.read_text(encoding="utf-8"))
+    _complete_config(data, config, dtype)
     path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
@@ -304,17 +319,21 @@ def _save_model(model: PreTrainedModel, folder: Path, state: dict[str, Tensor]) 
         undo(edits(before, snapshot(model)))
 
 
+def _warn_of_dtype(config: QuantizationConfig, dtype: torch.dtype, own: torch.dtype) -> None:
+    form = _one_format(list(config.config_groups.values())).value
+    warn_once(
+        f"compressed-tensors unpacks {form} to {dtype}, but this model is {own}: "
+        f"the checkpoint loads as {dtype}, and its logits differ by that rounding"
+    )
+
+
 def _write_files(model: PreTrainedModel, folder: Path, tokenizer: Any) -> None:
     "All files of the checkpoint, into a new folder."
     config = _checkpoint_config(model)
     state, unpacked = _checkpoint_tensors(model)
     dtype = next(iter(unpacked), None)
     if dtype is not None:
-        form = _one_format(list(config.config_groups.values())).value
-        warn_once(
-            f"compressed-tensors unpacks {form} to {dtype}, but this model is {model.dtype}: "
-            f"the checkpoint loads as {dtype}, and its logits differ by that rounding"
-        )
+        _warn_of_dtype(config, dtype, model.dtype)
     _warn_about_experts(model)
     _save_model(model, folder, state)
     _write_config(folder, config, dtype)
@@ -334,13 +353,18 @@ def free_folder(path: str | os.PathLike, argument: str = "path") -> Path:
     return folder
 
 
-def save_quantized(model: Module, path: str | os.PathLike, tokenizer: Any = None) -> Path:
-    """Write a calibrated transformers model as a compressed-tensors checkpoint, with its recipe. Returns the folder,
-    which must be new or empty. The model stays as it is, and a failure leaves nothing behind."""
+def _check_can_be_saved(model: Module) -> None:
+    "LifecycleError or ValueError for a model that is not calibrated, or not one of transformers."
     _calibrated(model)
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"a {type(model).__name__} has no checkpoint format, only models of transformers do; "
                          "keep model.state_dict() and to_config(model) yourself")
+
+
+def save_quantized(model: Module, path: str | os.PathLike, tokenizer: Any = None) -> Path:
+    """Write a calibrated transformers model as a compressed-tensors checkpoint, with its recipe. Returns the folder,
+    which must be new or empty. The model stays as it is, and a failure leaves nothing behind."""
+    _check_can_be_saved(model)
     folder = free_folder(path).resolve()
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
     with exclusive(model, "save_quantized()"):

@@ -71,6 +71,10 @@ def _warn_left_out(section: Mapping[str, Any], name: str) -> None:
             warn_once(f"{name} has a {key}, which is no part of a recipe here and is left out")
 
 
+def _without_needless_formats(groups: Mapping[str, QuantizationScheme]) -> dict[str, QuantizationScheme]:
+    return {name: _unformatted(scheme) for name, scheme in groups.items()}
+
+
 def from_config(source: Any) -> QuantizationModifier:
     """The modifier of a compressed-tensors `quantization_config`: a dict, a config object, JSON, a config.json or a
     checkpoint's folder. Another quantization method or a damaged config is a ValueError that names the file."""
@@ -83,8 +87,8 @@ def from_config(source: Any) -> QuantizationModifier:
     }
     modifier = _modifier({k: v for k, v in fields.items() if v is not None}, name)
     if modifier.config_groups is None: return modifier
-    groups = modifier.resolved_config.config_groups
-    return modifier.model_copy(update={"config_groups": {n: _unformatted(s) for n, s in groups.items()}})
+    groups = _without_needless_formats(modifier.resolved_config.config_groups)
+    return modifier.model_copy(update={"config_groups": groups})
 
 
 def recipe_of(model: Module) -> QuantizationModifier:
@@ -99,11 +103,16 @@ def recipe_of(model: Module) -> QuantizationModifier:
     return QuantizationModifier(**{k: v for k, v in fields.items() if v})
 
 # %% ../../nbs/recipes/config.ipynb #4d1ab573
+def _target_by_name(targets: Targets, name: str) -> str | None:
+    "The target that matches a name, in the order of compressed-tensors: names before patterns; None if none does."
+    in_order = sorted(targets.near(name), key=lambda target: ("re:" in target, target))
+    return next((target for target in in_order if match_name(name, target)), None)
+
+
 def _group_of(by_target: Mapping[str, str], targets: Targets, name: str, module: Module | None) -> str:
     "The group that decides about a module, in the order of compressed-tensors: its name, a pattern, its class."
     if module is not None: return by_target[targets.matching(name, module)[0]]
-    in_order = sorted(targets.near(name), key=lambda target: ("re:" in target, target))
-    hit = next((target for target in in_order if match_name(name, target)), None)
+    hit = _target_by_name(targets, name)
     if hit is not None: return by_target[hit]
     classes = {by_target[kind] for kind in ("Linear", "Embedding") if kind in by_target}
     if len(classes) == 1: return classes.pop()
@@ -246,17 +255,28 @@ def _names_modules_only(scheme: QuantizationScheme) -> bool:
     return not any(target in ("Linear", "Embedding") or target.startswith("re:") for target in scheme.targets)
 
 
+def _alike(scheme: QuantizationScheme, others: Iterable[QuantizationScheme]) -> QuantizationScheme | None:
+    "The first of other schemes that differs in nothing but its targets."
+    same = (other for other in others if other.model_copy(update={"targets": scheme.targets}) == scheme)
+    return next(same, None)
+
+
+def _free_group(groups: _Groups) -> str:
+    names = (f"group_{i}" for i in range(len(groups) + 1))
+    return next(name for name in names if name not in groups)
+
+
 def _with_groups(
     groups: dict[str, QuantizationScheme], new: Iterable[QuantizationScheme]
 ) -> dict[str, QuantizationScheme]:
     "The groups with schemes for named modules, each in a group of names with the same scheme or in a new first one."
     named = {name: scheme for name, scheme in groups.items() if _names_modules_only(scheme)}
     for scheme in new:
-        alike = (s for s in named.values() if s.model_copy(update={"targets": scheme.targets}) == scheme)
-        if (same := next(alike, None)) is not None:
+        same = _alike(scheme, named.values())
+        if same is not None:
             same.targets += scheme.targets
             continue
-        free = next(f"group_{i}" for i in range(len(groups) + 1) if f"group_{i}" not in groups)
+        free = _free_group(groups)
         groups = {free: scheme, **groups}
         if _names_modules_only(scheme):
             named = {free: scheme, **named}

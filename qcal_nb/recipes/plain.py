@@ -106,9 +106,12 @@ def _parse(text: str, source: str) -> dict[str, Any]:
     return found
 
 # %% ../../nbs/recipes/plain.ipynb #4a8af76b
+def _is_text(source: Any) -> bool: return isinstance(source, str) and ("\n" in source or "{" in source)
+
+
 def _text_of(source: str | os.PathLike, kind: str) -> tuple[str, str]:
     "The text of a file, or the text itself if it has line breaks or braces; and a name for it in errors."
-    if isinstance(source, str) and ("\n" in source or "{" in source): return source, f"the {kind}"
+    if _is_text(source): return source, f"the {kind}"
     if not isinstance(source, (str, os.PathLike)):
         raise TypeError(f"source must be a path or the text of a {kind}, got {type(source).__name__}")
     try:
@@ -137,14 +140,18 @@ _METHOD = "compressed-tensors"
 _KEEPS_NAME = ("int-quantized", "float-quantized", "naive-quantized", "dense")
 
 
+def _is_for_embeddings(scheme: QuantizationScheme, kind: type[Module] | None) -> bool:
+    if kind is None: return scheme.targets == ["Embedding"]
+    return issubclass(kind, torch.nn.Embedding)
+
+
 def storage_format(scheme: QuantizationScheme, kind: type[Module] | None = None) -> CompressionFormat:
     """The format in which the weights of a scheme are stored: the one it names, else the one that follows from it.
     `kind` is the class of the modules. An Embedding is stored unpacked: transformers cannot load a packed one."""
     if scheme.format: return CompressionFormat(scheme.format)
-    embedding = scheme.targets == ["Embedding"] if kind is None else issubclass(kind, torch.nn.Embedding)
-    inferred = infer_module_format(torch.nn.Embedding if embedding else torch.nn.Linear, scheme)
-    unpacked = inferred.value in _KEEPS_NAME
-    return CompressionFormat.naive_quantized if embedding and not unpacked else inferred
+    if not _is_for_embeddings(scheme, kind): return infer_module_format(torch.nn.Linear, scheme)
+    inferred = infer_module_format(torch.nn.Embedding, scheme)
+    return inferred if inferred.value in _KEEPS_NAME else CompressionFormat.naive_quantized
 
 
 def _one_format(schemes: list[QuantizationScheme]) -> CompressionFormat:

@@ -23,24 +23,29 @@ _OURS = ("nonfinite", "on_uncalibrated")
 _OBSERVERS = ("weight_observer", "input_observer", "output_observer", "observer")
 
 
+def _is_known_preset(name: str) -> bool: return name.upper() in PRESET_SCHEMES
+
+
 def _needs_groups(modifier: QuantizationMixin) -> bool:
     """Whether only `config_groups` can say what this modifier says: the reference knows nothing but its presets by
     name."""
-    if modifier.scheme is None or isinstance(modifier.scheme, str):
-        names = [modifier.scheme] if modifier.scheme else []
-    elif isinstance(modifier.scheme, dict):
-        names = list(modifier.scheme)
-    else:
-        return True
-    return modifier.config_groups is not None or any(name.upper() not in PRESET_SCHEMES for name in names)
+    scheme = modifier.scheme
+    if modifier.config_groups is not None: return True
+    if not scheme: return False
+    if isinstance(scheme, str): return not _is_known_preset(scheme)
+    return not isinstance(scheme, dict) or not all(map(_is_known_preset, scheme))
+
+
+def _targets_by_preset(modifier: QuantizationMixin) -> dict[str, list[str]]:
+    groups = modifier.resolved_config.config_groups.values()
+    return dict(zip(modifier.scheme, (scheme.targets for scheme in groups)))
 
 
 def _fields_of_presets(modifier: QuantizationMixin) -> dict[str, Any]:
     "The fields that say what to quantize where presets do."
     given: dict[str, Any] = {}
     if isinstance(modifier.scheme, dict):
-        groups = modifier.resolved_config.config_groups.values()
-        given["scheme"] = dict(zip(modifier.scheme, (scheme.targets for scheme in groups)))
+        given["scheme"] = _targets_by_preset(modifier)
     else:
         if modifier.scheme:
             given["scheme"] = modifier.scheme
@@ -101,6 +106,15 @@ class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool: return True
 
 # %% ../../nbs/recipes/yaml.ipynb #6980fef2
+def _as_yaml(recipe: dict[str, Any]) -> str:
+    try:
+        return yaml.dump(recipe, Dumper=_Dumper, **_YAML_STYLE)
+    except yaml.representer.RepresenterError as error:
+        raise ValueError(
+            f"the modifier holds a value that YAML cannot hold: {error}; use numbers, strings, lists and dicts"
+        ) from None
+
+
 def to_yaml(modifier: QuantizationMixin) -> str:
     """The modifier as an llm-compressor recipe. It holds the fields that were given, in a fixed order; `from_yaml`
     reads it. A comment names observers that llm-compressor lacks."""
@@ -115,12 +129,7 @@ def to_yaml(modifier: QuantizationMixin) -> str:
         recipe["qcal_nb"] = ours
     note = production_note(observers_of(modifier))
     comment = f"# {note}\n" if note else ""
-    try:
-        return comment + yaml.dump(recipe, Dumper=_Dumper, **_YAML_STYLE)
-    except yaml.representer.RepresenterError as error:
-        raise ValueError(
-            f"the modifier holds a value that YAML cannot hold: {error}; use numbers, strings, lists and dicts"
-        ) from None
+    return comment + _as_yaml(recipe)
 
 # %% ../../nbs/recipes/yaml.ipynb #d36fe931
 _BESIDE = ("args", "metadata", "version", "run_type")  # keys of a recipe that say nothing about modifiers
@@ -142,8 +151,11 @@ def _modifiers_in(found: Mapping[str, Any], source: str) -> Iterator[tuple[str, 
             )
 
 
-def _only_modifier(steps: list[tuple[str, Any]], source: str) -> dict[str, Any]:
-    "The fields of the one QuantizationModifier that a recipe holds."
+_Modifiers = list[tuple[str, Any]]  # the class of each, and its fields
+
+
+def _check_is_one(steps: _Modifiers, source: str) -> None:
+    "ValueError unless a recipe holds one modifier, which is a QuantizationModifier."
     foreign = {name for name, _ in steps} - {"QuantizationModifier"}
     if foreign:
         raise ValueError(
@@ -156,19 +168,30 @@ def _only_modifier(steps: list[tuple[str, Any]], source: str) -> dict[str, Any]:
             f"{source} holds {len(steps)} QuantizationModifiers, it must hold one; put their targets side by side as "
             "config_groups of one"
         )
+
+
+def _only_modifier(steps: _Modifiers, source: str) -> dict[str, Any]:
+    "The fields of the one QuantizationModifier that a recipe holds."
+    _check_is_one(steps, source)
     _, fields = steps[0]
     if not isinstance(fields, dict):
         raise ValueError(f"{source}: QuantizationModifier must hold fields, got {fields!r}")
     return {name: value for name, value in fields.items() if name not in _TIMING}
 
 # %% ../../nbs/recipes/yaml.ipynb #515e65bb
+def _own_fields(found: dict[str, Any], source: str) -> dict[str, Any]:
+    "Remove what llm-compressor does not know from a recipe, and return it."
+    ours = found.pop("qcal_nb", None) or {}
+    if not isinstance(ours, dict) or ours.keys() - set(_OURS):
+        raise ValueError(f"{source}: qcal_nb={ours!r} must hold some of {', '.join(_OURS)}")
+    return ours
+
+
 def from_yaml(source: str | os.PathLike) -> QuantizationModifier:
     """The modifier of an llm-compressor recipe, from a path or a text (YAML or JSON). A fault is a
     ValueError that names the file."""
     text, name = _text_of(source, "recipe")
     found = _parse(text, name)
-    ours = found.pop("qcal_nb", None) or {}
-    if not isinstance(ours, dict) or ours.keys() - set(_OURS):
-        raise ValueError(f"{name}: qcal_nb={ours!r} must hold some of {', '.join(_OURS)}")
+    ours = _own_fields(found, name)
     fields = _only_modifier(list(_modifiers_in(found, name)), name)
     return _modifier(fields | ours, name)

@@ -163,18 +163,31 @@ def phase_html(phase: str, next_step: str = "") -> str:
     return block(" → ".join(chips) + (f"<div style='margin-top: 4px'>{next_step}</div>" if next_step else ""))
 
 # %% ../../nbs/widgets/html.ipynb #9304d8f2
+def _number(value: int | float) -> str:
+    "A number to read: integers in full, others with four digits, nothing for NaN."
+    if isinstance(value, int): return f"{value:,}"
+    return "" if value != value else f"{value:.4g}"
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool): return f"<td>{'yes' if value else 'no'}</td>"
+    if isinstance(value, (int, float)): return f'<td class="n">{_number(value)}</td>'
+    return f"<td>{escape('' if value is None or value is pd.NA else str(value))}</td>"
+
+
+def _row(values: Iterable[Any]) -> str: return f"<tr>{''.join(map(_cell, values))}</tr>"
+
+
+def _heading(column: Any) -> str:
+    "The heading of a column; a word of the glossary explains itself."
+    name = str(column).replace("_", " ")
+    return f'<th scope="col">{term(name) if name.lower() in GLOSSARY else escape(name)}</th>'
+
+
 def table_html(table: pd.DataFrame, limit: int = 400) -> str:
     "A table that scrolls. Numbers have four digits; beyond `limit` rows it says how many are left out."
-    def cell(value: Any) -> str:
-        if isinstance(value, bool): return f"<td>{'yes' if value else 'no'}</td>"
-        if isinstance(value, int): return f'<td class="n">{value:,}</td>'
-        if isinstance(value, float): return f'<td class="n">{"" if value != value else f"{value:.4g}"}</td>'
-        return f"<td>{escape('' if value is None or value is pd.NA else str(value))}</td>"
-    names = [str(c).replace("_", " ") for c in table.columns]
-    head = "".join(f'<th scope="col">{term(n) if n.lower() in GLOSSARY else escape(n)}</th>' for n in names)
-    rows = "".join(
-        "<tr>" + "".join(cell(v) for v in row) + "</tr>" for row in table.head(limit).itertuples(index=False)
-    )
+    head = "".join(map(_heading, table.columns))
+    rows = "".join(map(_row, table.head(limit).itertuples(index=False)))
     more = f'<div class="faint">and {len(table) - limit:,} more rows</div>' if len(table) > limit else ""
     return f'<div class="scroll"><table><tr>{head}</tr>{rows}</table></div>{more}'
 
@@ -191,6 +204,14 @@ def _transition(c: ModuleChange) -> str:
     return f"{c.status_before or 'original'} → {c.status_after or 'original'}"
 
 
+_SORTED_UP = ("module", "status")  # the other orders begin with what changed most
+
+
+def _hooks_changed(c: ModuleChange) -> str:
+    if not (c.hooks_added or c.hooks_removed): return ""
+    return f"{c.hooks_added - c.hooks_removed:+d}".replace("-", "−")
+
+
 def changes_table(changes: list[ModuleChange], order: str = "model order") -> pd.DataFrame:
     "What a step did, a row per module: + means added, − removed."
     rows = [
@@ -198,18 +219,15 @@ def changes_table(changes: list[ModuleChange], order: str = "model order") -> pd
             module=c.module or "(model)",
             status=_transition(c),
             observers=_signed(c.observers_added, c.observers_removed),
-            hooks=f"{c.hooks_added - c.hooks_removed:+d}".replace("-", "−") if c.hooks_added or c.hooks_removed else "",
+            hooks=_hooks_changed(c),
             parameters=_signed(c.parameters_added, c.parameters_removed),
             scales_computed=", ".join(c.scales_computed),
         )
         for c in changes
     ]
     table = pd.DataFrame(rows, columns=["module", "status", "observers", "hooks", "parameters", "scales_computed"])
-    return (
-        table
-        if order == "model order"
-        else table.sort_values(order, kind="stable", ascending=order in ("module", "status"))
-    )
+    if order == "model order": return table
+    return table.sort_values(order, kind="stable", ascending=order in _SORTED_UP)
 
 
 def changes_html(changes: list[ModuleChange], order: str = "model order") -> str:
@@ -223,28 +241,28 @@ def changes_html(changes: list[ModuleChange], order: str = "model order") -> str
     )
 
 # %% ../../nbs/widgets/html.ipynb #27d936ac
+def _match_row(m: Match) -> dict[str, Any]:
+    shape = " × ".join(map(str, m.shape))
+    return {"module": m.module, "class": m.type, "shape": shape, "quantized": m.matched, "why": m.reason}
+
+
+def _left_out(report: list[Match]) -> str:
+    "How many modules stay as they are, and the three most common reasons; empty if none does."
+    reasons = Counter(m.reason for m in report if not m.matched)
+    if not reasons: return ""
+    said = "; ".join(f"{n:,}: {escape(reason)}" for reason, n in reasons.most_common(3))
+    more = "; …" if len(reasons) > 3 else ""
+    return f"; {reasons.total():,} stay as they are ({said}{more})"
+
+
 def matches_html(report: list[Match]) -> str:
     "Which modules the scheme would quantize, and why not the others."
     if not report: return block("This model has no module with a matrix of its own: there is nothing to quantize")
-    rows = [
-        {
-            "module": m.module,
-            "class": m.type,
-            "shape": " × ".join(map(str, m.shape)),
-            "quantized": m.matched,
-            "why": m.reason,
-        }
-        for m in sorted(report, key=lambda m: m.matched)
-    ]
+    rows = [_match_row(m) for m in sorted(report, key=lambda m: m.matched)]
     matched = sum(m.matched for m in report)
-    rest = Counter(m.reason for m in report if not m.matched)
-    reasons = "; ".join(f"{n:,}: {escape(reason)}" for reason, n in rest.most_common(3)) + (
-        "; …" if len(rest) > 3 else ""
-    )
-    left = f"; {len(report) - matched:,} stay as they are ({reasons})" if rest else ""
     nothing = "" if matched else '<div class="warning">Nothing will be quantized: change Targets or Ignore</div>'
     return block(
-        f"<b>{matched:,} of {len(report):,} modules</b> with a matrix will be quantized{left}{nothing}"
+        f"<b>{matched:,} of {len(report):,} modules</b> with a matrix will be quantized{_left_out(report)}{nothing}"
         + table_html(pd.DataFrame(rows))
     )
 
@@ -264,17 +282,35 @@ def _forest(statuses: Iterable[tuple[str, str]]) -> dict[str, Any]:
     return root
 
 
-def _alike(node: dict[str, Any]) -> list[tuple[str, dict[str, Any], int]]:
-    "Children as (name, child, how many): three or more numbered neighbours with equal content become one."
-    runs: list[list] = []
+_Node = dict[str, Any]
+
+
+def _continues(names: list[str], content: _Node, name: str, child: _Node) -> bool:
+    "Whether a child belongs to a run of numbered neighbours with equal content."
+    return name.isdigit() and names[0].isdigit() and content == child
+
+
+def _runs(node: _Node) -> list[tuple[list[str], _Node]]:
+    "The children of a node, numbered neighbours with equal content together: their names, and what each holds."
+    runs: list[tuple[list[str], _Node]] = []
     for name, child in node.items():
         if name == "": continue
-        if runs and name.isdigit() and runs[-1][0][0].isdigit() and runs[-1][1] == child:
+        if runs and _continues(*runs[-1], name, child):
             runs[-1][0].append(name)
         else:
-            runs.append([[name], child])
-    merged = [(f"{names[0]}–{names[-1]}", child, len(names)) if len(names) > 2 else None for names, child in runs]
-    return [row for run, one in zip(runs, merged) for row in ([one] if one else [(n, run[1], 1) for n in run[0]])]
+            runs.append(([name], child))
+    return runs
+
+
+def _alike(node: _Node) -> list[tuple[str, _Node, int]]:
+    "Children as (name, child, how many): three or more numbered neighbours with equal content become one."
+    found = []
+    for names, child in _runs(node):
+        if len(names) > 2:
+            found.append((f"{names[0]}–{names[-1]}", child, len(names)))
+        else:
+            found += [(name, child, 1) for name in names]
+    return found
 
 
 def _count_statuses(node: dict[str, Any]) -> Counter:
@@ -289,15 +325,22 @@ OPEN_ROWS = 60  # a tree with at most this many lines is shown open; in a larger
 def _lines(node: dict[str, Any]) -> int: return 1 + sum(_lines(child) for _, child, _ in _alike(node))
 
 
-def _branch(name: str, node: dict, many: int, whole: bool) -> str:
-    label = f"{escape(name)}" + (f" <span class='faint'>({many} alike)</span>" if many > 1 else "")
-    if set(node) == {""}:
-        return f"<div style='margin-left: 14px'>{_dot(node[''])}{label} <span class='faint'>{node['']}</span></div>"
+def _leaf(label: str, status: str) -> str:
+    return f"<div style='margin-left: 14px'>{_dot(status)}{label} <span class='faint'>{status}</span></div>"
+
+
+def _counts_in_words(node: _Node, many: int) -> str:
+    return " ".join(f"{_dot(status)}{n * many:,} {status}" for status, n in _count_statuses(node).items())
+
+
+def _branch(name: str, node: _Node, many: int, whole: bool) -> str:
+    label = escape(name) + (f" <span class='faint'>({many} alike)</span>" if many > 1 else "")
+    if set(node) == {""}: return _leaf(label, node[""])
     inside = "".join(_branch(*child, whole) for child in _alike(node))
-    counts = " ".join(f"{_dot(status)}{n * many:,} {status}" for status, n in _count_statuses(node).items())
+    is_open = whole or not name[:1].isdigit()
     return (
-        f"<details{' open' if whole or not name[:1].isdigit() else ''}><summary>{label} <span "
-        f"class='faint'>{counts}</span></summary>{inside}</details>"
+        f"<details{' open' if is_open else ''}><summary>{label} <span "
+        f"class='faint'>{_counts_in_words(node, many)}</span></summary>{inside}</details>"
     )
 
 
@@ -360,10 +403,14 @@ def empty_html(text: str) -> str:
     return block(f'<div class="empty" role="status">{escape(text)}</div>')
 
 
+def _message(error: BaseException) -> str:
+    return "; ".join(faults_of(error)) if isinstance(error, ValidationError) else str(error)
+
+
 def error_html(error: BaseException | None, remedy: str = "") -> str:
     "An error in words: its message, what was being done, what to do, its type. Empty without an error."
     if error is None: return ""
-    text = "; ".join(faults_of(error)) if isinstance(error, ValidationError) else str(error)
+    text = _message(error)
     notes = "".join(f"<div class='faint'>{escape(note)}</div>" for note in getattr(error, "__notes__", []))
     kind = type(error).__name__
     after = (f"<div>{escape(remedy)}</div>" if remedy else "") + f'<div class="faint">{kind}</div>'

@@ -45,23 +45,38 @@ def parts_of(config: QuantizationConfig) -> dict[str, Fields | None] | None:
     return parts | ({"output_activations": fields_of(scheme.output_activations)} if scheme.output_activations else {})
 
 # %% ../../nbs/widgets/scheme_editor.ipynb #974b1917
+def _dynamic_for(part: str, strategy: str, dynamic: bool | str) -> bool | str:
+    "When scales are computed with a strategy: as before, if that is possible."
+    of_inputs = part != "weights"
+    if strategy == "token" or (strategy == "group" and of_inputs): return True
+    if strategy == "tensor_group" and of_inputs: return "local"
+    return False if strategy in ("channel", "block") or dynamic == "local" else dynamic
+
+
 def _with_strategy(part: str, fields: Fields) -> Fields:
     "The fields with what their strategy needs, and without what only other strategies need."
     size = fields.get("group_size")
     strategy = fields["strategy"]
-    kept = {k: v for k, v in fields.items() if k not in ("group_size", "block_structure", "actorder")}
+    kept = _without(fields, "group_size", "block_structure", "actorder")
     if strategy in GROUP_STRATEGIES:
         kept["group_size"] = size or (16 if strategy == "tensor_group" else 128)
     if strategy == "block":
         kept["block_structure"] = [128, 128]
-    dynamic = kept.get("dynamic", False)
-    if strategy == "token" or (strategy == "group" and part != "weights"):
-        dynamic = True
-    elif strategy == "tensor_group" and part != "weights":
-        dynamic = "local"
-    elif strategy in ("channel", "block") or dynamic == "local":
-        dynamic = False
-    return kept | dict(dynamic=dynamic)
+    return kept | dict(dynamic=_dynamic_for(part, strategy, kept.get("dynamic", False)))
+
+
+def _as_float(fields: Fields) -> Fields:
+    "The fields with what floating point needs: it is symmetric, and has 4 bits or 8."
+    bits = fields["num_bits"]
+    return fields | dict(symmetric=True, num_bits=bits if bits in FLOAT_BITS else 8)
+
+
+def _without(fields: Fields, *names: str) -> Fields: return {k: v for k, v in fields.items() if k not in names}
+
+
+def _without_unset(fields: Fields) -> Fields:
+    "The fields without those that say nothing; `symmetric` says something also if it is False."
+    return {k: v for k, v in fields.items() if k == "symmetric" or v not in (None, "", False)}
 
 
 def edited(part: str, fields: Fields | None, name: str, value: Any) -> Fields | None:
@@ -71,14 +86,14 @@ def edited(part: str, fields: Fields | None, name: str, value: Any) -> Fields | 
     if name == "strategy":
         new = _with_strategy(part, new)
     if name == "type" and value == "float":
-        new |= dict(symmetric=True, num_bits=new["num_bits"] if new["num_bits"] in FLOAT_BITS else 8)
+        new = _as_float(new)
     if name in ("type", "num_bits", "strategy"):
-        new.pop("scale_dtype", None)  # it belonged to the old format
+        new = _without(new, "scale_dtype")  # it belonged to the old format
     if name == "observer":
-        new.pop("observer_kwargs", None)
+        new = _without(new, "observer_kwargs")
     if new.get("dynamic") is True:
-        new = {k: v for k, v in new.items() if k not in ("observer", "observer_kwargs")}
-    return {k: v for k, v in new.items() if k == "symmetric" or v not in (None, "", False)}
+        new = _without(new, "observer", "observer_kwargs")
+    return _without_unset(new)
 
 # %% ../../nbs/widgets/scheme_editor.ipynb #7258fa7d
 def _format_faults(f: Fields) -> Iterator[str]:
@@ -200,29 +215,45 @@ class PartFields(w.VBox):
             self._showing = False
 
 # %% ../../nbs/widgets/scheme_editor.ipynb #7d0664d9
+_UNSET = dict(num_bits=8, type="int", symmetric=True, strategy="tensor", group_size=0, dynamic=False, observer="")
+
+
+def _values_shown(fields: Fields | None) -> Fields:
+    "A value for each field, also where none is set. `on`: whether the part is quantized."
+    shown = _UNSET | (fields or {}) | {"on": fields is not None}
+    shown["group_size"] = shown["group_size"] or 0
+    return shown
+
+
+def _why_unused(name: str, fields: Fields | None) -> str:
+    "Why a field has no meaning now; empty if it has one."
+    if name == "on": return ""
+    if not fields: return "this part is not quantized"
+    if name == "group_size" and fields["strategy"] not in GROUP_STRATEGIES:
+        return "only strategy group and tensor_group have a group size"
+    if name == "observer" and fields.get("dynamic") is True: return "scales computed while running need no observer"
+    return ""
+
+
+def _disable(field: Any, name: str, reason: str) -> None:
+    "Disable a field if there is a reason, which its tooltip says after what the field is."
+    field.disabled = bool(reason)
+    field.tooltip = GLOSSARY[_WORDS[name]] + (f" Not now: {reason}." if reason else "")
+
+
 def _fill_fields(widgets: dict[str, Any], fields: Fields | None, why_not: str) -> None:
     "Show the current values of one part. A field without a meaning now is disabled, and its tooltip says why."
-    set_now = dict(
-        num_bits=8, type="int", symmetric=True, strategy="tensor", group_size=0, dynamic=False, observer=""
-    ) | (fields or {})
-    set_now["group_size"] = set_now["group_size"] or 0
-    grouped = set_now["strategy"] in GROUP_STRATEGIES
-    unused = {"group_size": "" if grouped else "only strategy group and tensor_group have a group size",
-              "observer": "scales computed while running need no observer" if set_now["dynamic"] is True else ""}
+    shown = _values_shown(fields)
     for name, field in widgets.items():
-        value = fields is not None if name == "on" else set_now[name]
-        reason = why_not or ("" if name == "on" or fields else "this part is not quantized") or unused.get(name, "")
-        field.disabled = bool(reason)
-        field.tooltip = f"{GLOSSARY[_WORDS[name]]}" + (f" Not now: {reason}." if reason else "")
-        if hasattr(field, "options"):
-            _choose(field, value)
-        elif field.value != value:
-            field.value = value
+        _disable(field, name, why_not or _why_unused(name, fields))
+        _show(field, shown[name])
 
 
-def _choose(field: w.Dropdown, value: Any) -> None:
-    options = _with(field.options, value)
-    if options is not field.options:
-        field.options = options
+def _show(field: Any, value: Any) -> None:
+    "Let a field show a value; one with options gets it as an option too."
+    if hasattr(field, "options"):
+        options = _with(field.options, value)
+        if options is not field.options:
+            field.options = options
     if field.value != value:
         field.value = value
