@@ -3134,6 +3134,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'qcal_nb/session/session.py'),
                                          'qcal_nb.session.session._check_original': ( 'session/session.html#_check_original',
                                                                                       'qcal_nb/session/session.py'),
+                                         'qcal_nb.session.session._checked_passing': ( 'session/session.html#_checked_passing',
+                                                                                       'qcal_nb/session/session.py'),
                                          'qcal_nb.session.session._collector': ( 'session/session.html#_collector',
                                                                                  'qcal_nb/session/session.py'),
                                          'qcal_nb.session.session._compare_schemes': ( 'session/session.html#_compare_schemes',

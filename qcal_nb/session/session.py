@@ -83,6 +83,13 @@ def _check_original(model: Module) -> None:
     )
 
 
+def _checked_passing(attention: str, pipeline: str, propagate: str) -> dict[str, str]:
+    "How data passes the model; ValueError for what is unknown or does not go together."
+    check_attention(attention)
+    check_pipeline(pipeline, propagate)
+    return dict(attention=attention, pipeline=pipeline, propagate=propagate)
+
+
 def _first_record(record: Any, model: Module) -> CalibrationRecord:
     "The record to go on from, or an empty one."
     return CalibrationRecord(about=About(type(model).__name__)) if record is None else read_record(record, model)
@@ -124,8 +131,7 @@ class Session(Recorded):
         eval_data: Any = None,
     ) -> None:
         _check_original(model)
-        check_attention(attention)
-        check_pipeline(pipeline, propagate)
+        passing = _checked_passing(attention, pipeline, propagate)
         options = Options(adjusted(scheme, group_size=group_size), ignore, targets, recipe)
         super().__init__(options, _first_record(record, model), f"session {uuid.uuid4().hex[:8]}")
         self.model = model
@@ -134,15 +140,9 @@ class Session(Recorded):
         self.attention = attention
         self.pipeline = pipeline
         self.propagate = propagate
-        self.stream = _repeatable(data, tokenizer, batch_size, max_length)
-        self.made = _Made(
-            data=data,
-            record=record,
-            rest=dict(batch_size=batch_size, max_length=max_length),
-            options=options.given,
-            modifier=options.modifier,
-            passing=dict(attention=attention, pipeline=pipeline, propagate=propagate),
-        )
+        reading = dict(batch_size=batch_size, max_length=max_length)
+        self.stream = _repeatable(data, tokenizer, **reading)
+        self.made = _Made(data, record, reading, options.given, options.modifier, passing)
         self.phase = "original"
         self.fed = 0            # batches
         self.memory = {}        # what the record's observers remember
