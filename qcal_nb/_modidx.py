@@ -480,6 +480,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'qcal_nb.evaluate.best._only': ('evaluate/best.html#_only', 'qcal_nb/evaluate/best.py'),
                                        'qcal_nb.evaluate.best._own_and_compared': ( 'evaluate/best.html#_own_and_compared',
                                                                                     'qcal_nb/evaluate/best.py'),
+                                       'qcal_nb.evaluate.best._pieces': ('evaluate/best.html#_pieces', 'qcal_nb/evaluate/best.py'),
                                        'qcal_nb.evaluate.best._recipe_observers': ( 'evaluate/best.html#_recipe_observers',
                                                                                     'qcal_nb/evaluate/best.py'),
                                        'qcal_nb.evaluate.best._scheme_observer': ( 'evaluate/best.html#_scheme_observer',

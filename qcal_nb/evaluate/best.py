@@ -183,6 +183,17 @@ def _one_table(parts: list[pd.DataFrame]) -> pd.DataFrame:
     return table
 
 
+def _pieces(record: CalibrationRecord, keys: Iterable[Key]) -> Iterator[list[Key]]:
+    "The tensors, a few at a time. Modules that read one tensor stay together, so that it is searched once."
+    piece: list[Key] = []
+    for key in keys:
+        if len(piece) >= TENSORS_AT_ONCE and record.tensors[key] is not record.tensors[piece[-1]]:
+            yield piece
+            piece = []
+        piece.append(key)
+    yield piece
+
+
 def compare_in_pieces(
     record: CalibrationRecord,
     base_name: str,                         # Which tensors: "input", "weight", …
@@ -195,10 +206,11 @@ def compare_in_pieces(
     keys = [key for key in record.tensors if key[1] == base_name]
     names = list(dict.fromkeys([*usual_observers(record, base_name), *observers]))
     parts = []
-    for start in range(0, max(1, len(keys)), TENSORS_AT_ONCE):
-        tick(start, len(keys))
-        part = _only(record, keys[start:start + TENSORS_AT_ONCE])
-        parts.append(_compare_tensors(part, base_name, names, args, weight_of))
+    done = 0
+    for piece in _pieces(record, keys):
+        tick(done, len(keys))
+        parts.append(_compare_tensors(_only(record, piece), base_name, names, args, weight_of))
+        done += len(piece)
     return _one_table(parts)
 
 # %% ../../nbs/evaluate/best.ipynb #1c2af5e8
