@@ -13,7 +13,7 @@ from typing import Any
 
 from compressed_tensors import InternalModule
 from compressed_tensors.offload import update_offload_parameter
-from compressed_tensors.quantization import QuantizationStatus
+from compressed_tensors.quantization import QuantizationArgs, QuantizationStatus
 from torch import Tensor
 from torch.nn import Module, Parameter
 
@@ -72,6 +72,12 @@ class ObservedKVCache(InternalModule):
         return key_states, value_states
 
 
+def _add_observer(module: Module, base_name: str, args: QuantizationArgs) -> None:
+    observer = Observer.load_from_registry(observer_name(args, base_name), base_name=base_name, args=args)
+    module.register_module(f"{base_name}_observer", observer)
+    observer.attach(module)
+
+
 def initialize_quantized_kv_cache(module: Module) -> None:
     """Give an attention module observers for `k` and `v` and a cache that shows them both, as its scheme's
     `output_activations` (else `input_activations`) ask. Nothing happens without a scheme, where it is fully
@@ -79,9 +85,7 @@ def initialize_quantized_kv_cache(module: Module) -> None:
     args = scheme_args(module, "output") or scheme_args(module, "k")
     if args is None or args.dynamic is True or isinstance(module._modules.get("kv_cache"), ObservedKVCache): return
     for name in ("k", "v"):
-        observer = Observer.load_from_registry(observer_name(args, name), base_name=name, args=args)
-        module.register_module(f"{name}_observer", observer)
-        observer.attach(module)
+        _add_observer(module, name, args)
     module.register_module("kv_cache", ObservedKVCache(module))
 
 # %% ../../nbs/calibration/immediate.ipynb #a1996b91

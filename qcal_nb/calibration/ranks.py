@@ -342,8 +342,8 @@ def _size(modules: Iterable[Module]) -> int: return sum(prod(_shape(m)) for m in
 
 
 def _check_ranks(ranks: Any) -> None:
-    is_int = isinstance(ranks, int) and not isinstance(ranks, bool)
-    if not is_int or ranks < 1: raise ValueError(f"ranks={ranks!r} must be an int of at least 1")
+    if isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1:
+        raise ValueError(f"ranks={ranks!r} must be an int of at least 1")
 
 
 def split_weights(modules: Iterable[Module], ranks: int) -> list[list[Module]]:

@@ -30,14 +30,16 @@ def configs_of(model: Module) -> list[Any]:
     return list(found.values())
 
 # %% ../../nbs/modeling/embeddings.ipynb #be55921b
+def _embedding_named_by(model: Module, side: str) -> Module | None:
+    try:
+        return getattr(model, f"get_{side}_embeddings", lambda: None)()
+    except NotImplementedError:
+        return None  # models with several parts, such as CLIP
+
+
 def embeddings_of(model: Module) -> list[Module | None]:
     "The input embedding and the output head; None if a model lacks it or cannot say."
-    found: list[Module | None] = []
-    for side in ("input", "output"):
-        try:
-            found.append(getattr(model, f"get_{side}_embeddings", lambda: None)())
-        except NotImplementedError:
-            found.append(None)  # models with several parts, such as CLIP
+    found = [_embedding_named_by(model, side) for side in ("input", "output")]
     return [m if getattr(m, "weight", None) is not None else None for m in found]
 
 

@@ -63,6 +63,11 @@ _CALLS = {1: True, 3: False}  # (hidden states) presorted; (hidden states, indic
 _PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+def _check_not_quantized(own: dict[str, Parameter]) -> None:
+    kinds = sorted({str(p.dtype) for p in own.values() if p.dtype not in _PLAIN})
+    if kinds: raise ValueError(f"its weights are {', '.join(kinds)}: quantized already")
+
+
 def _stacks(own: dict[str, Parameter]) -> tuple[str, bool]:
     "The name of the first projection's stack, and whether there are biases. ValueError if there are other matrices."
     first = "gate_up_proj" if "gate_up_proj" in own else "up_proj"
@@ -70,8 +75,7 @@ def _stacks(own: dict[str, Parameter]) -> tuple[str, bool]:
     expected = {first, "down_proj"} | ({f"{first}_bias", "down_proj_bias"} if has_bias else set())
     if own.keys() != expected:
         raise ValueError(f"its parameters are {', '.join(sorted(own))}, not gate_up_proj (or up_proj) and down_proj")
-    if kinds := sorted({str(p.dtype) for p in own.values() if p.dtype not in _PLAIN}):
-        raise ValueError(f"its weights are {', '.join(kinds)}: quantized already")
+    _check_not_quantized(own)
     return first, has_bias
 
 
@@ -323,6 +327,14 @@ def _applied(self: UnfusedExperts, fn: Callable[[Tensor], Tensor], recurse: bool
     return self
 
 # %% ../../nbs/modeling/experts.ipynb #9228da19
+def _probe_routing(num_experts: int) -> tuple[Tensor, Tensor]:
+    "Four tokens to the first and the last expert: chosen experts and their weights, both (tokens, k)."
+    last = num_experts - 1
+    chosen = torch.tensor([[0, last], [last, 0]] * 2)
+    weights = torch.tensor([[0.55, 0.45]]).repeat(4, 1)
+    return chosen[:, :num_experts], weights[:, :num_experts]
+
+
 def _probe_inputs(fused: Module, layout: Layout) -> tuple[Tensor, ...]:
     """Arguments for a call on a few tokens: one row per expert if presorted, else four tokens for the first and the
     last expert."""
@@ -331,8 +343,7 @@ def _probe_inputs(fused: Module, layout: Layout) -> tuple[Tensor, ...]:
     x = torch.arange(rows * layout.hidden, dtype=torch.float64).mul(0.7).sin().view(rows, -1)
     device = getattr(fused._parameters, "onload_device", like.device)
     if layout.presorted: return (x.to(device, like.dtype),)
-    chosen = torch.tensor([[0, layout.num_experts - 1], [layout.num_experts - 1, 0]] * 2)[:, :layout.num_experts]
-    weights = torch.tensor([[0.55, 0.45]]).repeat(4, 1)[:, :layout.num_experts]
+    chosen, weights = _probe_routing(layout.num_experts)
     return x.to(device, like.dtype), chosen.to(device), weights.to(device)
 
 
@@ -374,6 +385,12 @@ def release(module: Module) -> None:
             empty_cache(store)
 
 
+def _activation_of(fused: Module, layout: Layout) -> Callable[[Tensor], Tensor]:
+    "What a fused module does between its projections."
+    gate = getattr(type(fused), "_apply_gate", _gated) if layout.has_gate else _ungated
+    return MethodType(gate, fused)
+
+
 def _unfused(fused: Module) -> UnfusedExperts:
     "The container for one fused module, its Linears offloaded like it. ValueError if it cannot take its place."
     layout = expert_layout(fused)
@@ -381,13 +398,13 @@ def _unfused(fused: Module) -> UnfusedExperts:
     offloaded = not isinstance(fused._parameters, dict)
     if offloaded and any(p.is_meta for p in own.values()):
         own = dict(fused._parameters.items())  # on disk: read it once
-    gate = getattr(type(fused), "_apply_gate", _gated) if layout.has_gate else _ungated
+    activate = _activation_of(fused, layout)
     wants_grad = own["down_proj"].requires_grad
     def expert(e: int) -> Expert:
         linears = {name: _linear(w, b, wants_grad) for name, (w, b) in expert_views(own, layout, e).items()}
         for linear in linears.values() if offloaded else ():
             offload_module(linear, **get_cache_init_kwargs(fused))
-        return Expert(linears, MethodType(gate, fused), layout.interleaved)
+        return Expert(linears, activate, layout.interleaved)
     new = UnfusedExperts(fused, layout, map(expert, range(layout.num_experts)))
     try:
         _prove(new)

@@ -53,15 +53,20 @@ def _offloaded(model: Module) -> Iterator[tuple[Module, Any, Mapping[str, Any], 
             yield module, hook, weights, prefix
 
 
+def _own_weights(module: Module, weights: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    "What belongs to a module in a dictionary of all weights by full name, by the module's own names."
+    names = (*module._parameters, *module._buffers)
+    return {name: weights[prefix + name] for name in names if prefix + name in weights}
+
+
 @contextmanager
 def _each_its_own(model: Module) -> Iterator[None]:
     """Inside the block, each hook has a dictionary of its own module's weights instead of one dictionary of all
     weights by full name."""
     before = [(hook, hook.weights_map) for _, hook, _, _ in _offloaded(model)]
     for module, hook, weights, prefix in list(_offloaded(model)):
-        names = [name for name in (*module._parameters, *module._buffers) if prefix + name in weights]
         if isinstance(weights, dict) and prefix:
-            hook.weights_map = {name: weights[prefix + name] for name in names}
+            hook.weights_map = _own_weights(module, weights, prefix)
     try:
         yield
     finally:

@@ -43,21 +43,7 @@ def _first_batches(
     return ready
 
 
-# %% ../../nbs/pipelines/basic.ipynb #e79f76bb
-def scales_of_segment(modifier: QuantizationModifier, model: Module) -> Callable[[list[Module]], None]:
-    "What a calibration does after each segment that has seen all data: it computes the scales of these modules."
-    def after(modules: list[Module]) -> None:
-        modifier.on_event(State(model), Event(EventType.SEQUENTIAL_EPOCH_END), modules=modules)
-    return after
-
-
-def set_policy(model: Module, nonfinite: str | None) -> None:
-    "What all observers of a model do about non-finite values; None leaves each with its modifier's choice."
-    if nonfinite is None: return
-    for observer in observers_in(model):
-        observer.nonfinite = check_policy(nonfinite)
-
-
+# %% ../../nbs/pipelines/basic.ipynb #b073666e
 def _check_modifier(modifier: Any) -> None:
     if isinstance(modifier, QuantizationModifier): return
     raise TypeError(
@@ -105,6 +91,20 @@ def _start(modifier: QuantizationModifier, state: State, owner: str) -> None:
     modifier.on_initialize(state, unfuse=True)
     with owned_by(owner):
         modifier.on_event(state, Event(EventType.CALIBRATION_START))
+
+# %% ../../nbs/pipelines/basic.ipynb #e79f76bb
+def scales_of_segment(modifier: QuantizationModifier, model: Module) -> Callable[[list[Module]], None]:
+    "What a calibration does after each segment that has seen all data: it computes the scales of these modules."
+    def after(modules: list[Module]) -> None:
+        modifier.on_event(State(model), Event(EventType.SEQUENTIAL_EPOCH_END), modules=modules)
+    return after
+
+
+def set_policy(model: Module, nonfinite: str | None) -> None:
+    "What all observers of a model do about non-finite values; None leaves each with its modifier's choice."
+    if nonfinite is None: return
+    for observer in observers_in(model):
+        observer.nonfinite = check_policy(nonfinite)
 
 
 def _feed_all(

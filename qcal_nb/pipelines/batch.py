@@ -255,18 +255,23 @@ def _check_indices(indices: Iterable[int], count: int) -> list[int]:
     return found
 
 
+def _batches_before(count: int) -> int:
+    "Collective: how many batches the ranks before this one have; `count`: how many this one has."
+    rank, size = rank_and_size()
+    counts: list[int] = [0] * size
+    dist.all_gather_object(counts, count)
+    return sum(counts[:rank])
+
+
 def numbered(stream: Iterator[Any], batch_indices: Iterable[int] | None = None) -> Iterator[tuple[int, Any]]:
     "Batches with their global indices. Collective where several ranks run: rank by rank, one after the other."
-    rank, size = rank_and_size()
     if batch_indices is not None:
         stream = list(stream)
         return zip(_check_indices(batch_indices, len(stream)), stream)
-    if size == 1: return enumerate(stream)
+    if rank_and_size()[1] == 1: return enumerate(stream)
     with together("count the batches"):
         stream = list(stream)
-    counts: list[int] = [0] * size
-    dist.all_gather_object(counts, len(stream))
-    return enumerate(stream, sum(counts[:rank]))
+    return enumerate(stream, _batches_before(len(stream)))
 
 # %% ../../nbs/pipelines/batch.ipynb #d25576d7
 def warn_of_padding(inputs: Inputs) -> None:

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 # %% ../../nbs/pipelines/data.ipynb #0ae31fba
+_Found = dict[str, Any]  # one element of the data: a row of token ids by name, or a batch under "ready"
+
+
 def _collate(rows: list[Mapping[str, Any]], pad: int) -> dict[str, Tensor]:
     "Rows of token ids of different lengths to one batch, padded on the right, with the mask that says so."
     length = max(len(row["input_ids"]) for row in rows)
@@ -25,7 +28,7 @@ def _collate(rows: list[Mapping[str, Any]], pad: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def _encode(text: str, tokenizer: Any, max_length: int | None) -> dict[str, list[int]]:
+def _encode(text: str, tokenizer: Any, max_length: int | None) -> _Found:
     if tokenizer is None:
         raise ValueError(
             "data holds strings but tokenizer=None; pass the model's tokenizer, or token ids instead of strings"
@@ -44,7 +47,7 @@ def _cut(batch: Mapping[str, Any], max_length: int | None) -> dict[str, Any]:
     return {k: v[:, :max_length] if along(v) else v for k, v in batch.items()}
 
 # %% ../../nbs/pipelines/data.ipynb #f8572bca
-def _classify_tensor(item: Tensor, max_length: int | None) -> dict[str, Any]:
+def _classify_tensor(item: Tensor, max_length: int | None) -> _Found:
     if item.ndim == 0:
         raise ValueError("data holds a tensor without dimensions; token ids are (seq,) or (batch, seq)")
     batch = {"input_ids": item[None] if item.ndim == 1 else item}
@@ -59,7 +62,7 @@ def _holds_lists_of_ids(item: Mapping[str, Any]) -> bool:
     return any(isinstance(row, (list, tuple)) for row in item.get("input_ids", []))
 
 
-def _classify_dict(item: Mapping[str, Any], tokenizer: Any, max_length: int | None) -> dict[str, Any]:
+def _classify_dict(item: Mapping[str, Any], tokenizer: Any, max_length: int | None) -> _Found:
     if _holds_a_batch(item): return {"ready": _cut(item, max_length)}
     if _holds_lists_of_ids(item):
         raise ValueError(
@@ -83,7 +86,7 @@ def _begins_with_tensor(item: Any) -> bool:
     return isinstance(item, (list, tuple)) and len(item) > 0 and isinstance(item[0], Tensor)
 
 
-def _classify(item: Any, tokenizer: Any, max_length: int | None) -> dict[str, Any]:
+def _classify(item: Any, tokenizer: Any, max_length: int | None) -> _Found:
     "One element of the data as a ready batch (`ready` holds tensors) or as a row of token ids."
     if isinstance(item, str): return _encode(item, tokenizer, max_length)
     if isinstance(item, Tensor): return _classify_tensor(item, max_length)
@@ -96,10 +99,13 @@ def _classify(item: Any, tokenizer: Any, max_length: int | None) -> dict[str, An
     )
 
 # %% ../../nbs/pipelines/data.ipynb #c8cc742b
+def _is_one_batch(data: Any) -> bool:
+    return isinstance(data, Mapping) and any(isinstance(v, Tensor) for v in data.values())
+
+
 def _elements(data: Any) -> Iterable[Any]:
     "The elements of the data; a lone string, tensor or batch is one element."
-    if isinstance(data, (str, Tensor)): return [data]
-    if isinstance(data, Mapping) and any(isinstance(v, Tensor) for v in data.values()): return [data]
+    if isinstance(data, (str, Tensor)) or _is_one_batch(data): return [data]
     if data is None or isinstance(data, Mapping) or not isinstance(data, Iterable):
         raise TypeError("data must be an iterable of strings, token ids, tensors or dicts (or a DataLoader), "
                         f"got {type(data).__name__}")
@@ -120,8 +126,8 @@ def _items(data: Any) -> Iterator[Any]:
 
 
 def _check_at_least_one(name: str, value: Any) -> None:
-    is_int = isinstance(value, int) and not isinstance(value, bool)
-    if not is_int or value < 1: raise ValueError(f"{name}={value!r} must be an int of at least 1")
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r} must be an int of at least 1")
 
 
 def _pad_id(tokenizer: Any) -> int:

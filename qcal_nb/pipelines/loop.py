@@ -59,6 +59,7 @@ def _block_by_block(
 
 
 WAYS = {"basic": _whole_passes, "sequential": _block_by_block}
+_WAY_NAMES = tuple(WAYS)
 
 # %% ../../nbs/pipelines/loop.ipynb #6346753c
 def _check_known(name: str, value: str, known: Iterable[str]) -> None:
@@ -66,7 +67,7 @@ def _check_known(name: str, value: str, known: Iterable[str]) -> None:
         raise ValueError(f"{name}={value!r} is unknown; it must be one of {', '.join(map(repr, known))}")
 
 
-def check_pipeline(pipeline: str, propagate: str = "float", known: Iterable[str] = tuple(WAYS)) -> None:
+def check_pipeline(pipeline: str, propagate: str = "float", known: Iterable[str] = _WAY_NAMES) -> None:
     "ValueError unless both are known, and `propagate` is for the sequential pipeline where it is not the default."
     _check_known("pipeline", pipeline, known)
     _check_known("propagate", propagate, PROPAGATE)

@@ -181,6 +181,13 @@ class BlockByBlock:
                 stack.callback(one.throw)
 
 # %% ../../nbs/pipelines/sequential.ipynb #52303af1
+@contextmanager
+def _observing(owner: str) -> Iterator[None]:
+    "Inside the block the owner's observers listen, and what is loaded of an offloaded model stays loaded."
+    with feeding(owner), disable_offloading():
+        yield
+
+
 def run_blocks(
     model: Module,  # In calibration; inside the calibration context
     feeds: Sequence[Callable[[], Any]],  # Each runs the model on one batch: their passes wait for each other
@@ -197,10 +204,10 @@ def run_blocks(
         total = len(plan.calls)
         way = BlockByBlock(model, plan, feeds, propagate == "quantized")
         try:
-            with feeding(owner), disable_offloading():
+            with _observing(owner):
                 way.go_on(0)
             for number in range(total):
-                with feeding(owner), disable_offloading():
+                with _observing(owner):
                     _one_block(way, number, after)
                 if number + 1 < total:
                     yield number + 1, total

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +56,17 @@ def _calibrated(model: Module) -> UndoLog:
     return log
 
 
+_Quantized = dict[str, tuple[Module, QuantizationScheme]]
+
+
+def _quantized_modules(model: Module, config: QuantizationConfig) -> _Quantized:
+    found = schemes_by_module(model, config)
+    return {name: (m, scheme) for name, (m, scheme) in found.items() if is_module_quantized(m)}
+
+
 def stored_modules(model: Module, config: QuantizationConfig) -> tuple[_Stored, list[str]]:
     "The quantized modules with the schemes and formats they are stored in, and the names of those that were skipped."
-    chosen = {name: (m, s) for name, (m, s) in schemes_by_module(model, config).items() if is_module_quantized(m)}
+    chosen = _quantized_modules(model, config)
     skipped = {tensor.rpartition(".")[0] for tensor in uncomputed(chosen)}
     stored = {n: (m, s, storage_format(s, type(m))) for n, (m, s) in chosen.items() if n not in skipped}
     return stored, [name for name in chosen if name in skipped]
@@ -154,13 +162,18 @@ def _says_untied(model: Module) -> bool:
     return getattr(config, "is_encoder_decoder", False) and not getattr(config, "tie_word_embeddings", True)
 
 
+def _place_of(tensor: Tensor) -> tuple[int, int]:
+    "Where in memory a tensor begins."
+    return tensor.untyped_storage().data_ptr(), tensor.storage_offset()
+
+
 def _untied(model: Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """An encoder-decoder whose head was untied says that nothing is tied. Its embeddings may still be one tensor,
     which is then stored once for each name."""
     if not _says_untied(model): return state
     seen: set[tuple[int, int]] = set()
     for name, value in state.items():
-        place = (value.untyped_storage().data_ptr(), value.storage_offset())
+        place = _place_of(value)
         if place in seen:
             state[name] = value.clone()
         seen.add(place)
@@ -209,15 +222,19 @@ _EXPERT_WEIGHT = re.compile(r"experts\.\*\.(\w+)\.weight$")
 _OUR_MATRICES = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
 
 
+def _names_of_one_expert(sources: Iterable[str]) -> list[str]:
+    "The names of an expert's matrices among the patterns that a conversion reads; empty if it reads stacks."
+    hits = map(_EXPERT_WEIGHT.search, sources)
+    return [hit[1] for hit in hits if hit]
+
+
 def expert_names(model_type: str) -> dict[str, str]:
     """Our name of an expert's matrix -> its name in checkpoints of that type, from the conversions of transformers.
     Empty if only stacks are stored."""
     names: dict[str, str] = {}
     for conversion in get_checkpoint_conversion_mapping(model_type) or ():
         target = conversion.target_patterns[0].rpartition("experts.")[2]
-        hits = [_EXPERT_WEIGHT.search(source) for source in conversion.source_patterns]
-        theirs = [hit[1] for hit in hits if hit]
-        names |= dict(zip(_OUR_MATRICES.get(target, ()), theirs))
+        names |= dict(zip(_OUR_MATRICES.get(target, ()), _names_of_one_expert(conversion.source_patterns)))
     return names
 
 
@@ -247,9 +264,14 @@ def _stored_as_stacks(model_type: str) -> str:
     )
 
 
+def _quantized_experts(model: PreTrainedModel) -> list[Module]:
+    "The quantized matrices of experts that were taken apart."
+    return [m for experts in unfused_experts(model).values() for m in experts.modules() if is_module_quantized(m)]
+
+
 def _warn_about_experts(model: PreTrainedModel) -> None:
     _refuse_uneven_experts(model)
-    experts = [m for c in unfused_experts(model).values() for m in c.modules() if is_module_quantized(m)]
+    experts = _quantized_experts(model)
     model_type = model.config.model_type
     if not experts:
         if fused_experts(model):
@@ -361,12 +383,17 @@ def _check_can_be_saved(model: Module) -> None:
                          "keep model.state_dict() and to_config(model) yourself")
 
 
+def _beside(folder: Path) -> Path:
+    "A new name beside a folder, to write under until everything is there."
+    return folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
+
+
 def save_quantized(model: Module, path: str | os.PathLike, tokenizer: Any = None) -> Path:
     """Write a calibrated transformers model as a compressed-tensors checkpoint, with its recipe. Returns the folder,
     which must be new or empty. The model stays as it is, and a failure leaves nothing behind."""
     _check_can_be_saved(model)
     folder = free_folder(path).resolve()
-    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
+    partial = _beside(folder)
     with exclusive(model, "save_quantized()"):
         try:
             partial.mkdir(parents=True)

@@ -122,9 +122,12 @@ def _group_of(by_target: Mapping[str, str], targets: Targets, name: str, module:
     )
 
 
+def _is_pair(choice: Any) -> bool: return isinstance(choice, (tuple, list)) and len(choice) == 2
+
+
 def _observer_and_kwargs(choice: Any) -> tuple[str, Mapping[str, Any]] | None:
     "What a choice names: an observer and its arguments. None if it is neither a name nor a pair of both."
-    observer, kwargs = choice if isinstance(choice, (tuple, list)) and len(choice) == 2 else (choice, {})
+    observer, kwargs = choice if _is_pair(choice) else (choice, {})
     return (observer, kwargs) if isinstance(observer, str) and isinstance(kwargs, Mapping) else None
 
 
@@ -206,7 +209,7 @@ def _choices_by_model(modifier: QuantizationMixin, observers: _Choices, model: M
             plan[name] = (module, earlier | observers[key])
     return plan
 
-# %% ../../nbs/recipes/config.ipynb #a770d0aa
+
 def _check_choices(observers: _Choices) -> None:
     for key, choices in observers.items():
         if not isinstance(choices, Mapping):
@@ -214,7 +217,7 @@ def _check_choices(observers: _Choices) -> None:
                 f"observers[{key!r}] must map 'weight', 'input' or 'output' to an observer, got {choices!r}"
             )
 
-
+# %% ../../nbs/recipes/config.ipynb #a770d0aa
 _KEPT_FIELDS = ("ignore", "kv_cache_scheme", "bypass_divisibility_checks", *_OURS)
 
 

@@ -53,12 +53,10 @@ def packs(node) -> bool:
     return isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple) and isinstance(node.value, ast.Tuple)
 
 
-# What is not rewritten yet: the flow of sessions and batches, and the panels. Their functions may be longer
-# until they are.
-LATER = (
-    "pipelines/", "session/", "widgets/", "records/collect", "records/observing", "modeling/", "calibration/"
-)
-MEDIAN, NINETIETH = 8, 20                  # operations a function
+# What is not rewritten yet: sessions, what they record while they feed, and the panels. Their functions may be
+# longer until they are.
+LATER = ("session/", "widgets/", "records/collect", "records/observing")
+MEDIAN, NINETIETH = 7, 20                  # operations a function
 LONG, LONGEST, FEW = 25, 40, 10            # lines a function; how many may be longer than LONG
 
 
