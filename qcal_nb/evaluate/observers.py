@@ -282,11 +282,12 @@ def _measured_table(run: CalibrationRecord, tallies: Tallies, observers: Iterabl
 def _weights_alone(data: Any, base_names: tuple[str, ...]) -> bool: return data is None and base_names == ("weight",)
 
 
-def _refuse_record(model: object) -> None:
-    "TypeError for a record in place of a model, which says where to ask a record."
+def _check_comparable(model: Any) -> None:
+    "TypeError for a record in place of a model, which says where to ask a record; an error unless the model is free."
     if isinstance(model, CalibrationRecord):
         raise TypeError("model must be a torch.nn.Module, got CalibrationRecord; for a record use "
                         "qcal_nb.analysis.compare_observers")
+    check_original(model, "compare_observers()")
 
 # %% ../../nbs/evaluate/observers.ipynb #ad60db66
 def compare_observers(
@@ -306,13 +307,11 @@ def compare_observers(
     """A row per tensor and observer: range, scale and zero point (the middle one of many, with smallest and
     largest), what it costs, and which is best. Measured on the tensors, in two passes over the data, for any
     granularity. The model stays as it was. Without a model: `analysis.compare_observers`, from a record."""
-    _refuse_record(model)
+    _check_comparable(model)
     names = check_base_names(base_names)
     asked = check_observers(observers)
-    mask = check_mask(mask)
-    check_original(model, "compare_observers()")
     recipe = recipe_to_record(scheme, group_size=group_size)
     stream = None if _weights_alone(data, names) else list(batches(data, tokenizer, batch_size, max_length))
     options = dict(scheme=None if scheme is None else recipe, observers=asked, base_names=names)
     run = record(model, stream, **options, mask=mask, progress=progress)
-    return _measured_table(run, measured(model, run, stream or [], recipe, names, mask, progress), asked)
+    return _measured_table(run, measured(model, run, stream or [], recipe, names, check_mask(mask), progress), asked)

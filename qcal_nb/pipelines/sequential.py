@@ -204,18 +204,25 @@ def run_blocks(
         total = len(plan.calls)
         way = BlockByBlock(model, plan, feeds, propagate == "quantized")
         try:
-            with _observing(owner):
-                way.go_on(0)
-            for number in range(total):
-                with _observing(owner):
-                    _one_block(way, number, after)
-                if number + 1 < total:
-                    yield number + 1, total
-            after(way.outside(total))
+            for done in _blocks_done(way, owner, after):
+                if done < total:
+                    yield done, total
         finally:
             way.close()
             model.apply(disable_quantization)
-    yield total, total
+    yield total, total  # here, so that the model is as before when the last step is reported
+
+
+def _blocks_done(way: BlockByBlock, owner: str, after: Callable[[list[Module]], None]) -> Iterator[int]:
+    "Takes all batches through every block call; yields after each how many are done."
+    total = len(way.plan.calls)
+    with _observing(owner):
+        way.go_on(0)
+    for number in range(total):
+        with _observing(owner):
+            _one_block(way, number, after)
+        yield number + 1
+    after(way.outside(total))
 
 
 def _one_block(way: BlockByBlock, number: int, after: Callable[[list[Module]], None]) -> None:

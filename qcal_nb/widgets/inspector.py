@@ -264,6 +264,10 @@ def _make_inspector_controls(panel: "HistogramInspector") -> None:
     panel.log_counts = w.Checkbox(description="Logarithmic counts", **box)
     panel.grid = w.Checkbox(description="Numbers that can be stored", **box)
     panel.observer = w.Dropdown(options=[ATTACHED], description="Observer", **wide(300))
+    _listen_to_controls(panel)
+
+
+def _listen_to_controls(panel: "HistogramInspector") -> None:
     for name, tip in _TIPS.items():
         control = getattr(panel, name)
         control.tooltip = tip

@@ -144,11 +144,8 @@ def _make_scheme_widgets(panel: "SchemeComparison") -> None:
         tooltip="Each quantized model continues this text, always with the most likely token",
     )
     panel.go = w.Button(description="Compare schemes", icon="play", layout=w.Layout(width="auto"))
-    panel.halt = w.Button(
-        description="Stop",
-        tooltip="Stop after this batch; finished rows stay",
-        layout=w.Layout(width="auto"),
-    )
+    tip = "Stop after this batch; finished rows stay"
+    panel.halt = w.Button(description="Stop", tooltip=tip, layout=w.Layout(width="auto"))
     panel.bar = w.FloatProgress(min=0, max=1, layout=w.Layout(width="220px"))
     for part in (panel.go, panel.halt, panel.bar):
         part.layout.flex = "0 0 auto"
