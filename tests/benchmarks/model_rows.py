@@ -234,10 +234,8 @@ def _(size: Size) -> list[Result]:
 
 def peak_of(what: str, size: Size) -> float:
     "MiB that one pass adds, in a process of its own."
-    # every large block goes back to the system when it is freed; else what glibc keeps varies by 40 MiB from run to run
     env = os.environ | dict(
-        PYTHONPATH=os.pathsep.join([str(ROOT), str(Path(__file__).parents[1])]), OMP_NUM_THREADS=str(THREADS),
-        MALLOC_MMAP_THRESHOLD_=str(2**18)
+        PYTHONPATH=os.pathsep.join([str(ROOT), str(Path(__file__).parents[1])]), OMP_NUM_THREADS=str(THREADS)
     )
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.peak", size.model, what, str(size.long)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
