@@ -17,7 +17,7 @@ from torch.nn import Module
 
 from ..observers import Answers, ObserverSpec, TensorMemo, current_feed, sharing
 from ..pipelines import Batch, running_batch
-from .calibration_record import Key
+from .calibration_record import CalibrationRecord, Key
 from .observing import Observers
 from .tokens import TokenContext, kept_of, leading_shape, selected
 from ..stats import Histogram, Level, N_EXTREMES, NonFiniteError, TensorStats, measure
@@ -201,6 +201,12 @@ class Collector:
         news = self.news
         self.forget()
         return news
+
+    def added_to(self, record: CalibrationRecord, batches: Iterable[Batch], seconds: float = 0.0) -> CalibrationRecord:
+        "The record that has seen these batches too, as they were collected since the last time."
+        record = record.seen(self.take(), batches, seconds)
+        self.earlier = record.tensors
+        return record
 
     def attached(self) -> Any: return _attached(self)
 

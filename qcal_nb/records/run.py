@@ -229,7 +229,7 @@ def _tokens_from_zero(model: Module) -> Iterator[None]:
 def _with_step(result: CalibrationRecord, step: Fed, collector: Collector, model: Module) -> CalibrationRecord:
     "The record that has seen the batches of one more step."
     routed = {f"{e.module}.{e.expert}": e.tokens for e in tokens_per_expert(model)}
-    return replace(result.seen(collector.take(), step.batches, step.seconds), expert_tokens=routed)
+    return replace(collector.added_to(result, step.batches, step.seconds), expert_tokens=routed)
 
 
 def one_pass(
@@ -251,7 +251,6 @@ def one_pass(
         with collector.attached(), calibration_context(model, attention), guarded(model), _tokens_from_zero(model):
             for step in steps:
                 done = _with_step(done[0], step, collector, model), collector.observers.memory
-                collector.earlier = done[0].tensors
     except KeyboardInterrupt:
         tqdm.write(f"interrupted: the record holds the {done[0].batches} batches that were finished")
     result, collector.observers.memory = done

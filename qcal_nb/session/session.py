@@ -411,8 +411,8 @@ def _run_feed(session: Session, n: int | None, line: str, past: Past) -> None:
     model = session.model
     collector = twins = None
     try:
-        context = calibration_context(model, session.attention)
-        with exclusive(model, f"the {session.owner} ({line})"), context, guarded(model):
+        held = exclusive(model, f"the {session.owner} ({line})")
+        with held, _undone_unless_fed(session, past), calibration_context(model, session.attention), guarded(model):
             collector = _collector(session)
             twins = _looking_for_the_model(session, collector)
             with collector.attached():
@@ -422,8 +422,7 @@ def _run_feed(session: Session, n: int | None, line: str, past: Past) -> None:
         raise
     finally:
         if session.fed == past.fed:
-            # nothing was fed; block by block, something may have been computed
-            restore(model, past.model)
+            # nothing was fed
             session.record = past.record
             session.memory = past.memory
         elif collector is not None:
@@ -431,6 +430,17 @@ def _run_feed(session: Session, n: int | None, line: str, past: Past) -> None:
             hand_over(twins or {}, collector, session.record.tensors)
         end_work(session)
         _finish_feed(session, past, line)
+
+
+@contextmanager
+def _undone_unless_fed(session: Session, past: Past) -> Iterator[None]:
+    """The model as it was, if nothing was fed: block by block, scales may have been computed. Only while the model is
+    held; somebody else may use it otherwise."""
+    try:
+        yield
+    finally:
+        if session.fed == past.fed:
+            restore(session.model, past.model)
 
 
 def _conclude(session: Session, collector: Collector) -> None:
@@ -482,9 +492,8 @@ def _feed_batches(session: Session, n: int | None, collector: Collector) -> None
 def _count_step(session: Session, step: Fed, collector: Collector) -> None:
     "Add the batches that have passed the whole model to the record."
     if not step.batches: return
-    session.record = session.record.seen(collector.take(), step.batches, step.seconds)
+    session.record = collector.added_to(session.record, step.batches, step.seconds)
     session.fed = session.fed + len(step.batches)
-    collector.earlier = session.record.tensors
 
 
 # %% ../../nbs/session/session.ipynb #c47b4b79

@@ -1,8 +1,11 @@
 """Sessions that feed block by block: the scales of `calibrate`, the record of whole passes, all of it or nothing."""
+from unittest.mock import patch
+
 import pytest
 import torch
 from helpers import make_batches, make_model, qparams
 
+from qcal_nb.calibration import ModelBusyError
 from qcal_nb.lifecycle import QuantizationModifier, changes, reset_quantization, snapshot
 from qcal_nb.observers import Observer
 from qcal_nb.pipelines import calibrate
@@ -172,3 +175,17 @@ def test_an_observer_that_depends_on_order_sees_the_same_order():
     whole = fed(Session(make_model("llama_gqa"), data, **options), "end")
     blocks = fed(Session(make_model("llama_gqa"), data, pipeline="sequential", **options), "end")
     assert whole.scales().equals(blocks.scales())
+
+
+@pytest.mark.parametrize("pipeline", ["basic", "sequential"])
+def test_a_feed_that_finds_the_model_busy_takes_nothing_from_its_user(pipeline):
+    "What somebody else puts on the model, who has it when a feed begins, is not undone with the feed."
+    session = Session(make_model("llama_gqa"), make_batches(2), pipeline=pipeline)
+    session.initialize()
+    session.start()
+    module = session.model.model.layers[0].mlp.up_proj
+    def busy(*_):
+        module.note = "theirs"
+        raise ModelBusyError("somebody is feeding this model")
+    with patch("qcal_nb.session.session.exclusive", busy), pytest.raises(ModelBusyError): session.feed_all()
+    assert module.note == "theirs" and session.fed == 0 and session.phase == "started" and not session.running
