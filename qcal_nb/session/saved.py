@@ -18,7 +18,7 @@ from ..records import CalibrationRecord
 from .legal import STEPS
 from .options import Options
 from .progress import SessionError
-from .recorded import Recorded, args_by_recipe
+from .recorded import Recorded, args_by_recipe, as_record
 from .scales import SCALE_COLUMNS, scale_row
 from .script import production_of
 
@@ -69,9 +69,7 @@ class Saved(Recorded):
 
     def __init__(self, record: CalibrationRecord | str | os.PathLike) -> None:
         self.path = record if isinstance(record, (str, os.PathLike)) else None
-        found = record if self.path is None else CalibrationRecord.load(record)
-        if not isinstance(found, CalibrationRecord):
-            raise TypeError(f"record must be a CalibrationRecord or the path of one, got {type(record).__name__}")
+        found = as_record(record)
         super().__init__(Options(recipe=_recorded_modifier(found)), found)
         self.fed = found.batches
 

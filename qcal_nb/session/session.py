@@ -38,7 +38,7 @@ from .legal import STEPS, obstacle, require, usual_step
 from .options import Options
 from .progress import PHASES_IN_WORDS, Past, Progress, SessionError
 from .provenance import data_code, model_code
-from .recorded import Recorded
+from .recorded import Recorded, as_record
 from .replay import StatisticsByObserver, Twin, collector_memory, hand_over, let_twins_look
 from .replay import restore_statistics, statistics_by_observer, twins_of
 from .scales import module_statuses, options_code, scales_table
@@ -55,15 +55,11 @@ class _Made:
     rest: Mapping[str, Any]
     options: Mapping[str, Any]
     modifier: QuantizationModifier
-    passing: Mapping[str, str]  # attention, pipeline, propagate
 
 
 def read_record(record: Any, model: Module) -> CalibrationRecord:
     "A record itself, or from its file. TypeError for anything else, ValueError if it is of another model."
-    if isinstance(record, (str, os.PathLike)):
-        record = CalibrationRecord.load(record)
-    if not isinstance(record, CalibrationRecord):
-        raise TypeError(f"record must be a CalibrationRecord or the path of one, got {type(record).__name__}")
+    record = as_record(record)
     known = {name for name, _ in model.named_modules()}
     strange = [name for name in record.types if name not in known and ".experts." not in name]
     if strange:
@@ -81,13 +77,6 @@ def _check_original(model: Module) -> None:
         f"this model is {phase}; a session starts with an original one. Go back with reset() "
         "of the session or workbench that has it, or with qcal_nb.lifecycle.reset_quantization(model)"
     )
-
-
-def _checked_passing(attention: str, pipeline: str, propagate: str) -> dict[str, str]:
-    "How data passes the model; ValueError for what is unknown or does not go together."
-    check_attention(attention)
-    check_pipeline(pipeline, propagate)
-    return dict(attention=attention, pipeline=pipeline, propagate=propagate)
 
 
 def _first_record(record: Any, model: Module) -> CalibrationRecord:
@@ -131,7 +120,8 @@ class Session(Recorded):
         eval_data: Any = None,
     ) -> None:
         _check_original(model)
-        passing = _checked_passing(attention, pipeline, propagate)
+        check_attention(attention)
+        check_pipeline(pipeline, propagate)
         options = Options(adjusted(scheme, group_size=group_size), ignore, targets, recipe)
         super().__init__(options, _first_record(record, model), f"session {uuid.uuid4().hex[:8]}")
         self.model = model
@@ -142,7 +132,7 @@ class Session(Recorded):
         self.propagate = propagate
         reading = dict(batch_size=batch_size, max_length=max_length)
         self.stream = _repeatable(data, tokenizer, **reading)
-        self.made = _Made(data, record, reading, options.given, options.modifier, passing)
+        self.made = _Made(data, record, reading, options.given, options.modifier)
         self.phase = "original"
         self.fed = 0            # batches
         self.memory = {}        # what the record's observers remember

@@ -23,7 +23,7 @@ from qcal_nb.calibration import differing_qparams, rank_and_size, sync_statistic
 
 import record_cases
 import statistics_cases
-from common import WEIGHTS, said, scales, texts
+from common import WEIGHTS, mixture, said, scales, texts
 
 LIMIT = float(sys.argv[2])
 
@@ -96,16 +96,8 @@ def cache():
 
 
 def experts():
-    "A mixture of eight experts; the second rank has two tokens, so that most experts are seen on the first alone."
-    from transformers import MixtralConfig, MixtralForCausalLM
     torch.manual_seed(0)
-    model = MixtralForCausalLM(MixtralConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=1, max_position_embeddings=64
-    )).eval()
-    rank, size = rank_and_size()
-    data = [torch.arange(i, 64, 3)[None] for i in range(3)] + [torch.tensor([[7, 9]])]
-    if size == 2: data = [data[:3], data[3:]][rank]
+    model, data = mixture()
     modifier = QuantizationModifier(scheme="INT8_STATIC", input_observer="static_minmax", ignore=["lm_head"])
     calibrate(model, data, modifier, all_experts=False, progress=False, on_uncalibrated="skip")
     seen = {

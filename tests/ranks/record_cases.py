@@ -9,7 +9,7 @@ from qcal_nb.calibration.ranks import agree
 from qcal_nb.calibration import rank_and_size
 from qcal_nb.records import all_ranks, record
 
-from common import said, texts
+from common import mixture, said, texts
 
 
 def recorded(name, model, data, **options):
@@ -33,16 +33,7 @@ def record_texts():
 
 
 def record_experts():
-    from transformers import MixtralConfig, MixtralForCausalLM
-    model = MixtralForCausalLM(MixtralConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=1, max_position_embeddings=64
-    )).eval()
-    rank, size = rank_and_size()
-    data = [torch.arange(i, 64, 3)[None] for i in range(3)] + [torch.tensor([[7, 9]])]
-    return recorded(
-        "experts", model, data if size == 1 else [data[:3], data[3:]][rank], scheme="NVFP4", observers=["static_minmax"]
-    )
+    return recorded("experts", *mixture(), scheme="NVFP4", observers=["static_minmax"])
 
 
 def record_by_hand():
