@@ -2,13 +2,11 @@
 the kernel holds."""
 import json
 import re
-import struct
 import time
-import zlib
 
 import pytest
 
-from tests.widgets.page import KERNEL, PICTURE, ask
+from tests.widgets.page import KERNEL, ask, drawn
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
@@ -26,17 +24,7 @@ READOUT = """table => Object.fromEntries(Array.from(table.rows).slice(1).map(
   row => [row.cells[0].innerText, Array.from(row.cells).slice(1).map(cell => cell.innerText)]))"""
 
 
-def data_of(page, name):
-    "What was drawn, read from the very PNG that the page shows."
-    data, at = bytes(page.locator(f".qcal-inspector-{name} img").evaluate(PICTURE)), 8
-    while at < len(data):
-        size, kind = struct.unpack(">I4s", data[at:at + 8])
-        body = data[at + 8:at + 8 + size]
-        if kind == b"zTXt" and body.startswith(b"qcal_nb\0"):
-            return json.loads(zlib.decompress(body.split(b"\0", 1)[1][1:]))
-        at += 12 + size
-    assert not data, "the picture carries no data"
-    return {}  # not drawn yet
+def data_of(page, name): return drawn(page.locator(f".qcal-inspector-{name} img"))
 
 
 def eventually(found, wanted, seconds=120):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from helpers import FOUR_BITS
 
-from tests.widgets.page import KERNEL, ask, click, picture, tab, until
+from tests.widgets.page import KERNEL, ask, click, drawn, tab, until
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 SECONDS = 180_000
@@ -24,7 +24,7 @@ def app(open_nb):
 
 def panel_picture(page, panel):
     "What a panel's visible picture carries."
-    return picture_of(page.locator(f"{panel} img.qcal-picture").locator("visible=true").first)
+    return drawn(page.locator(f"{panel} img.qcal-picture").locator("visible=true").first)
 
 
 def wait_for_picture(page, key, seconds=60):
@@ -33,13 +33,6 @@ def wait_for_picture(page, key, seconds=60):
     while key not in (found := panel_picture(page, ".qcal-workbench")) and time.monotonic() < deadline:
         page.wait_for_timeout(200)
     return found
-
-
-def picture_of(image):
-    class One:
-        def locator(self, _): return self
-        first = image
-    return picture(One())
 
 
 def press(page, css): page.locator(css).locator("visible=true").first.click()
