@@ -7,7 +7,7 @@ __all__ = ['HISTORY_COLUMNS', 'CONVERGENCE_COLUMNS', 'history', 'convergence', '
 
 # %% ../../nbs/analysis/settling.ipynb #4b315ac9
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pandas as pd
@@ -16,7 +16,7 @@ from compressed_tensors.quantization import QuantizationArgs
 from .tables import Row, SHARED_COLUMNS, check_record, found_once, model_table, tensor_bar
 from .tables import tensor_columns
 from ..observers import DEFAULT_ARGS, ObserverSpec, find_observer, label_of, name_and_kwargs
-from ..records import CalibrationRecord, result_from_stats
+from ..records import CalibrationRecord, ObserverResult, result_from_stats
 from ..stats import Level, TensorStats, quality_of
 
 # %% ../../nbs/analysis/settling.ipynb #1894cae1
@@ -31,14 +31,27 @@ def _levels_so_far(stats: TensorStats, levels: list[int]) -> Iterator[Level]:
         yield so_far
 
 
-def _level_row(
-    stats: TensorStats, level: int, so_far: Level, base_name: str, asked: ObserverSpec, args: QuantizationArgs
-) -> Row:
-    "The range at a level, and the SQNR on all data of the scale that follows from it."
-    found = result_from_stats(TensorStats({0: so_far}, dtypes=stats.dtypes), base_name, asked, args)
-    cost = math.nan if found.reason else quality_of(stats, args, found.scale, found.zero_point).sqnr_db
-    low, high = (so_far.min, so_far.max) if so_far.histogram.count else (math.nan, math.nan)
-    return dict(level=level, min=low, max=high, sqnr_db=cost)
+def _costs_of(stats: TensorStats) -> Callable[[ObserverResult], float]:
+    "The SQNR on all data of a result's scale. Often the range stays as it is: each scale is judged once."
+    known = {}
+    def cost_of(found: ObserverResult) -> float:
+        if found.reason: return math.nan
+        scale = (*found.scale.flatten().tolist(), *found.zero_point.flatten().tolist())
+        if scale not in known:
+            known[scale] = quality_of(stats, found.args, found.scale, found.zero_point).sqnr_db
+        return known[scale]
+    return cost_of
+
+
+def _level_rows(
+    stats: TensorStats, levels: list[int], base_name: str, asked: ObserverSpec, args: QuantizationArgs
+) -> Iterator[Row]:
+    "The range at each level, and the SQNR on all data of the scale that follows from it."
+    cost_of = _costs_of(stats)
+    for level, so_far in zip(levels, _levels_so_far(stats, levels)):
+        found = result_from_stats(TensorStats({0: so_far}, dtypes=stats.dtypes), base_name, asked, args)
+        low, high = (so_far.min, so_far.max) if so_far.histogram.count else (math.nan, math.nan)
+        yield dict(level=level, min=low, max=high, sqnr_db=cost_of(found))
 
 
 def _data_rows(record: CalibrationRecord, levels: list[int]) -> list[Row]:
@@ -65,8 +78,8 @@ def history(
         for key in keys:
             stats = record.tensors[key]
             ids = tensor_columns(record, key, record.readers[key])
-            for k, so_far, seen in zip(levels, _levels_so_far(stats, levels), data):
-                rows.append(ids | _level_row(stats, k, so_far, key[1], observer, args or DEFAULT_ARGS) | seen)
+            story = _level_rows(stats, levels, key[1], observer, args or DEFAULT_ARGS)
+            rows += [ids | row | seen for row, seen in zip(story, data)]
             bar.update()
     return model_table(rows, HISTORY_COLUMNS, record)
 

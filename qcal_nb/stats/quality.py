@@ -151,14 +151,14 @@ def _noise_and_bound(after: np.ndarray, places: _Places) -> tuple[float, float]:
     "Σ (QDQ(x) - x)² over all values, and how far off that sum can be. `after`: QDQ of each place."
     counts = places.histogram.counts
     if places.histogram.exact:
-        return math.fsum((counts * (after[:, 0] - places.values[:, 0].astype(np.float64))**2).tolist()), 0.0
+        return float((counts * (after[:, 0] - places.values[:, 0].astype(np.float64))**2).sum()), 0.0
     found = np.empty((4, len(counts)))
     errors_in_buckets(after, places.values, found)
     mean, spread, least, most = found
     gap = places.gap
     even = np.where(gap, 0, counts * spread)
     worst = counts[gap] * _worst_deviation(least[gap], most[gap], mean[gap], places.between)
-    return math.fsum((counts * mean).tolist()), 4 * math.sqrt((even**2).sum()) + worst.sum()
+    return float((counts * mean).sum()), 4 * math.sqrt((even**2).sum()) + worst.sum()
 
 # %% ../../nbs/stats/quality.ipynb #be88e62b
 @dataclass(frozen=True)

@@ -120,10 +120,10 @@ class _Derived:
     @property
     def count(self) -> int: return self.histogram.count
 
-    @property
+    @cached_property
     def min(self) -> float: return min((part.min for part in self.levels.values()), default=math.inf)
 
-    @property
+    @cached_property
     def max(self) -> float: return max((part.max for part in self.levels.values()), default=-math.inf)
 
     @property
@@ -154,13 +154,20 @@ class TensorStats(_Derived):
     skipped: int = 0                        # tensors left out because of non-finite values
 
     @cached_property
-    def mean(self) -> float: return float(_moments(self)[0] / self.count) if self.count else math.nan
+    def _moments(self) -> tuple[Fraction, Fraction]:
+        "Σx and Σx²: of the buckets where they say it all, else as added up."
+        h = self.histogram
+        if not h.exact: return self.sum, self.sum_squares
+        return tuple(Fraction(math.fsum((h.values**p * h.counts).tolist())) for p in (1, 2))
+
+    @cached_property
+    def mean(self) -> float: return float(self._moments[0] / self.count) if self.count else math.nan
 
     @cached_property
     def std(self) -> float:
         "The population standard deviation; if not all values are bfloat16 numbers, to 1e-12 of their root mean square."
         if not self.count: return math.nan
-        total, squares = _moments(self)
+        total, squares = self._moments
         return math.sqrt(max(squares / self.count - (total / self.count)**2, 0))
 
     def __or__(self, other: "TensorStats") -> "TensorStats":
@@ -179,13 +186,6 @@ class TensorStats(_Derived):
         return f"TensorStats({self.count:,} values, {self.min:.4g} … {self.max:.4g}, std {self.std:.4g})"
 
 # %% ../../nbs/stats/tensor.ipynb #e5485d14
-def _moments(stats: TensorStats) -> tuple[Fraction, Fraction]:
-    "Σx and Σx²: of the buckets where they say it all, else as added up."
-    h = stats.histogram
-    if not h.exact: return stats.sum, stats.sum_squares
-    return tuple(Fraction(math.fsum(h.values**p * h.counts)) for p in (1, 2))
-
-
 def _wider(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     "The larger of two absmax per channel."
     if len(a) == len(b): return np.maximum(a, b)
