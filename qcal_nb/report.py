@@ -24,11 +24,12 @@ from compressed_tensors.quantization import QuantizationScheme
 from matplotlib.axes import Axes
 from tqdm import tqdm
 
+from .recipes import write_text
 from .analysis import Finding, RecordTables, check_record, enough_in_words, extremes, findings_from
 from .analysis import outlier_channels, readers_in_words, tables_of
 from .plots import clips_of, observer_to_draw, plot_channels, plot_convergence, plot_density, plot_histogram
 from .plots import plot_observers, plot_ranges, plot_scales, plot_timeline, to_png
-from .records import CalibrationRecord, write_whole
+from .records import CalibrationRecord
 from .schemes import describe
 
 # %% ../nbs/report.ipynb #1fdd5e96
@@ -431,4 +432,4 @@ def to_html(
     check_record(record)
     title = title or f"Calibration of {record.model or 'a model'}"
     page = page_html(title, _page_body(record, title, progress))
-    return write_whole(path, page.encode("utf-8", "replace"))
+    return write_text(path, page)

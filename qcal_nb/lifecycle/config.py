@@ -15,7 +15,7 @@ from compressed_tensors.quantization import QuantizationStatus
 from compressed_tensors.quantization.utils import KV_CACHE_TARGETS
 from pydantic import BaseModel, ConfigDict, PrivateAttr, field_validator, model_validator
 
-from ..observers import find_observer, known_kwargs, observer_name
+from ..observers import check_args, find_observer, known_kwargs, observer_name
 from ..schemes import ARGS_FIELDS, adjusted, adjusted_preset, in_plain_words, is_adjusted, is_preset
 from ..schemes import needs_data, preset, preset_names
 from ..stats import check_policy
@@ -81,8 +81,8 @@ def _check_pattern(name: str) -> str:
     expression."""
     try:
         re.compile(name.removeprefix("re:") if name.startswith("re:") else "")
-    except re.error as error:
-        raise ValueError(f"{name!r} is not a regular expression: {error}") from None
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"{name[:80]!r} is not a regular expression: {error}") from None
     return name
 
 
@@ -105,8 +105,11 @@ def _choose_observer(args: QuantizationArgs, base_name: str, chosen: str | None,
                       "computed again for every token")
     elif args.observer is None:
         args.observer = None if args.dynamic is True else default
+    check_args(args)
     if args.dynamic is not True:
         _check_observer(args, base_name)
+    elif args.observer:
+        find_observer(args.observer)  # without effect here; a name that does not exist is refused all the same
 
 
 def _choose_observers(scheme: QuantizationScheme, chosen: dict[str, str | None]) -> None:
@@ -118,7 +121,7 @@ def _choose_observers(scheme: QuantizationScheme, chosen: dict[str, str | None])
         if args is None: continue
         _choose_observer(args, base_name, chosen.get(base_name), default)
 
-
+# %% ../../nbs/lifecycle/config.ipynb #6d70acd0
 def _merge_observers(together: dict[str, str] | None, single: dict[str, str | None]) -> dict[str, str | None]:
     """Base name -> observer, from the field `observer` (`together`) or from the fields for one tensor (`single`, by
     base name). ValueError if both name observers."""
@@ -133,7 +136,11 @@ def _check_cache(cache: QuantizationArgs | None) -> QuantizationArgs | None:
     "A copy of `kv_cache_scheme`; ValueError if keys and values cannot have its strategy."
     if cache is None: return None
     cache = cache.model_copy(deep=True)
-    if cache.dynamic is True: return cache
+    check_args(cache)
+    if cache.dynamic is True:
+        if cache.observer:
+            find_observer(cache.observer)
+        return cache
     if cache.strategy not in ("tensor", "attn_head"):
         raise ValueError(
             f"kv_cache_scheme has strategy {str(cache.strategy)!r}; keys and values take 'tensor' or 'attn_head'"

@@ -7,6 +7,7 @@ __all__ = ['QUANTIZABLE', 'schemes_by_module', 'reaches_experts', 'is_cache_sche
            'observed_names']
 
 # %% ../../nbs/lifecycle/match.ipynb #8945242f
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
@@ -42,8 +43,8 @@ def _schemes_by_target(
 ) -> dict[str, tuple[Module, QuantizationScheme]]:
     "The modules that the groups' targets match, each with the scheme of its most specific target."
     by_target = {target: scheme for scheme in config.config_groups.values() for target in scheme.targets}
-    targets = Targets(by_target)
-    ignored = Targets(config.ignore or [])
+    targets = Targets(by_target, names)
+    ignored = Targets(config.ignore or [], names)
     found = {}
     for name, m in names.items():
         hits = targets.matching(name, m)
@@ -62,10 +63,11 @@ def _cache_schemes(
 ) -> dict[str, tuple[Module, QuantizationScheme]]:
     "The attention modules that the KV cache scheme reaches, without those that a target matches."
     cache = QuantizationScheme(targets=list(KV_CACHE_TARGETS), input_activations=config.kv_cache_scheme)
-    ignored = Targets(config.ignore or [])
+    attention = attention_modules(model)
+    ignored = Targets(config.ignore or [], attention)
     return {
         n: (m, cache)
-        for n, m in attention_modules(model).items()
+        for n, m in attention.items()
         if n not in found and not ignored.matching(n, m)
     }
 
@@ -150,37 +152,61 @@ def check_schemes(
         raise ValueError(f"the scheme does not fit {len(faults)} tensor{'s' * (len(faults) > 1)} ({hint}):\n{listed}")
 
 # %% ../../nbs/lifecycle/match.ipynb #c049e41e
-def _matched(model: Module, targets: Iterable[str]) -> dict[str, list[Module]]:
+_Hits = dict[str, Module]   # modules by name
+
+
+def _matched(model: Module, targets: Iterable[str]) -> dict[str, _Hits]:
     "For every target the modules that it matches."
-    found = {target: [] for target in targets}
-    wanted = Targets(found)
-    for name, module in model.named_modules():
+    found: dict[str, _Hits] = {target: {} for target in targets}
+    modules = dict(model.named_modules())
+    wanted = Targets(found, modules)
+    for name, module in modules.items():
         for target in wanted.matching(name, module):
-            found[target].append(module)
+            found[target][name] = module
     return found
 
 
-def _warn_target(model: Module, target: str, hits: list[Module], reached: set[Module]) -> None:
+def _kinds(hits: _Hits) -> str: return ", ".join(sorted({type(m).__name__ for m in hits.values()}))
+
+
+def _warn_target(model: Module, target: str, hits: _Hits, reached: Iterable[str]) -> None:
     if not hits:
         warn_once(f"target {target!r} matches no module of this {type(model).__name__}")
-    elif not any(isinstance(m, QUANTIZABLE) or m in reached for m in hits):
-        kinds = sorted({type(m).__name__ for m in hits})
-        warn_once(f"target {target!r} matches only {', '.join(kinds)}, which cannot be quantized "
+    elif not any(isinstance(m, QUANTIZABLE) or name in reached for name, m in hits.items()):
+        warn_once(f"target {target!r} matches only {_kinds(hits)}, which cannot be quantized "
                   "(Linear and Embedding can)")
+
+
+def _pattern_inside(model: Module, around: Iterable[str]) -> str:
+    "A pattern of what is inside these modules; of what is inside the first, if one pattern cannot say which they are."
+    first, *more = [re.escape(path) for path in around]
+    wide = re.sub(r"\d+", r"\\d+", first)
+    alike = [name for name, _ in model.named_modules() if re.fullmatch(wide, name)]
+    return f"re:{wide if more and set(alike) == set(around) else first}[.]"
+
+
+def _warn_ignored(model: Module, name: str, hits: _Hits, reached: Iterable[str]) -> None:
+    "Warn about a name to ignore that matches nothing, or only modules around those that are quantized all the same."
+    if not hits: return warn_once(f"ignore {name!r} matches no module")
+    if any(isinstance(m, QUANTIZABLE) for m in hits.values()): return
+    inside = [one for one in reached if any(one.startswith(f"{around}.") for around in hits)]
+    if not inside: return
+    warn_once(
+        f"ignore {name!r} matches only {_kinds(hits)}: what is inside is quantized all the same ({len(inside)} "
+        f"modules, {inside[0]} first). To leave that alone, ignore {_pattern_inside(model, list(hits))!r}"
+    )
 
 
 def warn_unmatched(
     model: Module, config: QuantizationConfig, chosen: dict[str, tuple[Module, QuantizationScheme]]
 ) -> None:
-    """Warn about targets that match nothing that can be quantized, and names to ignore that match nothing;
-    `lm_head` may be missing."""
-    reached = {m for m, _ in chosen.values()}
+    """Warn about targets that match nothing that can be quantized, and names to ignore that spare nothing; `lm_head`
+    may be missing."""
     targets = [t for scheme in config.config_groups.values() for t in scheme.targets if t not in chosen]
     for target, hits in _matched(model, targets).items():
-        _warn_target(model, target, hits, reached)
+        _warn_target(model, target, hits, chosen)
     for name, hits in _matched(model, set(config.ignore or []) - {"lm_head"}).items():
-        if not hits:
-            warn_once(f"ignore {name!r} matches no module")
+        _warn_ignored(model, name, hits, chosen)
 
 
 def _out_of_reach(module: Module) -> bool:
@@ -198,10 +224,9 @@ def _warn_about(
 ) -> None:
     "Warn about what you would otherwise find out too late: what is not quantized, and which names match nothing."
     warn_unmatched(model, config, chosen)
-    ignored = Targets(config.ignore or [])
-    kinds = Counter(
-        type(m).__name__ for n, m in model.named_modules() if _out_of_reach(m) and not ignored.matching(n, m)
-    )
+    unreached = {n: m for n, m in model.named_modules() if _out_of_reach(m)}
+    ignored = Targets(config.ignore or [], unreached)
+    kinds = Counter(type(m).__name__ for n, m in unreached.items() if not ignored.matching(n, m))
     if kinds:
         named = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
         warn_once(f"{named} hold weights that cannot be quantized (Linear and Embedding can) and stay as they are")

@@ -46,6 +46,7 @@ class _Recipe:
     groups: dict[str, str]
     targets: Targets
     ignored: Targets
+    around: dict[str, str]      # containers that an entry of `ignore` matches, which spares nothing inside
 
 
 def _match(name: str, module: Module, recipe: _Recipe) -> Match:
@@ -60,7 +61,17 @@ def _match(name: str, module: Module, recipe: _Recipe) -> Match:
     if ignored: return replace(row, reason=f"ignored by {ignored[0]!r}")
     if not isinstance(module, QUANTIZABLE):
         return replace(row, reason=f"target {hits[0]!r} matches, but a {row.type} cannot be quantized")
-    return replace(row, matched=True, reason=f"target {hits[0]!r}", group=recipe.groups[hits[0]])
+    spared = "".join(
+        f"; ignore {entry!r} matches {path}, not what is inside" for path, entry in recipe.around.items()
+        if name.startswith(f"{path}.")
+    )
+    return replace(row, matched=True, reason=f"target {hits[0]!r}{spared}", group=recipe.groups[hits[0]])
+
+
+def _ignored_containers(model: Module, ignored: Targets) -> dict[str, str]:
+    "By path, modules that are no matrix themselves, and the entry of `ignore` that matches them."
+    hits = {n: ignored.matching(n, m) for n, m in model.named_modules() if n and not isinstance(m, QUANTIZABLE)}
+    return {name: entries[0] for name, entries in hits.items() if entries}
 
 # %% ../../nbs/lifecycle/report.ipynb #ca1a48e0
 def _match_attention(name: str, module: Module, scheme: QuantizationScheme | None, recipe: _Recipe) -> Match:
@@ -79,7 +90,9 @@ def match_report(model: Module, modifier: QuantizationMixin) -> list[Match]:
         raise TypeError(f"modifier must be a QuantizationModifier, got {type(modifier).__name__}")
     config = modifier.resolved_config
     groups = {target: group for group, scheme in config.config_groups.items() for target in scheme.targets}
-    recipe = _Recipe(groups, Targets(groups), Targets(config.ignore or []))
+    names = [name for name, _ in model.named_modules()]
+    ignored = Targets(config.ignore or [], names)
+    recipe = _Recipe(groups, Targets(groups, names), ignored, _ignored_containers(model, ignored))
     chosen = schemes_by_module(model, config)
     caches = config.kv_cache_scheme is not None
     states = {n: m for n, m in attention_modules(model).items() if n in chosen or caches}

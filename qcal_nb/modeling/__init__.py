@@ -22,7 +22,7 @@ from .experts import (
     unfused_experts,
 )
 from .offload import convert_offload, has_accelerate_hooks, hold_while_running
-from .targets import Targets
+from .targets import Targets, check_quick
 
 __all__ = [
     "Targets",
@@ -32,6 +32,7 @@ __all__ = [
     "attention_faults",
     "attention_modules",
     "blocks_of",
+    "check_quick",
     "configs_of",
     "convert_offload",
     "eager_beneath",

@@ -465,14 +465,12 @@ def _linear_names(name: str, layout: Layout) -> list[str]:
 
 def matches_experts(model: Module, targets: Iterable[str], ignore: Iterable[str] = ()) -> bool:
     "Whether targets would match an expert's Linear if the fused experts were taken apart. Changes nothing."
-    wanted = Targets(targets)
-    ignored = Targets(ignore)
+    fused = fused_experts(model).items()
+    names = [one for name, module in fused for one in _linear_names(name, expert_layout(module))]
+    wanted = Targets(targets, names)
+    ignored = Targets(ignore, names)
     linear = Linear(1, 1, device="meta")
-    for name, module in fused_experts(model).items():
-        names = _linear_names(name, expert_layout(module))
-        if any(wanted.matching(one, linear) and not ignored.matching(one, linear) for one in names):
-            return True
-    return False
+    return any(wanted.matching(one, linear) and not ignored.matching(one, linear) for one in names)
 
 # %% ../../nbs/modeling/experts.ipynb #4ef0c60b
 def _put_back_forward(module: Module, forward: Any) -> None:

@@ -28,12 +28,14 @@ def check_base_name(base_name: str) -> str:
 
 
 def check_args(args: QuantizationArgs) -> QuantizationArgs:
-    "`args` themselves, or a TypeError."
+    "`args` themselves, or a TypeError; ValueError for a number of bits that whole numbers cannot have."
     if not isinstance(args, QuantizationArgs):
         raise TypeError(
             f"args must be QuantizationArgs, got {type(args).__name__}; e.g. QuantizationArgs(num_bits=8, "
             "strategy='tensor')"
         )
+    if args.type == "int" and not 2 <= args.num_bits <= 16:
+        raise ValueError(f"num_bits={args.num_bits} must be from 2 to 16 for type 'int'")
     return args
 
 # %% ../../nbs/observers/flatten.ipynb #5c10534b

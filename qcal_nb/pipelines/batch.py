@@ -21,6 +21,7 @@ import torch.distributed as dist
 from compressed_tensors.offload import get_execution_device
 from torch import Tensor
 from torch.nn import Module
+from transformers import PreTrainedModel
 
 from ..calibration import rank_and_size, together
 from ..models import positions_of
@@ -212,6 +213,27 @@ def _call(model: Module, inputs: Inputs) -> None:
     else:
         model(**_accepted(model, ready))
 
+# %% ../../nbs/pipelines/batch.ipynb #1616c4dc
+def _known_ids(model: Module) -> int | None:
+    "How many token ids a model of transformers has; None where that cannot be told."
+    if not isinstance(model, PreTrainedModel) or model.main_input_name != "input_ids": return None
+    try:
+        return getattr(model.get_input_embeddings(), "num_embeddings", None)
+    except NotImplementedError:
+        return None  # a model of several parts
+
+
+def _check_ids(model: Module, inputs: Inputs) -> None:
+    "ValueError for token ids that a model of transformers has no embeddings for."
+    ids, known = inputs.get("input_ids"), _known_ids(model)
+    if known is None or not isinstance(ids, Tensor) or not ids.numel(): return
+    if ids.is_floating_point():
+        raise ValueError(f"data: input_ids are {ids.dtype}, token ids must be whole numbers; pass what is no token id "
+                         "under the name that the model's forward has for it")
+    if not 0 <= ids.min() <= ids.max() < known:
+        raise ValueError(f"data: input_ids go from {ids.min()} to {ids.max()}, but this {type(model).__name__} has "
+                         f"{known:,} token ids, from 0 on; is the tokenizer another model's?")
+
 
 def feed(model: Module, batch: Batch) -> None:
     "Run one batch through the model inside the calibration context, for its observers. An error says which one it was."
@@ -219,6 +241,7 @@ def feed(model: Module, batch: Batch) -> None:
     index = current_batch.set(batch.index)
     running = _running.set(batch)
     try:
+        _check_ids(model, batch.inputs)
         with sharing():
             _call(model, batch.inputs)
     except Exception as error:

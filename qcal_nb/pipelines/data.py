@@ -6,6 +6,8 @@
 __all__ = ['batches', 'expected_batches', 'RepeatableBatches']
 
 # %% ../../nbs/pipelines/data.ipynb #9b5d3cd5
+import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -33,8 +35,35 @@ def _encode(text: str, tokenizer: Any, max_length: int | None) -> _Found:
         raise ValueError(
             "data holds strings but tokenizer=None; pass the model's tokenizer, or token ids instead of strings"
         )
+    _refuse_file_name(text)
     limit = {"truncation": True, "max_length": max_length} if max_length else {}
-    return {"input_ids": tokenizer(text, verbose=False, **limit)["input_ids"]}
+    def ids_of(text: str) -> list[int]: return tokenizer(text, verbose=False, **limit)["input_ids"]
+    ids = ids_of(text)
+    begin = getattr(tokenizer, "bos_token", None)
+    if begin and text.startswith(begin) and ids[:2] == [tokenizer.bos_token_id] * 2:
+        ids = ids_of(text.removeprefix(begin))  # a chat template wrote one, and the tokenizer another
+    return {"input_ids": ids}
+
+
+_FILE_NAME = re.compile(r"\S+\.(jsonl?|txt|csv|tsv|parquet|arrow)")
+
+
+def _refuse_file_name(text: str) -> None:
+    "ValueError for the name of a file in the place of a text."
+    if _FILE_NAME.fullmatch(text) or (len(text) < 256 and os.path.isfile(text)):
+        raise ValueError(f"data holds {text!r}, the name of a file and no text; pass the texts themselves, such as "
+                         f"qcal_nb.cli.inputs.read_texts({text!r})")
+
+
+def _is_message(item: Any) -> bool: return isinstance(item, Mapping) and {"role", "content"} <= item.keys()
+
+
+def _encode_chat(messages: Any, tokenizer: Any, max_length: int | None) -> _Found:
+    "A conversation, as the tokenizer's chat template writes it."
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError("data holds messages (role and content), which need a tokenizer with a chat template; "
+                         f"got {type(tokenizer).__name__}")
+    return _encode(tokenizer.apply_chat_template(messages, tokenize=False), tokenizer, max_length)
 
 
 def _cut(batch: Mapping[str, Any], max_length: int | None) -> dict[str, Any]:
@@ -50,6 +79,7 @@ def _cut(batch: Mapping[str, Any], max_length: int | None) -> dict[str, Any]:
 def _classify_tensor(item: Tensor, max_length: int | None) -> _Found:
     if item.ndim == 0:
         raise ValueError("data holds a tensor without dimensions; token ids are (seq,) or (batch, seq)")
+    if not len(item): raise ValueError(f"data holds a batch without rows, a tensor of shape {tuple(item.shape)}")
     batch = {"input_ids": item[None] if item.ndim == 1 else item}
     return {"ready": batch if item.is_floating_point() else _cut(batch, max_length)}
 
@@ -72,13 +102,20 @@ def _classify_dict(item: Mapping[str, Any], tokenizer: Any, max_length: int | No
     if "input_ids" in item:
         return {k: list(item[k])[:max_length] for k in ("input_ids", "attention_mask") if k in item}
     if isinstance(item.get("text"), str): return _encode(item["text"], tokenizer, max_length)
+    if _are_messages(item.get("messages")): return _encode_chat(item["messages"], tokenizer, max_length)
     keys = sorted(map(str, item))
-    raise ValueError(f"data holds a dict with keys {keys}; it needs tensors for the model, 'input_ids' or 'text'")
+    raise ValueError(f"data holds a dict with keys {keys}; it needs tensors for the model, 'input_ids', 'text' "
+                     "or 'messages'")
 
 
 def _holds_only(item: Any, kind: type) -> bool:
     "Whether this is a list of nothing but that, and not empty."
     return isinstance(item, (list, tuple)) and len(item) > 0 and all(isinstance(one, kind) for one in item)
+
+
+def _are_messages(item: Any) -> bool:
+    "Whether this is a conversation: a list of messages with role and content."
+    return isinstance(item, (list, tuple)) and len(item) > 0 and all(map(_is_message, item))
 
 
 def _begins_with_tensor(item: Any) -> bool:
@@ -92,6 +129,7 @@ def _classify(item: Any, tokenizer: Any, max_length: int | None) -> _Found:
     if isinstance(item, Tensor): return _classify_tensor(item, max_length)
     if isinstance(item, Mapping): return _classify_dict(item, tokenizer, max_length)
     if _holds_only(item, int): return {"input_ids": list(item)[:max_length]}
+    if _are_messages(item): return _encode_chat(item, tokenizer, max_length)
     if _begins_with_tensor(item): return _classify(item[0], tokenizer, max_length)
     if hasattr(item, "__array__"): return _classify(torch.as_tensor(item), tokenizer, max_length)
     raise TypeError(
@@ -103,10 +141,23 @@ def _is_one_batch(data: Any) -> bool:
     return isinstance(data, Mapping) and any(isinstance(v, Tensor) for v in data.values())
 
 
+def _rows_in(data: Mapping[str, Any]) -> Any:
+    "The elements of what a tokenizer returns for several texts, or of the one split of a data set."
+    rows = data.get("input_ids")
+    if isinstance(rows, (list, tuple)) and all(isinstance(row, (list, tuple)) for row in rows):
+        along = {key: value for key, value in data.items() if isinstance(value, (list, tuple))}
+        return [dict(zip(along, row)) for row in zip(*along.values())]
+    if len(data) == 1: return next(iter(data.values()))
+    raise TypeError(f"data is a {type(data).__name__} with {', '.join(map(repr, data))}; pass one of these, such as "
+                    f"data[{next(iter(data), '')!r}], or an iterable of texts, token ids, tensors or dicts")
+
+
 def _elements(data: Any) -> Iterable[Any]:
     "The elements of the data; a lone string, tensor or batch is one element."
-    if isinstance(data, (str, Tensor)) or _is_one_batch(data): return [data]
-    if data is None or isinstance(data, Mapping) or not isinstance(data, Iterable):
+    if isinstance(data, (str, Tensor)) or _is_one_batch(data) or _are_messages(data): return [data]
+    if isinstance(data, Mapping):
+        data = _rows_in(data)
+    if data is None or not isinstance(data, Iterable):
         raise TypeError("data must be an iterable of strings, token ids, tensors or dicts (or a DataLoader), "
                         f"got {type(data).__name__}")
     return data
@@ -124,7 +175,7 @@ def _items(data: Any) -> Iterator[Any]:
     for several in _elements(data):
         yield from _unpacked(several)
 
-
+# %% ../../nbs/pipelines/data.ipynb #3c14d8b6
 def _check_at_least_one(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name}={value!r} must be an int of at least 1")

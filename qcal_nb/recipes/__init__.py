@@ -1,15 +1,18 @@
 """A calibration written down: YAML for llm-compressor, JSON for vLLM, and checkpoints."""
 
-from .checkpoint import free_folder, packed_tensors, save_quantized, stored_modules, to_config
+from .checkpoint import packed_tensors, save_quantized, stored_modules, to_config
 from .config import from_config, override, recipe_of
+from .files import check_file, free_folder, json_of, write_text, write_whole
 from .plain import args_to_dict, scheme_to_dict
 from .yaml import from_yaml, observers_of, production_note, to_yaml
 
 __all__ = [
     "args_to_dict",
+    "check_file",
     "free_folder",
     "from_config",
     "from_yaml",
+    "json_of",
     "observers_of",
     "override",
     "packed_tensors",
@@ -20,4 +23,6 @@ __all__ = [
     "stored_modules",
     "to_config",
     "to_yaml",
+    "write_text",
+    "write_whole",
 ]

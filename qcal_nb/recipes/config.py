@@ -27,7 +27,7 @@ from ..warn import warn_once
 # %% ../../nbs/recipes/config.ipynb #1017c566
 def _config_in_file(source: str | os.PathLike) -> tuple[dict[str, Any], str]:
     "The config in JSON text, a config.json or a checkpoint's folder; and a name for it in errors."
-    folder = "{" not in os.fspath(source) and Path(source).is_dir()
+    folder = os.path.isdir(source)
     text, name = _text_of(Path(source)/"config.json" if folder else source, "config")
     return _parse(text, name), name
 
@@ -177,7 +177,7 @@ def _choices_by_name(modifier: QuantizationMixin, observers: _Choices) -> _Plan:
 def _matched_modules(observers: _Choices, quantized: Mapping[str, Module]) -> dict[str, dict[str, Module]]:
     "For every name or pattern the quantized modules that it stands for."
     found = {key: {} for key in observers}
-    keys = Targets(observers)
+    keys = Targets(observers, quantized)
     for name, module in quantized.items():
         for key in keys.matching(name, module):
             found[key][name] = module
@@ -241,7 +241,7 @@ def override(
 def _schemes_of_plan(groups: _Groups, plan: _Plan) -> list[QuantizationScheme]:
     "A scheme for each module: a copy of its group's, with the observers that were chosen."
     by_target = {target: group for group, scheme in groups.items() for target in scheme.targets}
-    targets = Targets(by_target)
+    targets = Targets(by_target, plan)
     base = {name: groups[_group_of(by_target, targets, name, module)] for name, (module, _) in plan.items()}
     return [_with_observers(base[name], choices, name) for name, (_, choices) in plan.items()]
 

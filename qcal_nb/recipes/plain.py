@@ -8,11 +8,9 @@ __all__ = ['args_to_dict', 'scheme_to_dict', 'storage_format']
 # %% ../../nbs/recipes/plain.ipynb #65a8dfcc
 import json
 import os
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +20,7 @@ from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 from torch.nn import Module
 
+from .files import json_of, read_text, refuse_twice
 from ..lifecycle import QuantizationModifier
 
 # %% ../../nbs/recipes/plain.ipynb #2d39c779
@@ -56,19 +55,12 @@ class _Loader(yaml.SafeLoader):
     "Plain YAML data. A key that appears twice is an error."
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-        _refuse_twice(names)
+        refuse_twice(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
         return super().construct_mapping(node, deep)
 
-
-def _refuse_twice(names: Counter) -> None:
-    if twice := [name for name, n in names.items() if n > 1]:
-        raise ValueError(f"{', '.join(map(str, twice))} appears twice")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    _refuse_twice(Counter(key for key, _ in pairs))
-    return dict(pairs)
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)  # of what is merged first: no level is built on one that is too large
+        if len(node.value) > _MOST_VALUES: raise ValueError(f"its merges expand to more than {_MOST_VALUES:,} values")
 
 
 def _parts_of(value: Any) -> Iterable[Any]:
@@ -90,7 +82,7 @@ def _refuse_bomb(found: Any) -> None:
 def _loaded(text: str) -> Any:
     "What JSON or YAML holds, as plain data."
     try:
-        return json.loads(text, object_pairs_hook=_unique)
+        return json_of(text)
     except json.JSONDecodeError:
         return yaml.load(text, Loader=_Loader)
 
@@ -100,13 +92,20 @@ def _parse(text: str, source: str) -> dict[str, Any]:
     try:
         found = _loaded(text)
         _refuse_bomb(found)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"{source} cannot be read: {error}") from None
     if not isinstance(found, dict): raise ValueError(f"{source} holds {type(found).__name__}, not keys and values")
     return found
 
 # %% ../../nbs/recipes/plain.ipynb #4a8af76b
-def _is_text(source: Any) -> bool: return isinstance(source, str) and ("\n" in source or "{" in source)
+_SUFFIXES = (".yaml", ".yml", ".json")
+_MOST_BYTES = 1 << 28    # of a recipe or a config
+
+
+def _is_text(source: Any) -> bool:
+    "Whether this is a recipe or config itself and no path, which may hold braces, too."
+    if not isinstance(source, str): return False
+    return "\n" in source or ("{" in source and not source.endswith(_SUFFIXES) and not os.path.exists(source))
 
 
 def _text_of(source: str | os.PathLike, kind: str) -> tuple[str, str]:
@@ -114,10 +113,7 @@ def _text_of(source: str | os.PathLike, kind: str) -> tuple[str, str]:
     if _is_text(source): return source, f"the {kind}"
     if not isinstance(source, (str, os.PathLike)):
         raise TypeError(f"source must be a path or the text of a {kind}, got {type(source).__name__}")
-    try:
-        return Path(source).read_text(encoding="utf-8"), os.fspath(source)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{os.fspath(source)} is not text: {error}") from None
+    return read_text(source, _MOST_BYTES), os.fspath(source)
 
 
 def _check_field_names(fields: Mapping[Any, Any], source: str) -> None:

@@ -105,6 +105,15 @@ class _Dumper(yaml.SafeDumper):
 
     def ignore_aliases(self, data: Any) -> bool: return True
 
+
+def _text_node(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    "A text; with escapes where it holds what YAML takes for the end of a line, which would be folded away."
+    style = '"' if any(sign in text for sign in "\x85\u2028\u2029\ufeff") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _text_node)
+
 # %% ../../nbs/recipes/yaml.ipynb #6980fef2
 def _as_yaml(recipe: dict[str, Any]) -> str:
     try:

@@ -14,7 +14,6 @@ from .results import (
     observers_from_stats,
     statistics_from,
 )
-from .files import write_whole
 from .observing import Attached, Memory
 from .run import (
     all_ranks,
@@ -66,5 +65,4 @@ __all__ = [
     "statistics_from",
     "tensors_to_record",
     "unequal_parts",
-    "write_whole",
 ]

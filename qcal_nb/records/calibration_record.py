@@ -10,6 +10,7 @@ __all__ = ['Spans', 'Key', 'ResultKey', 'FORMAT', 'VERSION', 'spans_of', 'joined
 # %% ../../nbs/records/calibration_record.ipynb #68b06546
 import difflib
 import json
+import math
 import operator
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -25,6 +26,7 @@ from torch import Tensor
 from ..pipelines import Batch
 from .results import ObserverResult, merge_results, merges, result_of_one_part
 from .files import check_form, read_tree, write_tree
+from .sound import each_once, must, none_below_zero
 from .tree import _FOUND, _STATS, _result_from_list, _result_to_list, _stats_from_tree, _stats_to_tree
 from ..stats import TensorStats, level_of, same_stats
 
@@ -413,17 +415,35 @@ def _about_form(t: Mapping[str, Any]) -> dict[str, Any]:
     return _FORM["about"] | dict.fromkeys(said, str)
 
 
+def _referred(references: list[list], values: list[Any], what: str) -> dict[tuple, Any]:
+    "Undo `_references`: what belongs to each key. ValueError for a key that occurs twice or a number that is none."
+    each_once((tuple(key) for *key, _ in references), what)
+    numbers = [i for *_, i in references]
+    must(all(0 <= i < len(values) for i in numbers), f"of {len(values)} values these were referred to:", numbers)
+    return {tuple(key): values[i] for *key, i in references}
+
+
+def _check_run(t: Mapping[str, Any]) -> None:
+    "ValueError if the numbers of the run cannot be true."
+    ends = [end for span in t["spans"] for end in span]
+    must(ends == sorted(ends) and min(ends, default=0) >= 0, "spans of batches are", t["spans"])
+    must(math.isfinite(t["seconds"]) and t["seconds"] >= 0, "the seconds of a run are", t["seconds"])
+    each_once((k for k, _ in t["level_tokens"]), "there is level")
+    none_below_zero([n for _, n in t["level_tokens"]], "tokens are counted as")
+    none_below_zero(t["expert_tokens"].values(), "tokens of experts are counted as")
+
+
 def _results_from_tree(t: Mapping[str, Any]) -> dict[ResultKey, ObserverResult]:
     args = [QuantizationArgs.model_validate(json.loads(text)) for text in t["args"]]
     found = [_result_from_list(c, args) for c in t["found"]]
-    return {(module, base_name, asked): found[i] for module, base_name, asked, i in t["conclusions"]}
+    return _referred(t["conclusions"], found, "there is the result")
 
 
 def from_tree(t: Mapping[str, Any]) -> CalibrationRecord:
     "The record of a tree. ValueError and similar errors if the tree is not one of a record."
     check_form(t, _FORM | {"about": _about_form(t)}, "the record")
-    stats = list(map(_stats_from_tree, t["stats"]))
-    tensors = {(module, base_name): stats[i] for module, base_name, i in t["tensors"]}
+    _check_run(t)
+    tensors = _referred(t["tensors"], list(map(_stats_from_tree, t["stats"])), "there is the tensor")
     about = About(**_NOT_SAID | t["about"])
     spans = tuple(map(tuple, t["spans"]))
     level_tokens = dict(t["level_tokens"])

@@ -25,6 +25,7 @@ from torch.nn import Linear, Module
 from tqdm import tqdm
 
 from .. import __version__
+from ..recipes import write_whole
 from ..calibration import args_in, exclusive, guarded, rank_and_size, together
 from ..lifecycle import QUANTIZABLE, QuantizationMixin, check_schemes, experts_apart, phase_of, reaches_experts
 from ..lifecycle import restore, schemes_by_module, snapshot, undo_log_of, warn_unmatched
@@ -37,7 +38,6 @@ from ..pipelines import check_mask, expected_batches, mask_in_words
 from ..pipelines import not_empty, numbered, passes, reads_two_sequences, shown, warn_of_padding
 from .calibration_record import About, CalibrationRecord
 from .collect import Collector, look_at_weights
-from .files import write_whole
 from .live_results import results_now
 from ..schemes import adjusted, preset
 from ..stats import TensorStats, check_policy

@@ -8,7 +8,6 @@ __all__ = []
 # %% ../../nbs/records/tree.ipynb #fa043006
 import math
 from collections.abc import Mapping
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from torch import Tensor
 from ..observers import Counts
 from .results import ObserverResult
 from .files import check_form
+from .sound import check_result, check_stats, each_once, must, sum_from
 from ..stats import Extreme, Histogram, Level, NonFinite, TensorStats, Timeline
 
 # %% ../../nbs/records/tree.ipynb #f80d7c6d
@@ -79,8 +79,9 @@ def _stats_to_tree(s: TensorStats) -> dict[str, Any]:
 
 
 def _stats_from_tree(t: Mapping[str, Any]) -> TensorStats:
-    total, total_squares = map(Fraction, t["sums"])
-    return TensorStats(
+    total, total_squares = map(sum_from, t["sums"])
+    each_once((level[0] for level in t["levels"]), "there is level")
+    stats = TensorStats(
         dict(map(_level_from_list, t["levels"])),
         total,
         total_squares,
@@ -92,6 +93,8 @@ def _stats_from_tree(t: Mapping[str, Any]) -> TensorStats:
         _timeline_from_list(t["timeline"]),
         *t["counts"],
     )
+    check_stats(stats)
+    return stats
 
 # %% ../../nbs/records/tree.ipynb #f3933f67
 def _counts_to_list(n: Counts) -> list:
@@ -122,7 +125,10 @@ def _result_to_list(c: ObserverResult, args: int) -> list:
 
 def _result_from_list(found: list, args: list[QuantizationArgs]) -> ObserverResult:
     observer, base_name, i, *rest, counts, reason = found
-    return ObserverResult(observer, base_name, args[i], *rest, _counts_from_list(counts), reason)
+    must(0 <= i < len(args), "the number of some arguments is", i)
+    result = ObserverResult(observer, base_name, args[i], *rest, _counts_from_list(counts), reason)
+    check_result(result)
+    return result
 
 # %% ../../nbs/records/tree.ipynb #987110fc
 _ENDS = int | float | None

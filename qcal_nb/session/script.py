@@ -142,6 +142,12 @@ _NEEDED = [
 ]
 
 
+def _text_code(text: str) -> str:
+    "A text as Python that means exactly this text, a line at a time."
+    lines = "\n".join(f"    {line!r}" for line in text.splitlines(keepends=True))
+    return f"(\n{lines}\n)"
+
+
 def production_of(session: Any) -> str:
     "The Python that gives the same scales with llm-compressor."
     note = production_note(observers_of(session.modifier))
@@ -149,8 +155,8 @@ def production_of(session: Any) -> str:
     options = "".join(f", {name}={value!r}" for name, value in _not_default(session.made.rest).items())
     imports, rest = imports_first([*_NEEDED, *session.origin])
     calibration = [
-        f'recipe = """\n{to_yaml(session.modifier)}"""',
-        'Path("recipe.yaml").write_text(recipe)',
+        f"recipe = {_text_code(to_yaml(session.modifier))}",
+        'Path("recipe.yaml").write_text(recipe, encoding="utf-8")',
         f"loader = DataLoader(list(batches(data, tokenizer{options})), batch_size=None)",
         'oneshot(model=model, recipe="recipe.yaml", processor=tokenizer, dataset=loader, '
         f"pipeline={passing['pipeline']!r})",

@@ -13,7 +13,7 @@ import anywidget
 import ipywidgets as w
 from traitlets import Unicode
 
-from ..recipes import observers_of, production_note, to_yaml
+from ..recipes import observers_of, production_note, to_yaml, write_text
 from ..report import to_html
 from ..session import Saved, Session, WorkbenchState
 from .html import block, error_html, warning_html
@@ -89,8 +89,7 @@ def _write_file(session: Session | Saved, kind: str, path: str) -> Path:
     if not path.strip(): raise ValueError(f"path={path!r} must name the file to write the {kind} to")
     if kind == "record": return session.record.save(path)
     if kind == "report": return to_html(session.record, path)
-    Path(path).write_text(to_yaml(session.recipe()), encoding="utf-8")
-    return Path(path)
+    return write_text(path, to_yaml(session.recipe()))
 
 # %% ../../nbs/widgets/code.ipynb #92dd9773
 class CodePanel(Panel):

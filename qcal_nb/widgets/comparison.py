@@ -15,7 +15,6 @@ from html import escape
 from typing import Any
 
 import ipywidgets as w
-import numpy as np
 import pandas as pd
 from PIL import Image as PILImage, ImageDraw
 from PIL.PngImagePlugin import PngInfo
@@ -23,9 +22,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from traitlets import Bool, TraitError
 
-from ..analysis import choose, mark_best, without_observer
+from ..analysis import choose, mark_best, readers_in_words, without_observer
 from ..evaluate import TABLE_ORDERS, TENSOR_COLUMNS, UNKNOWN, best_by_tensor, scheme_args_by_module
-from ..evaluate import scheme_observers, sort_rows
+from ..evaluate import rows_by_scheme, scheme_observers, sort_rows
 from ..observers import label_of, name_and_kwargs
 from ..plots import NAMED, new_axes, plot_observers, say_nothing, to_png
 from ..recipes import production_note
@@ -94,7 +93,8 @@ def used_html(used: Mapping[str, Mapping[str, str]]) -> str:
     parts = [f"{base_name} tensors: {counted_words(of_base)}" for base_name, of_base in counts.items()]
     note = production_note(name_and_kwargs(one)[0] for of_base in counts.values() for one in of_base)
     return block(
-        f'<div role="status">Written into the recipe, for {"; ".join(parts)}. The model is original again: '
+        f'<div role="status">Written into the recipe, counted by modules: {"; ".join(parts)}. The model is original '
+        "again: "
         "<b>Initialize</b>, <b>Start</b> and <b>End</b> compute the new scales from the record.</div>"
     ) + (warning_html(note) if note else "")
 
@@ -233,6 +233,7 @@ def _show_compared(panel: "ObserverComparison") -> None:
     if len(table):
         chosen = choose(table, state.pattern, state.base_name, None if state.layer < 0 else state.layer)
     if len(chosen):
+        chosen = rows_by_scheme(chosen, args, state.base_name)
         chosen = mark_best(chosen, scheme_observers(args, state.base_name))
         panel.rows = best_by_tensor(chosen, args, state.base_name)
     _draw_heatmap(panel, chosen)
@@ -251,7 +252,7 @@ def _show_compared(panel: "ObserverComparison") -> None:
 def _offer_tensors(panel: "ObserverComparison") -> None:
     "The tensors that can be selected, without selecting one."
     panel._refreshing = True
-    options = (("none", ""), *((m, m) for m in panel.rows.module))
+    options = (("none", ""), *zip(panel.rows.readers.map(readers_in_words), panel.rows.module))
     if panel.select.options != options:
         panel.select.options = options
     panel._refreshing = False
@@ -300,6 +301,11 @@ def _draw_heatmap(panel: "ObserverComparison", chosen: pd.DataFrame) -> None:
         panel._ax = None
 
 
+def _column_of(rows: pd.DataFrame, module: str) -> int | None:
+    "The number of the row whose tensor a module reads; None if there is none."
+    return next((i for i, names in enumerate(rows.readers) if module in names), None)
+
+
 def _describe_heatmap(panel: "ObserverComparison") -> str:
     "The picture in words, for readers who cannot see it."
     rows = panel.rows
@@ -308,19 +314,17 @@ def _describe_heatmap(panel: "ObserverComparison") -> str:
     if not len(known): return f"Signal to noise of {len(rows)} {panel.state.base_name} tensors: unknown for all of them"
     counts = ", ".join(f"{name} is best for {n}" for name, n in known.best.value_counts().items())
     worst = known.loc[known.best_db.idxmin()]
-    chosen = f"; {panel.state.selected} is selected" if panel.state.selected in set(rows.module) else ""
-    return (
-        f"Heatmap of {len(rows)} {panel.state.base_name} tensors: {counts}; hardest is {worst.module} with "
-        f"{worst.best_db:.1f} dB at best{chosen}"
-    )
+    hardest = f"{readers_in_words(worst.readers)} with {worst.best_db:.1f} dB at best"
+    chosen = f"; {panel.state.selected} is selected" if _column_of(rows, panel.state.selected) is not None else ""
+    return f"Heatmap of {len(rows)} {panel.state.base_name} tensors: {counts}; hardest is {hardest}{chosen}"
 
 # %% ../../nbs/widgets/comparison.ipynb #f7fe7b28
 def _show_rows(panel: "ObserverComparison") -> None:
     "Show the selected tensor in picture and tables, and the table of tensors in its order."
     selected = panel.state.selected
     rows = panel.rows
-    at = np.flatnonzero(rows.module.to_numpy() == selected)
-    png = framed(panel._png, panel._ax, int(at[0]) if len(at) and panel._ax is not None else None)
+    at = _column_of(rows, selected)
+    png = framed(panel._png, panel._ax, at if panel._ax is not None else None)
     if panel.picture.png != png:
         panel.picture.png = png
     panel.picture.alt = _describe_heatmap(panel)
@@ -328,9 +332,9 @@ def _show_rows(panel: "ObserverComparison") -> None:
     panel.picture.layout.display = "" if drawn else "none"
     panel.empty.value = "" if drawn else empty_html(panel.picture.alt)
     panel._refreshing = True
-    panel.select.value = selected if len(at) else ""
+    panel.select.value = "" if at is None else rows.module.iloc[at]
     panel._refreshing = False
-    module, scheme = (selected, rows.scheme.iloc[at[0]]) if len(at) else ("", "")
+    module, scheme = ("", "") if at is None else (selected, rows.scheme.iloc[at])
     panel.observers.value = observers_html(panel.compared, module, scheme) if len(rows) else ""
     if len(rows) and not (rows.best != UNKNOWN).any():
         panel.table.value = ""
@@ -443,11 +447,15 @@ def _select_at(panel: "ObserverComparison", at: list) -> None:
         panel.choose("selected", module)
 
 
+def _hint(row: pd.Series) -> str:
+    best = "" if row.best == UNKNOWN else f"\n{row.best}: {row.best_db:.1f} dB"
+    return readers_in_words(row.readers) + best
+
+
 def _name_column_at(panel: "ObserverComparison", at: list) -> None:
     "Name the column below the pointer."
-    hit = panel.rows[panel.rows.module == _module_at(panel, at)]
-    best = "" if not len(hit) or hit.best.iloc[0] == UNKNOWN else f"\n{hit.best.iloc[0]}: {hit.best_db.iloc[0]:.1f} dB"
-    panel.picture.hint = f"{hit.module.iloc[0]}{best}" if len(hit) else ""
+    column = _column_of(panel.rows, _module_at(panel, at))
+    panel.picture.hint = "" if column is None else _hint(panel.rows.iloc[column])
 
 # %% ../../nbs/widgets/comparison.ipynb #7d84fc8d
 class _Deciding(Panel):

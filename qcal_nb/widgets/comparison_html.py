@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from compressed_tensors.quantization import QuantizationConfig
 
+from ..analysis import readers_in_words, readers_of, rows_of_module
 from ..evaluate import RUNNING, UNKNOWN, ZEROS
 from ..session import Session
 from .html import block, table_html
@@ -41,7 +42,9 @@ def verdict_html(rows: pd.DataFrame, base_name: str, words: str) -> str:
     """The comparison in two sentences: which observers are best and how often, and what they gain over the scheme's
     own."""
     known = rows[rows.best != UNKNOWN]
-    text = f"{len(rows):,} {base_name} tensors as <b>{escape(words)}</b>. "
+    modules = rows.readers.map(len).sum()
+    of_modules = f" of {modules:,} modules" if modules > len(rows) else ""
+    text = f"{len(rows):,} {base_name} tensors{of_modules} as <b>{escape(words)}</b>. "
     if len(known):
         text += f"Least noise: {counted_words(known.best.value_counts().to_dict())}. "
     if len(known) and len(known) < len(rows):
@@ -66,7 +69,8 @@ def _known_gain_words(gains: pd.DataFrame) -> str:
     most = gains.loc[gains.gain_db.idxmax()]
     if most.gain_db >= WORTH:
         return (
-            f"The scheme's {scheme} loses up to <b>{most.gain_db:.1f} dB</b> against them (at {escape(most.module)}; "
+            f"The scheme's {scheme} loses up to <b>{most.gain_db:.1f} dB</b> against them "
+            f"(at {escape(readers_in_words(most.readers))}; "
             f"{(gains.gain_db >= WORTH).sum():,} tensors more than {WORTH} dB). 6 dB are one bit."
         )
     if (gains.gain_db <= 0).all():
@@ -103,7 +107,8 @@ def _db(value: float) -> Any: return "∞" if value == math.inf else round(value
 
 def tensors_html(rows: pd.DataFrame, limit: int = 200) -> str:
     "The rows of `best_by_tensor` as a table; beyond `limit` rows it says how many are left out."
-    shown = rows.head(limit).drop(columns="why")
+    shown = rows.head(limit).drop(columns=["readers", "why"])
+    shown["module"] = rows.readers.head(limit).map(readers_in_words)
     for name in ("best_db", "scheme_db", "gain_db"):
         shown[name] = [_db(v) for v in shown[name]]
     more = (
@@ -134,7 +139,7 @@ def _observer_cells(row: Any) -> dict[str, Any]:
 
 def observers_html(table: pd.DataFrame, module: str, scheme: str = "") -> str:
     "A row per observer of one tensor: range, scale, cost; the best and the scheme's own are marked."
-    part = table[table.module == module]
+    part = rows_of_module(table, module)
     if not len(part):
         return block(
             '<span class="faint">Click a column of the picture, or choose a tensor, to see all its observers</span>'
@@ -145,4 +150,5 @@ def observers_html(table: pd.DataFrame, module: str, scheme: str = "") -> str:
             row["note"] = ", ".join(filter(None, [row["note"], "the scheme's"]))
     order = ["observer", "note", "SQNR (dB)", "range", "scale", "clipped", "MSE", "levels used"]
     shown = pd.DataFrame(cells, columns=[c for c in order if any(c in row for row in cells)])
-    return block(f"<b>{escape(module)}</b>" + table_html(shown.astype(object).where(shown.notna(), None)))
+    name = readers_in_words(readers_of(part).iloc[0])
+    return block(f"<b>{escape(name)}</b>" + table_html(shown.astype(object).where(shown.notna(), None)))

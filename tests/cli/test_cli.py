@@ -18,6 +18,7 @@ from qcal_nb import CalibrationRecord, load_tiny_llama
 from qcal_nb.cli import main
 from qcal_nb.cli.commands import parser
 from qcal_nb.models import calibration_texts
+from qcal_nb.recipes import from_yaml
 
 PROGRAM = Path(sys.executable).with_name("qcal-nb")
 TORCHRUN = Path(sys.executable).with_name("torchrun")
@@ -266,3 +267,51 @@ def test_the_program_is_installed_and_teaches():
     ):
         assert word in shown
     assert run("--version").stdout.startswith("qcal-nb ")
+
+
+def test_what_is_finished_is_kept_when_a_checkpoint_cannot_be_saved(own, tmp_path, monkeypatch, capsys):
+    "A generation config that transformers will not save is found out last; record and recipe are there by then."
+    from qcal_nb.recipes import checkpoint
+    def refuse(*_): raise ValueError("GenerationConfig is invalid: do_sample is False, temperature is set")
+    monkeypatch.setattr(checkpoint, "_write_files", refuse)
+    run = tmp_path/"run"
+    words = ["calibrate", str(own/"model"), "--data", str(own/"texts.jsonl"), "--max-length", "48", "--checkpoint"]
+    assert main([*words, "--out", str(run), "--quiet"]) == 1
+    err = capsys.readouterr().err
+    assert "GenerationConfig is invalid" in err and f"There is no checkpoint; record and recipe are in {run}" in err
+    assert sorted(p.name for p in run.iterdir()) == ["recipe.yaml", "record.safetensors"]
+    assert CalibrationRecord.load(run/"record.safetensors").batches and from_yaml(run/"recipe.yaml")
+
+
+HEAVY = """
+import sys
+from qcal_nb.cli import main
+code = main(sys.argv[1:])
+print(code, *(name for name in ("torch", "transformers", "pandas", "matplotlib") if name in sys.modules))
+"""
+
+
+@pytest.mark.parametrize("words", [WRONG[name][0] for name in (
+    "no such path", "lab without a model", "lab without a record", "no such file", "empty file", "not JSON",
+    "no data", "notebook"
+)], ids=lambda words: " ".join(words)[:40])
+def test_what_is_wrong_with_words_and_files_is_said_before_anything_heavy_is_imported(words, tmp_path):
+    (tmp_path/"t.txt").write_text("One.")
+    (tmp_path/"empty.txt").write_text("\n")
+    (tmp_path/"bad.jsonl").write_text("{text: 1}\n")
+    (tmp_path/"full").mkdir()
+    (tmp_path/"full"/"file").touch()
+    done = run("-c", HEAVY, *words, program=(sys.executable,), cwd=tmp_path)
+    assert done.stdout.split() == ["1"], done.stderr
+
+
+def test_code_of_a_models_folder_is_never_run(tmp_path, monkeypatch):
+    from qcal_nb.cli.inputs import load_model
+    folder = tmp_path/"model"
+    folder.mkdir()
+    auto = dict(AutoConfig="mine.Config", AutoModelForCausalLM="mine.Model")
+    (folder/"config.json").write_text(json.dumps(dict(model_type="mine", auto_map=auto, architectures=["Model"])))
+    (folder/"mine.py").write_text(f"open({str(tmp_path/'executed')!r}, 'w')")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked at a prompt"))
+    with pytest.raises(ValueError, match="MODEL .* cannot be loaded"): load_model(str(folder))
+    assert not (tmp_path/"executed").exists()

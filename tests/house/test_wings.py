@@ -22,8 +22,8 @@ drift = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(drift)
 
 WINGS = (
-    "schemes warn models stats histogram taps observers calibration modeling lifecycle pipelines recipes checkpoints "
-    "records analysis evaluate forecasts plots view report session widgets workbench cli"
+    "schemes warn models stats histogram taps observers calibration modeling lifecycle pipelines recipes "
+    "checkpoints records analysis evaluate forecasts plots view report session widgets workbench cli"
 ).split()
 # package → first wing that may
 FROM = dict(matplotlib="plots", traitlets="session", ipywidgets="widgets", anywidget="widgets")

@@ -26,7 +26,7 @@ TARGET = st.sampled_from([*MODULES, *OTHERS])
 
 @given(st.lists(TARGET))
 def test_what_matches_is_what_compressed_tensors_finds_among_all(targets):
-    found = Targets(targets)
+    found = Targets(targets, MODULES)
     for name, module in MODULES.items():
         assert found.matching(name, module) == match.match_targets(name, module, [*dict.fromkeys(targets)])
         assert [t for t in found.near_module(name, module) if match.is_match(name, module, t)] == [

@@ -138,8 +138,22 @@ def test_while_calibrating_the_same_bits_as_the_reference(name, dtype, every):
     else: b = logits(theirs)
     assert same(a, b)
     assert mine.keys() == right.keys() and len(mine) >= 12
-    unequal = [key for key in mine if not torch.equal(torch.cat(mine[key]), torch.cat(right[key]))]
-    assert unequal == []
+    mine, right = ({key: torch.cat(parts) for key, parts in seen.items()} for seen in (mine, right))
+    for key in (key for key in mine if not torch.equal(mine[key], right[key])):
+        assert behind_a_layout_that_torch_rounds_otherwise(ours, key, mine), key
+        torch.testing.assert_close(mine[key], right[key], rtol=2**-6, atol=0)  # a step a factor, one in the product
+
+
+def behind_a_layout_that_torch_rounds_otherwise(model, key, seen):
+    """Whether this is fed by Linears whose product depends on how their weights lie in memory. Experts of Llama 4 are
+    stored with rows and columns exchanged; ours are views of that, the reference's are copies. Without bf16
+    instructions torch adds up the two in another order."""
+    modules, path = dict(model.named_modules()), key.rpartition(".")[0]
+    def depends(name):
+        x, weight = seen[f"{path}.{name}"], modules[f"{path}.{name}"].weight
+        product = torch.nn.functional.linear
+        return not weight.is_contiguous() and not torch.equal(product(x, weight), product(x, weight.contiguous()))
+    return key.endswith("down_proj") and (depends("gate_proj") or depends("up_proj"))
 
 
 @pytest.mark.parity

@@ -172,3 +172,79 @@ def test_a_forged_header(tmp_path, saved):
     refused(saved)
     save_file({n: t for n, t in arrays.items() if n != "tree"}, saved, metadata=header)
     refused(saved)
+
+
+# --- what has the right form and cannot be true ---
+
+
+def of_tensor(tree, i=0): return tree["stats"][i]
+
+
+def set_in(container, key, value):
+    container[key] = value
+
+
+NONSENSE = {
+    "a negative count of calls": lambda t: set_in(of_tensor(t), "counts", [-1, 1, 0]),
+    "a negative count of NaN": lambda t: set_in(of_tensor(t)["levels"][0], 5, -3),
+    "the smallest above the largest": lambda t: of_tensor(t)["levels"][0].__setitem__(slice(1, 3), [2.0, -2.0]),
+    "ends without values": lambda t: of_tensor(t)["levels"][0].__setitem__(
+        slice(3, 5), [torch.zeros(0, dtype=torch.int32), torch.zeros(0, dtype=torch.int64)]),
+    "a level twice": lambda t: of_tensor(t)["levels"].append(of_tensor(t)["levels"][0]),
+    "a level that no batch has": lambda t: set_in(of_tensor(t)["levels"][0], 0, -1),
+    "a sum with an exponent": lambda t: set_in(of_tensor(t), "sums", ["1e999999999", "1"]),
+    "a sum with too many digits": lambda t: set_in(of_tensor(t), "sums", ["1", "9" * 5000]),
+    "a negative sum of squares": lambda t: set_in(of_tensor(t), "sums", ["1", "-1"]),
+    "a negative shape": lambda t: set_in(of_tensor(t), "shapes", [[-1, 2]]),
+    "a channel that is no number": lambda t: set_in(of_tensor(t), "channels", torch.tensor([torch.nan])),
+    "a negative channel": lambda t: set_in(of_tensor(t), "channels", torch.tensor([-1.0])),
+    "an infinite largest value": lambda t: set_in(of_tensor(t)["top"][0], 0, 1e400),
+    "a negative position": lambda t: set_in(of_tensor(t)["top"][0], 2, [-1]),
+    "a stride of zero": lambda t: set_in(of_tensor(t)["timeline"], 0, 0),
+    "a tensor that is none": lambda t: set_in(t["tensors"][0], 2, -1),
+    "a tensor twice": lambda t: t["tensors"].append(t["tensors"][0]),
+    "a result twice": lambda t: t["conclusions"].append(t["conclusions"][0]),
+    "a result that is none": lambda t: set_in(t["conclusions"][0], 3, 999),
+    "arguments that are none": lambda t: set_in(t["found"][0], 2, -1),
+    "a scale that is no number": lambda t: set_in(t["found"][0], 7, torch.tensor([torch.nan])),
+    "a negative scale": lambda t: set_in(t["found"][0], 7, torch.tensor([-1.0])),
+    "a range that begins above its end": lambda t: set_in(t["found"][0], 5, torch.tensor([1e30])),
+    "a negative count of an observer": lambda t: set_in(t["found"][0][10], 0, -1),
+    "spans out of order": lambda t: set_in(t, "spans", [[5, 6], [0, 1]]),
+    "a negative span": lambda t: set_in(t, "spans", [[-2, 1]]),
+    "seconds that are no number": lambda t: set_in(t, "seconds", -1.0),
+    "negative tokens": lambda t: set_in(t, "level_tokens", [[0, -5]]),
+    "a level of tokens twice": lambda t: set_in(t, "level_tokens", [[0, 5], [0, 5]]),
+    "negative tokens of an expert": lambda t: set_in(t, "expert_tokens", {"e": -1}),
+}
+
+
+def as_lists(tree):
+    "The tree with lists that can be changed."
+    if isinstance(tree, dict): return {k: as_lists(v) for k, v in tree.items()}
+    return [as_lists(v) for v in tree] if isinstance(tree, (list, tuple)) else tree
+
+
+@pytest.mark.parametrize("forge", NONSENSE.values(), ids=NONSENSE)
+def test_numbers_that_cannot_be_are_refused(small, tmp_path, forge):
+    tree = as_lists(to_tree(small))
+    assert record_equal(CalibrationRecord.load(rewritten(tmp_path/"right", tree)), small)
+    forge(tree)
+    try: path = rewritten(tmp_path/"wrong", tree)
+    except ValueError: return  # JSON has no such number, so a file cannot either
+    assert re.search("which cannot be|is damaged", refused(path))
+
+
+def test_bombs_are_refused_before_they_are_unpacked(tmp_path):
+    zeros = torch.zeros(1 << 30, dtype=torch.uint8)  # a gigabyte that packs into a megabyte
+    path = forged(tmp_path/"zeros", b"{}", pools=dict(uint8=zeros))
+    del zeros
+    assert path.stat().st_size < 2_000_000 and "unpack to 1,073," in refused(path)
+    pool = dict(float32=torch.zeros(1000))
+    again = json.dumps([{"tensor": ["float32", 0, 1000]}] * 500).encode()
+    assert "use more than the 1,000 values of float32" in refused(forged(tmp_path/"again", again, pools=pool))
+    beyond = json.dumps([{"tensor": ["float32", 500, 501]}]).encode()
+    assert "use more than the 1,000 values" in refused(forged(tmp_path/"beyond", beyond, pools=pool))
+    assert "seconds appears twice" in refused(forged(tmp_path/"twice", b'{"seconds": 1, "seconds": 2}'))
+    os.mkfifo(tmp_path/"pipe")
+    assert "not a regular file" in refused(tmp_path/"pipe")

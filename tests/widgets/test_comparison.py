@@ -2,6 +2,7 @@
 import base64
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from helpers import make_batches, make_model
 from qcal_nb.widgets import comparison as drawing
 from qcal_nb.evaluate import best, scheme_args_by_module
 from qcal_nb.widgets import work
-from qcal_nb.analysis import compare_observers, per_reader
+from qcal_nb.analysis import compare_observers, readers_in_words
 from qcal_nb.calibration import scheme_args
 from qcal_nb.widgets import ObserverComparison
 from qcal_nb.widgets.comparison import question_of
@@ -24,7 +25,7 @@ from qcal_nb.session import Saved, Session
 from qcal_nb.session import WorkbenchState, args_for
 from tests.widgets.comparing import feed, ready
 
-UP, DOWN = "model.layers.1.mlp.up_proj", "model.layers.1.mlp.down_proj"
+GATE, UP, DOWN = (f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down"))
 
 
 def click(panel, column):
@@ -43,10 +44,10 @@ def test_pieces_are_the_whole(monkeypatch, base_name):
     monkeypatch.setattr(best, "TENSORS_AT_ONCE", 3)
     run = record(make_model("llama_gqa"), make_batches(2), observers=["mse"], progress=False)
     for args in (None, args_for("int4")):
-        whole = per_reader(compare_observers(run, [*observers_from_stats(), "mse"], args))
+        whole = compare_observers(run, [*observers_from_stats(), "mse"], args)
         whole = whole[whole.base_name == base_name].reset_index(drop=True)
         part = compare_in_pieces(run, base_name, args)
-        assert len(part) == 14 * 5
+        assert len(part) == (8 if base_name == "input" else 14) * 5  # q, k and v read one tensor, gate and up another
         for column in whole: assert plain(part[column]) == plain(whole[column])
         assert [a for a in whole.attrs["args"].split("; ") if a.startswith(base_name)] == part.attrs["args"].split("; ")
 
@@ -60,7 +61,7 @@ def test_a_question_that_nobody_asks_any_more_is_given_up(monkeypatch, session):
         if base_name == "input": started.set(); go.wait(120)
         tick(7, 14)
         made.append(f"{base_name} done")
-        return per_reader(compare_observers(run, observers or None, args))
+        return compare_observers(run, observers or None, args)
     monkeypatch.setattr(work, "compare_in_pieces", slow)
     tables = ComparisonTables(lambda ready: None)
     assert tables.of(session.record, Question("input")) is None
@@ -110,7 +111,7 @@ def test_nothing_recorded(session):
 
 def test_what_is_shown_is_what_analysis_says(session):
     panel = ready(feed(session))
-    truth = per_reader(compare_observers(session.record, args=question_of(session, panel.state).args))
+    truth = compare_observers(session.record, args=question_of(session, panel.state).args)
     truth = truth[truth.base_name == "input"]
     sqnr = truth.pivot(index="module", columns="observer", values="sqnr_db").loc[list(dict.fromkeys(truth.module))]
     seen = torch.tensor(
@@ -119,7 +120,7 @@ def test_what_is_shown_is_what_analysis_says(session):
     assert torch.allclose(seen, torch.tensor(sqnr[observers_from_stats()].to_numpy(float)).float(), atol=1e-3)
     assert panel.rows.best_db.tolist() == truth[truth.best].sqnr_db.tolist()
     assert panel.rows.best.tolist() == truth[truth.best].observer.tolist()
-    assert "14 input tensors as <b>fp8, symmetric, one scale per tensor</b>" in panel.verdict.value
+    assert "8 input tensors of 14 modules as <b>fp8, symmetric, one scale per tensor</b>" in panel.verdict.value
     assert set(panel.rows.scheme) == {"static_minmax"} and (panel.rows.gain_db >= 0).all()
     panel.close()
 
@@ -135,18 +136,21 @@ def test_one_tensor():
 
 def test_select_by_mouse_list_and_python_and_hover(session):
     panel = ready(feed(session))
-    click(panel, 13)
-    assert panel.state.selected == DOWN == panel.select.value and drawn(panel)["selected"] == [13]
+    click(panel, 7)
+    assert panel.state.selected == DOWN == panel.select.value and drawn(panel)["selected"] == [7]
     assert f"{DOWN} is selected" in panel.picture.alt
     assert panel.observers.value.count("<tr>") - 1 >= 4 and "best" in panel.observers.value
     assert "±" in panel.observers.value
-    panel.select.value = UP
-    assert panel.state.selected == UP and drawn(panel)["selected"] == [12]
+    panel.select.value = GATE
+    assert panel.state.selected == GATE and drawn(panel)["selected"] == [6]
+    panel.state.selected = UP  # which reads the same tensor
+    assert panel.select.value == GATE and drawn(panel)["selected"] == [6] and f"{UP} is selected" in panel.picture.alt
+    assert "model.layers.1.mlp.gate/up_proj" in panel.observers.value and "gate/up_proj" in panel.table.value
     panel.state.selected = ""
     assert "selected" not in drawn(panel) and "Click a column" in panel.observers.value
     left, _, width, _ = panel._ax.get_position().bounds
-    panel.picture.pointer = [left + width * 12.8 / 14.6, 0.5]
-    assert panel.picture.hint.startswith(f"{UP}\n{panel.rows.best[12]}: ")
+    panel.picture.pointer = [left + width * 6.8 / 8.6, 0.5]
+    assert panel.picture.hint.startswith(f"model.layers.1.mlp.gate/up_proj\n{panel.rows.best[6]}: ")
     panel.picture.pointer = []
     assert panel.picture.hint == ""
     panel.picture.clicked = [0.001, 0.5, 1]
@@ -172,10 +176,11 @@ def test_filter_layer_format_and_order(session):
     panel.wait()
     assert "int3, asymmetric" in panel.verdict.value
     panel.order.value = "best_db"
-    lowest = panel.rows.loc[panel.rows.best_db.idxmin()].module
-    assert panel.table.value.index(lowest) == min(panel.table.value.index(m) for m in panel.rows.module)
+    names = dict(zip(panel.rows.module, panel.rows.readers.map(readers_in_words)))
+    lowest = names[panel.rows.loc[panel.rows.best_db.idxmin()].module]
+    assert panel.table.value.index(lowest) == min(map(panel.table.value.index, names.values()))
     panel.pattern.value = "("
-    assert "not a regular expression" in panel.problem.value and len(panel.rows) == 14
+    assert "not a regular expression" in panel.problem.value and len(panel.rows) == 8
     panel.close()
 
 
@@ -188,7 +193,7 @@ def test_a_question_asked_before_is_not_asked_again(monkeypatch, session):
     for base_name in ("input", "weight", "input"):
         panel.base_name.value = base_name
         assert drawn(panel)["sqnr_db"]
-        assert panel.rows.module.tolist() == [m for m, b in session.record.tensors if b == base_name]
+        assert panel.rows.module.tolist() == [m for m, b in session.record.readers if b == base_name]
     assert panel.use_for.value == ("input",)
     panel.close()
 
@@ -211,10 +216,10 @@ def test_the_old_comparison_stays_until_the_new_one_is_there(session):
     first = panel.rows
     session.feed_all()
     panel.wait()
-    assert len(panel.rows) == 14 and not panel.rows.equals(first)
+    assert len(panel.rows) == 8 and not panel.rows.equals(first)
     session.reset()
     panel.wait()
-    assert len(panel.rows) == 14  # a reset keeps the record
+    assert len(panel.rows) == 8  # a reset keeps the record
     panel.close()
 
 
@@ -223,7 +228,7 @@ def test_hidden_panels_compare_nothing_until_they_are_shown(session):
     assert panel.tables.kept == {} and "Compared when this is shown" in panel.note.value
     panel.visible = True
     panel.wait()
-    assert len(panel.rows) == 14 and panel.note.value == ""
+    assert len(panel.rows) == 8 and panel.note.value == ""
     panel.close()
 
 
@@ -296,7 +301,7 @@ def test_a_comparison_that_fails_is_explained_and_the_panel_goes_on(session, mon
     assert "no such &lt;thing&gt;" in panel.problem.value and panel.picture.alt == "The comparison failed"
     panel.base_name.value = "input"
     panel.wait()
-    assert panel.problem.value == "" and len(panel.rows) == 14
+    assert panel.problem.value == "" and len(panel.rows) == 8
     panel.close()
 
 
@@ -304,7 +309,7 @@ def many(n):
     names = [f"model.layers.{i // 7}.m{i % 7}" for i in range(n)]
     stats = [measure(torch.randn(2, 64, generator=torch.Generator().manual_seed(i)) * (1 + i)) for i in range(7)]
     return CalibrationRecord(
-        {(name, "input"): stats[i % 7] for i, name in enumerate(names)}, dict.fromkeys(names, "Linear")
+        {(name, "input"): replace(stats[i % 7]) for i, name in enumerate(names)}, dict.fromkeys(names, "Linear")
     )
 
 
