@@ -238,7 +238,9 @@ COVERAGE_COLUMNS = [
 
 
 def _covered(c: ObserverResult) -> Row:
-    counts = (0, 0, 0, 0) if c.scale is None else (c.scale.numel(), *suspicious_scales(c.scale, c.args))
+    counts = (0, 0, 0, 0)
+    if c.scale is not None:
+        counts = (c.scale.numel(), *suspicious_scales(c.scale, c.args, None if c.low is None else (c.low, c.high)))
     n = c.counts
     return dict(
         observer=c.observer,

@@ -369,9 +369,16 @@ def _own_contributions(observer: Observer, mine: bool) -> list[Contribution]:
     ]
 
 
+def _digest_of(tensor: Tensor) -> int:
+    "A number for all bits of a tensor."
+    return _digest_number(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+
+
 def _weight_line(module: Module) -> str:
-    "What ranks must have in common to share the work on a module's weight."
-    return f"{_line(observer_of(module, 'weight'))}, {_shape(module)}"
+    "What ranks must have in common to share the work on a module's weight: the weight, above all."
+    weight = stored_parameters(module).get("weight")
+    bits = "" if weight is None or weight.is_meta else f", bits {_digest_of(weight.detach()):014x}"
+    return f"{_line(observer_of(module, 'weight'))}, {_shape(module)}{bits}"
 
 
 def observe_weights(modules: Iterable[Module]) -> None:
@@ -388,11 +395,6 @@ def observe_weights(modules: Iterable[Module]) -> None:
         _combine([c for m in modules for c in _own_contributions(observer_of(m, "weight"), m in mine)])
 
 # %% ../../nbs/calibration/ranks.ipynb #a2103886
-def _digest_of(tensor: Tensor) -> int:
-    "A number for all bits of a tensor."
-    return _digest_number(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-
-
 def differing_qparams(model: Module) -> list[str]:
     "Collective: the names of the scales and zero points that are not the same on every rank, bit for bit."
     if _is_single(): return []

@@ -337,15 +337,14 @@ def check_fit(model: Module, modifier: QuantizationModifier, label: str) -> None
 
 
 def unfit_schemes(model: Module, modifiers: Mapping[str, QuantizationModifier]) -> dict[str, str]:
-    "Label -> why a scheme does not fit the model, of those that do not; ValueError if none does."
+    "Label -> why a scheme does not fit the model, of those that do not."
     faults = {}
     for label, modifier in modifiers.items():
         try:
             check_fit(model, modifier, label)
         except ValueError as fault:
-            faults[label] = fault
-    if faults and len(faults) == len(modifiers): raise next(iter(faults.values()))
-    return {label: str(fault).removeprefix(f"{label}: ") for label, fault in faults.items()}
+            faults[label] = str(fault).removeprefix(f"{label}: ")
+    return faults
 
 
 def calibration_batches(data: Any, modifiers: Mapping[str, QuantizationModifier], **options: Any) -> Batches | None:
@@ -390,7 +389,7 @@ def _prepared_comparison(
     model: Module, data: Any, modifiers: Mapping[str, QuantizationModifier], eval_data: Any,
     line: Callable[[], str | None], eval_max_length: int | None, **options: Any,
 ) -> _SchemeComparison:
-    "What fits, and batches. ValueError if no scheme fits the model, or if the data does not suffice."
+    "What fits, and batches. ValueError if the data does not suffice."
     unfit = unfit_schemes(model, modifiers)
     fitting = {label: modifier for label, modifier in modifiers.items() if label not in unfit}
     evals = eval_batches(eval_data, **options, eval_max_length=eval_max_length)
@@ -416,6 +415,9 @@ def _scheme_row(
     if label in job.unfit: return dict(scheme=label, why=job.unfit[label])
     try:
         return _measured_row(job, modifier, label, tick)
+    except ValueError as fault:
+        if modifier is None: raise
+        return dict(scheme=label, why=str(fault))  # what only shows when it is tried, such as experts taken apart
     except Exception as error:
         if hasattr(error, "add_note"):
             error.add_note(f"while comparing schemes, at {label!r}")

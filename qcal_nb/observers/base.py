@@ -301,12 +301,20 @@ def _global_scale(self: "Observer") -> Tensor | None:
     return generate_gparam(-absmax, absmax)
 
 
+def _wider_qparams(low: Tensor, high: Tensor, args: QuantizationArgs) -> tuple[Tensor, Tensor]:
+    "The scale for a range of float16 whose width float16 cannot hold; the scale may fit all the same."
+    scale, zero_point = calculate_qparams(low.float(), high.float(), args)
+    return scale.to(low.dtype), zero_point
+
+
 @torch.no_grad()
 def qparams_for(self: "Observer", low: Tensor, high: Tensor) -> QParamsDict:
     """The scale for a range (two tensors of `qparam_shape`), by compressed-tensors' own arithmetic. NonFiniteError
     if it overflows."""
     global_scale = _global_scale(self)
     scale, zero_point = calculate_qparams(low, high, self.args, global_scale=global_scale)
+    if scale.dtype == torch.float16 and not torch.isfinite(scale).all():
+        scale, zero_point = _wider_qparams(low, high, self.args)
     if not torch.isfinite(scale.float()).all():
         raise NonFiniteError(f"{_location(self)}: the range {low.min().item():g} … {high.max().item():g} is too wide "
                              f"for a scale in {scale.dtype}")

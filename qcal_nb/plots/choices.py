@@ -250,7 +250,10 @@ def _scales_by_kind(c: ObserverResult) -> _Kinds:
     args = c.args
     least, most = _extremes(args.type, args.num_bits, args.symmetric, args.strategy, args.scale_dtype, c.scale.dtype)
     stored = c.scale.detach().float().reshape(-1).numpy()
-    marks = dict(zero=stored == 0, eps=stored == least, saturated=stored >= most)
+    nothing = np.ones_like(stored, bool)
+    if c.low is not None and c.low.numel() == len(stored):
+        nothing = ((c.low == 0) & (c.high == 0)).reshape(-1).numpy()
+    marks = dict(zero=stored == 0, eps=(stored == least) & nothing, saturated=stored >= most)
     in_units = stored if c.global_scale is None else stored / _first_number(c.global_scale)
     return dict(scale=_ordinary(in_units, marks["eps"])) | marks
 

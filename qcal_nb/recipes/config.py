@@ -42,6 +42,25 @@ def _check_section(section: Any, name: str) -> None:
         raise ValueError(f"{name} holds no config_groups: this is not the config of a quantized model")
 
 
+_SECTIONS = ("quantization_config", "compression_config")
+
+
+def _sections_in(config: Mapping[str, Any]) -> list[Any]:
+    return [config[key] for key in _SECTIONS if config.get(key)]
+
+
+def _section_in(config: dict[str, Any], name: str) -> Any:
+    "The section of a model's config, or of the config of its only quantized part; the dict itself if it is a section."
+    inside = [section for part in config.values() if isinstance(part, dict) for section in _sections_in(part)]
+    found = _sections_in(config)[:1] or inside
+    if len(found) > 1:
+        raise ValueError(f"{name} holds {len(found)} quantization_configs, one for each part of the model; pass one")
+    if not found and "config_groups" not in config and isinstance(config.get("quantization"), dict):
+        raise ValueError(f"{name} says under 'quantization' how the model is quantized, as ModelOpt and Mistral do; "
+                         f"only the quantization_config of {_METHOD!r} can be read")
+    return found[0] if found else config
+
+
 def _section_of(source: Any) -> tuple[dict[str, Any], str]:
     """The quantization_config in a dict, a config object, JSON, a config.json or a checkpoint's folder; and a name for
     it in errors."""
@@ -53,7 +72,7 @@ def _section_of(source: Any) -> tuple[dict[str, Any], str]:
         source = source.to_dict()  # a config of transformers
     if not isinstance(source, dict):
         raise TypeError(f"source must be a dict, a config or a path, got {type(source).__name__}")
-    section = source.get("quantization_config") or source.get("compression_config") or source
+    section = _section_in(source, name)
     _check_section(section, name)
     return section, name
 

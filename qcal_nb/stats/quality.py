@@ -170,17 +170,22 @@ class _Quantization:
     scale: Tensor           # (1,)
     zero_point: Tensor      # (1,)
 
+    @property
+    def _is_plain(self) -> bool:
+        "Whether it is arithmetic that numpy does as torch does: it never starts threads, and small arrays are quicker."
+        return self.args.type == "int" and self.places.dtype == self.scale.dtype == torch.float32
+
     @cached_property
     def codes(self) -> np.ndarray:
         "The code point of each place, flat, float32; they ascend as the places do."
         x = self.places.values.reshape(-1)
-        if self.args.type == "int" and self.places.dtype == self.scale.dtype == torch.float32: return self._rounded(x)
+        if self._is_plain: return self._rounded(x)
         def of(x: Tensor) -> Tensor:
             return quantize(x.to(self.places.dtype), self.scale, self.zero_point, self.args).float()
         return in_one_thread(of, torch.from_numpy(x), ANY_OPERATION if self.args.type == "int" else ARITHMETIC)
 
     def _rounded(self, x: np.ndarray) -> np.ndarray:
-        "`quantize` to whole numbers, operation by operation, in numpy: it never starts threads."
+        "`quantize` to whole numbers, operation by operation."
         low, high = (end.item() for end in calculate_range(self.args, "cpu"))
         scaled = x / self.scale.numpy()
         scaled += self.zero_point.to(torch.float32).numpy()
@@ -188,9 +193,12 @@ class _Quantization:
 
     def after(self) -> np.ndarray:
         "QDQ of each place, float32 or float64, (buckets, places)."
+        shape = self.places.values.shape
+        if self._is_plain:
+            return ((self.codes - self.zero_point.to(torch.float32).numpy()) * self.scale.numpy()).reshape(shape)
         wide = torch.promote_types(self.scale.dtype, torch.float32)
         def of(codes: Tensor) -> Tensor: return dequantize(codes, self.scale, self.zero_point, self.args).to(wide)
-        return in_one_thread(of, torch.from_numpy(self.codes), ARITHMETIC).reshape(self.places.values.shape)
+        return in_one_thread(of, torch.from_numpy(self.codes), ARITHMETIC).reshape(shape)
 
     def clipped(self) -> float:
         "How many values are clipped: those before one place and from another one on."
@@ -207,7 +215,7 @@ class _Quantization:
         changes = np.flatnonzero(self.codes[1:] != self.codes[:-1]) + 1
         return np.diff(self.places.before(np.concatenate([[0], changes, [len(self.codes)]])))
 
-
+# %% ../../nbs/stats/quality.ipynb #49a3378b
 def _bound_db(noise: float, off: float) -> float:
     if not off: return 0.0
     return 10 * math.log10(1 / (1 - off / noise)) if off < noise else math.inf

@@ -28,7 +28,8 @@ EXACT = [
 MODEL = [*EXACT, "minmax", "averages", "importance"]
 SMALL = [
     "branches", "branches_minmax", "refused_end", "bad_batch", "no_data", "bad_weight", "another_scheme",
-    "another_model", "another_shape", "another_step", "nested", "local_observers", "consumed", "weights_by_hand"
+    "another_model", "another_shape", "another_weight", "another_step", "nested", "local_observers", "consumed",
+    "weights_by_hand"
 ]
 
 
@@ -184,11 +185,19 @@ def test_a_weight_that_its_owner_refuses_stops_both_and_nothing_is_written(two):
         "another_model",
         "where rank 0 has '2.input: StaticMinMaxObserver, float8 tensor' rank 1 has 'nothing' (in all 6 and 4)",
     ),
-    ("another_shape", "channel, (8, 8)' rank 1 has '0.weight: MemorylessMinMaxObserver, int8 channel, (9, 8)'"),
+    ("another_shape", "where rank 0 has '0.weight: MemorylessMinMaxObserver, int8 channel, (8, 8), bits "),
     ("another_step", "rank 0 is about to combine the statistics of observers, rank 1 to go home"),
 ])
 def test_ranks_that_do_not_match_are_refused_with_words(two, case, words):
     for rank in two: assert rank[case].startswith("RankError: ") and words in rank[case]
+
+
+@pytest.mark.slow
+def test_ranks_whose_weights_differ_are_refused_and_no_scale_is_written(two):
+    for rank in two:
+        found = rank["another_weight"]
+        assert found["unset"] == [True, True] and found["error"].startswith("RankError: the ranks are about to search")
+        assert "where rank 0 has '0.weight: MemorylessMinMaxObserver, int8 channel, (16, 8), bits " in found["error"]
 
 
 @pytest.mark.slow

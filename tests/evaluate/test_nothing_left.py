@@ -62,7 +62,6 @@ def test_what_prepared_the_model_stays(data, evals):
     (dict(schemes=[8]), TypeError, "a scheme must be a preset's name"),
     (dict(schemes=8), TypeError, "schemes must be an iterable"),
     (dict(schemes={1: "FP8"}), TypeError, "labels are strings"),
-    (dict(schemes=["W4A16"]), ValueError, "W4A16: the scheme does not fit"),
     (dict(data=None), ValueError, "data=None: FP8 cannot be calibrated"),
     (dict(data=[]), ValueError, "data=empty"),
     (dict(eval_data=[]), ValueError, "eval_data must hold at least one token"),
@@ -86,3 +85,25 @@ def test_a_scheme_that_does_not_fit_spoils_nothing(llama, data):
     assert table.perplexity.isna().tolist() == [False, True, False] and differences(before, fingerprint(llama)) == []
     alone = compare_schemes(llama, data, ["FP8"], eval_data=data[:1], **QUIET)
     assert alone.iloc[1].drop("scheme").equals(table.iloc[2].drop("scheme"))
+
+
+ALONE = ["W4A16", ["W4A16"], dict(mine="W4A16"), ["W4A16", ("W4A16", dict(group_size=128))]]
+
+
+@pytest.mark.parametrize("schemes", ALONE, ids=str)
+def test_schemes_of_which_none_fits_are_rows_beside_the_original(llama, data, schemes):
+    before = fingerprint(llama)
+    table = compare_schemes(llama, data, schemes, eval_data=data[:1], **QUIET)
+    assert table.scheme.iloc[0] == "original" and table.why.iloc[0] == "" and table.perplexity.notna().iloc[0]
+    assert "group_size is 128" in table.why.iloc[1] and table.perplexity.isna().iloc[1]
+    assert differences(before, fingerprint(llama)) == []
+
+
+def test_what_only_shows_when_a_scheme_is_tried_is_a_row(data):
+    "The experts of a mixture are one module until they are taken apart."
+    model = make_model("mixtral")
+    before = fingerprint(model)
+    table = compare_schemes(model, data, ["W4A16", "FP8"], eval_data=data[:1], **QUIET)
+    assert table.scheme.tolist() == ["original", "W4A16", "FP8"]
+    assert "group_size is 128" in table.why[1] and table.why[2] == "" and table.perplexity.notna().tolist()[2]
+    assert [d for d in differences(before, fingerprint(model)) if "experts.tokens" not in d] == []

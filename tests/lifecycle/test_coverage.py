@@ -83,6 +83,27 @@ def test_dead_channels_are_at_eps():
     assert rows["model.layers.1.mlp.up_proj", "weight"].eps == 0
 
 
+def test_a_scale_that_equals_eps_by_chance_is_not_of_zeros():
+    "In bfloat16 eps is 2^-7, and so is 3.5 / 448, the fp8 scale of a weight that reaches 3.5."
+    from qcal_nb.analysis import coverage, findings
+    model = make_model("llama_gqa", torch.bfloat16)
+    layer = model.model.layers[0].mlp.up_proj
+    with torch.no_grad():
+        layer.weight.clamp_(-3, 3)[0, 0] = 3.5
+        model.model.layers[1].mlp.up_proj.weight.zero_()
+    scheme = dict(weights=dict(num_bits=8, type="float", strategy="tensor"))
+    modifier = QuantizationModifier(scheme=scheme, ignore=["lm_head"])
+    made = record(model, None, scheme=modifier, base_names="weight", progress=False)
+    rows = covered(model, modifier)
+    assert layer.weight_scale.item() == torch.finfo(torch.bfloat16).eps
+    assert rows["model.layers.0.mlp.up_proj", "weight"].eps == 0
+    assert rows["model.layers.1.mlp.up_proj", "weight"].eps == 1
+    table = coverage(made).set_index("module").eps
+    assert table["model.layers.0.mlp.up_proj"].tolist() != [1] and table.sum() == len(made.observers)
+    said = [str(f) for f in findings(made) if "all values were zero" in str(f)]
+    assert all("layers.0" not in line for line in said)
+
+
 def test_a_saturated_scale_is_marked():
     """NVFP4 keeps its scales in fp8 below one global scale; an observer that reports too wide a range drives them to
     the top."""

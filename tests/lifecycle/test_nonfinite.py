@@ -1,6 +1,7 @@
 """Values that are not numbers, or too large for a dtype, never become a scale."""
 import pytest
 import torch
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from helpers import differences, fingerprint, qparams
 
 from qcal_nb.lifecycle import QuantizationModifier, State, phase_of, reset_quantization
@@ -50,11 +51,26 @@ def test_a_nan_in_a_weight_never_becomes_a_scale():
     assert all(torch.isfinite(s.float()).all() for s in qparams(model).values())
 
 
-@pytest.mark.parametrize("dtype, big", [(torch.float16, 6e4), (torch.float32, 3e38)])
-def test_a_range_too_wide_for_its_dtype_is_an_error_and_no_scale(dtype, big):
+def wide(dtype, big):
+    "A model that is fed a range, and what quantizes its input."
     model, x = torch.nn.Sequential(torch.nn.Linear(4, 4)).to(dtype), torch.tensor([[big, -big, 0, 0]], dtype=dtype)
-    inputs = dict(num_bits=8, strategy="tensor", symmetric=False)
-    modifier = QuantizationModifier(config_groups={"g": dict(targets=["Linear"], input_activations=inputs)})
+    inputs = dict(num_bits=8, strategy="tensor", symmetric=False, observer="static_minmax")
+    return model, x, QuantizationModifier(config_groups={"g": dict(targets=["Linear"], input_activations=inputs)})
+
+
+@pytest.mark.parametrize("big", [5e4, 6e4, 65504.0])
+def test_a_range_wider_than_float16_has_the_scale_that_fits(big):
+    model, x, modifier = wide(torch.float16, big)
+    calibrate(model, [x], modifier, progress=False)
+    assert model[0].input_scale.dtype == torch.float16
+    assert model[0].input_scale.item() == torch.tensor(2 * x.float().max() / 255).half().item()
+    assert model[0].input_zero_point.item() in (-1, 0)
+    assert (fake_quantize(x, model[0].input_scale, model[0].input_zero_point, modifier.resolved_config.config_groups[
+        "g"].input_activations) - x).abs().max() <= model[0].input_scale
+
+
+def test_a_range_too_wide_for_its_dtype_is_an_error_and_no_scale():
+    model, x, modifier = wide(torch.float32, 3e38)
     with pytest.raises(NonFiniteError, match="0, input: the range .* is too wide for a scale in torch"):
         calibrate(model, [x], modifier, progress=False)
     assert phase_of(model) == "calibrating" and model[0].input_scale.isnan().all()

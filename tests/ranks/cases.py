@@ -240,6 +240,16 @@ def another_model():
     return said(calibrate, model, [torch.ones(2, 8)], QuantizationModifier(scheme="FP8"), progress=False)
 
 
+def another_weight():
+    "One bit of one weight, in the layer that the first rank looks at."
+    rank, _ = rank_and_size()
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 8))
+    if rank == 1: model[0].weight.data[3, 4] *= 1.5
+    error = said(calibrate, model, None, QuantizationModifier(scheme=WEIGHTS), progress=False)
+    return dict(error=error, unset=[m.weight_scale.isnan().all().item() for m in model])
+
+
 def another_shape():
     rank, _ = rank_and_size()
     model = torch.nn.Sequential(torch.nn.Linear(8, 8 + rank))

@@ -90,3 +90,20 @@ def test_a_preset_by_name_in_a_config():
     read = from_config({"compression_config": config}).resolved_config
     said = QuantizationModifier(scheme="W4A16").resolved_config
     assert read.config_groups == {"W4A16": said.config_groups["group_0"]}
+
+
+def test_a_section_one_level_down_is_found_and_other_formats_are_named(tmp_path):
+    section = to_config(QuantizationModifier(scheme="FP8", ignore=["lm_head"]))
+    wanted = from_config(section).resolved_config
+    for config in (dict(text_config=dict(quantization_config=section), vision_config={}),
+                   dict(model_type="x", llm_config=dict(compression_config=section))):
+        path = tmp_path/"config.json"
+        path.write_text(json.dumps(config))
+        for source in (config, json.dumps(config), path, tmp_path): assert from_config(source).resolved_config == wanted
+    with pytest.raises(ValueError, match="the config holds 2 quantization_configs, one for each part of the model"):
+        from_config(dict(a=dict(quantization_config=section), b=dict(quantization_config=section)))
+    for foreign in (dict(producer=dict(name="modelopt"), quantization=dict(quant_algo="FP8")),
+                    dict(dim=64, quantization=dict(qformat_weight="fp8_e4m3", qscheme_act="TENSOR"))):
+        said = "under 'quantization' how the model is quantized, as ModelOpt and Mistral do"
+        with pytest.raises(ValueError, match=said): from_config(foreign)
+    with pytest.raises(ValueError, match="this is not the config of a quantized model"): from_config(dict(dim=64))

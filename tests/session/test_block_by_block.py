@@ -98,9 +98,9 @@ def test_a_bad_batch_leaves_nothing(propagate):
     session.initialize()
     session.start()
     before, record_before = snapshot(session.model), session.record
-    with pytest.raises(IndexError): session.feed_all()
+    with pytest.raises(ValueError, match="input_ids go from"): session.feed_all()
     assert changes(before, snapshot(session.model)) == [] and session.record is record_before and session.fed == 0
-    assert session.phase == "started" and isinstance(session.error, IndexError) and session.legal()["feed"] is None
+    assert session.phase == "started" and isinstance(session.error, ValueError) and session.legal()["feed"] is None
     session.feed(2)
     assert session.fed == 2
 
