@@ -30,7 +30,7 @@ from .immediate import (
     initialize_quantized_kv_cache,
     update_weight_zp_scale,
 )
-from .lock import ModelBusyError, exclusive, guarded, refuse_if_held
+from .lock import ModelBusyError, check_module, exclusive, finish_loading, guarded, refuse_if_held
 from .parameters import QPARAMS, empty_cache, opened, qparams_of, stored_parameters
 from .ranks import RankError, differing_qparams, observe_weights, rank_and_size, sync_statistics, together
 
@@ -49,11 +49,13 @@ __all__ = [
     "calibrate_query_hook",
     "calibrate_value_hook",
     "call_observer",
+    "check_module",
     "claim",
     "differing_qparams",
     "each",
     "empty_cache",
     "exclusive",
+    "finish_loading",
     "freeze_module_quantization",
     "get_modules",
     "guarded",

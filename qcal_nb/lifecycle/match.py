@@ -7,6 +7,7 @@ __all__ = ['QUANTIZABLE', 'schemes_by_module', 'reaches_experts', 'is_cache_sche
            'observed_names']
 
 # %% ../../nbs/lifecycle/match.ipynb #8945242f
+import inspect
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -96,6 +97,13 @@ def _indivisible(name: str, module: Module, scheme: QuantizationScheme) -> Itera
             yield f"{name}: {part} have {size} values in a row, group_size is {args.group_size}"
 
 
+def _beyond_input(module: Module) -> list[str]:
+    "What the forward of a module's class takes besides one input, as OPT's embeddings of positions do."
+    _, *parameters = inspect.signature(type(module).forward).parameters.values()
+    named = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD or p.kind is p.KEYWORD_ONLY]
+    return named[1:]
+
+
 def _impossible(name: str, module: Module, scheme: QuantizationScheme) -> Iterator[str]:
     """What no other shape would fix: strategies that activations cannot have, inputs that are token ids, forwards
     that cannot be wrapped."""
@@ -112,6 +120,11 @@ def _impossible(name: str, module: Module, scheme: QuantizationScheme) -> Iterat
     if isinstance(module, torch.nn.Embedding) and scheme.input_activations is not None:
         yield (
             f"{name}: the input of an Embedding is token ids, which cannot be quantized; use a scheme for weights only"
+        )
+    if more := _beyond_input(module):
+        yield (
+            f"{name}: a {type(module).__name__} is called with more than its input ({', '.join(more)}), which "
+            "compressed-tensors does not pass on"
         )
     # accelerate's wrapper is removed before
     if not hasattr(module.forward, "__func__") and "_hf_hook" not in module.__dict__:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from compressed_tensors.quantization import QuantizationConfig
 from torch.nn import Module
 
-from ..calibration import refuse_if_held
+from ..calibration import check_module, refuse_if_held
 from .snapshots import Edit, edits, restore, snapshot, undo
 from ..modeling import convert_offload, release, take_experts_apart, unfused_experts
 
@@ -50,7 +50,7 @@ UNDO_LOG = "_qcal_undo_log"  # the attribute of a model
 # %% ../../nbs/lifecycle/undo_log.ipynb #1a349d89
 def undo_log_of(model: Module) -> UndoLog | None:
     "The undo log of a model; None if nothing was done to it."
-    if not isinstance(model, Module): raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     return model.__dict__.get(UNDO_LOG)
 
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from .. import __version__
 from ..recipes import write_whole
-from ..calibration import args_in, exclusive, guarded, rank_and_size, together
+from ..calibration import args_in, exclusive, finish_loading, guarded, rank_and_size, together
 from ..lifecycle import QUANTIZABLE, QuantizationMixin, check_schemes, experts_apart, phase_of, reaches_experts
 from ..lifecycle import restore, schemes_by_module, snapshot, undo_log_of, warn_unmatched
 from ..modeling import attention_classes, attention_faults, attention_modules, embeddings_of, hook_attention
@@ -345,6 +345,7 @@ def record(
     request = _Request(names, asked, recipe, scheme is not None, mask, text_of, nonfinite, attention)
     stream = iter(()) if data is None and names == ("weight",) else batches(data, tokenizer, batch_size, max_length)
     with exclusive(model, "record()"), each_warning_once():
+        finish_loading(model)
         with experts_apart(model, reaches_experts(model, recipe.resolved_config)), attention_open(model, names):
             inputs = not_empty(numbered(stream, batch_indices), names)
             collector, begun = _begun(model, request)
