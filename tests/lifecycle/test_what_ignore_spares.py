@@ -1,7 +1,6 @@
 """Names to ignore that spare nothing are said, and so are patterns that never end."""
 import ast
 import re
-import time
 import warnings
 
 import pytest
@@ -76,7 +75,7 @@ def soon(monkeypatch):
 @pytest.mark.parametrize("field", ["targets", "ignore"])
 def test_patterns_that_never_end_are_refused_before_anything_changes(soon, field):
     fields = dict(scheme="FP8", targets=["Linear"], ignore=["lm_head"]) | {field: [ENDLESS]}
-    model, before_time = make_model("llama_gqa"), time.monotonic()
+    model = make_model("llama_gqa")
     before, recipe = fingerprint(model), QuantizationModifier(**fields)
     made = record(model, make_batches(1), progress=False)
     for ask in (lambda: calibrate(model, make_batches(1), recipe, progress=False),
@@ -85,7 +84,6 @@ def test_patterns_that_never_end_are_refused_before_anything_changes(soon, field
                 lambda: Session(model, make_batches(1), recipe=recipe).initialize()):
         with pytest.raises(ValueError, match="takes more than 1 s with these"): ask()
     assert differences(before, fingerprint(model)) == []
-    assert time.monotonic() - before_time < 60
 
 
 def test_a_filter_that_never_ends_is_refused(soon):

@@ -1,6 +1,5 @@
 """A recipe's text says what the recipe says, whatever its names hold; and texts that harm are refused."""
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -74,12 +73,11 @@ HARM = {
 
 
 @pytest.mark.parametrize("text, why", HARM.values(), ids=HARM)
-def test_texts_that_harm_are_refused_soon(text, why, tmp_path):
-    began = time.process_time()
+def test_texts_that_harm_are_refused(text, why, tmp_path):
     path = tmp_path/"recipe.yaml"
     path.write_text(text)
     with pytest.raises(ValueError, match=why) as error: from_yaml(path)
-    assert str(path) in str(error.value) and time.process_time() - began < 20
+    assert str(path) in str(error.value)
 
 
 def test_honest_merges_work():
