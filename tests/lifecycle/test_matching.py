@@ -61,6 +61,8 @@ def attached(model):
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("name", ["llama_gqa", "opt"])
 def test_schemes_are_attached_as_by_compressed_tensors(name, recipe, ignore):
+    if (name, recipe) == ("opt", "embedding"):  # its embeddings of positions cannot be wrapped, and are refused
+        ignore = [*ignore, "model.decoder.embed_positions"]
     mine, theirs, modifier = make_model(name), make_model(name), QuantizationModifier(**RECIPES[recipe], ignore=ignore)
     modifier.initialize_quantization(mine)
     apply_quantization_config(theirs, modifier.resolved_config, show_progress=False)

@@ -57,7 +57,8 @@ def test_an_error_is_shown_where_it_happened(session):
     panel.names.value = ["W4A16"]  # groups of 128 do not divide 64
     panel.go.click()
     session._thread.join(180)
-    assert "W4A16" in panel.problem.value and session.running == "" and not panel.go.disabled
+    assert panel.problem.value == "" and session.running == "" and not panel.go.disabled
+    assert "W4A16 was not measured: the scheme does not fit" in panel.result.value
     panel.names.value = ["NVFP4", "W4A16"]
     panel.go.click()
     session._thread.join(180)

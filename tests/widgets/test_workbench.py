@@ -318,7 +318,7 @@ def test_what_is_saved_with_a_notebook_is_the_panel_that_was_turned_to(wb):
     press(wb, "initialize", "start", "feed_all", "end")
     wb.turn_to("Compare")
     shown = wb.static_png()  # at once, as a cell does that ends with the workbench
-    assert len(wb.comparison.rows) == 14 and shown == wb.comparison.picture.png != wb.explorer.static_png()
+    assert len(wb.comparison.rows) == 8 and shown == wb.comparison.picture.png != wb.explorer.static_png()
 
 
 def test_best_observers_by_buttons_need_no_second_feed(wb):
@@ -348,7 +348,7 @@ def test_a_saved_run_shows_all_but_the_steps(wb, tmp_path):
         saved.turn_to(name)
         assert saved.static_png().startswith(b"\x89PNG")
     saved.comparison.wait()
-    assert len(saved.comparison.rows) == 14 and "pass the model" in saved.session.legal()["end"]
+    assert len(saved.comparison.rows) == 8 and "pass the model" in saved.session.legal()["end"]
     assert saved.comparison.schemes.go.disabled
     assert "Saved(record)" in saved.code.script.text
     chosen = saved.use_best("input")
