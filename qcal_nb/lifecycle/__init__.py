@@ -1,7 +1,7 @@
 """A whole model through initialize, start, end, and back; the recipe as an object."""
 
 from .config import check_on_uncalibrated
-from .coverage import Coverage, extreme_scales, suspicious_scales
+from .coverage import Coverage, extreme_scales, made_for_zeros, suspicious_scales
 from .undo_log import (
     UndoLog,
     LifecycleError,
@@ -54,6 +54,7 @@ __all__ = [
     "extreme_scales",
     "initialize_quantization",
     "lacking_data",
+    "made_for_zeros",
     "match_report",
     "observed_names",
     "phase_of",

@@ -235,15 +235,24 @@ def _check_ids(model: Module, inputs: Inputs) -> None:
                          f"{known:,} token ids, from 0 on; is the tokenizer another model's?")
 
 
+def _call_in_words(model: Module, inputs: Inputs) -> None:
+    """Run the model; where its embeddings fail, say what is wrong with the ids. Not before: a model may replace ids
+    that it has no embeddings for, such as those that stand for an image."""
+    try:
+        _call(model, inputs)
+    except (IndexError, RuntimeError):
+        _check_ids(model, inputs)
+        raise
+
+
 def feed(model: Module, batch: Batch) -> None:
     "Run one batch through the model inside the calibration context, for its observers. An error says which one it was."
     warn_if_too_long(model, batch.inputs)
     index = current_batch.set(batch.index)
     running = _running.set(batch)
     try:
-        _check_ids(model, batch.inputs)
         with sharing():
-            _call(model, batch.inputs)
+            _call_in_words(model, batch.inputs)
     except Exception as error:
         if hasattr(error, "add_note"):
             _add_notes(error, model, batch)

@@ -24,7 +24,7 @@ from matplotlib.patches import Patch, Rectangle
 
 from ..analysis import check_record, compare_observers, convergence, enough_in_words, layer_of, percent_of
 from ..analysis import readers_in_words, readers_of, result_of
-from ..lifecycle import extreme_scales
+from ..lifecycle import extreme_scales, made_for_zeros
 from ..observers import ObserverSpec, label_of, specs_from_config
 from .model import NOTE_BOX, bar_width, choose_base, in_model_order, legend
 from .style import BASE_COLORS, CLIPPED, NAMED, bars, base_color, column_edges, dark, dots, headline
@@ -250,9 +250,7 @@ def _scales_by_kind(c: ObserverResult) -> _Kinds:
     args = c.args
     least, most = _extremes(args.type, args.num_bits, args.symmetric, args.strategy, args.scale_dtype, c.scale.dtype)
     stored = c.scale.detach().float().reshape(-1).numpy()
-    nothing = np.ones_like(stored, bool)
-    if c.low is not None and c.low.numel() == len(stored):
-        nothing = ((c.low == 0) & (c.high == 0)).reshape(-1).numpy()
+    nothing = made_for_zeros(c.scale, None if c.low is None else (c.low, c.high)).reshape(-1).numpy()
     marks = dict(zero=stored == 0, eps=(stored == least) & nothing, saturated=stored >= most)
     in_units = stored if c.global_scale is None else stored / _first_number(c.global_scale)
     return dict(scale=_ordinary(in_units, marks["eps"])) | marks

@@ -109,6 +109,15 @@ def test_ids_that_are_none_of_the_models_are_refused_and_the_model_is_as_it_was(
     assert differences(before, fingerprint(model)) == []
 
 
+def test_ids_that_a_model_replaces_by_itself_are_its_own_business():
+    "Models that see put the image where a token stands that has no embedding."
+    model = make_model("llama_gqa")
+    def replace(module, args, kwargs): return args, kwargs | dict(input_ids=kwargs["input_ids"].clamp(max=127))
+    model.register_forward_pre_hook(replace, with_kwargs=True)
+    made = record(model, [torch.tensor([[1, 999]])], progress=False)
+    assert made.batches == 1 and made.tokens == 2
+
+
 @pytest.mark.parametrize("sign", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c"])
 def test_a_line_of_jsonl_ends_at_its_line_feed(tmp_path, sign):
     from qcal_nb.cli.inputs import read_texts
