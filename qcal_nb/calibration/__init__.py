@@ -30,7 +30,8 @@ from .immediate import (
     initialize_quantized_kv_cache,
     update_weight_zp_scale,
 )
-from .lock import ModelBusyError, check_module, exclusive, finish_loading, guarded, refuse_if_held
+from .lock import ModelBusyError, check_module, end_hold, exclusive, finish_loading, guarded, held_by_another
+from .lock import refuse_if_held
 from .parameters import QPARAMS, empty_cache, opened, qparams_of, stored_parameters
 from .ranks import RankError, differing_qparams, observe_weights, rank_and_size, sync_statistics, together
 
@@ -54,11 +55,13 @@ __all__ = [
     "differing_qparams",
     "each",
     "empty_cache",
+    "end_hold",
     "exclusive",
     "finish_loading",
     "freeze_module_quantization",
     "get_modules",
     "guarded",
+    "held_by_another",
     "initialize_observer",
     "initialize_quantized_kv_cache",
     "is_computed",

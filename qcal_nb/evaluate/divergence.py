@@ -19,8 +19,8 @@ from compressed_tensors.offload import get_execution_device
 from torch import Tensor
 from torch.nn import Module
 
-from ..calibration import exclusive, guarded
-from ..lifecycle import QuantizationModifier, borrowed
+from ..calibration import guarded
+from ..lifecycle import QuantizationModifier, at_work, borrowed
 from ..modeling import embeddings_of
 from ..models import evaluating
 from ..pipelines import batches, warn_if_too_long
@@ -212,7 +212,7 @@ def check_original(model: Module, purpose: str) -> None:
 @contextmanager
 def undisturbed(model: Module, purpose: str) -> Iterator[None]:
     "Inside the block the model is in eval mode and no other thread runs or changes it, as half of it may be off."
-    with exclusive(model, purpose), guarded(model), evaluating(model):
+    with at_work(model, purpose), guarded(model), evaluating(model):
         yield
 
 # %% ../../nbs/evaluate/divergence.ipynb #bf621cfc

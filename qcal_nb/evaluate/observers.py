@@ -22,9 +22,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from ..analysis import Row, UNKNOWN_COST, at_limit, id_columns, observers_table, result_of, scale_columns
-from ..calibration import exclusive
 from .divergence import check_original
-from ..lifecycle import experts_apart, reaches_experts
+from ..lifecycle import at_work, experts_apart, reaches_experts
 from ..observers import ObserverSpec, current_feed, label_of
 from ..pipelines import as_batches, batches, check_mask, running_batch
 from ..records import CalibrationRecord, Collector, Key, NEVER_SEEN, ObserverResult, ResultKey, attention_open
@@ -228,7 +227,8 @@ def measured(
     """The second pass: every tensor of a record, quantized as each observer concluded. Interrupted: of the batches
     that were finished."""
     apart = reaches_experts(model, recipe.resolved_config)
-    with exclusive(model, "compare_observers()"), experts_apart(model, apart), attention_open(model, names):
+    held = at_work(model, "compare_observers()", undo="always")
+    with held, experts_apart(model, apart), attention_open(model, names):
         tensors = tensors_to_record(model, modules_to_record(model, recipe), names)
         measurer = Measurer(tensors, run.results, f"compare_observers {uuid.uuid4().hex}")
         _tally_weights(measurer, tensors)

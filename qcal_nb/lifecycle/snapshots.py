@@ -18,7 +18,7 @@ from compressed_tensors.quantization import QuantizationStatus
 from torch.nn import Module, Parameter
 
 from ..calibration import empty_cache, opened, qparams_of, stored_parameters
-from ..modeling import configs_of
+from ..modeling import UnfusedExperts, configs_of, release
 
 # %% ../../nbs/lifecycle/snapshots.ipynb #699ecfb7
 _REPLACED = ("_parameters", "_buffers")  # by offloading; all other dictionaries stay the same objects
@@ -105,13 +105,19 @@ def edits(before: Snapshot, after: Snapshot) -> list[Edit]:
     return sorted(found, key=lambda edit: -len(edit.place))  # a dictionary is put back before its entries
 
 
+def _free(leaving: Any) -> None:
+    "What leaves the model frees what it keeps on the CPU or on disk: parameters that were offloaded, experts."
+    empty_cache(leaving)
+    if isinstance(leaving, UnfusedExperts):
+        release(leaving)
+
+
 def undo(done: Iterable[Edit]) -> None:
     "Put back what was there before, the latest edit first."
     for edit in reversed(list(done)):
         *store, key = edit.place
         target = opened(edit.obj, store[0]) if store else edit.obj.__dict__
-        if not store:
-            empty_cache(target.get(key))
+        _free(target.get(key))
         if edit.old is not _ABSENT:
             target[key] = edit.old
         elif key in target:

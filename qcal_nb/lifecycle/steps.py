@@ -28,11 +28,11 @@ from ..calibration import observer_of, observers_in, qparams_of, refuse_if_held,
 from ..calibration import update_qparams, write_qparams
 from .config import check_on_uncalibrated
 from .coverage import Coverage, coverage_rows, expert_tokens_of
-from .undo_log import LifecycleError, UndoLog, phase_of, refuse_quantized, start_anew, step
+from .undo_log import LifecycleError, UndoLog, phase_of, recoverable, refuse_quantized
+from .undo_log import start_anew, step
 from .undo_log import take_over_offload, undo_log_of, unfuse_experts
 from .match import QUANTIZABLE, _need_attention, _warn_about, check_schemes, is_cache_scheme
 from .match import observed_names, reaches_experts, schemes_by_module
-from .snapshots import restore, snapshot
 from ..modeling import attach_attention_scheme, fused_layers, has_accelerate_hooks, hold_while_running
 from ..modeling import unfused_experts, untie_embeddings
 from ..observers import ACTIVATIONS, BASE_NAMES, all_or_nothing, fuse
@@ -114,8 +114,7 @@ def initialize_quantization(
     `bypass_divisibility_checks`: also if rows do not divide into groups."""
     refuse_if_held(model, "initialize_quantization()")
     _ready_to_initialize(model)
-    before = snapshot(model)
-    try:
+    with recoverable(model):
         _prepare(model, config, unfuse)
         chosen = schemes_by_module(model, config)
         _need_attention(model, config, chosen)
@@ -124,9 +123,6 @@ def initialize_quantization(
         with step(model, replace(undo_log_of(model) or UndoLog(), phase="initialized", config=config)):
             _attach_schemes(model, config, chosen)
             _unset_all(model, chosen)
-    except BaseException:
-        restore(model, before)
-        raise
     _warn_about(model, config, chosen)
 
 # %% ../../nbs/lifecycle/steps.ipynb #10008c40

@@ -13,6 +13,7 @@ from .attention import (
 from .blocks import blocks_of, fused_layers
 from .embeddings import configs_of, embeddings_of, untie_embeddings
 from .experts import (
+    UnfusedExperts,
     all_experts,
     fused_experts,
     matches_experts,
@@ -26,6 +27,7 @@ from .targets import Targets, check_quick
 
 __all__ = [
     "Targets",
+    "UnfusedExperts",
     "all_experts",
     "attach_attention_scheme",
     "attention_classes",

@@ -87,9 +87,9 @@ def _windows(tokenizer, text: str, length: int) -> Iterator[Tensor]:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode and no gradients inside the block; after it every module's training flag is what it was."""
     modes = [(module, module.training) for module in model.modules()]
-    for module, _ in modes:
-        module.training = False
     try:
+        for module, _ in modes:
+            module.training = False
         with torch.no_grad():
             yield
     finally:

@@ -189,8 +189,9 @@ def all_or_nothing(*observers: "Observer") -> Iterator[None]:
     """If the block fails or is interrupted, every observer that looked at something in it, and each of `observers`,
     has its former state again. References suffice: an update makes new tensors."""
     changed = {id(o): (o, dict(o.__dict__)) for o in observers}
-    token = _changed.set(changed)
+    around = _changed.get()
     try:
+        _changed.set(changed)
         yield
     except BaseException:
         for observer, before in changed.values():
@@ -198,8 +199,8 @@ def all_or_nothing(*observers: "Observer") -> Iterator[None]:
             observer.__dict__.update(before)
         raise
     finally:
-        _changed.reset(token)
-        if (around := _changed.get()) is not None:
+        _changed.set(around)
+        if around is not None:
             around.update(changed | around)  # a block around this one may still fail
 
 

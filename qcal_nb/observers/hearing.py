@@ -19,21 +19,23 @@ NOBODY = "nobody"  # runs passes that no observer looks at
 @contextmanager
 def owned_by(owner: str | None) -> Iterator[None]:
     "Observers made inside the block look only at the forward passes that `owner` runs."
-    token = feed_owner.set(owner)
+    before = feed_owner.get()
     try:
+        feed_owner.set(owner)
         yield
     finally:
-        feed_owner.reset(token)
+        feed_owner.set(before)
 
 
 @contextmanager
 def feeding(owner: str) -> Iterator[None]:
     "Forward passes inside the block, in this thread, are `owner`'s."
-    token = current_feed.set(owner)
+    before = current_feed.get()
     try:
+        current_feed.set(owner)
         yield
     finally:
-        current_feed.reset(token)
+        current_feed.set(before)
 
 # %% ../../nbs/observers/hearing.ipynb #7e53f34c
 @contextmanager

@@ -69,11 +69,12 @@ _memo: ContextVar[TensorMemo | None] = ContextVar("qcal_nb_once", default=None)
 def sharing() -> Iterator[None]:
     """Inside the block observers of one tensor share what is the same for all of them (`shared`). Blocks inside
     each other share one memory."""
-    token = _memo.set(_memo.get() or TensorMemo())
+    around = _memo.get()
     try:
+        _memo.set(around or TensorMemo())
         yield
     finally:
-        _memo.reset(token)
+        _memo.set(around)
 
 
 def shared(value: Tensor, question: Hashable, answer: Callable[[], Answer]) -> Answer:

@@ -20,36 +20,37 @@ from ..models import evaluating
 
 # %% ../../nbs/pipelines/context.ipynb #35aac25e
 _NOT_SET = object()
-# (id, name) -> the object, how many patch it now, what stood there first
-_patches: dict[tuple[int, str], tuple[Any, int, Any]] = {}
+# (id, name) -> the object, for whom it is patched now, what stood there first
+_patches: dict[tuple[int, str], tuple[Any, frozenset[int], Any]] = {}
 _patches_lock = threading.Lock()
 
 
 @contextmanager
-def _patched(obj: Any, name: str, value: Any) -> Iterator[None]:
-    """Set an entry of an object's `__dict__`, and put back exactly what was there.
+def _patched(model: Module, obj: Any, name: str, value: Any) -> Iterator[None]:
+    """For a model, set an entry of an object's `__dict__`, and put back exactly what was there.
     Models may share a config: of several that patch one place, the last to leave puts back what the first one found."""
-    _patch(obj, name, value)
     try:
+        _patch(model, obj, name, value)
         yield
     finally:
-        _unpatch(obj, name)
+        _unpatch(model, obj, name)
 
 
-def _patch(obj: Any, name: str, value: Any) -> None:
+def _patch(model: Module, obj: Any, name: str, value: Any) -> None:
     key = (id(obj), name)
     with _patches_lock:
-        _, users, old = _patches.get(key, (obj, 0, obj.__dict__.get(name, _NOT_SET)))
-        _patches[key] = (obj, users + 1, old)
+        _, users, old = _patches.get(key, (obj, frozenset(), obj.__dict__.get(name, _NOT_SET)))
+        _patches[key] = (obj, users | {id(model)}, old)
         obj.__dict__[name] = value
 
 
-def _unpatch(obj: Any, name: str) -> None:
+def _unpatch(model: Module, obj: Any, name: str) -> None:
     key = (id(obj), name)
     with _patches_lock:
+        if key not in _patches: return
         _, users, old = _patches.pop(key)
-        if users > 1:
-            _patches[key] = (obj, users - 1, old)
+        if users - {id(model)}:
+            _patches[key] = (obj, users - {id(model)}, old)
         elif old is _NOT_SET:
             obj.__dict__.pop(name, None)
         else:
@@ -107,7 +108,7 @@ def calibration_context(
         stack.enter_context(evaluating(model))
         for config in configs_of(model):
             for name, value in _settings_for_calibration(config, attention).items():
-                stack.enter_context(_patched(config, name, value))
+                stack.enter_context(_patched(model, config, name, value))
         if (head := _idle_head(model)) is not None:
-            stack.enter_context(_patched(head, "forward", _without_product(head)))
+            stack.enter_context(_patched(model, head, "forward", _without_product(head)))
         yield model

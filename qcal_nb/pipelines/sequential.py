@@ -72,13 +72,13 @@ def _asking(name: str, forward: Callable) -> Callable:
 def waiting_at(blocks: Mapping[str, Module]) -> Iterator[None]:
     "Inside the `with` block forward passes wait at these blocks; afterwards their forwards are what they were."
     own = {name: m.__dict__["forward"] for name, m in blocks.items() if "forward" in m.__dict__}
-    for name, m in blocks.items():
-        m.__dict__["forward"] = _asking(name, m.forward)
     try:
+        for name, m in blocks.items():
+            m.__dict__["forward"] = _asking(name, m.forward)
         yield
     finally:
         for name, m in blocks.items():
-            del m.__dict__["forward"]
+            m.__dict__.pop("forward", None)
             if name in own:
                 m.__dict__["forward"] = own[name]
 
@@ -121,12 +121,11 @@ def look_ahead(model: Module, blocks: Mapping[str, Module], feed: Callable[[], A
     def note(name: str) -> Callable:
         def hook(*_: Any) -> None: first.setdefault(name, len(one.calls))
         return hook
-    handles = [m.register_forward_pre_hook(note(n)) for n, m in model.named_modules() if n and id(m) not in inside]
-    try:
+    outside = [(n, m) for n, m in model.named_modules() if n and id(m) not in inside]
+    with ExitStack() as end:
+        for name, module in outside:
+            end.callback(module.register_forward_pre_hook(note(name)).remove)
         _run_to_its_end(one)
-    finally:
-        for handle in handles:
-            handle.remove()
     return Plan(tuple(one.calls), _by_segment(first, len(one.calls) + 1))
 
 # %% ../../nbs/pipelines/sequential.ipynb #f09f732a

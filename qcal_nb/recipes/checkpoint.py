@@ -24,10 +24,10 @@ from torch.nn import Module
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-from ..calibration import QPARAMS, exclusive
+from ..calibration import QPARAMS
 from .files import draft_beside, free_folder, remove_draft
-from ..lifecycle import LifecycleError, QuantizationMixin, UndoLog, edits, phase_of, schemes_by_module, snapshot
-from ..lifecycle import uncomputed, undo, undo_log_of
+from ..lifecycle import LifecycleError, QuantizationMixin, UndoLog, at_work, edits, phase_of, schemes_by_module
+from ..lifecycle import snapshot, uncomputed, undo, undo_log_of
 from ..modeling import attention_modules, fused_experts, unfused_experts
 from ..models import no_progress_bars
 from .config import recipe_of
@@ -376,7 +376,7 @@ def save_quantized(model: Module, path: str | os.PathLike, tokenizer: Any = None
     which must be new or empty. The model stays as it is, and a failure leaves nothing behind."""
     _check_can_be_saved(model)
     folder = free_folder(path).resolve()
-    with exclusive(model, "save_quantized()"):
+    with at_work(model, "save_quantized()"):
         folder.parent.mkdir(parents=True, exist_ok=True)
         draft = draft_beside(folder)
         try:

@@ -28,7 +28,7 @@ from .. import __version__
 from ..recipes import write_whole
 from ..calibration import args_in, exclusive, finish_loading, guarded, rank_and_size, together
 from ..lifecycle import QUANTIZABLE, QuantizationMixin, check_schemes, experts_apart, phase_of, reaches_experts
-from ..lifecycle import restore, schemes_by_module, snapshot, undo_log_of, warn_unmatched
+from ..lifecycle import recoverable, schemes_by_module, undo_log_of, warn_unmatched
 from ..modeling import attention_classes, attention_faults, attention_modules, embeddings_of, hook_attention
 from ..modeling import hook_kv_cache, tokens_per_expert, unfused_experts
 from ..observers import DEFAULT_ARGS, ObserverSpec, args_or_default, find_observer, label_of
@@ -161,13 +161,10 @@ def attention_open(model: Module, states: Iterable[str]) -> Iterator[None]:
     modules = attention_modules(model)
     _check_attention(model, modules, states)
     hook = hook_attention if "q" in states else hook_kv_cache
-    before = snapshot(model)
-    try:
+    with recoverable(model, undo="always"):
         for module in modules.values():
             hook(model, module)
         yield
-    finally:
-        restore(model, before)
 
 
 def new_collector(
@@ -305,6 +302,15 @@ def _begun(model: Module, request: _Request) -> tuple[Collector, CalibrationReco
     warn_unmatched(model, config, schemes_by_module(model, config))
     return collector, new_record(model, collector, request.recipe, **how)
 
+
+@contextmanager
+def _opened(model: Module, recipe: QuantizationMixin, base_names: Iterable[str]) -> Iterator[None]:
+    "Inside the block everything that is asked for can be looked at; afterwards the model is as before."
+    apart = reaches_experts(model, recipe.resolved_config)
+    with recoverable(model, undo="always"), experts_apart(model, apart), attention_open(model, base_names):
+        yield
+
+
 def _as_recorded(model: Module, inputs: Iterable[tuple[int, Any]], mask: Any) -> Iterator[Batch]:
     "Batches of numbered inputs, with a warning where padding counts."
     for batch in as_batches(model, inputs, mask):
@@ -346,7 +352,7 @@ def record(
     stream = iter(()) if data is None and names == ("weight",) else batches(data, tokenizer, batch_size, max_length)
     with exclusive(model, "record()"), each_warning_once():
         finish_loading(model)
-        with experts_apart(model, reaches_experts(model, recipe.resolved_config)), attention_open(model, names):
+        with _opened(model, recipe, names):
             inputs = not_empty(numbered(stream, batch_indices), names)
             collector, begun = _begun(model, request)
             total = expected_batches(data, batch_size)

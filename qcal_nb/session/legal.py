@@ -8,7 +8,7 @@ __all__ = ['STEPS', 'obstacle', 'require', 'usual_step', 'obstacle_to_best']
 # %% ../../nbs/session/legal.ipynb #fafe81fa
 from typing import Any
 
-from ..lifecycle import lacking_data, phase_of, undo_log_of
+from ..lifecycle import is_interrupted, lacking_data, phase_of, undo_log_of
 from ..records import CalibrationRecord
 from .progress import PHASES_IN_WORDS, SessionError
 
@@ -65,6 +65,8 @@ _IN_WORDS = dict(back="go back", feed_all="feed all")
 # %% ../../nbs/session/legal.ipynb #6591458f
 def obstacle(session: Any, step: str) -> str | None:
     "Why a session cannot take a step now; None if it can."
+    if (session.underway is not None or is_interrupted(session.model)) and not session.running:
+        return None if step == "reset" else "the last step was interrupted before it was written down; reset first"
     if undo_log_of(session.model) is not session.ledger:
         return (f"something else changed the model since (it is {phase_of(session.model)} now); "
                 "call reset_quantization(model) and make a new session or workbench")

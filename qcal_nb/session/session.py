@@ -21,10 +21,10 @@ from typing import Any, Literal
 import pandas as pd
 from torch.nn import Module
 
-from ..calibration import claim, exclusive, guarded, scheme_args
+from ..calibration import claim, guarded, scheme_args
 from ..evaluate import compare_schemes, named_schemes, observers_to_compare, unfit_schemes
-from ..lifecycle import Match, QuantizationModifier, State, changes, match_report, phase_of
-from ..lifecycle import reset_quantization, restore, snapshot, step_edits, undo_log_of
+from ..lifecycle import Match, QuantizationModifier, State, at_work, changes, match_report, phase_of
+from ..lifecycle import reset_quantization, snapshot, step_edits, undo_log_of
 from ..modeling import states_of
 from ..models import positions_of
 from ..observers import Observer
@@ -33,7 +33,7 @@ from ..pipelines import check_attention, check_pipeline, expected_batches, passe
 from ..records import About, CalibrationRecord, Collector, LiveResults, forget_answers, new_collector
 from ..records import new_record
 from ..schemes import adjusted
-from .feed import begin_work, end_work, run_in_background
+from .feed import begin_work, run_in_background
 from .legal import STEPS, obstacle, require, usual_step
 from .options import Options
 from .progress import PHASES_IN_WORDS, Past, Progress, SessionError
@@ -137,6 +137,7 @@ class Session(Recorded):
         self.fed = 0            # batches
         self.memory = {}        # what the record's observers remember
         self.ledger = None      # the model's undo log after our last step; a different one means a change from outside
+        self.underway = None    # what the session was before the step that runs now, or that an interrupt cut short
 
     def initialize(self) -> None:
         "Attach the scheme: every matched module gets parameters for its scales, not computed yet."
@@ -151,15 +152,15 @@ class Session(Recorded):
         "Feed the next `n` batches. Stops early at the end of the data, at `stop()`, or at an interrupt."
         if isinstance(n, bool) or not isinstance(n, int) or n < 1:
             raise ValueError(f"n={n!r} must be an int of at least 1, the number of batches")
-        _begin_feed(self, n)()
+        _feed(self, n)
 
     def feed_all(self) -> None:
         "Feed all batches that are left."
-        _begin_feed(self, None)()
+        _feed(self, None)
 
     def in_background(self, n: int | None = None) -> threading.Thread:
         "Feed `n` batches (None: all that are left) in a thread and return it."
-        return run_in_background(self, _begin_feed(self, n))
+        return run_in_background(self, _begin_feed(self, n, later=True))
 
     def end(self) -> None:
         "Compute the scales, take observers off, switch fake quantization on."
@@ -257,6 +258,23 @@ def _return_to(session: Session, past: Past) -> None:
     session.replayed = past.replayed
 
 
+@contextmanager
+def _all_or_nothing(session: Session) -> Iterator[Past]:
+    "If the block fails, the session is as before. Its model is the block's own concern."
+    past = _past_now(session)
+    beside = dict(history=list(session.history), ledger=session.ledger, changes=session.changes)
+    try:
+        session.underway = past
+        yield past
+        session.underway = None
+    except BaseException:
+        _return_to(session, past)
+        session.__dict__.update(beside)
+        if undo_log_of(session.model) is session.ledger:    # else only `reset` can put the model back
+            session.underway = None
+        raise
+
+
 def _note_step(session: Session, past: Past) -> None:
     "Keep what a step changed, so that it can be taken back."
     after = snapshot(session.model)
@@ -268,21 +286,17 @@ def _note_step(session: Session, past: Past) -> None:
 def _run_step(session: Session, step: str, action: Callable[[Session], str], arguments: str = "") -> None:
     "Take one step: `action` does it and returns the new phase."
     require(session, step)
-    past = _past_now(session)
-    with exclusive(session.model, session.owner), warnings.catch_warnings(record=True) as caught:
-        try:
+    with _all_or_nothing(session) as past:
+        with at_work(session.model, session.owner), warnings.catch_warnings(record=True) as caught:
             phase = action(session)
-        except BaseException:
-            restore(session.model, past.model)
-            _return_to(session, past)
-            raise
-    session.warnings = [str(w.message) for w in caught]
+            _note_step(session, past)
+        session.warnings = [str(w.message) for w in caught]
+        session.phase = phase
+        session.error = None
+        session.code = [*session.code, f"{step}({arguments})"]
     for w in caught:
         warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
-    _note_step(session, past)
-    session.phase = phase
-    session.error = None
-    session.log(f"{step}({arguments})", step)
+    session.tell(step)
 
 
 # %% ../../nbs/session/session.ipynb #97f051b3
@@ -383,26 +397,37 @@ def _to_do(session: Session, n: int | None) -> int | None:
     return n if left is None else left if n is None else min(n, left)
 
 
-def _begin_feed(session: Session, n: int | None) -> Callable[[], None]:
-    "Become the one work that runs. Returns what feeds up to `n` batches (None: all that are left), as one step."
+def _begin_feed(session: Session, n: int | None, later: bool = False) -> Callable[[], None]:
+    "Become the one work that runs, and feed up to `n` batches (None: all that are left), as one step."
     line = "feed_all()" if n is None else f"feed({n})"
-    begin_work(session, line.removesuffix("()"), lambda: require(session, "feed"))
-    try:
-        past = _past_now(session)
-        session.progress = Progress(total=_to_do(session, n))
-    except BaseException:
-        end_work(session)
-        raise
-    return lambda: _run_feed(session, n, line, past)
+    def check() -> None: require(session, "feed")
+    def work() -> None: _run_feed(session, n, line)
+    mine = begin_work(session, line.removesuffix("()"), check, work, later)
+    def go_on() -> None:
+        try:
+            next(mine, None)
+        finally:
+            session.tell("feed")
+    return go_on
 
+
+def _feed(session: Session, n: int | None) -> None:
+    try:
+        _begin_feed(session, n)
+    finally:
+        session.tell("feed")
 
 # %% ../../nbs/session/session.ipynb #b1eb5b9f
-def _run_feed(session: Session, n: int | None, line: str, past: Past) -> None:
+def _run_feed(session: Session, n: int | None, line: str) -> None:
+    past = session.underway = _past_now(session)
+    session.progress = Progress(total=_to_do(session, n))
     model = session.model
     collector = twins = None
+    # block by block, scales may have been computed before a batch has passed the model
+    def undo() -> str: return "always" if session.fed == past.fed else "later"
     try:
-        held = exclusive(model, f"the {session.owner} ({line})")
-        with held, _undone_unless_fed(session, past), calibration_context(model, session.attention), guarded(model):
+        held = at_work(model, f"the {session.owner} ({line})", undo)
+        with held, calibration_context(model, session.attention), guarded(model):
             collector = _collector(session)
             twins = _looking_for_the_model(session, collector)
             with collector.attached():
@@ -411,26 +436,25 @@ def _run_feed(session: Session, n: int | None, line: str, past: Past) -> None:
         session.error = error
         raise
     finally:
-        if session.fed == past.fed:
-            # nothing was fed
-            session.record = past.record
-            session.memory = past.memory
-        elif collector is not None:
-            _conclude(session, collector)
-            hand_over(twins or {}, collector, session.record.tensors)
-        end_work(session)
-        _finish_feed(session, past, line)
+        _settle_feed(session, past, line, collector, twins or {})
+        session.underway = None
 
 
-@contextmanager
-def _undone_unless_fed(session: Session, past: Past) -> Iterator[None]:
-    """The model as it was, if nothing was fed: block by block, scales may have been computed. Only while the model is
-    held; somebody else may use it otherwise."""
-    try:
-        yield
-    finally:
-        if session.fed == past.fed:
-            restore(session.model, past.model)
+def _settle_feed(
+    session: Session, past: Past, line: str, collector: Collector | None, twins: Mapping[Observer, Twin]
+) -> None:
+    "What was fed becomes a step; if nothing was, the record is as before."
+    if collector is None or session.fed == past.fed:
+        session.record = past.record
+        session.memory = past.memory
+        return
+    _conclude(session, collector)
+    hand_over(twins, collector, session.record.tensors)
+    _note_step(session, past)
+    forget_answers(past.record, session.record)
+    session.phase = "fed"
+    complete = line == "feed_all()" and session.fed == session.stream.total
+    session.code = [*session.code, line if complete else f"feed({session.fed - past.fed})"]
 
 
 def _conclude(session: Session, collector: Collector) -> None:
@@ -486,16 +510,6 @@ def _count_step(session: Session, step: Fed, collector: Collector) -> None:
     session.fed = session.fed + len(step.batches)
 
 
-# %% ../../nbs/session/session.ipynb #c47b4b79
-def _finish_feed(session: Session, past: Past, line: str) -> None:
-    if session.fed == past.fed: return session.tell("feed")  # nothing was fed: there is nothing to take back
-    _note_step(session, past)
-    forget_answers(past.record, session.record)
-    session.phase = "fed"
-    complete = line == "feed_all()" and session.fed == session.stream.total
-    session.log(line if complete else f"feed({session.fed - past.fed})", "feed")
-
-
 # %% ../../nbs/session/session.ipynb #e9ba07c9
 def _after_return(session: Session, before: Any) -> None:
     "What is the same after a step back and after a reset. `before`: a snapshot from before it."
@@ -509,40 +523,30 @@ def _after_return(session: Session, before: Any) -> None:
 def _step_back(session: Session) -> None:
     require(session, "back")
     past = session.history[-1]
-    before = snapshot(session.model)
-    with exclusive(session.model, session.owner):
+    with _all_or_nothing(session) as now, at_work(session.model, session.owner):
         past.take_back()
-    session.history.pop()
-    _return_to(session, past)
-    _after_return(session, before)
+        _return_to(session, past)
+        session.history = session.history[:-1]
+        _after_return(session, now.model)
     session.tell("back")
 
 
 def _reset_session(session: Session) -> None:
     "The model as it was at the very start. The record is kept, and data starts over."
     require(session, "reset")
-    before = snapshot(session.model)
-    with exclusive(session.model, session.owner):
-        reset_quantization(session.model)
+    now = session.underway or _past_now(session)
+    session.underway = now          # until all of it is done, `reset` can be taken again
+    reset_quantization(session.model)
     session.phase = "original"
+    session.record = now.record
+    session.memory = now.memory
     session.fed = 0
     session.history = []
     session.replayed = False
-    _after_return(session, before)
-    session.log("reset()", "reset")
-
-
-# %% ../../nbs/session/session.ipynb #06f4f60d
-@contextmanager
-def _comparing(session: Session) -> Iterator[None]:
-    "Inside the block schemes are compared, and nothing else runs. SessionError unless the model is the original."
-    def check() -> None:
-        if reason := session.why_not("compare_schemes"): raise SessionError(f"cannot compare schemes: {reason}")
-    begin_work(session, "compare_schemes", check)
-    try:
-        yield
-    finally:
-        end_work(session)
+    _after_return(session, now.model)
+    session.code = [*now.code, "reset()"]
+    session.underway = None
+    session.tell("reset")
 
 
 # %% ../../nbs/session/session.ipynb #63115002
@@ -554,24 +558,30 @@ def _evaluation_batches(session: Session, eval_data: Any) -> list:
 
 
 def _compare_schemes(session: Session, schemes: Any, eval_data: Any, prompt: str | None) -> pd.DataFrame:
-    with _comparing(session):
-        data = session.stream.all()
-        wanted = named_schemes(schemes)
-        evals = data if eval_data is None else _evaluation_batches(session, eval_data)
-        models = 1 + len(wanted) - len(unfit_schemes(session.model, wanted))
-        session.progress = Progress(total=len(evals) * models)
-        session.compared = compare_schemes(
-            session.model,
-            data or None,
-            wanted,
-            eval_data=evals,
-            prompt=prompt,
-            tick=_ticker(session),
-            progress=False,
-            tokenizer=session.tokenizer,
-        )
+    "Compare schemes, while nothing else runs. SessionError unless the model is the original."
+    def check() -> None:
+        if reason := session.why_not("compare_schemes"): raise SessionError(f"cannot compare schemes: {reason}")
+    begin_work(session, "compare_schemes", check, lambda: _keep_comparison(session, schemes, eval_data, prompt))
     session.tell("compared")
     return session.compared
+
+
+def _keep_comparison(session: Session, schemes: Any, eval_data: Any, prompt: str | None) -> None:
+    data = session.stream.all()
+    wanted = named_schemes(schemes)
+    evals = data if eval_data is None else _evaluation_batches(session, eval_data)
+    models = 1 + len(wanted) - len(unfit_schemes(session.model, wanted))
+    session.progress = Progress(total=len(evals) * models)
+    session.compared = compare_schemes(
+        session.model,
+        data or None,
+        wanted,
+        eval_data=evals,
+        prompt=prompt,
+        tick=_ticker(session),
+        progress=False,
+        tokenizer=session.tokenizer,
+    )
 
 
 def _ticker(session: Session) -> Callable[[], None]:

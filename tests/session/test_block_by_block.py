@@ -187,5 +187,5 @@ def test_a_feed_that_finds_the_model_busy_takes_nothing_from_its_user(pipeline):
     def busy(*_):
         module.note = "theirs"
         raise ModelBusyError("somebody is feeding this model")
-    with patch("qcal_nb.session.session.exclusive", busy), pytest.raises(ModelBusyError): session.feed_all()
+    with patch("qcal_nb.session.session.at_work", busy), pytest.raises(ModelBusyError): session.feed_all()
     assert module.note == "theirs" and session.fed == 0 and session.phase == "started" and not session.running
