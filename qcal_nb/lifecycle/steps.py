@@ -32,7 +32,7 @@ from .undo_log import LifecycleError, UndoLog, phase_of, recoverable, refuse_qua
 from .undo_log import start_anew, step
 from .undo_log import take_over_offload, undo_log_of, unfuse_experts
 from .match import QUANTIZABLE, _need_attention, _warn_about, check_schemes, is_cache_scheme
-from .match import observed_names, reaches_experts, schemes_by_module
+from .match import observed_names, reaches_experts, refuse_uncalled, schemes_by_module
 from ..modeling import attach_attention_scheme, fused_layers, has_accelerate_hooks, hold_while_running
 from ..modeling import unfused_experts, untie_embeddings
 from ..observers import ACTIVATIONS, BASE_NAMES, all_or_nothing, fuse
@@ -120,6 +120,7 @@ def initialize_quantization(
         _need_attention(model, config, chosen)
         with disable_onloading():
             check_schemes(model, chosen, bypass_divisibility_checks)  # shapes suffice
+        refuse_uncalled(model, chosen)
         with step(model, replace(undo_log_of(model) or UndoLog(), phase="initialized", config=config)):
             _attach_schemes(model, config, chosen)
             _unset_all(model, chosen)

@@ -24,6 +24,7 @@ from .experts import (
 )
 from .offload import convert_offload, has_accelerate_hooks, hold_while_running
 from .targets import Targets, check_quick
+from .uncalled import read_without_call
 
 __all__ = [
     "Targets",
@@ -46,6 +47,7 @@ __all__ = [
     "hook_attention",
     "hook_kv_cache",
     "matches_experts",
+    "read_without_call",
     "release",
     "states_of",
     "take_experts_apart",
