@@ -7,6 +7,7 @@ __all__ = ['check_attention', 'attention_used', 'calibration_context']
 
 # %% ../../nbs/pipelines/context.ipynb #5d4403b9
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from ..models import evaluating
 # %% ../../nbs/pipelines/context.ipynb #35aac25e
 _NOT_SET = object()
 # (id, name) -> the object, for whom it is patched now, what stood there first
-_patches: dict[tuple[int, str], tuple[Any, frozenset[int], Any]] = {}
+_patches: dict[tuple[int, str], tuple[Any, "weakref.WeakSet[Module]", Any]] = {}
 _patches_lock = threading.Lock()
 
 
@@ -39,8 +40,10 @@ def _patched(model: Module, obj: Any, name: str, value: Any) -> Iterator[None]:
 def _patch(model: Module, obj: Any, name: str, value: Any) -> None:
     key = (id(obj), name)
     with _patches_lock:
-        _, users, old = _patches.get(key, (obj, frozenset(), obj.__dict__.get(name, _NOT_SET)))
-        _patches[key] = (obj, users | {id(model)}, old)
+        for place in [place for place, (_, users, _) in _patches.items() if not users]:
+            del _patches[place]     # of a model that is gone: an interrupt left it
+        _, users, old = _patches.get(key, (obj, (), obj.__dict__.get(name, _NOT_SET)))
+        _patches[key] = (obj, weakref.WeakSet([*users, model]), old)
         obj.__dict__[name] = value
 
 
@@ -49,8 +52,9 @@ def _unpatch(model: Module, obj: Any, name: str) -> None:
     with _patches_lock:
         if key not in _patches: return
         _, users, old = _patches.pop(key)
-        if users - {id(model)}:
-            _patches[key] = (obj, users - {id(model)}, old)
+        others = weakref.WeakSet(user for user in users if user is not model)
+        if others:
+            _patches[key] = (obj, others, old)
         elif old is _NOT_SET:
             obj.__dict__.pop(name, None)
         else:
