@@ -209,12 +209,14 @@ def _run(options: argparse.Namespace, texts: list[str], modifier: Any, folder: P
     from qcal_nb.cli.inputs import load_model
     from qcal_nb.models import usual_length
     from qcal_nb.pipelines import calibrate
-    from qcal_nb.recipes import save_quantized
+    from qcal_nb.recipes import check_savable, save_quantized
     from qcal_nb.records import all_ranks, record
     model, tokenizer = load_model(options.model)
     if tokenizer is None: raise ValueError(f"MODEL {options.model!r} has no tokenizer, which texts need")
     length = options.max_length or usual_length(model)
     progress = rank == 0 and not options.quiet
+    if options.checkpoint:
+        check_savable(model, modifier)
     reading = dict(tokenizer=tokenizer, batch_size=options.batch_size, max_length=length, progress=progress)
     found = all_ranks(record(model, texts, scheme=modifier, **reading))
     if rank == 0:

@@ -1,6 +1,6 @@
 """A calibration written down: YAML for llm-compressor, JSON for vLLM, and checkpoints."""
 
-from .checkpoint import packed_tensors, save_quantized, stored_modules, to_config
+from .checkpoint import check_savable, packed_tensors, save_quantized, stored_modules, to_config
 from .config import from_config, override, recipe_of
 from .files import check_file, free_folder, json_of, write_text, write_whole
 from .plain import args_to_dict, scheme_to_dict
@@ -9,6 +9,7 @@ from .yaml import from_yaml, observers_of, production_note, to_yaml
 __all__ = [
     "args_to_dict",
     "check_file",
+    "check_savable",
     "free_folder",
     "from_config",
     "from_yaml",
