@@ -7,7 +7,8 @@ __all__ = ['initialize_quantization', 'start_calibration', 'uncomputed', 'sync_o
            'lacking_data', 'compute_remaining']
 
 # %% ../../nbs/lifecycle/steps.ipynb #0ea0b024
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -34,9 +35,9 @@ from .undo_log import take_over_offload, undo_log_of, unfuse_experts
 from .match import QUANTIZABLE, _need_attention, _warn_about, check_schemes, is_cache_scheme
 from .match import observed_names, reaches_experts, refuse_uncalled, schemes_by_module
 from ..modeling import attach_attention_scheme, fused_layers, has_accelerate_hooks, hold_while_running
-from ..modeling import unfused_experts, untie_embeddings
+from ..modeling import states_of, trial_fault, unfused_experts, untie_embeddings
 from ..observers import ACTIVATIONS, BASE_NAMES, all_or_nothing, fuse
-from ..taps import has_tap, unwatch, watch
+from ..taps import STATES, has_tap, unwatch, watch
 from ..warn import each_warning_once
 
 # %% ../../nbs/lifecycle/steps.ipynb #80db9eea
@@ -103,6 +104,38 @@ def _unset_all(model: Module, chosen: dict[str, tuple[Module, QuantizationScheme
         _unset_scales(module)
     model.apply(disable_quantization)
 
+# %% ../../nbs/lifecycle/steps.ipynb #e2c6dbb7
+def _hooked_attention(chosen: dict[str, tuple[Module, QuantizationScheme]]) -> dict[str, Module]:
+    return {name: module for name, (module, _) in chosen.items() if not isinstance(module, QUANTIZABLE)}
+
+
+def _head_counts(module: Module, seen: dict[str, int]) -> Iterator[str]:
+    "The states of a hooked attention module with another number of heads than its scales have."
+    for base_name, heads in seen.items():
+        scale = getattr(module, f"{base_name}_scale", None)
+        if scale is not None and scale.ndim == 3 and len(scale) != heads:
+            yield f"{base_name}: the config promises {len(scale)} heads, the cache has {heads}"
+
+
+def _refuse_strange_caches(model: Module, attention: dict[str, Module]) -> None:
+    "ValueError if attention does not run with its cache hooked, or with other heads than the config promises."
+    seen: dict[str, dict[str, int]] = {name: {} for name in attention}
+    with ExitStack() as end:
+        for name, module in attention.items():
+            for base_name in states_of(module):
+                def see(value: Any, base_name: str = base_name, name: str = name) -> None:
+                    seen[name][base_name] = value.shape[1]
+                end.callback(watch(module, base_name, see).remove)
+        fault = trial_fault(model)
+    if fault is not None:
+        raise ValueError(
+            f"keys and values of this {type(model).__name__} cannot be quantized: with its cache hooked, as "
+            f"compressed-tensors does it, a pass ends in {type(fault).__name__}: {fault}. Leave them as they are"
+        ) from fault
+    for name, module in attention.items():
+        for why in _head_counts(module, seen[name]):
+            raise ValueError(f"{name}, {why} (for example heads that share one latent); use strategy 'tensor'")
+
 # %% ../../nbs/lifecycle/steps.ipynb #580a2c28
 def initialize_quantization(
     model: Module, config: QuantizationConfig, *, unfuse: bool = False, bypass_divisibility_checks: bool = False
@@ -121,9 +154,13 @@ def initialize_quantization(
         with disable_onloading():
             check_schemes(model, chosen, bypass_divisibility_checks)  # shapes suffice
         refuse_uncalled(model, chosen)
+        attention = _hooked_attention(chosen)
+        tried = bool(attention) and trial_fault(model) is None
         with step(model, replace(undo_log_of(model) or UndoLog(), phase="initialized", config=config)):
             _attach_schemes(model, config, chosen)
             _unset_all(model, chosen)
+            if tried:
+                _refuse_strange_caches(model, attention)
     _warn_about(model, config, chosen)
 
 # %% ../../nbs/lifecycle/steps.ipynb #10008c40
@@ -222,6 +259,12 @@ def _refuse_unset(unset: list[tuple[str, str]], seen: bool = False) -> None:
     shown = ", ".join(map(".".join, unset[:10])) + (f" and {len(unset) - 10} more" if len(unset) > 10 else "")
     scales_are = "scales are" if len(unset) > 1 else "scale is"
     remedy = "Feed data that reaches them, add"
+    if any(base_name in STATES for _, base_name in unset):
+        raise ValueError(
+            f"{len(unset)} {scales_are} not computed: {shown}. Feed data that reaches them (images, for the attention "
+            "of a vision tower). A checkpoint has keys and values of all attention modules quantized or of none, so "
+            "leaving some out is for use in this process alone: on_uncalibrated='skip'"
+        )
     if all(base_name == "weight" for _, base_name in unset):
         remedy = "Their weights hold non-finite values: repair them, use nonfinite='record', add"
     if seen:

@@ -24,6 +24,7 @@ from .experts import (
 )
 from .offload import convert_offload, has_accelerate_hooks, hold_while_running
 from .targets import Targets, check_quick
+from .trial import trial_fault
 from .uncalled import read_without_call
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "states_of",
     "take_experts_apart",
     "tokens_per_expert",
+    "trial_fault",
     "unfused_experts",
     "untie_embeddings",
 ]

@@ -147,19 +147,33 @@ def attention_faults(model: Module, name: str, module: Module, scheme: Quantizat
     return faults + (_query_faults(model, name, module) if queries else [])
 
 
+def _has_one_head_size(config: Any) -> bool:
+    "Whether a config can say one size of heads for all layers; Gemma 4's refuses to."
+    try:
+        getattr(config.get_text_config(), "head_dim", None)
+    except RuntimeError:    # one per layer
+        return False
+    return True
+
+
 def _model_faults(model: Module, name: str) -> list[str]:
     "Why keys and values cannot be seen in any attention module of a model."
     faults = []
     config = getattr(model, "config", None)
     if not hasattr(config, "get_text_config"):
         faults.append(f"{name}: the model has no transformers config that tells the number of heads")
+    elif not _has_one_head_size(config):
+        faults.append(
+            f"{name}: the layers of a {type(model).__name__} have heads of different sizes, and compressed-tensors "
+            "makes its cache from one size for all; leave keys and values as they are"
+        )
     if getattr(config, "is_encoder_decoder", False):
         faults.append(
             f"{name}: an encoder-decoder has a cache of two parts, which compressed-tensors' stand-in cannot replace"
         )
     return faults
 
-
+# %% ../../nbs/modeling/attention.ipynb #75ad5239
 def _query_faults(model: Module, name: str, module: Module) -> list[str]:
     "Why the queries of an attention module cannot be seen."
     faults = []

@@ -14,13 +14,11 @@ from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.overrides import TorchFunctionMode
 
-from ..models import evaluating
-from ..observers import unobserved
+from .trial import trial_fault
 
 # %% ../../nbs/modeling/uncalled.ipynb #bf5aeb66
 _NO_VALUES = {"dtype", "device", "shape", "ndim", "size", "is_meta", "requires_grad"}
@@ -108,22 +106,12 @@ def _marking(reads: _Reads, modules: Mapping[str, Module]) -> Iterator[None]:
         yield
 
 
-def _two_tokens(model: Module) -> dict[str, Tensor]:
-    "What a language model can be called with."
-    ids = torch.zeros(1, 2, dtype=torch.long, device=getattr(model, "device", "cpu"))
-    two = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return dict(input_ids=ids) | (dict(decoder_input_ids=ids) if two else {})
-
-
 def _read_in_a_pass(model: Module, modules: Mapping[str, Module]) -> set[str] | None:
     "Which of the modules' weights a pass reads without a call; None if the model does not run on two tokens."
     reads = _Reads({id(m.weight): name for name, m in modules.items()})
-    try:
-        with evaluating(model), unobserved(), _marking(reads, modules), reads:
-            model(**_two_tokens(model))
-    except Exception:
-        return None     # not a language model, or without values: what the code says has to do
-    return reads.found
+    with _marking(reads, modules), reads:
+        fault = trial_fault(model)
+    return reads.found if fault is None else None
 
 # %% ../../nbs/modeling/uncalled.ipynb #b642aec5
 def read_without_call(model: Module, modules: Mapping[str, Module]) -> dict[str, str]:

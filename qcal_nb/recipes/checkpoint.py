@@ -9,7 +9,7 @@ __all__ = ['stored_modules', 'to_config', 'packed_tensors', 'check_savable', 'sa
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ def _stored_groups(groups: Mapping[str, QuantizationScheme], stored: _Stored) ->
     return found
 
 # %% ../../nbs/recipes/checkpoint.ipynb #a5e5ae6b
-def _need_whole_attention(model: Module, config: QuantizationConfig, stored: _Stored) -> None:
+def _need_whole_attention(model: Module, config: QuantizationConfig, stored: Iterable[str]) -> None:
     "ValueError if only some of the attention modules have scales: a checkpoint's config speaks of all or none of them."
     names = list(attention_modules(model))
     missing = [name for name in names if name not in stored]
@@ -307,7 +307,9 @@ def check_savable(model: Module, modifier: QuantizationMixin) -> None:
     _check_transformers(model)
     config = modifier.resolved_config
     with experts_apart(model, reaches_experts(model, config)):
-        check_loadable(model, schemes_by_module(model, config))
+        chosen = schemes_by_module(model, config)
+        _need_whole_attention(model, config, chosen)
+        check_loadable(model, chosen)
 
 
 def save_quantized(model: Module, path: str | os.PathLike, tokenizer: Any = None) -> Path:

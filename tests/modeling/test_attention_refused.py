@@ -2,12 +2,12 @@
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationScheme
-from helpers import differences, fingerprint, make_batches, outputs, qparams
+from helpers import differences, fingerprint, make_batches, outputs
 from transformers import (
     AutoModelForSeq2SeqLM, BartConfig, DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM
 )
 
-from qcal_nb.lifecycle import QuantizationModifier, phase_of, reset_quantization
+from qcal_nb.lifecycle import QuantizationModifier, phase_of
 from qcal_nb.pipelines import calibrate
 
 KV = dict(num_bits=8, type="float", strategy="tensor", symmetric=True, dynamic=False)
@@ -53,7 +53,5 @@ def test_heads_that_share_one_latent_have_no_scales_of_their_own():
             QuantizationModifier(kv_cache_scheme=KV | dict(strategy="attn_head"), targets=[]),
             progress=False,
         )
-    assert phase_of(model) == "calibrating"
-    assert all(v.isnan().all() for k, v in qparams(model).items() if k.endswith("scale"))
-    reset_quantization(model)
+    assert phase_of(model) == "original"    # two tokens show it, before the data
     assert differences(before, fingerprint(model)) == []
