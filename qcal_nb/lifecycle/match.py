@@ -21,7 +21,7 @@ from torch.nn import Module
 
 from ..calibration import QPARAMS, scheme_args, stored_parameters
 from ..modeling import Targets, attention_classes, attention_faults, attention_modules, fused_layers
-from ..modeling import matches_experts, read_without_call, states_of
+from ..modeling import Uncalled, matches_experts, read_without_call, states_of
 from ..warn import warn_once
 
 # %% ../../nbs/lifecycle/match.ipynb #1ce893b9
@@ -168,10 +168,9 @@ def check_schemes(
 _Chosen = dict[str, tuple[Module, QuantizationScheme]]
 
 
-def uncalled_modules(model: Module, chosen: _Chosen) -> dict[str, str]:
+def uncalled_modules(model: Module, chosen: _Chosen) -> Uncalled:
     "Those of the chosen matrices whose weight is read without calling them, with the class that does it."
-    matrices = {name: m for name, (m, _) in chosen.items() if isinstance(m, QUANTIZABLE)}
-    return read_without_call(model, matrices)
+    return read_without_call(model, {name: m for name, (m, _) in chosen.items() if isinstance(m, QUANTIZABLE)})
 
 
 def _patterns_of(names: Iterable[str]) -> list[str]:
@@ -180,14 +179,21 @@ def _patterns_of(names: Iterable[str]) -> list[str]:
 
 
 def refuse_uncalled(model: Module, chosen: _Chosen) -> None:
-    "ValueError that names the matrices whose weight is read without a call, and what to ignore."
-    found = uncalled_modules(model, chosen)
+    """ValueError that names the matrices whose weight is read without a call, and what to ignore; a warning if that
+    is not certain."""
+    found, certain = uncalled_modules(model, chosen)
     if not found: return
     name, cls = next(iter(found.items()))
     more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-    raise ValueError(
-        f"{name}{more}: {cls} reads the weight without calling the module, so this model would go on unquantized "
-        f"there, and a checkpoint of it would not. Add {', '.join(map(repr, _patterns_of(found)))} to `ignore`"
+    patterns = ", ".join(map(repr, _patterns_of(found)))
+    if certain:
+        raise ValueError(
+            f"{name}{more}: {cls} reads the weight without calling the module, so this model would go on unquantized "
+            f"there, and a checkpoint of it would not. Add {patterns} to `ignore`"
+        )
+    warn_once(
+        f"{name}{more}: the code of {cls} can read the weight without calling the module. Where it does, a scheme has "
+        f"no effect on this model; {patterns} in `ignore` leaves it alone"
     )
 
 # %% ../../nbs/lifecycle/match.ipynb #c049e41e
@@ -246,8 +252,8 @@ def warn_unmatched(
         _warn_target(model, target, hits, chosen)
     for name, hits in _matched(model, set(config.ignore or []) - {"lm_head"}).items():
         _warn_ignored(model, name, hits, chosen)
-    uncalled = uncalled_modules(model, chosen)
-    if uncalled:
+    uncalled, certain = uncalled_modules(model, chosen)
+    if uncalled and certain:
         warn_once(f"{', '.join(uncalled)}: read without a call, so no scheme has an effect there; see match_report")
 
 
@@ -257,10 +263,6 @@ def _out_of_reach(module: Module) -> bool:
     return type(module).__name__ == "Conv1D" or any(p is not None and p.ndim == 3 for p in own)
 
 # %% ../../nbs/lifecycle/match.ipynb #76256ccd
-# torch reads the weights of their Linear modules directly
-_FAST = (torch.nn.MultiheadAttention, torch.nn.TransformerEncoderLayer)
-
-
 def _warn_about(
     model: Module, config: QuantizationConfig, chosen: dict[str, tuple[Module, QuantizationScheme]]
 ) -> None:
@@ -272,11 +274,6 @@ def _warn_about(
     if kinds:
         named = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
         warn_once(f"{named} hold weights that cannot be quantized (Linear and Embedding can) and stay as they are")
-    fused = [n for n, m in model.named_modules() if isinstance(m, _FAST) and any(c.startswith(f"{n}.") for c in chosen)]
-    if fused:
-        warn_once(
-            f"{', '.join(fused)}: torch computes these without calling their Linear modules; their scheme has no effect"
-        )
     if not any(s.weights or s.input_activations or s.output_activations for _, s in chosen.values()):
         warn_once(f"this recipe quantizes nothing of the {type(model).__name__}; see match_report(model, modifier)")
 

@@ -17,7 +17,7 @@ from ..calibration import QPARAMS, stored_parameters
 from .undo_log import undo_log_of
 from .match import QUANTIZABLE, is_cache_scheme, schemes_by_module, uncalled_modules
 from .modifier import QuantizationMixin
-from ..modeling import Targets, attention_modules
+from ..modeling import Targets, Uncalled, attention_modules
 
 # %% ../../nbs/lifecycle/report.ipynb #f5ebdeeb
 def _is_candidate(module: Module) -> bool:
@@ -47,7 +47,7 @@ class _Recipe:
     targets: Targets
     ignored: Targets
     around: dict[str, str]      # containers that an entry of `ignore` matches, which spares nothing inside
-    uncalled: dict[str, str]    # modules whose weight is read without a call, and the class that does
+    uncalled: Uncalled          # modules whose weight is read without a call, and the class that does
 
 
 def _match(name: str, module: Module, recipe: _Recipe) -> Match:
@@ -62,8 +62,8 @@ def _match(name: str, module: Module, recipe: _Recipe) -> Match:
     if ignored: return replace(row, reason=f"ignored by {ignored[0]!r}")
     if not isinstance(module, QUANTIZABLE):
         return replace(row, reason=f"target {hits[0]!r} matches, but a {row.type} cannot be quantized")
-    if name in recipe.uncalled:
-        why = f"{recipe.uncalled[name]} reads its weight without calling it; ignore it"
+    if name in recipe.uncalled.found and recipe.uncalled.certain:
+        why = f"{recipe.uncalled.found[name]} reads its weight without calling it; ignore it"
         return replace(row, reason=f"target {hits[0]!r} matches, but {why}")
     spared = "".join(
         f"; ignore {entry!r} matches {path}, not what is inside" for path, entry in recipe.around.items()

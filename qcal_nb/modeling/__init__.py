@@ -25,10 +25,11 @@ from .experts import (
 from .offload import convert_offload, has_accelerate_hooks, hold_while_running
 from .targets import Targets, check_quick
 from .trial import trial_fault
-from .uncalled import read_without_call
+from .uncalled import Uncalled, read_without_call
 
 __all__ = [
     "Targets",
+    "Uncalled",
     "UnfusedExperts",
     "all_experts",
     "attach_attention_scheme",

@@ -34,7 +34,7 @@ def mamba() -> torch.nn.Module:
 
 
 def read_in(model: Module) -> dict[str, str]:
-    return read_without_call(model, {n: m for n, m in model.named_modules() if isinstance(m, (Linear, Embedding))})
+    return read_without_call(model, {n: m for n, m in model.named_modules() if isinstance(m, (Linear, Embedding))}).found
 
 
 def test_mamba_is_refused_by_name_and_not_touched():
@@ -104,6 +104,8 @@ def test_a_model_that_does_not_run_on_two_tokens_is_judged_by_its_code():
     class Sounds(Routed):
         def forward(self, waves): return linear(waves, self.inner.gate.weight)
     assert set(read_in(Sounds())) == {"embed", "inner.gate"}     # what the classes mention
+    with pytest.warns(UserWarning, match="inner.gate: the code of Sounds can read the weight"):
+        QuantizationModifier(scheme="FP8", targets=["Linear"]).initialize_quantization(Sounds())
 
 
 def test_the_look_leaves_nothing():
