@@ -1,6 +1,6 @@
 """A calibration written down: YAML for llm-compressor, JSON for vLLM, and checkpoints."""
 
-from .checkpoint import check_savable, packed_tensors, save_quantized, stored_modules, to_config
+from .checkpoint import check_savable, packed_tensors, save_quantized, stored_bytes, stored_modules, to_config
 from .config import from_config, override, recipe_of
 from .files import check_file, free_folder, json_of, write_text, write_whole
 from .plain import args_to_dict, scheme_to_dict
@@ -21,6 +21,7 @@ __all__ = [
     "recipe_of",
     "save_quantized",
     "scheme_to_dict",
+    "stored_bytes",
     "stored_modules",
     "to_config",
     "to_yaml",

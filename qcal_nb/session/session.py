@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
@@ -30,6 +31,7 @@ from ..models import positions_of
 from ..observers import Observer
 from ..pipelines import Batch, Fed, RepeatableBatches, as_batch, attention_used, batches, calibration_context
 from ..pipelines import check_attention, check_pipeline, expected_batches, passes, scales_of_segment
+from ..recipes import save_quantized
 from ..records import About, CalibrationRecord, Collector, LiveResults, forget_answers, new_collector
 from ..records import new_record
 from ..schemes import adjusted
@@ -229,6 +231,11 @@ class Session(Recorded):
         """The Python that repeats this session in a fresh kernel, bit for bit. It has `...` where it is not known
         what you passed."""
         return script_of(self)
+
+    def save_checkpoint(self, path: str | os.PathLike) -> Path:
+        """Write the calibrated model as a checkpoint for vLLM and transformers, into a new or empty folder; returns
+        it. LifecycleError before `end`; an error leaves nothing behind."""
+        return save_quantized(self.model, path, self.tokenizer)
 
     def production(self) -> str:
         "The Python that gives the same scales with llm-compressor's `oneshot`."

@@ -6,6 +6,7 @@
 __all__ = ['CodeBox', 'CodePanel']
 
 # %% ../../nbs/widgets/code.ipynb #06e5af71
+import warnings
 from html import escape
 from pathlib import Path
 
@@ -67,7 +68,8 @@ def _files(panel: "CodePanel") -> list[w.Widget]:
     "A field for the path of each file, and a button that writes it."
     kinds = {"record": ("run.record", "Everything that was seen, for Workbench.from_record or another machine"),
              "recipe": ("recipe.yaml", "What to quantize and how, in the format of llm-compressor and qcal_nb"),
-             "report": ("report.html", "A page for people without a notebook")}
+             "report": ("report.html", "A page for people without a notebook"),
+             "checkpoint": ("checkpoint", "The quantized model for vLLM and transformers, in a new folder")}
     rows = []
     for kind, (path, tip) in kinds.items():
         field = w.Text(
@@ -85,15 +87,16 @@ def _files(panel: "CodePanel") -> list[w.Widget]:
 
 
 def _write_file(session: Session | Saved, kind: str, path: str) -> Path:
-    "Write a session's record, recipe or report. ValueError without a path."
+    "Write a session's record, recipe, report or checkpoint. ValueError without a path."
     if not path.strip(): raise ValueError(f"path={path!r} must name the file to write the {kind} to")
+    if kind == "checkpoint": return session.save_checkpoint(path)
     if kind == "record": return session.record.save(path)
     if kind == "report": return to_html(session.record, path)
     return write_text(path, to_yaml(session.recipe()))
 
 # %% ../../nbs/widgets/code.ipynb #92dd9773
 class CodePanel(Panel):
-    "The session as Python, the recipe, the script for llm-compressor; and files: record, recipe, report."
+    "The session as Python, the recipe, the script for llm-compressor; and files: record, recipe, report, checkpoint."
 
     def __init__(self, session: Session | Saved, state: WorkbenchState | None = None) -> None:
         super().__init__(session, state)
@@ -118,12 +121,16 @@ class CodePanel(Panel):
     def save(self, kind: str, path: str) -> None:
         "Write a file; the panel says what went wrong, if anything did."
         note = production_note(observers_of(self.session.recipe())) if kind == "recipe" else ""
+        self.said.value = block(f"writing the {kind} …")
         try:
-            self.said.value = block(f"Written: {escape(str(_write_file(self.session, kind, path)))}") + (
-                warning_html(note) if note else ""
-            )
-        except (OSError, ValueError) as error:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                written = _write_file(self.session, kind, path)
+        except (OSError, ValueError, RuntimeError) as error:
             self.said.value = error_html(error)
+            return
+        notes = [*([note] if note else []), *(str(w.message) for w in caught)]
+        self.said.value = block(f"Written: {escape(str(written))}") + "".join(map(warning_html, notes))
 
     def refresh(self, what: str = "") -> None:
         if what == "batch": return

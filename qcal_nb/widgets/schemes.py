@@ -33,6 +33,7 @@ _SCHEME_HEADS = dict(
     worst_sqnr_db="worst SQNR (dB)",
     worst="whose",
     weight_bytes="bytes",
+    bits_per_weight="bits a weight",
 )
 
 
@@ -61,6 +62,7 @@ def schemes_html(table: pd.DataFrame) -> str:
     shown = table[["scheme", *_SCHEME_HEADS]].copy()
     shown["top1"] = [f"{100 * v:.1f} %" for v in table.top1]
     shown["weight_bytes"] = [size_words(v) for v in table.weight_bytes]
+    shown["bits_per_weight"] = ["unknown" if v != v else f"{v:.2f}" for v in table.bits_per_weight.astype(float)]
     shown["worst_sqnr_db"] = [_db(v) for v in table.worst_sqnr_db]
     reasons = "".join(warning_html(f"{name} was not measured: {why}") for name, why in zip(unfit.scheme, unfit.why))
     return block(table_html(shown.rename(columns=_SCHEME_HEADS)) + _lines_html(table)) + reasons

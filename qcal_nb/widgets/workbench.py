@@ -86,6 +86,7 @@ class Workbench(Panel):
     recipe = forwarded("recipe")
     scales = forwarded("scales")
     script = forwarded("script")
+    save_checkpoint = forwarded("save_checkpoint")
 
     @wraps(Session.__init__, assigned=("__annotations__",))
     def __init__(self, *args: Any, **kwargs: Any) -> None: self._build(Session(*args, **kwargs))

@@ -76,7 +76,10 @@ def test_worst_is_the_worst_of_explicit_qdq(llama, data, evals):
 def test_weight_bytes_are_those_of_the_file(name, scheme, data, tmp_path):
     model = make_model(name)
     modifier = QuantizationModifier(scheme=scheme, ignore=["lm_head", "re:.*gate$"])
-    size = compare_schemes(model, data, {"it": modifier}, eval_data=data, **QUIET).weight_bytes
+    table = compare_schemes(model, data, {"it": modifier}, eval_data=data, **QUIET)
+    size = table.weight_bytes
+    weights = sum(p.numel() for p in model.parameters())    # experts are views of what they were before
+    assert table.bits_per_weight.tolist() == pytest.approx([32, 8 * size[1] / weights])
     calibrate(model, data, modifier, **QUIET)
     save_quantized(model, tmp_path/"quantized")
     reset_quantization(model).save_pretrained(tmp_path/"original")

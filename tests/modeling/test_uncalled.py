@@ -34,7 +34,8 @@ def mamba() -> torch.nn.Module:
 
 
 def read_in(model: Module) -> dict[str, str]:
-    return read_without_call(model, {n: m for n, m in model.named_modules() if isinstance(m, (Linear, Embedding))}).found
+    matrices = {n: m for n, m in model.named_modules() if isinstance(m, (Linear, Embedding))}
+    return read_without_call(model, matrices).found
 
 
 def test_mamba_is_refused_by_name_and_not_touched():

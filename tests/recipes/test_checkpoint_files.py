@@ -92,7 +92,7 @@ def test_nothing_is_copied_but_small_weights():
     "What is not quantized goes to the file from where it is; what is quantized becomes smaller."
     from qcal_nb.recipes.checkpoint import _checkpoint_tensors
     model = calibrated(scheme="W4A16", ignore=["lm_head"])
-    state, _ = _checkpoint_tensors(model)
+    state = _checkpoint_tensors(model)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     fresh = sum(t.nbytes for t in state.values() if t.untyped_storage().data_ptr() not in own)
     assert 0 < fresh < 0.15 * sum(p.nbytes for p in model.parameters())
