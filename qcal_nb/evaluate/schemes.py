@@ -293,7 +293,7 @@ def check_fit(model: Module, modifier: QuantizationModifier, label: str) -> None
     try:
         with disable_onloading():
             schemes = schemes_by_module(model, modifier.resolved_config)
-            check_schemes(model, schemes, modifier.bypass_divisibility_checks)
+            check_schemes(model, schemes)
     except ValueError as fault:
         raise ValueError(f"{label}: {fault}") from None
 

@@ -162,7 +162,7 @@ class _Fields(BaseModel):
     input_observer: str | None = None
     output_observer: str | None = None
     observer: dict[str, str] | None = None
-    bypass_divisibility_checks: bool = False
+    bypass_divisibility_checks: bool = False    # kept for llm-compressor: rows that do not divide cannot be computed
     nonfinite: str = "raise"
     on_uncalibrated: Literal["raise", "skip"] = "raise"
 

@@ -141,16 +141,14 @@ def _partly_fused(model: Module, chosen: dict[str, tuple[Module, QuantizationSch
                    f"but {', '.join(missing)} would not be quantized with it")
 
 # %% ../../nbs/lifecycle/match.ipynb #88e56425
-def check_schemes(
-    model: Module, chosen: dict[str, tuple[Module, QuantizationScheme]], bypass_divisibility: bool = False
-) -> None:
+def check_schemes(model: Module, chosen: dict[str, tuple[Module, QuantizationScheme]]) -> None:
     """ValueError that counts the modules whose shape or neighbours do not allow their scheme, and lists a dozen.
     Changes nothing."""
     matrices = {name: (m, s) for name, (m, s) in chosen.items() if isinstance(m, QUANTIZABLE)}
-    faults = [] if bypass_divisibility else [f for name, (m, s) in matrices.items() for f in _indivisible(name, m, s)]
+    faults = [f for name, (m, s) in matrices.items() for f in _indivisible(name, m, s)]
     hint = "change the scheme or `ignore`"
     if faults:
-        hint = "add the modules to `ignore`, choose another group_size, or set bypass_divisibility_checks=True"
+        hint = "add the modules to `ignore` or choose another group_size; no field of a recipe makes it run"
     for name, (m, s) in chosen.items():
         faults += (
             _impossible(name, m, s)

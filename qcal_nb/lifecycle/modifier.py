@@ -37,8 +37,7 @@ class QuantizationMixin(Recipe):
 
     def initialize_quantization(self, model: Module, unfuse: bool = False) -> None:
         "Attach schemes and NaN scales to every matched module. `unfuse`: take fused experts apart if they are meant."
-        initialize_quantization(model, self.resolved_config, unfuse=unfuse,
-                                bypass_divisibility_checks=self.bypass_divisibility_checks)
+        initialize_quantization(model, self.resolved_config, unfuse=unfuse)
         self._model = weakref.ref(model)
 
     def start_calibration(self, model: Module) -> None:

@@ -137,14 +137,11 @@ def _refuse_strange_caches(model: Module, attention: dict[str, Module]) -> None:
             raise ValueError(f"{name}, {why} (for example heads that share one latent); use strategy 'tensor'")
 
 # %% ../../nbs/lifecycle/steps.ipynb #580a2c28
-def initialize_quantization(
-    model: Module, config: QuantizationConfig, *, unfuse: bool = False, bypass_divisibility_checks: bool = False
-) -> None:
+def initialize_quantization(model: Module, config: QuantizationConfig, *, unfuse: bool = False) -> None:
     """Attach schemes and NaN scales to every module that the config matches; a calibrated model is reset first.
     A ValueError leaves the model as it was.
 
-    `unfuse`: take fused experts apart first if the targets would match their Linear modules.
-    `bypass_divisibility_checks`: also if rows do not divide into groups."""
+    `unfuse`: take fused experts apart first if the targets would match their Linear modules."""
     refuse_if_held(model, "initialize_quantization()")
     _ready_to_initialize(model)
     with recoverable(model):
@@ -152,7 +149,7 @@ def initialize_quantization(
         chosen = schemes_by_module(model, config)
         _need_attention(model, config, chosen)
         with disable_onloading():
-            check_schemes(model, chosen, bypass_divisibility_checks)  # shapes suffice
+            check_schemes(model, chosen)  # shapes suffice
         refuse_uncalled(model, chosen)
         attention = _hooked_attention(chosen)
         tried = bool(attention) and trial_fault(model) is None

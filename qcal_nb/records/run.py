@@ -67,7 +67,7 @@ def modules_to_record(
     matched = schemes_by_module(model, recipe.resolved_config)
     chosen = {name: (module, scheme) for name, (module, scheme) in matched.items() if isinstance(module, QUANTIZABLE)}
     if check:
-        check_schemes(model, chosen, recipe.bypass_divisibility_checks)
+        check_schemes(model, chosen)
     return {name: module for name, (module, _) in chosen.items()}
 
 

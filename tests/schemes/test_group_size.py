@@ -2,13 +2,16 @@
 import re
 
 import pytest
+import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from helpers import differences, fingerprint
 
 from qcal_nb import Workbench, load_tiny_llama, record
 from qcal_nb.cli.commands import modifier_from_options, parser
 from qcal_nb.evaluate import compare_observers, compare_schemes, named_schemes, sensitivity
 from qcal_nb.lifecycle import QuantizationModifier
 from qcal_nb.models import calibration_texts
+from qcal_nb.pipelines import calibrate
 from qcal_nb.recipes import from_yaml, to_yaml
 from qcal_nb.schemes import adjusted
 from qcal_nb.session import Session
@@ -124,3 +127,14 @@ def test_adjusting_again_keeps_what_was_said():
 def test_the_command_line_wants_one_of_recipe_and_group_size():
     with pytest.raises(ValueError, match="--group-size and --recipe"):
         modifier_from_options(options(["--recipe", "r.yaml", "--group-size", "64"]))
+
+
+@pytest.mark.parametrize("scheme", ["W4A16", "FP8_BLOCK", "W4A16_ASYM", ("W4A16", dict(group_size=80))])
+def test_no_field_makes_rows_run_that_do_not_divide(scheme):
+    "compressed-tensors computes whole groups alone: `bypass_divisibility_checks` ended in a RuntimeError after the data."
+    model = torch.nn.Sequential(torch.nn.Linear(192, 200))
+    modifier = QuantizationModifier(scheme=scheme, bypass_divisibility_checks=True)
+    before = fingerprint(model)
+    with pytest.raises(ValueError, match="have 192 values in a row.*group_size is") as told:
+        calibrate(model, [torch.randn(3, 192)], modifier, progress=False)
+    assert "choose another group_size" in str(told.value) and differences(before, fingerprint(model)) == []
