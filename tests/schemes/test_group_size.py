@@ -131,7 +131,7 @@ def test_the_command_line_wants_one_of_recipe_and_group_size():
 
 @pytest.mark.parametrize("scheme", ["W4A16", "FP8_BLOCK", "W4A16_ASYM", ("W4A16", dict(group_size=80))])
 def test_no_field_makes_rows_run_that_do_not_divide(scheme):
-    "compressed-tensors computes whole groups alone: `bypass_divisibility_checks` ended in a RuntimeError after the data."
+    "compressed-tensors computes whole groups alone: bypassing the check ended in a RuntimeError after the data."
     model = torch.nn.Sequential(torch.nn.Linear(192, 200))
     modifier = QuantizationModifier(scheme=scheme, bypass_divisibility_checks=True)
     before = fingerprint(model)
