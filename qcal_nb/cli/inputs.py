@@ -32,6 +32,8 @@ def check_model(name: str) -> None:
         require_smollm2()
     if _must_be_a_path(name) and not Path(name).exists():
         raise ValueError(f"MODEL {name!r}: there is no such file or folder")
+    if Path(name).is_file() and Path(name).suffix != ".safetensors":
+        raise ValueError(f"MODEL {name!r}: is a file; expected the folder of a model, or a record (.safetensors)")
 
 
 def load_model(name: str) -> "tuple[PreTrainedModel, Any]":

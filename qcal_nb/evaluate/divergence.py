@@ -23,7 +23,7 @@ from ..calibration import guarded
 from ..lifecycle import QuantizationModifier, at_work, borrowed
 from ..modeling import embeddings_of
 from ..models import evaluating
-from ..pipelines import batches, warn_if_too_long
+from ..pipelines import batches, check_ids, warn_if_too_long
 from ..schemes import describe, is_adjusted
 
 # %% ../../nbs/evaluate/divergence.ipynb #d4592175
@@ -64,6 +64,20 @@ def _check_eval_length(length: int | None) -> None:
         raise ValueError(f"eval_max_length={length!r} must be None or an int of at least 1")
 
 # %% ../../nbs/evaluate/divergence.ipynb #ba78227c
+@contextmanager
+def _as_eval_data() -> Iterator[None]:
+    "Inside the block, errors about `data` are about `eval_data`."
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if not str(error).startswith("data"): raise
+        words = f"eval_{error}"
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+    else:
+        return
+    raise kind(words)
+
+
 def eval_batches(
     data: Any,
     tokenizer: Any = None,
@@ -74,7 +88,8 @@ def eval_batches(
     """The batches to evaluate on, texts cut to `eval_max_length` tokens (None: as `max_length` says). ValueError if
     they hold no token to predict, that is, none with a token before it where both count."""
     _check_eval_length(eval_max_length)
-    found = list(batches(data, tokenizer, batch_size, eval_max_length or max_length))
+    with _as_eval_data():
+        found = list(batches(data, tokenizer, batch_size, eval_max_length or max_length))
     for number, batch in enumerate(found):
         _check_token_ids(batch, number)
     if not any(predicting(batch).any() for batch in found):
@@ -193,7 +208,17 @@ def logits_of(model: Module, batch: Mapping[str, Any]) -> Tensor:
     ready = _inputs_for(model, batch, known)
     if "use_cache" in known:
         ready["use_cache"] = False
-    return model(**ready).logits
+    with _as_eval_data():
+        return _in_words(model, ready).logits
+
+
+def _in_words(model: Module, inputs: dict[str, Any]) -> Any:
+    "What a model returns; where its embeddings fail, what is wrong with the ids is said."
+    try:
+        return model(**inputs)
+    except (IndexError, RuntimeError):
+        check_ids(model, inputs)
+        raise
 
 
 def _inputs_for(model: Module, batch: Mapping[str, Any], known: Iterable[str]) -> dict[str, Tensor]:

@@ -8,6 +8,8 @@ __all__ = ['config_needs_data', 'Recipe', 'check_on_uncalibrated']
 # %% ../../nbs/lifecycle/config.ipynb #93204f18
 import re
 import warnings
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Any, Literal
 
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
@@ -149,6 +151,14 @@ def _check_cache(cache: QuantizationArgs | None) -> QuantizationArgs | None:
     return cache
 
 # %% ../../nbs/lifecycle/config.ipynb #13e96845
+def _check_field_names(given: Iterable[str], fields: Iterable[str]) -> None:
+    "ValueError for a field that recipes do not have, with what may be meant."
+    known = [*fields, *ARGS_FIELDS]
+    for name in (name for name in given if name not in known):
+        near = get_close_matches(name, known, 3) or known
+        raise ValueError(f"{name} is no field of a recipe (close to it: {', '.join(near)})")
+
+
 class _Fields(BaseModel):
     "The fields of a recipe, checked when it is made; faults are explained in plain words."
 
@@ -168,6 +178,7 @@ class _Fields(BaseModel):
 
     def __init__(self, **fields: Any) -> None:
         "If pydantic refuses a field, the error is a ValueError in plain words."
+        _check_field_names(fields, type(self).model_fields)
         with in_plain_words():
             super().__init__(**fields)
 

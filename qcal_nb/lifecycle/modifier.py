@@ -29,6 +29,12 @@ class QuantizationMixin(Recipe):
     _model: Any = PrivateAttr(None)  # weak reference to the model that was initialized last
     _coverage: list[Coverage] = PrivateAttr(default_factory=list)
 
+    def __getstate__(self) -> dict[Any, Any]:
+        "For pickle and copies: the recipe, without the model that it was used on."
+        state = super().__getstate__()
+        private = state["__pydantic_private__"]
+        return {**state, "__pydantic_private__": private and {**private, "_model": None, "_coverage": []}}
+
     @property
     def coverage(self) -> list[Coverage]:
         "What every observer of the model calibrated last saw; empty before the end, and after a reset."

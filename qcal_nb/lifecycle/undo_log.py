@@ -21,6 +21,7 @@ from torch.nn import Module
 from ..calibration import check_module, end_hold, exclusive, held_by_another, refuse_if_held
 from .snapshots import Edit, Snapshot, edits, restore, snapshot, undo
 from ..modeling import convert_offload, take_experts_apart
+from ..observers import refuse_pickle
 
 # %% ../../nbs/lifecycle/undo_log.ipynb #85cc4876
 @dataclass(frozen=True)
@@ -35,12 +36,7 @@ class UndoLog:
     def __deepcopy__(self, memo: dict[int, Any]) -> "UndoLog":
         return UndoLog(self.phase, *(deepcopy(part, memo) for part in (self.config, self.edits, self.prepared)))
 
-    def __reduce__(self) -> Any:
-        raise TypeError(
-            "a model that is being calibrated, or was, cannot be pickled (torch.save): "
-            "its replaced forwards would not come back. Take its scales with model.state_dict(), or "
-            "reset_quantization(model) first"
-        )
+    __reduce__ = refuse_pickle
 
 
 class LifecycleError(RuntimeError):
@@ -223,10 +219,7 @@ def experts_apart(model: Module, wanted: bool = True) -> Iterator[Module]:
         yield model
 
 # %% ../../nbs/lifecycle/undo_log.ipynb #9e087be3
-@contextmanager
-def borrowed(model: Module, purpose: str) -> Iterator[Module]:
-    """What the block does to an original model is undone when it ends. LifecycleError if the model was changed
-    before."""
+def _refuse_changed(model: Module, purpose: str) -> None:
     phase = phase_of(model)
     if phase != "original":
         raise LifecycleError(
@@ -235,5 +228,12 @@ def borrowed(model: Module, purpose: str) -> Iterator[Module]:
         )
     if undo_log_of(model) is None:
         refuse_quantized(model, purpose)
+
+
+@contextmanager
+def borrowed(model: Module, purpose: str) -> Iterator[Module]:
+    """What the block does to an original model is undone when it ends. LifecycleError if the model was changed
+    before."""
+    _refuse_changed(model, purpose)
     with recoverable(model, undo="always"):
         yield model

@@ -27,6 +27,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..calibration import scheme_args
+from ..observers import refuse_pickle
 
 # %% ../../nbs/modeling/attention.ipynb #b8106b02
 def attention_modules(model: Module) -> dict[str, Module]:
@@ -41,6 +42,8 @@ def attention_classes(model: Module) -> list[str]:
 # %% ../../nbs/modeling/attention.ipynb #514e7bf6
 class HookedKVCache(QuantizedKVCache):
     "A `QuantizedKVCache` that belongs to the copied attention module when its model is copied."
+
+    __reduce__ = refuse_pickle
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "HookedKVCache":
         new = memo[id(self)] = type(self).__new__(type(self))

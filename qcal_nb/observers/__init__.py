@@ -1,6 +1,7 @@
 """Observers: they watch tensors and conclude scales. Importing this package registers all of them."""
 
 from .base import Counts, Observer, QParamsDict, about_to_change, all_or_nothing, carry_into, fuse, qparams_for
+from .base import refuse_pickle
 from .flatten import ACTIVATIONS, BASE_NAMES, check_args, check_base_name, flatten_for_calibration, kind_of
 from .hearing import NOBODY, current_feed, feed_owner, feeding, owned_by, unobserved
 from .memo import Answers, TensorMemo, sharing
@@ -70,6 +71,7 @@ __all__ = [
     "observer_name",
     "owned_by",
     "qparams_for",
+    "refuse_pickle",
     "sharing",
     "specs_from_args",
     "specs_from_config",

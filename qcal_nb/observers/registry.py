@@ -50,6 +50,11 @@ class Registry:
         return sorted(cls._names.values())
 
     @classmethod
+    def registered_name(cls, name: str) -> str:
+        "An observer's name as it was registered, whatever case and dashes it is written with; itself if unknown."
+        return cls._names.get(observer_key(name), name)
+
+    @classmethod
     def load_from_registry(cls, name: str, base_name: str, args: QuantizationArgs, **kwargs: Any) -> "Observer":
         "A new observer by name (case, dash and underscore do not matter); unknown names and paths are a ValueError."
         return find_observer(name)(base_name=base_name, args=args, **kwargs)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Inputs', 'Mask', 'NO_DATA', 'check_mask', 'mask_in_words', 'kept_tokens', 'Batch', 'count_tokens',
-           'reads_two_sequences', 'as_batch', 'as_batches', 'warn_if_too_long', 'running_batch', 'feed', 'numbered',
-           'warn_of_padding', 'first_made', 'not_empty']
+           'reads_two_sequences', 'as_batch', 'as_batches', 'warn_if_too_long', 'running_batch', 'check_ids', 'feed',
+           'numbered', 'warn_of_padding', 'first_made', 'not_empty']
 
 # %% ../../nbs/pipelines/batch.ipynb #dd1e6632
 import inspect
@@ -223,7 +223,7 @@ def _known_ids(model: Module) -> int | None:
         return None  # a model of several parts
 
 
-def _check_ids(model: Module, inputs: Inputs) -> None:
+def check_ids(model: Module, inputs: Inputs) -> None:
     "ValueError for token ids that a model of transformers has no embeddings for."
     ids, known = inputs.get("input_ids"), _known_ids(model)
     if known is None or not isinstance(ids, Tensor) or not ids.numel(): return
@@ -241,7 +241,7 @@ def _call_in_words(model: Module, inputs: Inputs) -> None:
     try:
         _call(model, inputs)
     except (IndexError, RuntimeError):
-        _check_ids(model, inputs)
+        check_ids(model, inputs)
         raise
 
 

@@ -356,6 +356,8 @@ def as_png(ax: Axes) -> bytes:
 def to_png(ax: Axes, dpi: int = 100) -> bytes:
     """The whole figure of `ax` as PNG. What was drawn travels inside it, so that a picture can be checked against
     its source."""
+    if not isinstance(ax, Axes):
+        raise TypeError(f"ax must be matplotlib axes, as every plot returns them, got {type(ax).__name__}")
     before = ax.figure.dpi
     ax.figure.dpi = dpi
     FigureCanvasAgg(ax.figure).draw()

@@ -240,7 +240,7 @@ def stored_bytes(model: Module) -> int | None:
     stores them; None if no format can."""
     parts = _stored_parts(model) if phase_of(model) == "calibrated" else [model.state_dict()]
     try:
-        return sum(_bytes_of(part) for part in parts)
+        return sum(map(_bytes_of, parts))
     except ValueError:
         return None
 

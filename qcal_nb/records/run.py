@@ -31,7 +31,7 @@ from ..lifecycle import QUANTIZABLE, QuantizationMixin, check_schemes, experts_a
 from ..lifecycle import recoverable, schemes_by_module, undo_log_of, warn_unmatched
 from ..modeling import attention_classes, attention_faults, attention_modules, embeddings_of, hook_attention
 from ..modeling import hook_kv_cache, tokens_per_expert, unfused_experts
-from ..observers import DEFAULT_ARGS, ObserverSpec, args_or_default, find_observer, label_of
+from ..observers import DEFAULT_ARGS, ObserverSpec, Registry, args_or_default, find_observer, label_of
 from ..observers import name_and_kwargs, specs_from_config
 from ..pipelines import Batch, Fed, as_batches, attention_used, batches, calibration_context, check_attention
 from ..pipelines import check_mask, expected_batches, mask_in_words
@@ -92,9 +92,13 @@ def check_observers(observers: Iterable[ObserverSpec]) -> list[ObserverSpec]:
     if not isinstance(observers, Iterable):
         raise TypeError(f"observers={observers!r} must be names, or pairs of a name and its arguments")
     asked = [observers] if isinstance(observers, str) else list(observers)
+    found: dict[str, ObserverSpec] = {}
     for name, kwargs in map(name_and_kwargs, asked):
         find_observer(name).check_kwargs(kwargs)
-    return asked
+        name = Registry.registered_name(name)       # MSE and mse are one observer
+        spec = (name, kwargs) if kwargs else name
+        found.setdefault(label_of(spec), spec)
+    return list(found.values())
 
 
 USUAL_OBSERVERS = "static_minmax"  # the observer if none is named

@@ -30,6 +30,10 @@ class Working:
         self._go = threading.Event()    # cleared while paused
         self._go.set()
 
+    def __reduce__(self) -> Any:
+        raise TypeError("a session cannot be pickled or copied: it works on a model of this process. Keep its record "
+                        "(session.record.save(path)), its recipe (recipes.to_yaml) or its script()")
+
     def listen(self, listener: Callable[[str], None]) -> Callable[[], None]:
         "Call `listener(what)` after every change. Returns a function that ends this."
         self._listeners.append(listener)

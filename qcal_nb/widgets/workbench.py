@@ -8,6 +8,7 @@ __all__ = ['forwarded', 'Workbench', 'close_workbench']
 # %% ../../nbs/widgets/workbench.ipynb #2965f279
 import os
 from collections.abc import Callable
+from difflib import get_close_matches
 from functools import wraps
 from typing import Any
 
@@ -32,6 +33,15 @@ def forwarded(name: str) -> Callable[..., Any]:
 
 
 # %% ../../nbs/widgets/workbench.ipynb #b1681e7d
+def _check_module_name(session: Session | Saved, module: Any) -> None:
+    "ValueError unless the record or the model has a module of that name; an empty one selects nothing."
+    known = {*session.record.types, *([] if session.model is None else dict(session.model.named_modules()))}
+    if module == "" or module in known: return
+    near = get_close_matches(str(module), known, 3, 0.3)
+    hint = f"; close to it are {', '.join(near)}" if near else ""
+    raise ValueError(f"selected={module!r} is no module of this model{hint}")
+
+
 def _title_line(session: Session | Saved) -> w.HTML:
     "The model or the record, in a line."
     if session.model is None:
@@ -125,7 +135,9 @@ class Workbench(Panel):
         return self.state.selected
 
     @selected.setter
-    def selected(self, module: str) -> None: self.state.selected = module
+    def selected(self, module: str) -> None:
+        _check_module_name(self.session, module)
+        self.state.selected = module
 
     def turn_to(self, panel: str) -> None:
         "Show a panel: \"Ranges\", \"Histogram\", \"Compare\" or \"Code\"."

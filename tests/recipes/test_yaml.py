@@ -71,7 +71,7 @@ BAD_RECIPES = {
         "QuantizationModifier: {scheme: !!python/object/apply:os.system [ls]}",
         "could not determine a constructor for the tag",
     ),
-    "unknown field": ("QuantizationModifier: {shceme: FP8}", "shceme: Extra inputs are not permitted"),
+    "unknown field": ("QuantizationModifier: {shceme: FP8}", "shceme is no field of a recipe"),
     "unknown preset": ("QuantizationModifier: {scheme: FP9}", "scheme='FP9' is not a preset"),
     "unknown observer": (
         "QuantizationModifier: {scheme: FP8, input_observer: minmacks}", "observer='minmacks' is unknown"

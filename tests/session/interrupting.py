@@ -150,12 +150,16 @@ class AfterSeconds:
             signal.signal(signal.SIGALRM, before)
 
 
+def state_of(model: torch.nn.Module) -> dict:
+    return dict(model=fingerprint(model), gradients=torch.is_grad_enabled())
+
+
 def left_behind(model: torch.nn.Module, before: dict) -> list[str]:
     "What a step left: on the model, in the locks, in this thread."
-    found = differences(before, fingerprint(model))
+    found = differences(before["model"], fingerprint(model))
     if model in lock._holders or is_interrupted(model): found.append("the model is still held")
     if current_feed.get() is not None or feed_owner.get() is not None: found.append("this thread still feeds")
-    if not torch.is_grad_enabled(): found.append("gradients are still off")
+    if torch.is_grad_enabled() != before["gradients"]: found.append("gradients are not as before")
     return found
 
 
@@ -164,7 +168,7 @@ def left_after(step: str, interrupt: Any, again: bool = True) -> list[str]:
     gone; and, `again`, after one more calibration and reset."""
     prepare, act, back = STEPS[step]
     model = one_layer()
-    before = fingerprint(model)
+    before = state_of(model)
     state = prepare(model)
     kept = SimpleNamespace(error=None)
     try:

@@ -4,9 +4,8 @@ import random
 import time
 
 import pytest
-from helpers import fingerprint
 
-from tests.session.interrupting import STEPS, AfterSeconds, AtLine, left_after, left_behind, one_layer
+from tests.session.interrupting import STEPS, AfterSeconds, AtLine, left_after, left_behind, one_layer, state_of
 
 WHOLE = os.environ.get("QCAL_INTERRUPTS") == "whole"    # every line; else a sample of 100 and 16 of any moment
 
@@ -63,7 +62,7 @@ def test_an_interrupt_by_a_timer(step):
 def test_an_interrupt_that_is_not_noticed_would_be():
     "The look itself: a hook that stays is found."
     model = one_layer()
-    before = fingerprint(model)
+    before = state_of(model)
     handle = model.lm_head.register_forward_hook(lambda *_: None)
     assert left_behind(model, before) != []
     handle.remove()

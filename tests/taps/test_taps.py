@@ -19,7 +19,9 @@ from qcal_nb.taps import TAPS, has_tap, unwatch, watch
 PACKAGE = Path(qcal_nb.__file__).parent
 # who registers hooks for something else: a guard against foreign passes, the modules that a block's pass meets, a
 # quantized output
-NOT_TO_LOOK = {"calibration/lock.py", "pipelines/sequential.py", "lifecycle/steps.py", "taps.py"}
+NOT_TO_LOOK = {
+    "calibration/lock.py", "modeling/uncalled.py", "pipelines/sequential.py", "lifecycle/steps.py", "taps.py"
+}
 
 
 class Named(Module):
