@@ -2985,6 +2985,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'qcal_nb/records/sound.py'),
                                        'qcal_nb.records.sound._check_extreme': ( 'records/sound.html#_check_extreme',
                                                                                  'qcal_nb/records/sound.py'),
+                                       'qcal_nb.records.sound._check_forms': ( 'records/sound.html#_check_forms',
+                                                                               'qcal_nb/records/sound.py'),
                                        'qcal_nb.records.sound._check_level': ( 'records/sound.html#_check_level',
                                                                                'qcal_nb/records/sound.py'),
                                        'qcal_nb.records.sound._check_timeline': ( 'records/sound.html#_check_timeline',

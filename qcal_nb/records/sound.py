@@ -13,6 +13,7 @@ from collections.abc import Hashable, Iterable
 from fractions import Fraction
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..observers import Counts
@@ -73,6 +74,9 @@ def check_stats(stats: TensorStats) -> None:
     for k, level in stats.levels.items():
         _check_level(k, level)
     none_below_zero((stats.calls, stats.batches, stats.skipped), "counts of a tensor are")
+    unknown = [name for name in stats.dtypes if not isinstance(getattr(torch, name, None), torch.dtype)]
+    must(not unknown, "a dtype is", unknown)
+    must(not stats.calls or bool(stats.levels and stats.dtypes), "a tensor was seen without", "a level or a dtype")
     for shape in stats.shapes:
         none_below_zero(shape, "a shape is")
     must(stats.sum_squares >= 0, "a sum of squares is", float(stats.sum_squares))
@@ -87,9 +91,24 @@ def _check_counts(n: Counts) -> None:
     none_below_zero(counts, "counts of an observer are")
 
 
+def _check_forms(c: ObserverResult) -> None:
+    "ValueError unless a range, its scales and their zero points are numbers of one granularity, or all missing."
+    parts = {name: getattr(c, name) for name in ("low", "high", "scale", "zero_point")}
+    given = {name: part for name, part in parts.items() if part is not None}
+    must(len(given) in (0, len(parts)), f"{c.observer}: there is nothing but", ", ".join(given))
+    for name, part in given.items():
+        alike = part.shape == c.scale.shape and part.ndim > 0 < part.numel()
+        must(alike, f"{c.observer}: its {name} has the shape", tuple(part.shape))
+        numbers = part.dtype.is_floating_point or (name == "zero_point" and part.dtype != torch.bool)
+        must(numbers, f"{c.observer}: its {name} is of", part.dtype)
+    alone = c.scale is not None and c.scale.numel() == 1
+    must(not alone or c.scale.item() > 0, f"{c.observer}: its scale is", "0")
+
+
 def check_result(c: ObserverResult) -> None:
     "ValueError if the numbers of a result cannot be true."
     _check_counts(c.counts)
+    _check_forms(c)
     for name in ("low", "high", "scale", "zero_point", "global_scale"):
         must(_are_numbers(getattr(c, name)), f"{c.observer}: its {name} is", "not a number")
     must(c.scale is None or bool((c.scale.double() >= 0).all()), f"{c.observer}: its scale is", "negative")
