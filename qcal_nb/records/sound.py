@@ -102,7 +102,7 @@ def _check_forms(c: ObserverResult) -> None:
         numbers = part.dtype.is_floating_point or (name == "zero_point" and part.dtype != torch.bool)
         must(numbers, f"{c.observer}: its {name} is of", part.dtype)
     alone = c.scale is not None and c.scale.numel() == 1
-    must(not alone or c.scale.item() > 0, f"{c.observer}: its scale is", "0")
+    must(not alone or c.scale.item() != 0, f"{c.observer}: its scale is", "0")
 
 
 def check_result(c: ObserverResult) -> None:
