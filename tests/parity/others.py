@@ -1,5 +1,5 @@
-"""Models beside the matrix whose scales the reference gets wrong: by its sequential pipeline (a mask that is lost, a part
-that is left out), or by both (keys and values of RecurrentGemma)."""
+"""Models beside the matrix whose scales the reference gets wrong: by its sequential pipeline (a mask or a part that is
+lost), or by both (keys and values of RecurrentGemma)."""
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
