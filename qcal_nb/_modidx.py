@@ -456,6 +456,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'qcal_nb.cli.commands._write': ('cli/commands.html#_write', 'qcal_nb/cli/commands.py'),
                                       'qcal_nb.cli.commands.calibrate_command': ( 'cli/commands.html#calibrate_command',
                                                                                   'qcal_nb/cli/commands.py'),
+                                      'qcal_nb.cli.commands.in_options': ('cli/commands.html#in_options', 'qcal_nb/cli/commands.py'),
                                       'qcal_nb.cli.commands.lab_command': ('cli/commands.html#lab_command', 'qcal_nb/cli/commands.py'),
                                       'qcal_nb.cli.commands.main': ('cli/commands.html#main', 'qcal_nb/cli/commands.py'),
                                       'qcal_nb.cli.commands.modifier_from_options': ( 'cli/commands.html#modifier_from_options',

@@ -315,3 +315,28 @@ def test_code_of_a_models_folder_is_never_run(tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked at a prompt"))
     with pytest.raises(ValueError, match="MODEL .* cannot be loaded"): load_model(str(folder))
     assert not (tmp_path/"executed").exists()
+
+
+@pytest.mark.parametrize("said, words", [
+    ("cut them with max_length=64", "cut them with --max-length 64"),
+    ("end with on_uncalibrated='skip' to leave", "end with --on-uncalibrated skip to leave"),
+    ("add the modules to `ignore` or choose another group_size", "add the modules to --ignore or choose another"),
+    ("record with nonfinite='skip' (leave", "record with --nonfinite skip (leave"),
+    ("attention='model' uses less", "--attention model uses less"),
+])
+def test_advice_is_in_options_of_the_command_line(said, words):
+    from qcal_nb.cli.commands import in_options, parser
+    told = in_options(said)
+    assert words in told
+    known = {o for a in parser()._subparsers._group_actions[0].choices["calibrate"]._actions for o in a.option_strings}
+    assert {word for word in told.split() if word.startswith("--")} <= known
+
+
+def test_options_for_what_messages_advise(tmp_path):
+    from qcal_nb import CalibrationRecord
+    words = ["calibrate", "tiny", "--limit", "1", "--max-length", "8", "--scheme", "INT8_STATIC", "--quiet"]
+    words += ["--nonfinite", "skip", "--on-uncalibrated", "skip", "--attention", "model", "--out", str(tmp_path/"out")]
+    assert main(words) == 0
+    recipe = (tmp_path/"out"/"recipe.yaml").read_text()
+    found = CalibrationRecord.load(tmp_path/"out"/"record.safetensors")
+    assert found.about.attention == "sdpa" and "ignore" in recipe

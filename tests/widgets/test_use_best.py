@@ -2,7 +2,7 @@
 import numpy as np
 from helpers import FOUR_BITS, differences, fingerprint, make_batches, make_model
 
-from qcal_nb.widgets.comparison import used_html
+from qcal_nb.widgets.comparison import ObserverComparison, used_html
 from qcal_nb.session import Session
 from qcal_nb.session import WorkbenchState
 from tests.widgets.comparing import feed, ready
@@ -71,3 +71,16 @@ def test_use_best_that_is_refused_is_explained(session):
     panel.use_best()
     assert "cannot use best: nothing was recorded" in panel.problem.value and session.phase == "original"
     panel.close()
+
+
+def test_use_best_that_is_pressed_before_the_table_is_made_does_the_same():
+    "The choice is made from the record, not from what the panel has shown so far."
+    patient, session = (Session(make_model("llama_gqa"), make_batches(2), scheme=FOUR_BITS) for _ in range(2))
+    panel = ready(feed(patient))
+    panel.use.click()
+    panel.close()
+    hasty = ObserverComparison(feed(session), WorkbenchState(), visible=True)
+    hasty.use.click()
+    assert session.phase == "original" and hasty.used.value == panel.used.value != ""
+    assert session.modifier.resolved_config == patient.modifier.resolved_config
+    hasty.close()
