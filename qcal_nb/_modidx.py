@@ -4053,6 +4053,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'qcal_nb.widgets.panel._Seen.refresh': ( 'widgets/panel.html#_seen.refresh',
                                                                                 'qcal_nb/widgets/panel.py'),
                                        'qcal_nb.widgets.panel._Seen.show': ('widgets/panel.html#_seen.show', 'qcal_nb/widgets/panel.py'),
+                                       'qcal_nb.widgets.panel._parts_of': ('widgets/panel.html#_parts_of', 'qcal_nb/widgets/panel.py'),
                                        'qcal_nb.widgets.panel.bar_at': ('widgets/panel.html#bar_at', 'qcal_nb/widgets/panel.py'),
                                        'qcal_nb.widgets.panel.static_picture': ( 'widgets/panel.html#static_picture',
                                                                                  'qcal_nb/widgets/panel.py')},

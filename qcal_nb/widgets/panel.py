@@ -119,6 +119,20 @@ class _Seen(w.VBox):
         self._quiet_until = now + max(0.25, (now - began) / SHARE) if what == "batch" else 0.0
 
 # %% ../../nbs/widgets/panel.ipynb #9e4f2fae
+def _parts_of(panel: w.Widget) -> list[w.Widget]:
+    """A panel and all that is inside it, with layouts and styles. ipywidgets keeps each of them until it is closed, with
+    what its callbacks know: the session and its model."""
+    found: dict[int, w.Widget] = {}
+    pending = [panel, *(value for value in vars(panel).values() if isinstance(value, w.Widget))]
+    while pending:
+        part = pending.pop()
+        if id(part) in found or (isinstance(part, Panel) and part is not panel): continue
+        found[id(part)] = part
+        values = (getattr(part, name, None) for name in ("layout", "style"))
+        pending += [*getattr(part, "children", ()), *(value for value in values if isinstance(value, w.Widget))]
+    return list(found.values())
+
+
 class Panel(_Seen):
     """A box bound to a session and a state. `refresh(what)` redraws it; subclasses say how.
     The display bundle carries a static PNG."""
@@ -143,7 +157,8 @@ class Panel(_Seen):
         if self._unlisten:
             self._unlisten()
         self._unlisten = None
-        super().close()
+        for part in _parts_of(self):
+            w.Widget.close(part)
 
     def __del__(self) -> None:
         "Being forgotten is not being closed: a panel without references must not act on the model."
