@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from contextvars import Context, copy_context
+from contextvars import Context, ContextVar, copy_context
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,10 +84,15 @@ def finish_loading(model: Module) -> None:
         model._forward_pre_hooks[handle.id](model, ())
 
 # %% ../../nbs/calibration/lock.ipynb #f975bafc
+def _is_left(variable: ContextVar, value: Any, before: Context) -> bool:
+    "Whether a context variable is this package's and is not what it was."
+    return variable.name.startswith("qcal_nb") and before.get(variable) is not value
+
+
 def _put_back_variables(before: Context) -> None:
     "This package's context variables as they were: an interrupt at a wrong moment leaves one behind."
     for variable, value in copy_context().items():
-        if variable.name.startswith("qcal_nb") and before.get(variable) is not value:
+        if _is_left(variable, value, before):
             variable.set(before.get(variable))
 
 

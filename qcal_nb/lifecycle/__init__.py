@@ -15,7 +15,8 @@ from .undo_log import (
     reset_quantization,
     unfuse_experts,
 )
-from .match import QUANTIZABLE, check_schemes, observed_names, reaches_experts, schemes_by_module, warn_unmatched
+from .match import QUANTIZABLE, check_schemes, observed_names, quantizes, reaches_experts, schemes_by_module
+from .match import warn_unmatched
 from .report import Match, match_report
 from .snapshots import Edit, ModuleChange, Snapshot, StepEdits, changes, edits, restore, snapshot, step_edits
 from .snapshots import take_back, undo
@@ -63,6 +64,7 @@ __all__ = [
     "match_report",
     "observed_names",
     "phase_of",
+    "quantizes",
     "reaches_experts",
     "recoverable",
     "reset_quantization",

@@ -176,8 +176,9 @@ class _Fields(BaseModel):
     nonfinite: str = "raise"
     on_uncalibrated: Literal["raise", "skip"] = "raise"
 
-    def __init__(self, **fields: Any) -> None:
+    def __init__(self, *unnamed: Any, **fields: Any) -> None:
         "If pydantic refuses a field, the error is a ValueError in plain words."
+        if unnamed: raise TypeError(f"the fields of a recipe are given by name, such as scheme={unnamed[0]!r}")
         _check_field_names(fields, type(self).model_fields)
         with in_plain_words():
             super().__init__(**fields)

@@ -80,9 +80,14 @@ def _strike_out(model: Module, before: Snapshot) -> None:
         _underway.pop(model, None)
 
 
+def _edits_since(model: Module, before: Snapshot) -> tuple[Edit, ...]:
+    "What is not as before, but for the undo log."
+    return tuple(edit for edit in edits(before, snapshot(model)) if edit.place != (UNDO_LOG,))
+
+
 def _note_left(model: Module, before: Snapshot) -> None:
     "Write down what is not as before, so that `reset_quantization` undoes it."
-    left = tuple(edit for edit in edits(before, snapshot(model)) if edit.place != (UNDO_LOG,))
+    left = _edits_since(model, before)
     log = undo_log_of(model) or UndoLog()
     if left:
         model.__dict__[UNDO_LOG] = replace(log, edits=(*log.edits, *left))
@@ -129,8 +134,8 @@ def step(model: Module, log: UndoLog) -> Iterator[None]:
     is put back."""
     with recoverable(model) as before:
         yield
-        done = edits(before, snapshot(model))
-        model.__dict__[UNDO_LOG] = replace(log, edits=(*log.edits, *(e for e in done if e.place != (UNDO_LOG,))))
+        done = _edits_since(model, before)
+        model.__dict__[UNDO_LOG] = replace(log, edits=(*log.edits, *done))
 
 # %% ../../nbs/lifecycle/undo_log.ipynb #d19742d7
 def start_anew(model: Module) -> UndoLog:

@@ -8,6 +8,7 @@ __all__ = ['Uncalled', 'read_without_call']
 # %% ../../nbs/modeling/uncalled.ipynb #ebac12e1
 import ast
 import inspect
+import re
 import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -24,39 +25,68 @@ from .trial import trial_fault
 _NO_VALUES = {"dtype", "device", "shape", "ndim", "size", "is_meta", "requires_grad"}
 
 
-def _path_from_self(node: ast.AST) -> str:
-    "The path in `self.a.b`; empty for anything else."
+def _path_from(own: str, node: ast.AST) -> str:
+    "The path in `self.a.b`, where `own` is the name of `self`; empty for anything else."
     names = []
     while isinstance(node, ast.Attribute):
         names.append(node.attr)
         node = node.value
-    is_self = isinstance(node, ast.Name) and node.id == "self"
-    return ".".join(reversed(names)) if is_self else ""
+    is_own = isinstance(node, ast.Name) and node.id == own
+    return ".".join(reversed(names)) if is_own else ""
+
+
+def _reads_in(function: ast.FunctionDef) -> Iterator[str]:
+    """The paths of children whose weight a method mentions; `*` for the weight of something that has another name, as
+    in a loop over layers."""
+    own = function.args.args[0].arg if function.args.args else ""
+    nodes = list(ast.walk(function))
+    harmless = {id(n.value) for n in nodes if isinstance(n, ast.Attribute) and n.attr in _NO_VALUES}
+    for node in nodes:
+        if not isinstance(node, ast.Attribute) or node.attr != "weight" or id(node) in harmless: continue
+        path = _path_from(own, node)
+        if path != "weight":    # a module's own weight is read where it is called
+            yield path.removesuffix(".weight") or "*"
+
+# %% ../../nbs/modeling/uncalled.ipynb #83efa653
+_ELSEWHERE = re.compile("init|reset|resize|tie|load|save|prune|quant")     # methods that no pass runs
 
 
 @lru_cache(1024)
 def _reads_of(cls: type) -> frozenset[str]:
-    "The paths of children whose weight the code of a class mentions."
+    "The paths of children whose weight the code of a class mentions; `*` for any."
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
     except (OSError, TypeError, SyntaxError):
         return frozenset()      # made while running: there is no text
-    harmless = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr in _NO_VALUES}
-    paths = (_path_from_self(n) for n in ast.walk(tree) if id(n) not in harmless)
-    return frozenset(path.removesuffix(".weight") for path in paths if path.endswith(".weight"))
+    methods = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and not _ELSEWHERE.search(n.name)]
+    return frozenset(path for method in methods for path in _reads_in(method))
+
+
+def _written_for_models(parent: Module) -> list[type]:
+    "The classes of a module that say what it computes: not those that all models are made of."
+    return [cls for cls in type(parent).__mro__ if cls.__name__ not in ("PreTrainedModel", "Module", "object")]
 
 
 def _mentioned(model: Module, modules: Mapping[str, Module]) -> dict[str, str]:
-    "Name -> class for each of the modules whose weight is mentioned in the code of a class around it."
+    "Name -> class for each of the modules whose weight is mentioned by name in the code of a class around it."
     by_id = {id(m): name for name, m in modules.items()}
     found = {}
     for parent in model.modules():
-        for cls in type(parent).__mro__[:-1]:
-            for path in _reads_of(cls) if cls is not Module else ():
-                child = _child(parent, path)
-                if id(child) in by_id:
-                    found[by_id[id(child)]] = type(parent).__name__
+        for path in (path for cls in _written_for_models(parent) for path in _reads_of(cls)):
+            child = _child(parent, path)
+            if id(child) in by_id:
+                found[by_id[id(child)]] = type(parent).__name__
     return {name: found[name] for name in modules if name in found}
+
+
+def _perhaps(model: Module, modules: Mapping[str, Module]) -> dict[str, str]:
+    "Name -> class for those inside a class that reads the weight of something it calls by another name."
+    by_id = {id(m): name for name, m in modules.items()}
+    found = {}
+    for parent in model.modules():
+        if any("*" in _reads_of(cls) for cls in _written_for_models(parent)):
+            found |= {by_id[id(m)]: type(parent).__name__ for m in parent.modules() if id(m) in by_id}
+    return found
 
 
 def _child(parent: Module, path: str) -> Module | None:
@@ -125,7 +155,8 @@ def read_without_call(model: Module, modules: Mapping[str, Module]) -> Uncalled:
     """Those of a model's modules, by name, whose weight is read without calling them. No scheme has an effect there.
     The model runs on two tokens if the code of a class mentions such a weight."""
     mentioned = _mentioned(model, modules)
-    if not mentioned: return Uncalled({}, True)
-    seen = _read_in_a_pass(model, {name: modules[name] for name in mentioned})
+    suspects = _perhaps(model, modules) | mentioned
+    if not suspects: return Uncalled({}, True)
+    seen = _read_in_a_pass(model, {name: modules[name] for name in suspects})
     if seen is None: return Uncalled(mentioned, False)
-    return Uncalled({name: cls for name, cls in mentioned.items() if name in seen}, True)
+    return Uncalled({name: suspects[name] for name in modules if name in seen}, True)

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from ..calibration import QPARAMS
 from .files import draft_beside, free_folder, remove_draft
 from ..lifecycle import LifecycleError, QuantizationMixin, UndoLog, at_work, edits, experts_apart, phase_of
-from ..lifecycle import reaches_experts, schemes_by_module, snapshot, uncomputed, undo, undo_log_of
+from ..lifecycle import quantizes, reaches_experts, schemes_by_module, snapshot, uncomputed, undo, undo_log_of
 from ..modeling import attention_modules, unfused_experts
 from ..models import no_progress_bars
 from .config import recipe_of
@@ -224,7 +224,7 @@ def _stored_parts(model: Module) -> Iterator[dict[str, Tensor]]:
     for name, (module, scheme, form) in stored.items():
         packed = packed_tensors(_own_tensors(state, name, module), scheme, form, name)
         yield {f"{name}.{k}": v for k, v in packed.items()}
-    yield state
+    yield {name: value.contiguous() for name, value in state.items()}   # windows of stacked experts are not
 
 
 def _checkpoint_tensors(model: Module) -> dict[str, Tensor]:
@@ -323,16 +323,19 @@ def _check_can_be_saved(model: Module) -> None:
 
 def _to_be_stored(model: Module) -> _Quantized:
     stored, _ = stored_modules(model, _calibrated(model).config)
-    return {name: (module, scheme) for name, (module, scheme, _) in stored.items()}
+    return {name: (module, scheme) for name, (module, scheme, _) in stored.items() if quantizes(scheme)}
 
 
 def check_savable(model: Module, modifier: QuantizationMixin) -> None:
     """What `save_quantized` would refuse after a calibration with this recipe, before it: ValueError. It also gives the
     warnings that can be known by now. The model stays as it is."""
     _check_transformers(model)
+    if not isinstance(modifier, QuantizationMixin):
+        raise TypeError(f"modifier must be a QuantizationModifier, got {type(modifier).__name__}")
     config = modifier.resolved_config
     with experts_apart(model, reaches_experts(model, config)):
-        chosen = schemes_by_module(model, config)
+        chosen = {name: both for name, both in schemes_by_module(model, config).items() if quantizes(both[1])}
+        if not chosen: raise ValueError("this recipe quantizes nothing of this model; see match_report")
         _need_whole_attention(model, config, chosen)
         check_loadable(model, chosen)
 

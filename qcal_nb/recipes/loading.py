@@ -73,8 +73,12 @@ def refuse_uneven_experts(model: PreTrainedModel, quantized: Quantized) -> None:
 
 # %% ../../nbs/recipes/loading.ipynb #8bc341af
 _NOT_LOADED = (
-    "transformers does not load a mixture of experts of which everything but the experts is quantized: "
+    "transformers does not load a quantized mixture of experts whose experts are not quantized themselves: "
     "this checkpoint is for programs that do"
+)
+_NOT_READ = (
+    "transformers fuses experts when it loads them, and cannot do it with experts in this form (it reads symmetric "
+    "packed weights, and floats of 8 bits by tensor or channel): this checkpoint is for programs that can"
 )
 _FUSED_WHEN_LOADED = (
     "transformers fuses experts when it loads them, and has no place for scales of what enters them or for global "
@@ -101,14 +105,40 @@ def _more_than_weights(scheme: QuantizationScheme) -> bool:
     )
 
 
+def _is_readable_fused(scheme: QuantizationScheme) -> bool:
+    "Whether transformers reads experts in this form before it fuses them: packed and symmetric, or floats of 8 bits."
+    form = storage_format(scheme, Linear).value
+    weights = scheme.weights
+    if form == "float-quantized": return weights.strategy in ("tensor", "channel")
+    return form.endswith("pack-quantized") and weights.symmetric
+
+
+def _forms_beside(quantized: Quantized, experts: set[str]) -> set[str]:
+    "The forms in which the modules beside the experts are stored."
+    beside = (both for name, both in quantized.items() if name not in experts and both[1].weights is not None)
+    return {storage_format(scheme, type(module)).value for module, scheme in beside}
+
+
+def _inside(paths: Iterable[str], quantized: Quantized) -> set[str]:
+    "The names of the quantized modules below some paths."
+    return {name for name in quantized if any(name.startswith(f"{path}.") for path in paths)}
+
+
 def _about_experts(model: PreTrainedModel, quantized: Quantized) -> str:
     "What transformers makes of the experts of a checkpoint; empty if it loads them."
     apart = unfused_experts(model)
-    model_type = model.config.model_type
-    schemes = [scheme for name, (_, scheme) in quantized.items() if any(name.startswith(f"{p}.") for p in apart)]
-    if not schemes: return _NOT_LOADED if apart or fused_experts(model) else ""
+    names = _inside(apart, quantized)
+    if not names: return _NOT_LOADED if apart or fused_experts(model) else ""
     if all(map(_has_place_for_each, apart.values())): return ""
-    if not expert_names(model_type): return _stored_as_stacks(model_type)
+    if not expert_names(model.config.model_type): return _stored_as_stacks(model.config.model_type)
+    return _about_fused(quantized, names)
+
+
+def _about_fused(quantized: Quantized, names: set[str]) -> str:
+    "What transformers makes of experts that it fuses."
+    schemes = [quantized[name][1] for name in names]
+    forms = {storage_format(scheme, Linear).value for scheme in schemes}
+    if not all(map(_is_readable_fused, schemes)) or not _forms_beside(quantized, names) <= forms: return _NOT_READ
     return _FUSED_WHEN_LOADED if any(map(_more_than_weights, schemes)) else ""
 
 # %% ../../nbs/recipes/loading.ipynb #4313bf7e
@@ -189,7 +219,7 @@ def _warn_of_loading(model: PreTrainedModel, quantized: Quantized) -> None:
     if fault:
         warn_once(
             f"transformers cannot load packed weights of a {type(model).__name__} ({fault}): this checkpoint is for "
-            "programs that can, or use a format of 8 bits (INT8, FP8), which it loads"
+            "programs that can. It loads what also quantizes inputs to 8 bits (INT8, FP8)"
         )
     promised = promised_layers(model)
     if promised:

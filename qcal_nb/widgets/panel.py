@@ -120,8 +120,8 @@ class _Seen(w.VBox):
 
 # %% ../../nbs/widgets/panel.ipynb #9e4f2fae
 def _parts_of(panel: w.Widget) -> list[w.Widget]:
-    """A panel and all that is inside it, with layouts and styles. ipywidgets keeps each of them until it is closed, with
-    what its callbacks know: the session and its model."""
+    """A panel and all that is inside it, with layouts and styles. ipywidgets keeps each of them until it is closed,
+    with what its callbacks know: the session and its model."""
     found: dict[int, w.Widget] = {}
     pending = [panel, *(value for value in vars(panel).values() if isinstance(value, w.Widget))]
     while pending:

@@ -16,6 +16,10 @@ def test_fields_that_recipes_do_not_have(field, near):
         QuantizationModifier(**{field: "FP8"})
 
 
+def test_fields_are_given_by_name():
+    with pytest.raises(TypeError, match="given by name, such as scheme='FP8'"): QuantizationModifier("FP8")
+
+
 @pytest.mark.parametrize("data, error, words", [
     ([5], TypeError, "^eval_data holds a int"),
     (["a text"], ValueError, "^eval_data holds strings but tokenizer=None"),

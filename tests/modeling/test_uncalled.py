@@ -114,3 +114,47 @@ def test_the_look_leaves_nothing():
     before = fingerprint(model)
     read_in(model)
     assert differences(before, fingerprint(model)) == []
+
+
+class OtherName(Module):
+    "`self` under another name."
+
+    def __init__(s) -> None:
+        super().__init__()
+        s.embed = Embedding(8, 4)
+        s.gate = Linear(4, 2)
+
+    def forward(s, input_ids): return s.embed(input_ids) @ s.gate.weight.T
+
+
+class InALoop(Module):
+    "Weights of layers that have another name in a loop; one of them is called as well."
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = Embedding(8, 4)
+        self.layers = torch.nn.ModuleList(Linear(4, 4) for _ in range(2))
+        self.out = Linear(4, 8)
+
+    def forward(self, input_ids):
+        x = self.embed(input_ids)
+        for layer in self.layers: x = linear(x, layer.weight, layer.bias) + x
+        return self.out(x)
+
+
+def test_other_names_and_loops():
+    assert read_in(OtherName()) == {"gate": "OtherName"}
+    assert read_in(InALoop()) == {"layers.0": "InALoop", "layers.1": "InALoop"}
+
+
+def test_a_recipe_that_leaves_matrices_alone_is_not_refused():
+    "Keys and values of Jamba: no Linear is quantized, so how its weight is read does not matter."
+    from transformers import JambaConfig, JambaForCausalLM
+    torch.manual_seed(0)
+    model = JambaForCausalLM(JambaConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        num_key_value_heads=2, num_experts=2, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2,
+        expert_layer_offset=1, mamba_d_state=4, mamba_dt_rank=4, use_mamba_kernels=False)).eval()
+    cache = dict(num_bits=8, type="float", strategy="tensor", dynamic=False, symmetric=True)
+    calibrate(model, make_batches(1, 64, (1, 8)), QuantizationModifier(kv_cache_scheme=cache), progress=False)
+    assert model.model.layers[1].self_attn.k_scale.isfinite().all()

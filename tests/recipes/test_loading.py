@@ -136,3 +136,54 @@ def test_the_command_line_says_it_before_a_text_runs(tmp_path, monkeypatch, caps
     texts.write_text("one text")
     assert main(["calibrate", "tiny", "--data", str(texts), "--out", str(tmp_path/"out"), "--checkpoint"]) == 1
     assert "generation_config contradicts itself" in capsys.readouterr().err and calls == []
+
+
+ASYMMETRIC = ("W4A16_ASYM", dict(group_size=32))
+EMBEDDED = {"g": dict(targets=["Linear", "Embedding"], weights=dict(num_bits=8, strategy="channel"))}
+FORMS = dict(
+    packed=W4, asymmetric=dict(scheme=ASYMMETRIC), embedded=dict(config_groups=EMBEDDED),
+    static=dict(scheme="INT8_STATIC"),
+    ints=dict(scheme="W8A8"), floats=dict(scheme="FP8"), dynamic=dict(scheme="FP8_DYNAMIC"),
+    cache=dict(kv_cache_scheme=dict(num_bits=8, type="float", strategy="tensor", dynamic=False, symmetric=True)),
+)
+
+
+def mixture(name: str) -> torch.nn.Module:
+    if name == "mixtral": return make_model("mixtral")
+    torch.manual_seed(0)
+    return DeepseekV3ForCausalLM(DeepseekV3Config(**DEEPSEEK | dict(moe_intermediate_size=64))).eval()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["mixtral", "deepseek"])
+def test_what_is_said_of_mixtures_is_true(name, form, tmp_path):
+    "Not loaded, loaded with other logits, or nothing is said and the logits are the same."
+    model = mixture(name)
+    modifier = QuantizationModifier(**dict(ignore=["lm_head"]) | FORMS[form])
+    said = warned_of(lambda: check_savable(model, modifier))
+    calibrate(model, make_batches(2, 64, (1, 8)), modifier, progress=False)
+    assert warned_of(lambda: save_quantized(model, tmp_path/"x")) == said
+    if any("this checkpoint is for programs that" in words for words in said):
+        with pytest.raises((RuntimeError, IndexError)): logits(type(model).from_pretrained(tmp_path/"x").eval())
+        return
+    loaded = logits(type(model).from_pretrained(tmp_path/"x").eval())
+    assert any("logits will differ" in words for words in said) != torch.equal(loaded, logits(model))
+
+
+def test_llama4_with_nothing_but_its_cache_quantized_is_saved(tmp_path):
+    model = make("Llama4Text")
+    calibrate(model, called_with(model, 1), QuantizationModifier(**FORMS["cache"]), progress=False)
+    assert (save_quantized(model, tmp_path/"x")/"model.safetensors").exists()
+
+
+@pytest.mark.parametrize("name, recipe", [
+    ("gpt2", dict(scheme="FP8", ignore=["lm_head"])), ("bert", dict(scheme="FP8", targets=["nope"]))
+])
+def test_a_recipe_that_quantizes_nothing_cannot_be_saved(name, recipe):
+    with pytest.raises(ValueError, match="this recipe quantizes nothing of this model"):
+        check_savable(make_model(name), QuantizationModifier(**recipe))
+
+
+@pytest.mark.parametrize("wrong", [None, "FP8"])
+def test_what_is_no_recipe(wrong):
+    with pytest.raises(TypeError, match="modifier must be a QuantizationModifier"): check_savable(make("Bert"), wrong)
