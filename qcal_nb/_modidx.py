@@ -442,6 +442,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'qcal_nb/cli/commands.py'),
                                       'qcal_nb.cli.commands._observer': ('cli/commands.html#_observer', 'qcal_nb/cli/commands.py'),
                                       'qcal_nb.cli.commands._one_line': ('cli/commands.html#_one_line', 'qcal_nb/cli/commands.py'),
+                                      'qcal_nb.cli.commands._policy_options': ( 'cli/commands.html#_policy_options',
+                                                                                'qcal_nb/cli/commands.py'),
                                       'qcal_nb.cli.commands._positive': ('cli/commands.html#_positive', 'qcal_nb/cli/commands.py'),
                                       'qcal_nb.cli.commands._recipe_note': ('cli/commands.html#_recipe_note', 'qcal_nb/cli/commands.py'),
                                       'qcal_nb.cli.commands._recipe_options': ( 'cli/commands.html#_recipe_options',

@@ -108,6 +108,7 @@ def _calibrate_options(commands: Any) -> None:
     )
     _common(run)
     _recipe_options(run)
+    _policy_options(run)
     _run_options(run)
 
 # %% ../../nbs/cli/commands.ipynb #6d3a5b07
@@ -128,6 +129,10 @@ def _recipe_options(run: argparse.ArgumentParser) -> None:
         default=[],
         help="an observer for weight, input or output; repeat it; an unknown name lists all of them",
     )
+
+
+def _policy_options(run: argparse.ArgumentParser) -> None:
+    "What to do where something is missing, or is no number."
     run.add_argument(
         "--on-uncalibrated",
         choices=("raise", "skip"),

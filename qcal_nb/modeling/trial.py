@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from ..models import evaluating
-from ..observers import unobserved
+from ..observers import current_feed, unobserved
 
 # %% ../../nbs/modeling/trial.ipynb #35a46315
 def _two_tokens(model: Module) -> dict[str, Tensor | bool]:
@@ -29,9 +29,12 @@ def _two_tokens(model: Module) -> dict[str, Tensor | bool]:
 
 def trial_fault(model: Module) -> Exception | None:
     "The error that ends a pass on two tokens, as for a model of images or sounds; None if the model runs."
+    feed = current_feed.get()
     try:
         with evaluating(model), unobserved():
             model(**_two_tokens(model))
     except Exception as error:
         return error
+    finally:
+        current_feed.set(feed)      # also where an interrupt fell while `unobserved` put it back
     return None
