@@ -187,3 +187,25 @@ def test_a_recipe_that_quantizes_nothing_cannot_be_saved(name, recipe):
 @pytest.mark.parametrize("wrong", [None, "FP8"])
 def test_what_is_no_recipe(wrong):
     with pytest.raises(TypeError, match="modifier must be a QuantizationModifier"): check_savable(make("Bert"), wrong)
+
+
+BART = dict(vocab_size=64, d_model=64, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+            decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=64)
+
+
+@pytest.mark.parametrize("name, scheme, fails", [
+    ("T5", "FP8", True), ("MT5", "FP8_DYNAMIC", True), ("T5", "INT8_STATIC", False), ("Bart", "FP8", False)
+])
+def test_a_head_that_is_tied_again_when_it_is_loaded(name, scheme, fails, tmp_path, monkeypatch):
+    monkeypatch.setitem(MODELS, "Bart", ("BartForConditionalGeneration", BART))
+    model = make(name)
+    modifier = QuantizationModifier(scheme=scheme)      # the head as well
+    said = warned_of(lambda: check_savable(model, modifier))
+    calibrate(model, called_with(model, 2), modifier, progress=False)
+    assert warned_of(lambda: save_quantized(model, tmp_path/"x")) == said
+    if not fails:
+        loaded = type(model).from_pretrained(tmp_path/"x").eval()
+        assert said == [] and torch.equal(logits(loaded), logits(model))
+        return
+    assert len(said) == 1 and "Add 'lm_head' to `ignore`" in said[0]
+    with pytest.raises(RuntimeError, match="Float8"): type(model).from_pretrained(tmp_path/"x")
