@@ -279,13 +279,18 @@ def named_schemes(schemes: Any, group_size: int | None = None) -> dict[str, Quan
     `group_size`: of the presets that have groups, instead of their own."""
     if group_size is not None:
         schemes = _regrouped(schemes, group_size)
-    if _is_one_scheme(schemes): return _by_unique_name([schemes])
-    if isinstance(schemes, Mapping): return _by_label(schemes)
-    if isinstance(schemes, Iterable): return _by_unique_name(schemes)
-    raise TypeError(
-        "schemes must be an iterable of presets and modifiers, or a dict label -> preset or modifier, got "
-        f"{type(schemes).__name__}"
-    )
+    if not isinstance(schemes, Iterable) and not _is_one_scheme(schemes):
+        raise TypeError(
+            "schemes must be an iterable of presets and modifiers, or a dict label -> preset or modifier, got "
+            f"{type(schemes).__name__}"
+        )
+    found = _named([schemes] if _is_one_scheme(schemes) else schemes)
+    if not found: raise ValueError(f"schemes={schemes!r} must hold at least one preset or modifier")
+    return found
+
+
+def _named(schemes: Iterable) -> dict[str, QuantizationModifier]:
+    return _by_label(schemes) if isinstance(schemes, Mapping) else _by_unique_name(schemes)
 
 # %% ../../nbs/evaluate/schemes.ipynb #4161f1b8
 def check_fit(model: Module, modifier: QuantizationModifier, label: str) -> None:

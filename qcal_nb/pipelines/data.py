@@ -79,7 +79,7 @@ def _cut(batch: Mapping[str, Any], max_length: int | None) -> dict[str, Any]:
 def _classify_tensor(item: Tensor, max_length: int | None) -> _Found:
     if item.ndim == 0:
         raise ValueError("data holds a tensor without dimensions; token ids are (seq,) or (batch, seq)")
-    if not len(item): raise ValueError(f"data holds a batch without rows, a tensor of shape {tuple(item.shape)}")
+    if not item.numel(): raise ValueError(f"data holds a batch without values, a tensor of shape {tuple(item.shape)}")
     batch = {"input_ids": item[None] if item.ndim == 1 else item}
     return {"ready": batch if item.is_floating_point() else _cut(batch, max_length)}
 
@@ -89,7 +89,15 @@ def _holds_a_batch(item: Mapping[str, Any]) -> bool:
 
 
 def _holds_lists_of_ids(item: Mapping[str, Any]) -> bool:
-    return any(isinstance(row, (list, tuple)) for row in item.get("input_ids", []))
+    ids = item.get("input_ids", [])
+    return isinstance(ids, (list, tuple)) and any(isinstance(row, (list, tuple)) for row in ids)
+
+
+def _check_row(ids: Any) -> None:
+    "ValueError unless these are a row of token ids."
+    if isinstance(ids, Tensor) or hasattr(ids, "__array__"): return
+    if not isinstance(ids, (list, tuple)) or not all(isinstance(one, int) for one in ids):
+        raise ValueError(f"data holds a dict whose input_ids are {str(ids)[:40]!r}; they must be whole numbers, a row")
 
 
 def _classify_dict(item: Mapping[str, Any], tokenizer: Any, max_length: int | None) -> _Found:
@@ -100,6 +108,7 @@ def _classify_dict(item: Mapping[str, Any], tokenizer: Any, max_length: int | No
             "or tensors (return_tensors='pt')"
         )
     if "input_ids" in item:
+        _check_row(item["input_ids"])
         return {k: list(item[k])[:max_length] for k in ("input_ids", "attention_mask") if k in item}
     if isinstance(item.get("text"), str): return _encode(item["text"], tokenizer, max_length)
     if _are_messages(item.get("messages")): return _encode_chat(item["messages"], tokenizer, max_length)

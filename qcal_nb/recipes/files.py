@@ -78,15 +78,16 @@ def _write_to_disk(path: Path, data: bytes, mode: int | None) -> None:
 def write_whole(path: str | os.PathLike, data: bytes) -> Path:
     """Write a file so that at any time either the old one or the new one is there, whole. ValueError or OSError if
     there is no folder, or something else than a file stands there."""
-    path = Path(path)
+    path = Path(path).expanduser()
     _check_replaceable(path)
     draft = draft_beside(path)
     try:
         _write_to_disk(draft, data, _mode_of(path))
         os.replace(draft, path)
-    except BaseException:
+    except PermissionError:
+        raise PermissionError(f"there is no permission to write {path.name} in {path.parent}") from None
+    finally:
         remove_draft(draft)
-        raise
     return path
 
 
@@ -98,7 +99,7 @@ def write_text(path: str | os.PathLike, text: str) -> Path:
 def free_folder(path: str | os.PathLike, argument: str = "path") -> Path:
     """A path where a folder can be written: nothing is there, or an empty folder. Otherwise a ValueError that names
     `argument`."""
-    folder = Path(path)
+    folder = Path(path).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(
             f"{argument}={os.fspath(path)!r} exists and is not an empty folder; choose another, or remove it first"
@@ -108,7 +109,7 @@ def free_folder(path: str | os.PathLike, argument: str = "path") -> Path:
 # %% ../../nbs/recipes/files.ipynb #34da0fc1
 def check_file(path: str | os.PathLike, most: int) -> Path:
     "The path of a regular file of at most `most` bytes; otherwise FileNotFoundError or ValueError."
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.is_dir(): raise ValueError(f"{path} is a folder, not a file")
     if not path.exists(): raise FileNotFoundError(f"there is no file {path}")
     if not path.is_file(): raise ValueError(f"{path} is not a regular file, but a device, a pipe or a socket")

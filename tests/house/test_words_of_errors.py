@@ -61,3 +61,31 @@ def test_a_file_that_is_no_model_is_not_opened(command, name, tmp_path, capsys):
     words = [*command, str(tmp_path/name)] + (["--data", str(tmp_path/"texts.txt")] if command[0] != "lab" else [])
     assert main(words) == 1
     assert "is a file; expected the folder of a model, or a record" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("data, words", [
+    ([{"input_ids": None}], "data holds a dict whose input_ids are 'None'"),
+    ([{"input_ids": "abc"}], "data holds a dict whose input_ids are 'abc'"),
+    ([{"input_ids": [1, 2.5]}], "they must be whole numbers, a row"),
+    ([torch.zeros(1, 0, dtype=torch.long)], "data holds a batch without values, a tensor of shape .1, 0."),
+])
+def test_rows_that_are_none(data, words):
+    with pytest.raises(ValueError, match=words): record(make_model("llama_gqa"), data, progress=False)
+
+
+@pytest.mark.parametrize("none", [[], {}])
+def test_a_comparison_of_nothing(none):
+    with pytest.raises(ValueError, match="must hold at least one preset or modifier"):
+        compare_schemes(make_model("llama_gqa"), make_batches(1), none, eval_data=make_batches(1), progress=False)
+
+
+def test_paths_of_a_user(tmp_path, monkeypatch):
+    "`~` is the home folder, and an error names the file that was asked for, not the draft."
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert CalibrationRecord().save("~/mine.record") == tmp_path/"mine.record"
+    assert CalibrationRecord.load("~/mine.record").batches == 0
+    def refuse(*_): raise PermissionError(13, "Permission denied", ".qcal_nb-draft")
+    monkeypatch.setattr("qcal_nb.recipes.files._write_to_disk", refuse)
+    with pytest.raises(PermissionError, match="no permission to write mine.record in") as told:
+        CalibrationRecord().save("~/mine.record")
+    assert "draft" not in str(told.value) and [p.name for p in tmp_path.iterdir()] == ["mine.record"]

@@ -87,7 +87,7 @@ def test_the_name_of_a_file_is_no_text(tmp_path, tokenizer):
 def test_a_batch_without_rows_is_refused_and_the_model_is_as_it_was():
     model = make_model("llama_gqa")
     before = fingerprint(model)
-    with pytest.raises(ValueError, match=r"a batch without rows, a tensor of shape \(0, 8\)"):
+    with pytest.raises(ValueError, match=r"a batch without values, a tensor of shape \(0, 8\)"):
         calibrate(model, [torch.zeros(0, 8, dtype=torch.long)], QuantizationModifier(scheme="FP8"), progress=False)
     assert differences(before, fingerprint(model)) == []
 
