@@ -64,7 +64,8 @@ def _reads_of(cls: type) -> frozenset[str]:
 
 def _written_for_models(parent: Module) -> list[type]:
     "The classes of a module that say what it computes: not those that all models are made of."
-    return [cls for cls in type(parent).__mro__ if cls.__name__ not in ("PreTrainedModel", "Module", "object")]
+    classes = [cls for cls in type(parent).__mro__ if issubclass(cls, Module)]
+    return [cls for cls in classes if cls.__name__ not in ("PreTrainedModel", "Module")]
 
 
 def _mentioned(model: Module, modules: Mapping[str, Module]) -> dict[str, str]:
