@@ -193,9 +193,9 @@ def _prepare(model: Module, verb: str, work: Callable[[Module], Any]) -> None:
     with recoverable(model):
         with step(model, log):
             work(model)
-        done = undo_log_of(model).edits
-        if done:
-            model.__dict__[UNDO_LOG] = UndoLog(prepared=(*log.prepared, *done))
+        prepared = (*log.prepared, *undo_log_of(model).edits)
+        if prepared:
+            model.__dict__[UNDO_LOG] = UndoLog(prepared=prepared)
         else:
             del model.__dict__[UNDO_LOG]
 

@@ -14,9 +14,8 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.nn import Module
 
-from ..calibration import claim, guarded, observers_in, together
-from ..lifecycle import Event, EventType, QuantizationModifier, State, at_work, check_on_uncalibrated
-from ..lifecycle import recoverable
+from ..calibration import claim, exclusive, guarded, observers_in, together
+from ..lifecycle import Event, EventType, QuantizationModifier, State, check_on_uncalibrated, recoverable
 from ..modeling import blocks_of
 from ..observers import owned_by
 from .batch import NO_DATA, as_batches, first_made
@@ -155,11 +154,11 @@ def calibrate(
     _check_pass(attention, propagate, pipeline, all_experts)
     state = State(model)
     owner = f"calibrate {uuid.uuid4().hex}"
-    with together("end calibrate()"), at_work(model, "calibrate()", undo="later"), each_warning_once():
+    with together("end calibrate()"), exclusive(model, "calibrate()"), each_warning_once():
         inputs = _first_batches(data, modifier, pipeline, tokenizer, batch_size, max_length)
         with recoverable(model):
             _start(modifier, state, owner)
-        with _given_back_on_failure(model), guarded(model, blocks_of(model).values()):
+        with recoverable(model, "later"), _given_back_on_failure(model), guarded(model, blocks_of(model).values()):
             set_policy(model, nonfinite)
             with calibration_context(model, attention, all_experts):
                 total = expected_batches(data, batch_size)

@@ -11,6 +11,8 @@ from qcal_nb.lifecycle import QuantizationModifier, State, phase_of, reset_quant
 from qcal_nb.pipelines import calibrate
 from tests.lifecycle.walking import FP8, STATIC, run_until
 
+CACHE_BY_HEAD = dict(num_bits=8, type="float", strategy="attn_head", symmetric=True, dynamic=False)
+
 
 @pytest.mark.parametrize("phase", ["original", "initialized", "started", "fed", "ended"])
 @pytest.mark.parametrize("name", CONFIGS)
@@ -191,3 +193,19 @@ def test_coverage_outlives_the_model_and_not_a_reset():
     del model
     gc.collect()
     assert len(modifier.coverage) == 28
+
+
+@pytest.mark.parametrize("first", [dict(scheme="INT8_STATIC"), dict(kv_cache_scheme=CACHE_BY_HEAD)])
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_a_second_calibration_that_fails_half_way_is_taken_back_to_the_original(first, error):
+    "What it leaves is noted on top of its own steps, not on top of the calibration that it replaced."
+    model = make_model("llama_gqa")
+    before = fingerprint(model)
+    calibrate(model, make_batches(1), QuantizationModifier(**first, ignore=["lm_head"]), progress=False)
+    def broken(*_): raise error
+    handle = model.model.layers[1].register_forward_pre_hook(broken)
+    with pytest.raises(error):
+        calibrate(model, make_batches(2), QuantizationModifier(scheme="W8A8", ignore=["lm_head"]), progress=False)
+    handle.remove()
+    reset_quantization(model)
+    assert differences(before, fingerprint(model)) == []
