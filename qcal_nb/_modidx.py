@@ -941,6 +941,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'qcal_nb/lifecycle/match.py'),
                                          'qcal_nb.lifecycle.match.uncalled_modules': ( 'lifecycle/match.html#uncalled_modules',
                                                                                        'qcal_nb/lifecycle/match.py'),
+                                         'qcal_nb.lifecycle.match.warn_uncalled': ( 'lifecycle/match.html#warn_uncalled',
+                                                                                    'qcal_nb/lifecycle/match.py'),
                                          'qcal_nb.lifecycle.match.warn_unmatched': ( 'lifecycle/match.html#warn_unmatched',
                                                                                      'qcal_nb/lifecycle/match.py')},
             'qcal_nb.lifecycle.modifier': { 'qcal_nb.lifecycle.modifier.Event': ( 'lifecycle/modifier.html#event',

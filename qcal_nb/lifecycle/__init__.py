@@ -16,7 +16,7 @@ from .undo_log import (
     unfuse_experts,
 )
 from .match import QUANTIZABLE, check_schemes, observed_names, quantizes, reaches_experts, schemes_by_module
-from .match import warn_unmatched
+from .match import warn_uncalled, warn_unmatched
 from .report import Match, match_report
 from .snapshots import Edit, ModuleChange, Snapshot, StepEdits, changes, edits, restore, snapshot, step_edits
 from .snapshots import take_back, undo
@@ -79,5 +79,6 @@ __all__ = [
     "undo",
     "undo_log_of",
     "unfuse_experts",
+    "warn_uncalled",
     "warn_unmatched",
 ]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['QUANTIZABLE', 'schemes_by_module', 'reaches_experts', 'is_cache_scheme', 'check_schemes', 'quantizes',
-           'uncalled_modules', 'refuse_uncalled', 'warn_unmatched', 'observed_names']
+           'uncalled_modules', 'refuse_uncalled', 'warn_uncalled', 'warn_unmatched', 'observed_names']
 
 # %% ../../nbs/lifecycle/match.ipynb #8945242f
 import inspect
@@ -200,6 +200,13 @@ def refuse_uncalled(model: Module, chosen: _Chosen) -> None:
         f"no effect on this model; {patterns} in `ignore` leaves it alone"
     )
 
+
+def warn_uncalled(model: Module, chosen: _Chosen) -> None:
+    "Warn about matrices whose weight is read without a call, where that does no harm."
+    found, certain = uncalled_modules(model, chosen)
+    if found and certain:
+        warn_once(f"{', '.join(found)}: read without a call, so no scheme has an effect there; see match_report")
+
 # %% ../../nbs/lifecycle/match.ipynb #c049e41e
 _Hits = dict[str, Module]   # modules by name
 
@@ -256,9 +263,6 @@ def warn_unmatched(
         _warn_target(model, target, hits, chosen)
     for name, hits in _matched(model, set(config.ignore or []) - {"lm_head"}).items():
         _warn_ignored(model, name, hits, chosen)
-    uncalled, certain = uncalled_modules(model, chosen)
-    if uncalled and certain:
-        warn_once(f"{', '.join(uncalled)}: read without a call, so no scheme has an effect there; see match_report")
 
 
 def _out_of_reach(module: Module) -> bool:

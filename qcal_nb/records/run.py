@@ -28,7 +28,7 @@ from .. import __version__
 from ..recipes import write_whole
 from ..calibration import args_in, exclusive, finish_loading, guarded, rank_and_size, together
 from ..lifecycle import QUANTIZABLE, QuantizationMixin, check_schemes, experts_apart, phase_of, reaches_experts
-from ..lifecycle import recoverable, schemes_by_module, undo_log_of, warn_unmatched
+from ..lifecycle import recoverable, schemes_by_module, undo_log_of, warn_uncalled, warn_unmatched
 from ..modeling import attention_classes, attention_faults, attention_modules, embeddings_of, hook_attention
 from ..modeling import hook_kv_cache, tokens_per_expert, unfused_experts
 from ..observers import DEFAULT_ARGS, ObserverSpec, Registry, args_or_default, find_observer, label_of
@@ -303,7 +303,9 @@ def _begun(model: Module, request: _Request) -> tuple[Collector, CalibrationReco
     how = dict(mask=request.mask, attention=request.attention)
     if not request.has_scheme: return collector, new_record(model, collector, **how)
     config = request.recipe.resolved_config
-    warn_unmatched(model, config, schemes_by_module(model, config))
+    chosen = schemes_by_module(model, config)
+    warn_unmatched(model, config, chosen)
+    warn_uncalled(model, chosen)
     return collector, new_record(model, collector, request.recipe, **how)
 
 
