@@ -17,25 +17,27 @@ from .best import (
     schemes_of_record,
     sort_rows,
 )
-from .divergence import check_causal
+from .forecasts import STATE_WORDS, forecast, forecast_modules
 from .observers import compare_observers
 from .schemes import compare_schemes, evaluate, named_schemes, unfit_schemes
 from .sensitivities import sensitivity
 
 __all__ = [
     "RUNNING",
+    "STATE_WORDS",
     "TABLE_ORDERS",
     "TENSOR_COLUMNS",
     "UNKNOWN",
     "ZEROS",
     "best_by_tensor",
     "best_observers",
-    "check_causal",
     "compare_for_recipe",
     "compare_in_pieces",
     "compare_observers",
     "compare_schemes",
     "evaluate",
+    "forecast",
+    "forecast_modules",
     "named_schemes",
     "observers_to_compare",
     "rows_by_scheme",

@@ -24,10 +24,11 @@ from tqdm import tqdm
 
 from ..analysis import Row
 from ..calibration import QPARAMS, scheme_args
-from .divergence import Batches, Divergence, QuantizationSwitches, as_modifier, check_causal
+from .divergence import Batches, Divergence, QuantizationSwitches, as_modifier
 from .divergence import check_original, divergence_of, eval_batches, logits_of, name_of, undisturbed
 from ..lifecycle import LifecycleError, QuantizationModifier, borrowed, check_schemes, phase_of
 from ..lifecycle import schemes_by_module
+from ..modeling import check_causal
 from ..models import positions_of
 from ..pipelines import batches, calibrate
 from ..recipes import stored_bytes

@@ -22,11 +22,11 @@ from torch.nn import Module
 from tqdm import tqdm
 
 from ..analysis import Row, layer_of
-from .divergence import Batches, Divergence, QuantizationSwitches, as_modifier, check_causal
+from .divergence import Batches, Divergence, QuantizationSwitches, as_modifier
 from .divergence import check_original, divergence_of, eval_batches, logits_of, name_of, undisturbed
 from .schemes import calibration_batches, check_fit
 from ..lifecycle import QuantizationModifier, borrowed
-from ..modeling import fused_layers
+from ..modeling import check_causal, fused_layers
 from ..pipelines import calibrate
 from ..schemes import adjusted
 

@@ -11,7 +11,7 @@ from .attention import (
     states_of,
 )
 from .blocks import blocks_of, fused_layers
-from .embeddings import configs_of, embeddings_of, untie_embeddings
+from .embeddings import check_causal, configs_of, embeddings_of, untie_embeddings
 from .experts import (
     UnfusedExperts,
     all_experts,
@@ -38,6 +38,7 @@ __all__ = [
     "attention_modules",
     "blocks_of",
     "check_quick",
+    "check_causal",
     "configs_of",
     "convert_offload",
     "eager_beneath",

@@ -1,5 +1,6 @@
 """Data on its way through a model: any form of text to batches, one feed loop, whole passes or block by block."""
 
+from .backward import backward, backward_context
 from .basic import PIPELINES, calibrate, scales_of_segment
 from .batch import (
     Batch,
@@ -9,8 +10,10 @@ from .batch import (
     check_mask,
     feed,
     mask_in_words,
+    no_more,
     not_empty,
     numbered,
+    predicting,
     reads_two_sequences,
     running_batch,
     warn_if_too_long,
@@ -30,6 +33,8 @@ __all__ = [
     "as_batch",
     "as_batches",
     "attention_used",
+    "backward",
+    "backward_context",
     "batches",
     "calibrate",
     "calibration_context",
@@ -40,9 +45,11 @@ __all__ = [
     "expected_batches",
     "feed",
     "mask_in_words",
+    "no_more",
     "not_empty",
     "numbered",
     "passes",
+    "predicting",
     "reads_two_sequences",
     "running_batch",
     "scales_of_segment",

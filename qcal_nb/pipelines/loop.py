@@ -15,7 +15,7 @@ from torch.nn import Module
 from tqdm import tqdm
 
 from ..observers import all_or_nothing, feeding
-from .batch import Batch, feed
+from .batch import Batch, Then, feed, no_more
 from .sequential import PROPAGATE, run_blocks
 
 # %% ../../nbs/pipelines/loop.ipynb #da4dd400
@@ -36,23 +36,33 @@ class Fed:
 After = Callable[[list[Module]], None]
 
 
+@dataclass(frozen=True)
+class _How:
+    "How a model is fed: what is done after each batch or segment, and what blocks are fed."
+
+    then: Then
+    after: After
+    propagate: str
+
+
 def _whole_passes(
-    model: Module, batches: Iterable[Batch], owner: str, after: After, propagate: str, total: int | None
+    model: Module, batches: Iterable[Batch], owner: str, how: _How, total: int | None
 ) -> Iterator[Fed]:
     for done, batch in enumerate(batches, 1):
         began = time.perf_counter()
         with feeding(owner), all_or_nothing():
-            feed(model, batch)
+            feed(model, batch, how.then)
         yield Fed((batch,), time.perf_counter() - began, done, total, "batches")
 
 
 def _block_by_block(
-    model: Module, batches: Iterable[Batch], owner: str, after: After, propagate: str, _: int | None
+    model: Module, batches: Iterable[Batch], owner: str, how: _How, _: int | None
 ) -> Iterator[Fed]:
     everything = tuple(batches)
     if not everything: return
     began = time.perf_counter()
-    for done, total in run_blocks(model, [partial(feed, model, b) for b in everything], owner, after, propagate):
+    feeds = [partial(feed, model, batch, how.then) for batch in everything]
+    for done, total in run_blocks(model, feeds, owner, how.after, how.propagate):
         passed = everything if done == total else ()
         yield Fed(passed, time.perf_counter() - began, done, total, "blocks")
         began = time.perf_counter()
@@ -87,12 +97,13 @@ def passes(
     pipeline: str = "basic",  # "basic": whole passes; "sequential": block by block
     propagate: str = "float",  # sequential: what the next block is fed, "float" or "quantized" outputs
     after: After = _nothing,  # sequential: called with the modules of a segment that has seen all batches
+    then: Then = no_more,  # Called with what the model returned for a batch, while the batch still runs
     total: int | None = None,  # How many batches there are, if that is known
 ) -> Iterator[Fed]:
     """Feed all batches to a model and yield after each step. Close the generator (`contextlib.closing`) if you leave
     the loop early: block by block, passes wait that have to be ended."""
     check_pipeline(pipeline, propagate)
-    return WAYS[pipeline](model, batches, owner, after, propagate, total)
+    return WAYS[pipeline](model, batches, owner, _How(then, after, propagate), total)
 
 # %% ../../nbs/pipelines/loop.ipynb #5c72b78c
 def shown(steps: Iterable[Fed], what: str, total: int | None = None, progress: bool = True) -> Iterator[Fed]:

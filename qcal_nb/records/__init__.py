@@ -12,6 +12,7 @@ from .results import (
     counts_of,
     follows_from_stats,
     observers_from_stats,
+    results_together,
     statistics_from,
 )
 from .observing import Attached, Memory
@@ -61,6 +62,7 @@ __all__ = [
     "record",
     "record_equal",
     "result_from_stats",
+    "results_together",
     "selected",
     "statistics_from",
     "tensors_to_record",

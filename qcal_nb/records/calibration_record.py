@@ -27,8 +27,9 @@ from ..pipelines import Batch
 from .results import ObserverResult, merge_results, merges, result_of_one_part
 from .files import check_form, read_tree, write_tree
 from .sound import each_once, must, none_below_zero
+from .gradient_tree import GRADIENTS_FORM, gradients_from_tree, gradients_to_tree, same_gradients
 from .tree import _FOUND, _STATS, _result_from_list, _result_to_list, _stats_from_tree, _stats_to_tree
-from ..stats import TensorStats, level_of, same_stats
+from ..stats import Gradients, PARTS, TensorStats, joined_gradients, level_of, same_stats
 
 # %% ../../nbs/records/calibration_record.ipynb #ffd4ce89
 Spans = tuple[tuple[int, int], ...]  # ascending, [first, end) each
@@ -135,7 +136,8 @@ class _Answers:
         without = f"; without {self.about.mask}" if self.about.mask else ""
         attention = "" if self.about.attention == "eager" else f"; with {self.about.attention} attention"
         fed = "" if self.about.propagate == "float" else "; behind quantized blocks"
-        return f"CalibrationRecord({self.model or 'no model'}: {seen}{without}{attention}{fed}{text})"
+        gradients = "; with gradients" if self.gradients else ""
+        return f"CalibrationRecord({self.model or 'no model'}: {seen}{without}{attention}{fed}{gradients}{text})"
 
 # %% ../../nbs/records/calibration_record.ipynb #ce1b6247
 def _added(a: Mapping[Any, int], b: Mapping[Any, int]) -> dict[Any, int]:
@@ -179,6 +181,8 @@ class CalibrationRecord(_Answers):
     level_tokens: Mapping[int, int] = field(default_factory=dict)       # level -> tokens that counted
     expert_tokens: Mapping[str, int] = field(default_factory=dict)      # expert -> tokens routed to it
     seconds: float = 0.0
+    gradients: Mapping[str, Gradients] = field(default_factory=dict)    # module -> what forecasts need
+    labels: tuple[int, ...] = (0,) * PARTS                              # drawn for gradients, of each part
 
     def seen(
         self, news: Mapping[Key, TensorStats], batches: Iterable[Batch], seconds: float = 0.0
@@ -193,6 +197,15 @@ class CalibrationRecord(_Answers):
             level_tokens=tokens,
             seconds=self.seconds + seconds,
         )
+
+    def with_gradients(self, news: Mapping[str, Gradients], labels: Iterable[int]) -> "CalibrationRecord":
+        "The record that has also seen these gradients, of batches with so many labels in each part."
+        together = joined_gradients(self.gradients, news)
+        return replace(self, gradients=together, labels=tuple(map(operator.add, self.labels, map(int, labels))))
+
+    def without_gradients(self) -> "CalibrationRecord":
+        "The record without what new forecasts need, a tenth as large."
+        return replace(self, gradients={}, labels=(0,) * PARTS)
 
     def __or__(self, other: "CalibrationRecord") -> "CalibrationRecord":
         "The record of both runs. ValueError if they are of two models or schemes, or share a batch."
@@ -280,7 +293,7 @@ def joined_records(a: CalibrationRecord, b: CalibrationRecord) -> CalibrationRec
         _added(a.level_tokens, b.level_tokens),
         _added(a.expert_tokens, b.expert_tokens),
         a.seconds + b.seconds,
-    )
+    ).with_gradients(a.gradients, a.labels).with_gradients(b.gradients, b.labels)
 
 # %% ../../nbs/records/calibration_record.ipynb #93956911
 def _bits(tensor: Tensor | None) -> tuple | None:
@@ -326,6 +339,7 @@ def _record_facts(record: CalibrationRecord) -> dict[str, Any]:
         batches=record.spans,
         tokens={k: n for k, n in record.level_tokens.items() if n},
         experts=dict(record.expert_tokens),
+        labels=record.labels,
     )
 
 
@@ -336,8 +350,10 @@ def unequal_parts(a: CalibrationRecord, b: CalibrationRecord) -> list[str]:
             raise TypeError(f"a record must be a CalibrationRecord, got {type(record).__name__}")
     tensors = _differing_names(a.tensors, b.tensors, same_stats)
     results = _differing_names(_lasting_results(a), _lasting_results(b), _same_result)
+    gradients = _differing_names(a.gradients, b.gradients, same_gradients)
     facts = _differing_names(_record_facts(a), _record_facts(b), operator.eq)
-    return [*(f"statistics of {name}" for name in tensors), *(f"conclusion of {name}" for name in results), *facts]
+    parts = {"statistics": tensors, "conclusion": results, "gradients": gradients}
+    return [*(f"{what} of {name}" for what, names in parts.items() for name in names), *facts]
 
 
 def record_equal(a: CalibrationRecord, b: CalibrationRecord) -> bool:
@@ -346,7 +362,7 @@ def record_equal(a: CalibrationRecord, b: CalibrationRecord) -> bool:
 
 # %% ../../nbs/records/calibration_record.ipynb #d79b8e97
 FORMAT = "qcal_nb.record"
-VERSION = 1
+VERSION = 2  # 1 had no gradients
 
 # %% ../../nbs/records/calibration_record.ipynb #37a48e1d
 def _numbered(values: Iterable[Any]) -> tuple[list[Any], dict[int, int]]:
@@ -390,6 +406,7 @@ def to_tree(record: CalibrationRecord) -> dict[str, Any]:
         found=[_result_to_list(c, args.index(text)) for c, text in zip(results, texts)],
         # the names of the keys are part of the file format
         conclusions=_references(record.results, result_numbers),
+        gradients=gradients_to_tree(record.gradients, record.labels),
     )
 
 # %% ../../nbs/records/calibration_record.ipynb #9b8b9bb2
@@ -405,7 +422,9 @@ _FORM = dict(
     args=[str],
     found=[_FOUND],
     conclusions=[(str, str, str, int)],
+    gradients=GRADIENTS_FORM,
 )
+_NO_GRADIENTS = gradients_to_tree({}, (0,) * PARTS)
 
 
 def _about_form(t: Mapping[str, Any]) -> dict[str, Any]:
@@ -441,12 +460,14 @@ def _results_from_tree(t: Mapping[str, Any]) -> dict[ResultKey, ObserverResult]:
 
 def from_tree(t: Mapping[str, Any]) -> CalibrationRecord:
     "The record of a tree. ValueError and similar errors if the tree is not one of a record."
+    t = {"gradients": _NO_GRADIENTS, **t}
     check_form(t, _FORM | {"about": _about_form(t)}, "the record")
     _check_run(t)
     tensors = _referred(t["tensors"], list(map(_stats_from_tree, t["stats"])), "there is the tensor")
     about = About(**_NOT_SAID | t["about"])
     spans = tuple(map(tuple, t["spans"]))
     level_tokens = dict(t["level_tokens"])
-    return CalibrationRecord(
+    record = CalibrationRecord(
         tensors, t["types"], _results_from_tree(t), about, spans, level_tokens, t["expert_tokens"], t["seconds"]
     )
+    return record.with_gradients(*gradients_from_tree(t["gradients"]))

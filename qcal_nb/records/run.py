@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['RECORDABLE', 'USUAL_OBSERVERS', 'recipe_to_record', 'modules_to_record', 'args_by_tensor', 'check_base_names',
-           'check_observers', 'observers_to_record', 'tensors_to_record', 'attention_open', 'new_collector',
-           'new_record', 'one_pass', 'check_options', 'record', 'all_ranks']
+           'check_observers', 'check_flag', 'observers_to_record', 'tensors_to_record', 'attention_open',
+           'new_collector', 'new_record', 'running_context', 'one_pass', 'check_options', 'new_gradients', 'record',
+           'all_ranks']
 
 # %% ../../nbs/records/run.ipynb #2a7b9961
 import tempfile
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import reduce
 from importlib.metadata import version
@@ -27,17 +28,18 @@ from tqdm import tqdm
 from .. import __version__
 from ..recipes import write_whole
 from ..calibration import args_in, exclusive, finish_loading, guarded, rank_and_size, together
-from ..lifecycle import QUANTIZABLE, QuantizationMixin, check_schemes, experts_apart, phase_of, reaches_experts
-from ..lifecycle import recoverable, schemes_by_module, undo_log_of, warn_uncalled, warn_unmatched
+from ..lifecycle import LifecycleError, QUANTIZABLE, QuantizationMixin, check_schemes, experts_apart, phase_of
+from ..lifecycle import reaches_experts, recoverable, schemes_by_module, undo_log_of, warn_uncalled, warn_unmatched
 from ..modeling import attention_classes, attention_faults, attention_modules, embeddings_of, hook_attention
 from ..modeling import hook_kv_cache, tokens_per_expert, unfused_experts
 from ..observers import DEFAULT_ARGS, ObserverSpec, Registry, args_or_default, find_observer, label_of
 from ..observers import name_and_kwargs, specs_from_config
-from ..pipelines import Batch, Fed, as_batches, attention_used, batches, calibration_context, check_attention
-from ..pipelines import check_mask, expected_batches, mask_in_words
+from ..pipelines import Batch, Fed, as_batches, attention_used, backward_context, batches, calibration_context
+from ..pipelines import check_attention, check_mask, expected_batches, mask_in_words, no_more
 from ..pipelines import not_empty, numbered, passes, reads_two_sequences, shown, warn_of_padding
 from .calibration_record import About, CalibrationRecord
 from .collect import Collector, look_at_weights
+from .gradient_collector import GradientCollector, check_gradients
 from .live_results import results_now
 from ..schemes import adjusted, preset
 from ..stats import TensorStats, check_policy
@@ -108,12 +110,20 @@ def _with_usual(specs: Iterable[ObserverSpec]) -> list[ObserverSpec]:
     return [USUAL_OBSERVERS, *(spec for spec in specs if label_of(spec) != USUAL_OBSERVERS)]
 
 
+def check_flag(name: str, value: Any) -> bool:
+    "The value itself; TypeError unless it is True or False."
+    if not isinstance(value, bool): raise TypeError(f"{name}={value!r} must be True or False")
+    return value
+
+
 def observers_to_record(
-    observers: Iterable[ObserverSpec] | None = None, scheme: Any = None
+    observers: Iterable[ObserverSpec] | None = None, scheme: Any = None, gradients: bool = False
 ) -> dict[str, list[ObserverSpec]]:
     """By base name (`""`: any other), the observers that were asked for. None: `static_minmax`, and those that a
-    modifier calibrates with."""
+    modifier calibrates with; with gradients also `minmax`, which schemes have that name no observer."""
     if observers is not None: return {"": check_observers(observers)}
+    if check_flag("gradients", gradients) and not isinstance(scheme, QuantizationMixin):
+        return {"weight": [USUAL_OBSERVERS], "": [USUAL_OBSERVERS, "minmax"]}
     own = specs_from_config(scheme.resolved_config) if isinstance(scheme, QuantizationMixin) else {"": []}
     return {base_name: _with_usual(specs) for base_name, specs in own.items()}
 
@@ -227,10 +237,26 @@ def _tokens_from_zero(model: Module) -> Iterator[None]:
             experts.tokens = tokens
 
 
-def _with_step(result: CalibrationRecord, step: Fed, collector: Collector, model: Module) -> CalibrationRecord:
+@contextmanager
+def running_context(model: Module, attention: str, gradients: GradientCollector | None) -> Iterator[None]:
+    "Inside the block a model runs as it is recorded, with or without gradients, and no other thread runs it."
+    with ExitStack() as end:
+        if gradients is None:
+            end.enter_context(calibration_context(model, attention))
+        else:
+            end.enter_context(backward_context(model, attention))
+            end.enter_context(gradients.attached())
+        end.enter_context(guarded(model))
+        yield
+
+
+def _with_step(
+    result: CalibrationRecord, step: Fed, collector: Collector, model: Module, gradients: GradientCollector | None
+) -> CalibrationRecord:
     "The record that has seen the batches of one more step."
     routed = {f"{e.module}.{e.expert}": e.tokens for e in tokens_per_expert(model)}
-    return replace(collector.added_to(result, step.batches, step.seconds), expert_tokens=routed)
+    seen = replace(collector.added_to(result, step.batches, step.seconds), expert_tokens=routed)
+    return seen if gradients is None else seen.with_gradients(*gradients.take())
 
 
 def one_pass(
@@ -241,17 +267,19 @@ def one_pass(
     total: int | None = None,
     progress: bool = False,
     attention: str = "eager",
+    gradients: GradientCollector | None = None,  # What collects them in a backward pass of each batch
 ) -> CalibrationRecord:
     """Run batches (inside `exclusive`) and return the record that has seen them too. After an interrupt it has seen
     those that were finished."""
     # record and memory change at once: whenever an interrupt comes, both are of the same batches
     done = result, collector.observers.memory
     collector.earlier = result.tensors
-    steps = shown(passes(model, stream, collector.owner, total=total), "recording", total, progress)
+    then = no_more if gradients is None else gradients.then
+    steps = shown(passes(model, stream, collector.owner, total=total, then=then), "recording", total, progress)
     try:
-        with collector.attached(), calibration_context(model, attention), guarded(model), _tokens_from_zero(model):
+        with collector.attached(), running_context(model, attention, gradients), _tokens_from_zero(model):
             for step in steps:
-                done = _with_step(done[0], step, collector, model), collector.observers.memory
+                done = _with_step(done[0], step, collector, model, gradients), collector.observers.memory
     except KeyboardInterrupt:
         tqdm.write(f"interrupted: the record holds the {done[0].batches} batches that were finished")
     result, collector.observers.memory = done
@@ -259,16 +287,19 @@ def one_pass(
 
 
 # %% ../../nbs/records/run.ipynb #0a34b0db
-def check_options(model: Module, tokenizer: Any, mask: Any, keep_text: bool, nonfinite: str) -> None:
+def check_options(
+    model: Module, tokenizer: Any, mask: Any, keep_text: bool, nonfinite: str, attention: str = "eager"
+) -> None:
     "TypeError or ValueError for options of `record` that make no sense, or make none for this model."
     check_policy(nonfinite)
+    check_attention(attention)
     undo_log_of(model)  # a TypeError unless it is a model
     if tokenizer is not None and not (callable(tokenizer) and hasattr(tokenizer, "decode")):
         raise TypeError(
             "tokenizer must be the model's tokenizer (a callable with `decode`) or None, got "
             f"{type(tokenizer).__name__}"
         )
-    if not isinstance(keep_text, bool): raise TypeError(f"keep_text={keep_text!r} must be True or False")
+    check_flag("keep_text", keep_text)
     if mask is not None and reads_two_sequences(model):
         raise ValueError(
             f"mask: {type(model).__name__} reads two sequences, one in its encoder and one in its decoder, "
@@ -309,6 +340,17 @@ def _begun(model: Module, request: _Request) -> tuple[Collector, CalibrationReco
     return collector, new_record(model, collector, request.recipe, **how)
 
 
+def new_gradients(model: Module, recipe: QuantizationMixin, wanted: bool = True) -> GradientCollector | None:
+    "A collector of gradients for the modules that a recipe matches and that gradients pass; None if none is wanted."
+    if not wanted: return None
+    modules = {name: m for name, m in modules_to_record(model, recipe).items() if isinstance(m, Linear)}
+    if phase_of(model) == "calibrated":
+        raise LifecycleError("gradients=True needs the unquantized model, but this one is calibrated; keep its recipe, "
+                             "then reset_quantization(model)")
+    check_gradients(model, modules)
+    return GradientCollector(modules)
+
+
 @contextmanager
 def _opened(model: Module, recipe: QuantizationMixin, base_names: Iterable[str]) -> Iterator[None]:
     "Inside the block everything that is asked for can be looked at; afterwards the model is as before."
@@ -341,6 +383,7 @@ def record(
     nonfinite: str = "record",  # NaN and infinity: "record" where, "skip" the batch for that tensor, or "raise"
     batch_indices: Iterable[int] | None = None,  # Global indices of these batches, to merge parts with `|`
     attention: Literal["eager", "model"] = "eager",  # Attention to run with; eager is what parity is measured with
+    gradients: bool = False,  # Also run each batch backward, for forecasts: 2 to 4 times the time
     keep_text: bool = True,  # Whether tokens of the data may stand in the record
     progress: bool = True,  # Show a bar with tokens per second and the time left
 ) -> CalibrationRecord:
@@ -348,21 +391,20 @@ def record(
     interrupt returns the record so far. Bad arguments and busy models are refused before anything runs."""
     with together("check what to record"):  # a rank that finds a fault does not leave the others waiting
         names = check_base_names(base_names)
-        asked = observers_to_record(observers, scheme)
-        mask = check_mask(mask)
         recipe = recipe_to_record(scheme, group_size=group_size)
-        check_options(model, tokenizer, mask, keep_text, nonfinite)
-        check_attention(attention)
-    text_of = tokenizer if keep_text else None
-    request = _Request(names, asked, recipe, scheme is not None, mask, text_of, nonfinite, attention)
+        request = _Request(names, observers_to_record(observers, scheme, gradients), recipe, scheme is not None,
+                           check_mask(mask), tokenizer if keep_text else None, nonfinite, attention)
+        check_options(model, tokenizer, request.mask, keep_text, nonfinite, attention)
     stream = iter(()) if data is None and names == ("weight",) else batches(data, tokenizer, batch_size, max_length)
     with exclusive(model, "record()"), each_warning_once():
         finish_loading(model)
         with _opened(model, recipe, names):
             inputs = not_empty(numbered(stream, batch_indices), names)
             collector, begun = _begun(model, request)
+            backwards = new_gradients(model, recipe, gradients)
+            seen = _as_recorded(model, inputs, request.mask)
             total = expected_batches(data, batch_size)
-            result = one_pass(model, _as_recorded(model, inputs, mask), collector, begun, total, progress, attention)
+            result = one_pass(model, seen, collector, begun, total, progress, attention, backwards)
             if result.batches and not result.tokens:
                 warn_once("mask leaves out every token: nothing was seen but weights")
             return replace(result, results=results_now(collector, model, result.tensors))

@@ -14,7 +14,7 @@ import ipywidgets as w
 import numpy as np
 import pandas as pd
 
-from ..evaluate import check_causal
+from ..modeling import check_causal
 from ..lifecycle import QuantizationModifier
 from ..schemes import preset_names
 from ..session import PHASES_IN_WORDS, Session, SessionError, WorkbenchState, run_in_background

@@ -32,6 +32,11 @@ def record_texts():
     )
 
 
+def record_gradients():
+    model, tokenizer = load_tiny_llama()
+    return recorded("gradients", model, texts(), tokenizer=tokenizer, max_length=64, gradients=True)
+
+
 def record_experts():
     return recorded("experts", *mixture(), scheme="NVFP4", observers=["static_minmax"])
 

@@ -5,9 +5,10 @@ import pytest
 from qcal_nb.records import CalibrationRecord, record_equal, unequal_parts
 from tests.ranks.launching import good
 
-WHOLE = ["record_texts", "record_experts", "record_by_hand", "record_one_without_data"]
+WHOLE = ["record_texts", "record_gradients", "record_experts", "record_by_hand", "record_one_without_data"]
 NAMES = dict(
-    record_texts="texts", record_experts="experts", record_by_hand="by_hand", record_one_without_data="no_data"
+    record_texts="texts", record_gradients="gradients", record_experts="experts", record_by_hand="by_hand",
+    record_one_without_data="no_data"
 )
 
 

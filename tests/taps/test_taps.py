@@ -48,7 +48,7 @@ def test_named_arguments_and_tuples():
         for base_name in ("input", "output"):
             watch(module, base_name, lambda value, key=(name, base_name): seen.update({key: value}))
     x = torch.ones(2, 4)
-    y, _ = model(None, hidden_states=x)
+    with torch.no_grad(): y, _ = model(None, hidden_states=x)
     assert seen["outer", "input"] is x and seen["inner", "input"] is x
     assert seen["outer", "output"] is y and seen["inner", "output"] is y
 
