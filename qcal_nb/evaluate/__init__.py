@@ -17,18 +17,22 @@ from .best import (
     schemes_of_record,
     sort_rows,
 )
-from .forecasts import STATE_WORDS, forecast, forecast_modules
+from .budget import Allocation, allocate, pareto
+from .forecasts import STATES, STATE_WORDS, forecast, forecast_modules
 from .observers import compare_observers
 from .schemes import compare_schemes, evaluate, named_schemes, unfit_schemes
 from .sensitivities import sensitivity
 
 __all__ = [
+    "Allocation",
     "RUNNING",
+    "STATES",
     "STATE_WORDS",
     "TABLE_ORDERS",
     "TENSOR_COLUMNS",
     "UNKNOWN",
     "ZEROS",
+    "allocate",
     "best_by_tensor",
     "best_observers",
     "compare_for_recipe",
@@ -40,6 +44,7 @@ __all__ = [
     "forecast_modules",
     "named_schemes",
     "observers_to_compare",
+    "pareto",
     "rows_by_scheme",
     "scheme_args_by_module",
     "scheme_observers",

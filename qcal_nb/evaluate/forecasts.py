@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NO_COST', 'Units', 'LEAST_BATCHES', 'STATES', 'STATE_WORDS', 'FORECAST_COLUMNS', 'MODULE_FORECAST_COLUMNS',
            'quantized', 'weight_results', 'input_result', 'quantized_rows', 'ModuleCost', 'unit_costs',
-           'forecast_units', 'check_forecast', 'Forecast', 'forecast_of', 'experts_open', 'state_of', 'spread_of',
-           'forecast', 'forecast_modules']
+           'forecast_units', 'check_forecast', 'check_same_weights', 'Forecast', 'forecast_of', 'experts_open',
+           'state_of', 'spread_of', 'forecast', 'forecast_modules']
 
 # %% ../../nbs/evaluate/forecasts.ipynb #b5a330de
 from collections.abc import Iterable, Iterator, Mapping
@@ -164,7 +164,7 @@ def forecast_units(model: Module, names: Iterable[str]) -> Units:
     units = dict.fromkeys(unit_of.get(name, (name,)) for name in wanted.values())
     return {unit_name(unit): unit for unit in units}
 
-# %% ../../nbs/evaluate/forecasts.ipynb #a272a54a
+# %% ../../nbs/evaluate/forecasts.ipynb #09073309
 LEAST_BATCHES = 5
 
 
@@ -179,7 +179,7 @@ def check_forecast(record: CalibrationRecord, model: Module, purpose: str = "for
                          f"at least {LEAST_BATCHES} batches are needed")
 
 
-def _check_same_weights(record: CalibrationRecord, modules: Mapping[str, Module]) -> None:
+def check_same_weights(record: CalibrationRecord, modules: Mapping[str, Module]) -> None:
     for name, module in modules.items():
         known = record.tensors.get((name, "weight"))
         if known is not None and not same_stats(known, measure(module.weight.detach(), None)):
@@ -195,7 +195,7 @@ def _without_forecast(record: CalibrationRecord, chosen: Mapping[str, tuple[Modu
         if name not in record.types: return f"{name} is not in the record"
     return ""
 
-# %% ../../nbs/evaluate/forecasts.ipynb #fa1541e3
+# %% ../../nbs/evaluate/forecasts.ipynb #0cfbe7d8
 class Forecast(NamedTuple):
     "The costs of a scheme by module, or why there are none."
 
@@ -232,7 +232,7 @@ def forecast_of(record: CalibrationRecord, model: Module, modifier: Quantization
         schemes = {name: scheme for name, (_, scheme) in chosen.items()}
         why = _without_forecast(record, chosen)
         if why: return Forecast(schemes, {}, why)
-        _check_same_weights(record, {name: module for name, (module, _) in chosen.items()})
+        check_same_weights(record, {name: module for name, (module, _) in chosen.items()})
         try:
             return Forecast(schemes, dict(_costs_of(record, model, chosen)))
         except ValueError as fault:

@@ -1,9 +1,12 @@
-"""What a scheme will cost a model's predictions, told from one recording with gradients."""
+"""What a scheme will cost a model's predictions, told from one recording with gradients; and the best for so many bytes."""
 
-from ..evaluate import STATE_WORDS, forecast, forecast_modules
+from ..evaluate import Allocation, STATE_WORDS, allocate, forecast, forecast_modules, pareto
 
 __all__ = [
+    "Allocation",
     "STATE_WORDS",
+    "allocate",
     "forecast",
     "forecast_modules",
+    "pareto",
 ]

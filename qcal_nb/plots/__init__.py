@@ -1,5 +1,6 @@
 """Pictures of records and tables, in matplotlib."""
 
+from .budget import plot_pareto
 from .choices import observer_to_draw, plot_convergence, plot_observers, plot_scales, plot_sensitivity
 from .gallery import plot_phases
 from .model import clips_of, plot_density, plot_ranges
@@ -37,6 +38,7 @@ __all__ = [
     "plot_density",
     "plot_histogram",
     "plot_observers",
+    "plot_pareto",
     "plot_phases",
     "plot_ranges",
     "plot_scales",

@@ -12,10 +12,12 @@ from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from helpers import make_batches, make_model, qparams
 from safetensors.torch import load_file
 
+from qcal_nb.evaluate import allocate
 from qcal_nb.lifecycle import QuantizationModifier
 from qcal_nb.models import load_tiny_llama
 from qcal_nb.pipelines import calibrate
 from qcal_nb.recipes import from_config, from_yaml, override, save_quantized, to_yaml
+from qcal_nb.records import record
 from qcal_nb.schemes import preset
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -162,3 +164,19 @@ def test_our_checkpoint_is_theirs(scheme, tokenizer, tmp_path):
         assert theirs[key] == ours[key], key
     assert plain(from_config(tmp_path/"theirs")) == plain(from_config(tmp_path/"ours")) == plain(modifier)
     assert plain(from_yaml(tmp_path/"theirs"/"recipe.yaml")) == plain(modifier)
+
+
+def test_a_mixture_for_a_budget_is_calibrated_alike(tmp_path):
+    "The recipe that `allocate` leaves, read by llm-compressor from YAML."
+    model, tokenizer = load_tiny_llama(torch.bfloat16)
+    data = make_batches(5, vocab=200)
+    made = record(model, data, gradients=True, progress=False)
+    mixture = {"W4A16": preset("W4A16"), "FP8": "FP8", "unquantized": None}
+    found = allocate(made, model, "2.4 MB", mixture)
+    assert found.table.scheme.nunique() > 1
+    (tmp_path/"recipe.yaml").write_text(to_yaml(found.recipe))
+    theirs = oneshot(load_tiny_llama(torch.bfloat16)[0], data, tokenizer, tmp_path/"recipe.yaml", tmp_path)
+    ours = calibrate(load_tiny_llama(torch.bfloat16)[0], data, found.recipe, progress=False)
+    mine, reference = qparams(ours), qparams(theirs)
+    assert mine.keys() == reference.keys() and len(mine) > 28
+    assert all(torch.equal(value, reference[name]) for name, value in mine.items())
