@@ -416,6 +416,22 @@ def _rows_with_bar(job: _SchemeComparison, progress: bool, tick: Callable[[], No
         return _scheme_rows(job, bar, done)
 
 
+def _check_forecast(forecast: Any) -> None:
+    if forecast is None: return
+    if not isinstance(forecast, pd.DataFrame) or not {"scheme", "kl", "state"} <= set(forecast.columns):
+        raise TypeError(f"forecast must be what forecasts.forecast returned, got {type(forecast).__name__}")
+
+
+def _with_forecast(table: pd.DataFrame, forecast: pd.DataFrame | None) -> pd.DataFrame:
+    "The same table with the forecast KL of each scheme, and how far it can be believed, beside the measured one."
+    if forecast is None: return table
+    known = forecast.drop_duplicates("scheme").set_index("scheme")
+    place = table.columns.get_loc("kl") + 1
+    table.insert(place, "forecast", table.scheme.map(known.kl))
+    table.insert(place + 1, "state", table.scheme.map(known.state).fillna(""))
+    return table
+
+
 def _schemes_table(rows: list[Row], texts: bool) -> pd.DataFrame:
     columns = SCHEME_COLUMNS + ["text"] * texts
     table = pd.DataFrame(rows, columns=columns).astype({"weight_bytes": "Int64", "worst": object, "why": object})
@@ -435,6 +451,7 @@ def compare_schemes(
     eval_max_length: int | None = None,  # The same for `eval_data`; None: as `max_length`
     progress: bool = True,  # Show a bar
     prompt: str | None = None,  # Adds a column `text`: how each model goes on from here; needs the tokenizer
+    forecast: pd.DataFrame | None = None,  # What `forecast` said of schemes with these labels: adds it beside `kl`
     tick: Callable[[], None] | None = None,  # Called after each batch; a KeyboardInterrupt in it ends the comparison
 ) -> pd.DataFrame:
     """A row per scheme, the unquantized model first: loss and KL in nats per token, shares, dB and bytes; for a
@@ -442,8 +459,9 @@ def compare_schemes(
     signal, so it does not see what is lost in small channels beside outlier channels. Works on the one model and
     leaves it as it was, also after errors; an interrupt gives the rows so far."""
     _check_comparable(model, tokenizer, prompt)
+    _check_forecast(forecast)
     options = dict(tokenizer=tokenizer, batch_size=batch_size, max_length=max_length, eval_max_length=eval_max_length)
     def line() -> str | None: return None if prompt is None else continuation(model, tokenizer, prompt)
     modifiers = named_schemes(schemes, group_size)
     job = _prepared_comparison(model, data, modifiers, eval_data, line, **options)
-    return _schemes_table(_rows_with_bar(job, progress, tick), prompt is not None)
+    return _with_forecast(_schemes_table(_rows_with_bar(job, progress, tick), prompt is not None), forecast)

@@ -1,4 +1,4 @@
-"""What a scheme will cost a model's predictions, told from one recording with gradients; and the best for so many bytes."""
+"""What a scheme will cost a model's predictions, told from one recording with gradients."""
 
 from ..evaluate import Allocation, STATE_WORDS, allocate, forecast, forecast_modules, pareto
 

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from ..evaluate import STATES, STATE_WORDS
 from .style import BASE_COLORS, CLIPPED, dots, headline, new_axes, say_nothing
 
-# %% ../../nbs/plots/budget.ipynb #140764d5
+# %% ../../nbs/plots/budget.ipynb #bea1f06c
 _NEEDED = {"bytes", "kl", "mix"}
 
 
@@ -31,8 +31,8 @@ def _shade_states(ax: Axes, highest: float) -> None:
     for (state, limit), shade in zip(STATES.items(), (None, "0.92", "0.82")):
         if shade is not None and below < highest:
             ax.axhspan(below, min(limit, 1e6), color=shade, lw=0, zorder=0)
-            ax.text(0.995, below * 1.05, f"{state}: {STATE_WORDS[state]}", transform=ax.get_yaxis_transform(), ha="right",
-                    va="bottom", fontsize=7.5, color="0.25")
+            style = dict(ha="right", va="bottom", fontsize=7.5, color="0.25", transform=ax.get_yaxis_transform())
+            ax.text(0.995, below * 1.05, f"{state}: {STATE_WORDS[state]}", **style)
         below = limit
 
 
@@ -58,8 +58,8 @@ def plot_pareto(
     measured: pd.DataFrame | None = None,   # Recipes that were measured: bytes, and KL in nats per token
     ax: Axes | None = None,                 # Where to draw; a new figure if None
 ) -> Axes:
-    """Forecast KL against the bytes of the checkpoint: the best mixtures, uniform schemes by name, and what was measured.
-    Returns the axes."""
+    """Forecast KL against the bytes of the checkpoint: the best mixtures, uniform schemes by name, and what was
+    measured. Returns the axes."""
     _check_frontier(frontier, measured)
     ax = ax or new_axes(7.5, 4.2)
     costly = frontier[frontier.kl > 0]

@@ -3,6 +3,7 @@
 from .calibration_record import About, CalibrationRecord, ResultKey, Key, forget_answers, record_equal
 from .calibration_record import unequal_parts
 from .collect import Collector
+from .gradient_collector import GradientCollector
 from .live_results import LiveResults
 from .results import (
     ObserverResult,
@@ -21,13 +22,16 @@ from .run import (
     args_by_tensor,
     attention_open,
     check_base_names,
+    check_flag,
     check_observers,
     modules_to_record,
     new_collector,
+    new_gradients,
     new_record,
     one_pass,
     recipe_to_record,
     record,
+    running_context,
     tensors_to_record,
 )
 from .tokens import kept_of, selected
@@ -37,6 +41,7 @@ __all__ = [
     "Attached",
     "CalibrationRecord",
     "Collector",
+    "GradientCollector",
     "Key",
     "LiveResults",
     "Memory",
@@ -47,6 +52,7 @@ __all__ = [
     "args_by_tensor",
     "attention_open",
     "check_base_names",
+    "check_flag",
     "check_observers",
     "counts_of",
     "follows_from_stats",
@@ -54,6 +60,7 @@ __all__ = [
     "kept_of",
     "modules_to_record",
     "new_collector",
+    "new_gradients",
     "new_record",
     "observer_result",
     "observers_from_stats",
@@ -63,6 +70,7 @@ __all__ = [
     "record_equal",
     "result_from_stats",
     "results_together",
+    "running_context",
     "selected",
     "statistics_from",
     "tensors_to_record",

@@ -340,10 +340,13 @@ def _begun(model: Module, request: _Request) -> tuple[Collector, CalibrationReco
     return collector, new_record(model, collector, request.recipe, **how)
 
 
-def new_gradients(model: Module, recipe: QuantizationMixin, wanted: bool = True) -> GradientCollector | None:
-    "A collector of gradients for the modules that a recipe matches and that gradients pass; None if none is wanted."
+def new_gradients(
+    model: Module, recipe: QuantizationMixin, wanted: bool = True, check: bool = True
+) -> GradientCollector | None:
+    """A collector of gradients for the Linears that a recipe matches; None if none is wanted. `check` as in
+    `modules_to_record`."""
     if not wanted: return None
-    modules = {name: m for name, m in modules_to_record(model, recipe).items() if isinstance(m, Linear)}
+    modules = {name: m for name, m in modules_to_record(model, recipe, check=check).items() if isinstance(m, Linear)}
     if phase_of(model) == "calibrated":
         raise LifecycleError("gradients=True needs the unquantized model, but this one is calibrated; keep its recipe, "
                              "then reset_quantization(model)")

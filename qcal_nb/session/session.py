@@ -17,23 +17,23 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 from torch.nn import Module
 
-from ..calibration import claim, guarded, scheme_args
+from ..calibration import claim, scheme_args
 from ..evaluate import compare_schemes, named_schemes, observers_to_compare, unfit_schemes
 from ..lifecycle import Match, QuantizationModifier, State, at_work, changes, match_report, phase_of
 from ..lifecycle import reset_quantization, snapshot, step_edits, undo_log_of
 from ..modeling import states_of
 from ..models import positions_of
 from ..observers import Observer
-from ..pipelines import Batch, Fed, RepeatableBatches, as_batch, attention_used, batches, calibration_context
-from ..pipelines import check_attention, check_pipeline, expected_batches, passes, scales_of_segment
+from ..pipelines import Batch, Fed, RepeatableBatches, as_batch, attention_used, batches, check_attention
+from ..pipelines import check_pipeline, expected_batches, no_more, passes, scales_of_segment
 from ..recipes import save_quantized
-from ..records import About, CalibrationRecord, Collector, LiveResults, forget_answers, new_collector
-from ..records import new_record
+from ..records import About, CalibrationRecord, Collector, GradientCollector, LiveResults, check_flag
+from ..records import forget_answers, new_collector, new_gradients, new_record, running_context
 from ..schemes import adjusted
 from .feed import begin_work, run_in_background
 from .legal import STEPS, obstacle, require, usual_step
@@ -150,19 +150,20 @@ class Session(Recorded):
         once, unless `replay=False`."""
         _run_step(self, "start", _start if replay else _start_anew, "" if replay else "replay=False")
 
-    def feed(self, n: int = 1) -> None:
-        "Feed the next `n` batches. Stops early at the end of the data, at `stop()`, or at an interrupt."
+    def feed(self, n: int = 1, *, gradients: bool = False) -> None:
+        """Feed the next `n` batches. Stops early at the end of the data, at `stop()`, or at an interrupt.
+        `gradients`: also run each backward, for forecasts, which takes about three times as long again."""
         if isinstance(n, bool) or not isinstance(n, int) or n < 1:
             raise ValueError(f"n={n!r} must be an int of at least 1, the number of batches")
-        _feed(self, n)
+        _feed(self, _Feed(n, gradients))
 
-    def feed_all(self) -> None:
-        "Feed all batches that are left."
-        _feed(self, None)
+    def feed_all(self, *, gradients: bool = False) -> None:
+        "Feed all batches that are left; `gradients` as in `feed`."
+        _feed(self, _Feed(None, gradients))
 
-    def in_background(self, n: int | None = None) -> threading.Thread:
-        "Feed `n` batches (None: all that are left) in a thread and return it."
-        return run_in_background(self, _begin_feed(self, n, later=True))
+    def in_background(self, n: int | None = None, *, gradients: bool = False) -> threading.Thread:
+        "Feed `n` batches (None: all that are left) in a thread and return it; `gradients` as in `feed`."
+        return run_in_background(self, _begin_feed(self, _Feed(n, gradients), later=True))
 
     def end(self) -> None:
         "Compute the scales, take observers off, switch fake quantization on."
@@ -399,17 +400,36 @@ def _end_calibration(session: Session) -> str:
 
 
 # %% ../../nbs/session/session.ipynb #ee26034a
+class _Feed(NamedTuple):
+    "What to feed."
+
+    n: int | None           # batches; None: all that are left
+    gradients: bool         # run each backward, too
+
+    def line(self, n: int | None) -> str:
+        "The line of code that feeds so many batches."
+        given = ["" if n is None else str(n), "gradients=True" if self.gradients else ""]
+        return f"{'feed_all' if n is None else 'feed'}({', '.join(filter(None, given))})"
+
+
+def _check_gradients(session: Session, what: _Feed) -> None:
+    "TypeError, ValueError or SessionError for gradients that cannot be had."
+    if not check_flag("gradients", what.gradients): return
+    if session.pipeline != "basic":
+        raise SessionError("gradients need whole passes: make the session with pipeline='basic', or feed without")
+
+
 def _to_do(session: Session, n: int | None) -> int | None:
     left = None if session.stream.total is None else session.stream.total - session.fed
     return n if left is None else left if n is None else min(n, left)
 
 
-def _begin_feed(session: Session, n: int | None, later: bool = False) -> Callable[[], None]:
-    "Become the one work that runs, and feed up to `n` batches (None: all that are left), as one step."
-    line = "feed_all()" if n is None else f"feed({n})"
+def _begin_feed(session: Session, what: _Feed, later: bool = False) -> Callable[[], None]:
+    "Become the one work that runs, and feed batches, as one step."
+    _check_gradients(session, what)
     def check() -> None: require(session, "feed")
-    def work() -> None: _run_feed(session, n, line)
-    mine = begin_work(session, line.removesuffix("()"), check, work, later)
+    def work() -> None: _run_feed(session, what)
+    mine = begin_work(session, what.line(what.n).removesuffix("()"), check, work, later)
     def go_on() -> None:
         try:
             next(mine, None)
@@ -418,37 +438,38 @@ def _begin_feed(session: Session, n: int | None, later: bool = False) -> Callabl
     return go_on
 
 
-def _feed(session: Session, n: int | None) -> None:
+def _feed(session: Session, what: _Feed) -> None:
     try:
-        _begin_feed(session, n)
+        _begin_feed(session, what)
     finally:
         session.tell("feed")
 
 # %% ../../nbs/session/session.ipynb #b1eb5b9f
-def _run_feed(session: Session, n: int | None, line: str) -> None:
+def _run_feed(session: Session, what: _Feed) -> None:
     past = session.underway = _past_now(session)
-    session.progress = Progress(total=_to_do(session, n))
+    session.progress = Progress(total=_to_do(session, what.n))
     model = session.model
     collector = twins = None
     # block by block, scales may have been computed before a batch has passed the model
     def undo() -> str: return "always" if session.fed == past.fed else "later"
     try:
-        held = at_work(model, f"the {session.owner} ({line})", undo)
-        with held, calibration_context(model, session.attention), guarded(model):
+        backwards = new_gradients(model, session.modifier, what.gradients, check=False)
+        held = at_work(model, f"the {session.owner} ({what.line(what.n)})", undo)
+        with held, running_context(model, session.attention, backwards):
             collector = _collector(session)
             twins = _looking_for_the_model(session, collector)
             with collector.attached():
-                _feed_batches(session, n, collector)
+                _feed_batches(session, what.n, collector, backwards)
     except Exception as error:
         session.error = error
         raise
     finally:
-        _settle_feed(session, past, line, collector, twins or {})
+        _settle_feed(session, past, what, collector, twins or {})
         session.underway = None
 
 
 def _settle_feed(
-    session: Session, past: Past, line: str, collector: Collector | None, twins: Mapping[Observer, Twin]
+    session: Session, past: Past, what: _Feed, collector: Collector | None, twins: Mapping[Observer, Twin]
 ) -> None:
     "What was fed becomes a step; if nothing was, the record is as before."
     if collector is None or session.fed == past.fed:
@@ -460,8 +481,8 @@ def _settle_feed(
     _note_step(session, past)
     forget_answers(past.record, session.record)
     session.phase = "fed"
-    complete = line == "feed_all()" and session.fed == session.stream.total
-    session.code = [*session.code, line if complete else f"feed({session.fed - past.fed})"]
+    complete = what.n is None and session.fed == session.stream.total
+    session.code = [*session.code, what.line(None if complete else session.fed - past.fed)]
 
 
 def _conclude(session: Session, collector: Collector) -> None:
@@ -489,7 +510,9 @@ def _next_batches(session: Session, n: int | None) -> Iterator[Batch]:
         yield as_batch(batch, index)
 
 
-def _feed_batches(session: Session, n: int | None, collector: Collector) -> None:
+def _feed_batches(
+    session: Session, n: int | None, collector: Collector, backwards: GradientCollector | None
+) -> None:
     done = Progress(total=session.progress.total)
     steps = passes(
         session.model,
@@ -498,22 +521,26 @@ def _feed_batches(session: Session, n: int | None, collector: Collector) -> None
         pipeline=session.pipeline,
         propagate=session.propagate,
         after=scales_of_segment(session.modifier, session.model),
+        then=no_more if backwards is None else backwards.then,
         total=session.progress.total,
     )
     collector.earlier = session.record.tensors
     with closing(steps):
         for step in steps:
-            _count_step(session, step, collector)
+            _count_step(session, step, collector, backwards)
             done = Progress(step.done, step.total, done.tokens + step.tokens, done.seconds + step.seconds, step.unit)
             session.progress = done
             session.tell("batch")
             if step.unit == "blocks" and not session.may_go_on(): return
 
 
-def _count_step(session: Session, step: Fed, collector: Collector) -> None:
+def _count_step(
+    session: Session, step: Fed, collector: Collector, backwards: GradientCollector | None
+) -> None:
     "Add the batches that have passed the whole model to the record."
     if not step.batches: return
-    session.record = collector.added_to(session.record, step.batches, step.seconds)
+    seen = collector.added_to(session.record, step.batches, step.seconds)
+    session.record = seen if backwards is None else seen.with_gradients(*backwards.take())
     session.fed = session.fed + len(step.batches)
 
 

@@ -44,9 +44,13 @@ def test_every_scheme_is_forecast_within_the_bar(tiny):
     before = fingerprint(model)
     table = forecast(made, model, SCHEMES).set_index("scheme")
     assert differences(before, fingerprint(model)) == []
-    measured = compare_schemes(model, data, SCHEMES, eval_data=held_out, **QUIET).set_index("scheme")
+    both = compare_schemes(model, data, SCHEMES, eval_data=held_out, forecast=table.reset_index(), **QUIET)
+    measured = both.set_index("scheme")
+    assert list(both.columns).index("forecast") == list(both.columns).index("kl") + 1
+    assert np.isnan(measured.forecast["original"]) and measured.state["original"] == ""
     for name in SCHEMES:
         row = table.loc[name]
+        assert measured.forecast[name] == row.kl and measured.state[name] == row.state
         assert row.why == "" and row.state == "estimate" and row.spread < 2
         assert 0.80 < row.kl / measured.kl[name] < 1.15, (name, row.kl, measured.kl[name])
         assert row.weights + row.inputs == pytest.approx(row.kl)
@@ -140,6 +144,8 @@ def test_what_cannot_be_told_is_a_row_that_says_why(tiny, scheme, why):
 
 def test_refusals(tiny):
     model, data, _, made = tiny
+    with pytest.raises(TypeError, match="forecast must be what forecasts.forecast returned, got CalibrationRecord"):
+        compare_schemes(model, data, ["FP8"], eval_data=data, forecast=made, **QUIET)
     with pytest.raises(TypeError, match="record must be a CalibrationRecord"): forecast(model, made, ["FP8"])
     with pytest.raises(ValueError, match="the record has no gradients"):
         forecast(made.without_gradients(), model, ["FP8"])
