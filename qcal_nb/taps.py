@@ -106,14 +106,19 @@ SeeGradients = Callable[[Tensor, Tensor, Tensor], Any]  # an input, the gradient
 
 
 class _Call:
-    "One call of a module whose gradients are waited for."
+    """One call of a module whose gradients are waited for. It does not hold the view that its hook is on: the two would
+    keep each other, and with them all that the pass computed."""
 
     def __init__(self, x: Tensor, see: SeeGradients) -> None:
         self.x = x
         self.see = see
         self.version = x._version
-        self.own = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
-        self.own.register_hook(self.at_input)
+
+    def own_view(self) -> Tensor:
+        "What the module reads instead of its input: the gradient of it is the module's share."
+        own = self.x.view_as(self.x) if self.x.requires_grad else self.x.detach().requires_grad_()
+        own.register_hook(self.at_input)
+        return own
 
     def returned(self, output: Tensor) -> None:
         "Wait for the gradient at this output, if one can come."
@@ -144,7 +149,7 @@ def watch_gradients(module: Module, see: SeeGradients) -> Iterator[None]:
         x = first_tensor(args, kwargs)
         if not torch.is_grad_enabled() or x is None or not x.is_floating_point(): return None
         calls.append(_Call(x, see))
-        return _with_first(args, kwargs, x, calls[-1].own)
+        return _with_first(args, kwargs, x, calls[-1].own_view())
 
     def behind(_: Module, args: Any, output: Any) -> None:
         y = first_tensor(output)

@@ -20,6 +20,7 @@ from typing import Any
 from urllib.parse import quote
 
 from .. import __version__
+from .plan import plan_command, plan_options
 
 # %% ../../nbs/cli/commands.ipynb #6da09f18
 _FIRST = """\
@@ -27,6 +28,7 @@ first steps, on the model that comes with qcal-nb:
   qcal-nb lab tiny                                look at it and calibrate it with the mouse
   qcal-nb calibrate tiny --scheme FP8 --out run   the same without a notebook
   qcal-nb report run/record.safetensors           what was found, as a page
+  qcal-nb plan tiny --budget 2.5MB --out plan     the best recipe for so many bytes
 `qcal-nb calibrate --help` shows how to use a model of your own.
 """
 _CALIBRATE = """\
@@ -182,8 +184,8 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="qcal-nb", description="Calibrate and inspect quantization of language models.",
                                   epilog=_FIRST, formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("--version", action="version", version=f"qcal-nb {__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="lab | calibrate | report")
-    for add in (_lab_options, _calibrate_options, _report_options):
+    commands = top.add_subparsers(dest="command", required=True, metavar="lab | calibrate | plan | report")
+    for add in (_lab_options, _calibrate_options, plan_options, _report_options):
         add(commands)
     for command in commands.choices.values():
         command.add_argument("--traceback", action="store_true", help="show where an error came from")
@@ -420,7 +422,8 @@ def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
 def main(words: Sequence[str] | None = None) -> int:
     "Run a command. Returns the exit code."
     options = parser().parse_args(words)
-    command = dict(lab=lab_command, calibrate=calibrate_command, report=report_command)[options.command]
+    commands = dict(lab=lab_command, calibrate=calibrate_command, plan=plan_command, report=report_command)
+    command = commands[options.command]
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _warn

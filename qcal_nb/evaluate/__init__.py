@@ -17,7 +17,7 @@ from .best import (
     schemes_of_record,
     sort_rows,
 )
-from .budget import Allocation, allocate, pareto
+from .budget import Allocation, allocate, bytes_in, pareto
 from .forecasts import STATES, STATE_WORDS, forecast, forecast_modules
 from .observers import compare_observers
 from .schemes import compare_schemes, evaluate, named_schemes, unfit_schemes
@@ -35,6 +35,7 @@ __all__ = [
     "allocate",
     "best_by_tensor",
     "best_observers",
+    "bytes_in",
     "compare_for_recipe",
     "compare_in_pieces",
     "compare_observers",

@@ -1,5 +1,7 @@
 """`record(gradients=True)`: the gradients of a plain backward pass, however split, and a model that is as before."""
+import gc
 import inspect
+import weakref
 from contextlib import ExitStack, contextmanager
 from functools import partial, reduce
 from operator import or_
@@ -210,3 +212,18 @@ def test_the_embedded_model_on_texts():
     model, tokenizer = load_tiny_llama()
     made = record(model, ["A list is mutable, and a tuple is not."] * 5, tokenizer=tokenizer, gradients=True, **QUIET)
     assert len(made.gradients) == 28 and min(made.labels) == max(made.labels) > 5
+
+
+def test_a_pass_keeps_nothing_of_what_it_computed():
+    "No cycle of references holds the tensors of a block until the garbage collector comes by."
+    model, value, seen = make_model("llama_gqa"), as_batch(make_batches(1)[0]), []
+    gc.collect()
+    gc.disable()
+    try:
+        with backward_context(model), ExitStack() as watching:
+            for module in linears(model).values():
+                watching.enter_context(watch_gradients(module, lambda *all: seen.extend(map(weakref.ref, all))))
+            feed(model, value, lambda output: backward(output.logits, value, 0))
+        assert len(seen) == 3 * 14 and [one for one in seen if one() is not None] == []
+    finally:
+        gc.enable()
