@@ -335,8 +335,10 @@ SCHEME_COLUMNS = [
 ORIGINAL = "original"
 
 
-def _check_comparable(model: Module, tokenizer: Any, prompt: str | None) -> None:
-    "TypeError, ValueError or LifecycleError unless a model can be compared and can continue the prompt."
+def _check_comparable(model: Module, tokenizer: Any, prompt: str | None, forecast: Any = None) -> None:
+    """TypeError, ValueError or LifecycleError unless a model can be compared and can continue the prompt, and a
+    forecast is one."""
+    _check_forecast(forecast)
     if prompt is not None:
         prompt_ids(check_causal(model), tokenizer, prompt)
     check_original(check_causal(model), "compare_schemes()")
@@ -454,12 +456,10 @@ def compare_schemes(
     forecast: pd.DataFrame | None = None,  # What `forecast` said of schemes with these labels: adds it beside `kl`
     tick: Callable[[], None] | None = None,  # Called after each batch; a KeyboardInterrupt in it ends the comparison
 ) -> pd.DataFrame:
-    """A row per scheme, the unquantized model first: loss and KL in nats per token, shares, dB and bytes; for a
-    scheme that does not fit the model, `why` instead. `worst_sqnr_db` sets all error of a tensor against all its
-    signal, so it does not see what is lost in small channels beside outlier channels. Works on the one model and
-    leaves it as it was, also after errors; an interrupt gives the rows so far."""
-    _check_comparable(model, tokenizer, prompt)
-    _check_forecast(forecast)
+    """A row per scheme, the unquantized model first: loss and KL in nats per token, shares, dB and bytes; `why` says
+    why a scheme does not fit. `worst_sqnr_db` sets all error of a tensor against all its signal: what is lost in small
+    channels beside large ones does not show. The one model is left as it was; an interrupt gives the rows so far."""
+    _check_comparable(model, tokenizer, prompt, forecast)
     options = dict(tokenizer=tokenizer, batch_size=batch_size, max_length=max_length, eval_max_length=eval_max_length)
     def line() -> str | None: return None if prompt is None else continuation(model, tokenizer, prompt)
     modifiers = named_schemes(schemes, group_size)

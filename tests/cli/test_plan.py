@@ -41,7 +41,7 @@ def test_a_plan_becomes_a_checkpoint_of_that_size(own, tmp_path):
     record = CalibrationRecord.load(folder/"record.safetensors")
     assert record.gradients and not record.has_text
     size = int(done.stdout.split(" bytes")[0].replace(",", ""))
-    assert size <= 800_000 and f"calibrate with it: qcal-nb calibrate MODEL --recipe plan/recipe.yaml" in done.stdout
+    assert size <= 800_000 and "calibrate with it: qcal-nb calibrate MODEL --recipe plan/recipe.yaml" in done.stdout
     made = run("calibrate", *words, "--recipe", folder/"recipe.yaml", "--out", "run", "--checkpoint", cwd=tmp_path)
     assert made.returncode == 0, made.stderr
     stored = (tmp_path/"run"/"checkpoint"/"model.safetensors").stat().st_size
@@ -52,7 +52,7 @@ def test_a_plan_becomes_a_checkpoint_of_that_size(own, tmp_path):
     (["tiny", "--budget", "lots", "--out", "x"], 2, "'lots' must be a size such as 120MB"),
     (["tiny", "--budget", "1MB", "--out", "x", "--limit", "3"], 1, "a forecast needs at least 5 texts"),
     (["no/such/model", "--data", __file__, "--budget", "1MB", "--out", "x"], 1, "no/such/model"),
-    (["tiny", "--budget", "1MB", "--out", "x", "--max-length", "16", "--quiet"], 1, "the smallest mixture of W4A16, W8A16"),
+    (["tiny", "--budget", "1MB", "--out", "x", "--max-length", "16", "--quiet"], 1, "the smallest mixture of"),
 ])
 def test_what_is_wrong_is_said_and_leaves_nothing(words, code, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
