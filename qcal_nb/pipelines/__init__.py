@@ -1,6 +1,5 @@
 """Data on its way through a model: any form of text to batches, one feed loop, whole passes or block by block."""
 
-from .backward import backward, backward_context
 from .basic import PIPELINES, calibrate, scales_of_segment
 from .batch import (
     Batch,
@@ -21,6 +20,7 @@ from .batch import (
 )
 from .context import attention_used, calibration_context, check_attention
 from .data import RepeatableBatches, batches, expected_batches
+from .gradient_pass import backward, backward_context
 from .loop import Fed, check_pipeline, passes, shown
 from .sequential import PROPAGATE
 

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from ..evaluate import STATES, STATE_WORDS
 from .style import BASE_COLORS, CLIPPED, dots, headline, new_axes, say_nothing
 
-# %% ../../nbs/plots/budget.ipynb #bea1f06c
+# %% ../../nbs/plots/budget.ipynb #93be4efa
 _NEEDED = {"bytes", "kl", "mix"}
 
 
@@ -52,7 +52,7 @@ def _draw_measured(ax: Axes, frontier: pd.DataFrame, measured: pd.DataFrame) -> 
     style = dict(ls="", marker="o", ms=6, color=CLIPPED, zorder=4)
     dots(ax, measured.bytes / 1e6, measured.kl, "measured", label="measured", **style)
 
-
+# %% ../../nbs/plots/budget.ipynb #266f7ff5
 def plot_pareto(
     frontier: pd.DataFrame,                 # What `forecasts.pareto` gave: a row per recipe
     measured: pd.DataFrame | None = None,   # Recipes that were measured: bytes, and KL in nats per token

@@ -38,7 +38,7 @@ def check_gradients(model: Module, modules: Mapping[str, Module]) -> None:
         raise ValueError("gradients=True: this model is offloaded, and gradients of offloaded weights were not tried; "
                          "record without gradients, or load it whole")
 
-# %% ../../nbs/records/gradient_collector.ipynb #bd547a5e
+# %% ../../nbs/records/gradient_collector.ipynb #e192e81b
 class _Reading:
     "What the readers of one tensor told about it in this batch."
 
@@ -61,7 +61,7 @@ def _places(x: Tensor, batch: Batch) -> Tensor:
     row = number // max(length, 1)
     return torch.stack([torch.full_like(number, batch.index), row, number - row * length], 1)
 
-
+# %% ../../nbs/records/gradient_collector.ipynb #9802949e
 class GradientCollector:
     """Collects the gradients of modules. Run a batch inside `backward_context` and `attached`, give `then` what the
     model returned, and `take` what was seen; `forget` what a batch left that failed."""

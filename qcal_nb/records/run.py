@@ -29,7 +29,8 @@ from .. import __version__
 from ..recipes import write_whole
 from ..calibration import args_in, exclusive, finish_loading, guarded, rank_and_size, together
 from ..lifecycle import LifecycleError, QUANTIZABLE, QuantizationMixin, check_schemes, experts_apart, phase_of
-from ..lifecycle import reaches_experts, recoverable, schemes_by_module, undo_log_of, warn_uncalled, warn_unmatched
+from ..lifecycle import reaches_experts, recoverable, schemes_by_module, undo_log_of, warn_uncalled
+from ..lifecycle import warn_unmatched
 from ..modeling import attention_classes, attention_faults, attention_modules, embeddings_of, hook_attention
 from ..modeling import hook_kv_cache, tokens_per_expert, unfused_experts
 from ..observers import DEFAULT_ARGS, ObserverSpec, Registry, args_or_default, find_observer, label_of

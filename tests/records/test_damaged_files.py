@@ -37,7 +37,7 @@ def test_any_flipped_bit(saved):
     data, rng = saved.read_bytes(), random.Random(0)
     header = int.from_bytes(data[:8], "little") + 8
     places = [*rng.sample(range(header * 8), 150), *rng.sample(range(header * 8, len(data) * 8), 150)]
-    version = data.index(b'"version":"1"') + len(b'"version":"')
+    version = data.index(f'"version":"{VERSION}"'.encode()) + len(b'"version":"')
     for place in [*places, *range(version * 8, version * 8 + 8)]:
         broken = bytearray(data)
         broken[place // 8] ^= 1 << place % 8
@@ -74,7 +74,8 @@ def test_what_is_no_record(tmp_path, monkeypatch, saved):
 
 
 @pytest.mark.parametrize("version, words", [
-    ("2", "written by a newer qcal_nb.*upgrade"), ("999", "version 999"), ("0", "damaged"), ("-1", "damaged"),
+    (str(VERSION + 1), "written by a newer qcal_nb.*upgrade"), ("999", "version 999"), ("0", "damaged"),
+    ("-1", "damaged"),
     ("", "damaged"), ("one", "damaged"), ("1.5", "damaged"), ("\u00b2", "damaged")
 ])
 def test_another_version(saved, version, words):

@@ -15,7 +15,7 @@ from transformers import BertConfig, BertModel
 from qcal_nb.lifecycle import LifecycleError, QuantizationModifier
 from qcal_nb.models import load_tiny_llama
 from qcal_nb.pipelines import as_batch, backward_context, calibrate, calibration_context, feed
-from qcal_nb.pipelines.backward import backward, labelled
+from qcal_nb.pipelines.gradient_pass import backward, labelled
 from qcal_nb.records import CalibrationRecord, record, record_equal, unequal_parts
 from qcal_nb.records.calibration_record import FORMAT, to_tree
 from qcal_nb.records.files import write_tree
