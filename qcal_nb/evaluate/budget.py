@@ -88,10 +88,13 @@ UNQUANTIZED = "unquantized"
 Candidates = Mapping[str, QuantizationScheme | str | None]
 
 
+def _group_size(columns: int) -> int | None: return next((n for n in GROUP_SIZES if columns % n == 0), None)
+
+
 def _fitting_preset(name: str, columns: int) -> QuantizationScheme | None:
     "A preset with the largest groups that divide the columns; None if none does."
-    sizes = [size for size in GROUP_SIZES if columns % size == 0]
-    return adjusted_preset(name, dict(group_size=sizes[0])) if sizes else None
+    size = _group_size(columns)
+    return adjusted_preset(name, dict(group_size=size)) if size else None
 
 
 def _as_scheme(label: str, candidate: Any) -> QuantizationScheme | None:

@@ -284,8 +284,10 @@ class _Summed:
         weights, inputs = (mean_of_parts(part, keep).item() for part in cost)
         return weights + inputs, weights, inputs
 
+    def each(self) -> list[tuple[float, float, float]]: return [self.of(name) for name in self.costs]
+
     def whole(self) -> tuple[float, float, float]:
-        found = [self.of(name) for name in self.costs]
+        found = self.each()
         return tuple(sum(column) for column in zip(*found)) if found else (0.0, 0.0, 0.0)
 
     def parts(self) -> Tensor: return sum((cost.total for cost in self.costs.values()), NO_COST.total)

@@ -102,10 +102,14 @@ def _score(logits: Tensor, uniform: Tensor) -> Tensor:
     return p.to(logits.dtype)
 
 
+def _with_the_last(known: Tensor) -> Tensor:
+    "Positions (batch, seq - 1) and the last one, which predicts nothing known: (batch, seq)."
+    return torch.cat([known, torch.zeros_like(known[:, :1])], 1)
+
+
 def labelled(batch: Batch) -> Tensor:
     "bool (batch, seq): the positions that get a label. The last of a text, padding and masked tokens get none."
-    known = predicting(batch.inputs)
-    found = torch.cat([known, torch.zeros_like(known[:, :1])], 1)
+    found = _with_the_last(predicting(batch.inputs))
     return found if batch.keep is None else found & batch.keep.to(found.device)
 
 

@@ -39,10 +39,13 @@ def _shape_of(weight: Tensor, bias: Tensor | None) -> _Shape:
     return columns, rows, bias is not None, weight.dtype
 
 
+def _own_bytes(module: Module) -> int: return tensor_bytes(dict(module.named_parameters()))
+
+
 def module_bytes(module: Linear, scheme: QuantizationScheme | None = None) -> int:
     """Bytes of a Linear in a checkpoint with this scheme; None: unquantized. ValueError for weights that no format
     stores."""
-    if scheme is None: return tensor_bytes(dict(module.named_parameters()))
+    if scheme is None: return _own_bytes(module)
     return _packed_bytes(_shape_of(module.weight, module.bias), scheme.model_dump_json())
 
 # %% ../../nbs/recipes/sizes.ipynb #117c1e94

@@ -112,7 +112,10 @@ class GradientCollector:
         found = reduce(joined_gradients, map(_complete, self._calls), {})
         labels = self.labels
         self.forget()
-        return {name: found[name] for name in self.modules if name in found}, labels
+        return self._in_model_order(found), labels
+
+    def _in_model_order(self, found: Mapping[str, Gradients]) -> dict[str, Gradients]:
+        return {name: found[name] for name in self.modules if name in found}
 
     @contextmanager
     def attached(self) -> Iterator["GradientCollector"]:

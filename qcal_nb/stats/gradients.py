@@ -96,9 +96,12 @@ class InputHistogram:
         return InputHistogram((present.nonzero()[0] - _MIDDLE).astype(np.int16), sums, exact)
 
 
+def _flat(x: Tensor) -> Tensor: return x.reshape(-1)
+
+
 def bucket_sums(x: Tensor, squares: Tensor) -> Tensor:
     "Σ h² in each bucket, float64 (65536,), of values (…) with the squares (…) of their gradients."
-    return torch.bincount(bucket_numbers(x).reshape(-1), squares.reshape(-1).double(), minlength=N_BUCKETS).cpu()
+    return torch.bincount(bucket_numbers(_flat(x)), _flat(squares).double(), minlength=N_BUCKETS).cpu()
 
 
 def input_histogram(sums: Tensor, exact: bool, part: int) -> InputHistogram:
@@ -114,6 +117,11 @@ def input_histogram(sums: Tensor, exact: bool, part: int) -> InputHistogram:
 NO_HISTOGRAM = InputHistogram(np.zeros(0, np.int16), np.zeros((PARTS, 0)))
 
 # %% ../../nbs/stats/gradients.ipynb #dfd02656
+def _over(costs: Tensor, total: Tensor) -> Tensor:
+    "Costs by their total; 0 where that is 0."
+    return costs / total.clamp(min=torch.finfo(torch.float64).tiny)
+
+
 @dataclass(frozen=True, eq=False)
 class Gradients:
     "What was kept of the gradients of a module, in five parts."
@@ -139,7 +147,7 @@ class Gradients:
     def weight_costs(self, squared_error: Tensor) -> Tensor:
         "½ Σ ΔW² g² x² of each part, float64 (5,), from ΔW² (out, in)."
         costs = (self.output * (self.input @ squared_error.double().T)).sum(1)
-        return costs / self.total.clamp(min=torch.finfo(torch.float64).tiny) / 2
+        return _over(costs, self.total) / 2
 
     def rows(self) -> Tensor:
         "The sampled inputs of all parts, (up to 40, in)."

@@ -59,7 +59,10 @@ def every_plot(run, module):
                  plot_scales=plots.plot_scales, plot_convergence=plots.plot_convergence)
     calls = {name: lambda ax=None, f=f: f(run, module, ax=ax) for name, f in one.items()}
     calls |= {name: lambda ax=None, f=f: f(run, ax=ax) for name, f in whole.items()}
+    frontier = pd.DataFrame(dict(mix=["W4A16", "W4A16 3, W8A16 2", "W8A16"], bytes=[10**6, 15 * 10**5, 2 * 10**6],
+                                 kl=[0.7, 0.2, 0.01]))
     return calls | dict(plot_sensitivity=lambda ax=None: plots.plot_sensitivity(table, ax=ax),
+            plot_pareto=lambda ax=None: plots.plot_pareto(frontier, ax=ax),
             plot_phases=lambda ax=None: plots.plot_phases("frozen", ax))
 
 
