@@ -292,7 +292,7 @@ class _Summed:
 
     def parts(self) -> Tensor: return sum((cost.total for cost in self.costs.values()), NO_COST.total)
 
-
+# %% ../../nbs/evaluate/forecasts.ipynb #6b34ad16
 def _scheme_row(label: str, found: Forecast, size: int | None) -> Row:
     row = dict(scheme=label, weight_bytes=size, why=found.why)
     if found.why: return row
