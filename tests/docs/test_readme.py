@@ -116,7 +116,7 @@ def understood(command: str) -> bool:
 @pytest.mark.parametrize("page", ["README.md", "index"])
 def test_the_command_line_knows_every_command(page, capsys):
     commands = typed(text_of(page), "qcal-nb")
-    assert {shlex.split(c)[1] for c in commands} == {"lab", "calibrate", "report"}
+    assert {shlex.split(c)[1] for c in commands} == {"lab", "calibrate", "plan", "report"}
     assert [c for c in commands if not understood(c)] == []
 
 
