@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import Linear, Module
 
 from ..analysis import Row, check_record, layer_of, result_of
-from ..calibration import args_in
+from ..calibration import args_in, for_observer
 from .divergence import check_original
 from .observers import RowBlock, row_blocks
 from .schemes import named_schemes, unfit_schemes
@@ -49,9 +49,7 @@ def _squared_error(value: Tensor, after: Tensor) -> Tensor: return (after.float(
 
 def _weight_observer(args: QuantizationArgs, weight: Tensor) -> Observer:
     name = observer_name(args, "weight")
-    same = name == (args.observer or name)
-    observer = new_observer(name, "weight", args if same else args.model_copy(update=dict(observer_kwargs={})))
-    return observer(weight)
+    return Observer.load_from_registry(name, base_name="weight", args=for_observer(args, name))(weight)
 
 
 def _looks_at_data(args: QuantizationArgs) -> bool: return find_observer(observer_name(args, "weight")).needs_data

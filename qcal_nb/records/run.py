@@ -387,7 +387,7 @@ def record(
     nonfinite: str = "record",  # NaN and infinity: "record" where, "skip" the batch for that tensor, or "raise"
     batch_indices: Iterable[int] | None = None,  # Global indices of these batches, to merge parts with `|`
     attention: Literal["eager", "model"] = "eager",  # Attention to run with; eager is what parity is measured with
-    gradients: bool = False,  # Also run each batch backward, for forecasts: 2 to 4 times the time
+    gradients: bool = False,  # Also run each batch backward, for forecasts: 3 to 5 times the time
     keep_text: bool = True,  # Whether tokens of the data may stand in the record
     progress: bool = True,  # Show a bar with tokens per second and the time left
 ) -> CalibrationRecord:
