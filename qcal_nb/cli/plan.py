@@ -105,14 +105,14 @@ def plan_command(options: argparse.Namespace) -> None:
     if len(texts) < 5: raise ValueError(f"--data holds {len(texts)} texts; a forecast needs at least 5")
     if sys.stderr.isatty() and not options.quiet:
         print(f"qcal-nb: loading {options.model} …", file=sys.stderr, flush=True)
-    from qcal_nb.evaluate import bytes_in
-    from qcal_nb.forecasts import allocate, pareto
+    from qcal_nb.evaluate import allocation_within, bytes_in, frontier_of, model_choices
     from qcal_nb.recipes import free_folder
     folder = free_folder(options.out, "--out")
     budget = _budget(options.budget)
     bytes_in(budget)    # before minutes are spent
     made, model = _recorded(options, texts)
-    found, frontier = allocate(made, model, budget, keep=options.keep), pareto(made, model, keep=options.keep)
+    choices = model_choices(made, model, None, options.keep, "plan")    # the costly part, once for both
+    found, frontier = allocation_within(choices, budget), frontier_of(choices)
     _write(folder, found, frontier, made)
     if not options.quiet:
         print(plan_summary(found, frontier, folder))

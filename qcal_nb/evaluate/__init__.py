@@ -17,7 +17,7 @@ from .best import (
     schemes_of_record,
     sort_rows,
 )
-from .budget import Allocation, allocate, bytes_in, pareto
+from .budget import Allocation, allocate, allocation_within, bytes_in, frontier_of, model_choices, pareto
 from .forecasts import STATES, STATE_WORDS, forecast, forecast_modules
 from .observers import compare_observers
 from .schemes import compare_schemes, evaluate, named_schemes, unfit_schemes
@@ -33,6 +33,7 @@ __all__ = [
     "UNKNOWN",
     "ZEROS",
     "allocate",
+    "allocation_within",
     "best_by_tensor",
     "best_observers",
     "bytes_in",
@@ -43,6 +44,8 @@ __all__ = [
     "evaluate",
     "forecast",
     "forecast_modules",
+    "frontier_of",
+    "model_choices",
     "named_schemes",
     "observers_to_compare",
     "pareto",

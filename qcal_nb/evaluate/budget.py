@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['GROUP_SIZES', 'UNQUANTIZED', 'Candidates', 'ALLOCATION_COLUMNS', 'PARETO_COLUMNS', 'POINTS', 'solve', 'Choices',
-           'choices_of', 'bytes_in', 'recipe_for', 'Allocation', 'allocate', 'pareto']
+           'choices_of', 'bytes_in', 'recipe_for', 'Allocation', 'model_choices', 'allocation_within', 'allocate',
+           'frontier_of', 'pareto']
 
 # %% ../../nbs/evaluate/budget.ipynb #e0c86129
 import math
@@ -265,11 +266,30 @@ def _allocation(choices: Choices, choice: np.ndarray) -> Allocation:
 def _smallest(choices: Choices) -> int:
     return choices.rest + int(np.where(np.isfinite(choices.cost), choices.size, np.inf).min(1).sum())
 
-
+# %% ../../nbs/evaluate/budget.ipynb #a581a1da
 _EVERY_LINEAR = dict(scheme="W8A16", targets=["Linear"], ignore=["lm_head"])
 
 
 @torch.no_grad()
+def model_choices(
+    record: CalibrationRecord, model: Module, candidates: Candidates | None, keep: Iterable[str], purpose: str
+) -> Choices:
+    "`choices_of` a model whose experts are taken apart for it. The errors of `allocate` and `pareto`."
+    check_forecast(record, model, purpose)
+    offered = _checked(candidates)
+    with experts_open(model, QuantizationModifier(**_EVERY_LINEAR)):
+        return choices_of(record, model, offered, keep)
+
+
+def allocation_within(choices: Choices, budget: int | float | str) -> Allocation:
+    "The best choice for so many bytes. ValueError if not even the smallest fits, which it names."
+    most = bytes_in(budget)
+    if most < _smallest(choices):
+        raise ValueError(f"budget={budget!r}: the smallest mixture of {', '.join(choices.labels)} takes "
+                         f"{_smallest(choices):,} bytes, {choices.rest:,} of them for what is not quantized")
+    return _allocation(choices, solve(choices.cost, choices.size, most - choices.rest))
+
+
 def allocate(
     record: CalibrationRecord,  # Made with gradients=True
     model: Module,  # The model of the record, unquantized
@@ -279,14 +299,8 @@ def allocate(
 ) -> Allocation:
     """The recipe with the least forecast KL for so many bytes. ValueError if not even the smallest mixture fits, which
     it names."""
-    check_forecast(record, model, "allocate()")
-    most, offered = bytes_in(budget), _checked(candidates)
-    with experts_open(model, QuantizationModifier(**_EVERY_LINEAR)):
-        choices = choices_of(record, model, offered, keep)
-    if most < _smallest(choices):
-        raise ValueError(f"budget={budget!r}: the smallest mixture of {', '.join(choices.labels)} takes "
-                         f"{_smallest(choices):,} bytes, {choices.rest:,} of them for what is not quantized")
-    return _allocation(choices, solve(choices.cost, choices.size, most - choices.rest))
+    bytes_in(budget)
+    return allocation_within(model_choices(record, model, candidates, keep, "allocate()"), budget)
 
 # %% ../../nbs/evaluate/budget.ipynb #33468f9c
 PARETO_COLUMNS = ["bytes", "kl", "state", "mix", "recipe"]
@@ -305,19 +319,8 @@ def _uniform(choices: Choices) -> list[np.ndarray]:
     return [np.full(len(choices.units), i) for i in range(len(choices.labels)) if fits[i]]
 
 
-@torch.no_grad()
-def pareto(
-    record: CalibrationRecord,  # Made with gradients=True
-    model: Module,  # The model of the record, unquantized
-    candidates: Candidates | None = None,  # Label -> scheme; None: W4A16, W8A16 and unquantized
-    keep: Iterable[str] = (),  # Modules to leave unquantized, as in `ignore`
-) -> pd.DataFrame:
-    """A row per budget from the smallest mixture to the largest, and one per uniform scheme: bytes, forecast KL, its
-    state, the mixture in words and its recipe. KL falls with bytes along the mixtures."""
-    check_forecast(record, model, "pareto()")
-    offered = _checked(candidates)
-    with experts_open(model, QuantizationModifier(**_EVERY_LINEAR)):
-        choices = choices_of(record, model, offered, keep)
+def frontier_of(choices: Choices) -> pd.DataFrame:
+    "The table of `pareto`."
     sizes = np.where(np.isfinite(choices.cost), choices.size, np.nan)
     budgets = np.linspace(np.nanmin(sizes, 1).sum(), np.nanmax(sizes, 1).sum(), POINTS)
     tried = [solve(choices.cost, choices.size, budget) for budget in budgets]
@@ -328,3 +331,14 @@ def pareto(
         rows.append(dict(bytes=size, kl=kl, state=state_of(kl), mix=_mix(choices, choice),
                          recipe=recipe_for(choices, choice)))
     return pd.DataFrame(rows, columns=PARETO_COLUMNS).sort_values(["bytes", "kl"], ignore_index=True)
+
+
+def pareto(
+    record: CalibrationRecord,  # Made with gradients=True
+    model: Module,  # The model of the record, unquantized
+    candidates: Candidates | None = None,  # Label -> scheme; None: W4A16, W8A16 and unquantized
+    keep: Iterable[str] = (),  # Modules to leave unquantized, as in `ignore`
+) -> pd.DataFrame:
+    """A row per budget from the smallest mixture to the largest, and one per uniform scheme: bytes, forecast KL, its
+    state, the mixture in words and its recipe. KL falls with bytes along the mixtures."""
+    return frontier_of(model_choices(record, model, candidates, keep, "pareto()"))
