@@ -259,12 +259,12 @@ def _how_far(rows: pd.DataFrame) -> str:
 def _what_lost(rows: pd.DataFrame) -> str:
     "The observer that leaves least noise on the whole, and the noisiest tensor, for a caption."
     middle = rows.groupby("observer").sqnr_db.median().dropna().sort_values(ascending=False)
-    best = rows[rows.best].sort_values("sqnr_db")
+    best = rows[rows.highest_sqnr].sort_values("sqnr_db")
     if best.empty: return "Without any error."
     return (
-        f"Across tensors {middle.index[0]} does best (median {middle.iloc[0]:.1f} dB); least is left of "
-        f"{readers_in_words(best.readers.iloc[0])}: {best.sqnr_db.iloc[0]:.1f} dB with its best observer. "
-        "6 dB are one bit."
+        f"Across tensors {middle.index[0]} leaves least noise (median {middle.iloc[0]:.1f} dB); most noise is in "
+        f"{readers_in_words(best.readers.iloc[0])}: {best.sqnr_db.iloc[0]:.1f} dB at most. 6 dB are one bit of the "
+        "tensor; what the model loses, they do not tell."
     )
 
 

@@ -255,7 +255,7 @@ def observer_findings(costs: pd.DataFrame) -> Findings:
     known = costs[np.isfinite(costs.sqnr_db.astype(float))]
     formats = _formats_by_base(costs)
     for base, rows in known.groupby("base_name", sort=False):
-        best = rows[rows.best].sort_values("sqnr_db", kind="stable")
+        best = rows[rows.highest_sqnr].sort_values("sqnr_db", kind="stable")
         if not best.empty:
             yield _best_finding(best, base, formats.get(base, "").removesuffix(", static"))
     yield from _limit_findings(costs)

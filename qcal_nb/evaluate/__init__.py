@@ -1,6 +1,7 @@
 """Questions that need the model: what a scheme, a layer or an observer costs its predictions."""
 
 from .best import (
+    DAMAGED,
     RUNNING,
     TABLE_ORDERS,
     TENSOR_COLUMNS,
@@ -10,6 +11,7 @@ from .best import (
     best_observers,
     compare_for_recipe,
     compare_in_pieces,
+    in_production,
     observers_to_compare,
     rows_by_scheme,
     scheme_args_by_module,
@@ -18,6 +20,7 @@ from .best import (
     sort_rows,
 )
 from .budget import Allocation, allocate, allocation_within, bytes_in, frontier_of, model_choices, pareto
+from .divergence import Divergence, divergences
 from .forecasts import STATES, STATE_WORDS, forecast, forecast_modules
 from .observers import compare_observers
 from .schemes import compare_schemes, evaluate, named_schemes, unfit_schemes
@@ -25,6 +28,8 @@ from .sensitivities import sensitivity
 
 __all__ = [
     "Allocation",
+    "DAMAGED",
+    "Divergence",
     "RUNNING",
     "STATES",
     "STATE_WORDS",
@@ -41,10 +46,12 @@ __all__ = [
     "compare_in_pieces",
     "compare_observers",
     "compare_schemes",
+    "divergences",
     "evaluate",
     "forecast",
     "forecast_modules",
     "frontier_of",
+    "in_production",
     "model_choices",
     "named_schemes",
     "observers_to_compare",

@@ -24,11 +24,11 @@ from torch.nn import Module
 from ..analysis import Row
 from .divergence import as_modifier
 from .forecasts import Units, check_forecast, check_same_weights, experts_open, forecast_units
-from .forecasts import state_of, unit_costs
+from .forecasts import state_of
 from ..lifecycle import QuantizationModifier, check_schemes
 from ..modeling import Targets
 from ..recipes import bytes_with, module_bytes
-from ..records import CalibrationRecord
+from ..records import CalibrationRecord, unit_costs
 from ..schemes import adjusted_preset
 from ..stats import mean_of_parts
 

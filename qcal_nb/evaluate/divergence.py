@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['Batches', 'POSITIONS', 'eval_batches', 'Divergence', 'divergence_of', 'QuantizationSwitches', 'logits_of',
-           'check_original', 'undisturbed', 'as_modifier', 'name_of']
+           'check_original', 'undisturbed', 'divergences', 'as_modifier', 'name_of']
 
 # %% ../../nbs/evaluate/divergence.ipynb #94befd84
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -211,6 +211,24 @@ def undisturbed(model: Module, purpose: str) -> Iterator[None]:
     "Inside the block the model is in eval mode and no other thread runs or changes it, as half of it may be off."
     with at_work(model, purpose), guarded(model), evaluating(model):
         yield
+
+# %% ../../nbs/evaluate/divergence.ipynb #e0cd2803
+def divergences(
+    model: Module,
+    data: Batches,
+    tick: Callable[[], Any] = lambda: None,     # Called after each batch
+    purpose: str = "divergences()",
+) -> list[Divergence]:
+    "How far a calibrated model is from its original on each batch."
+    board = QuantizationSwitches(model)
+    found = []
+    with undisturbed(model, purpose):
+        for batch in data:
+            with board.only():
+                original = logits_of(model, batch)
+            found.append(divergence_of(logits_of(model, batch), batch, original))
+            tick()
+    return found
 
 # %% ../../nbs/evaluate/divergence.ipynb #bf621cfc
 def as_modifier(scheme: Any) -> QuantizationModifier:

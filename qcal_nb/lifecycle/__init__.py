@@ -1,6 +1,6 @@
 """A whole model through initialize, start, end, and back; the recipe as an object."""
 
-from .config import check_on_uncalibrated
+from .config import check_on_uncalibrated, observers_with_gradients
 from .coverage import Coverage, extreme_scales, made_for_zeros, suspicious_scales
 from .undo_log import (
     UndoLog,
@@ -63,6 +63,7 @@ __all__ = [
     "made_for_zeros",
     "match_report",
     "observed_names",
+    "observers_with_gradients",
     "phase_of",
     "quantizes",
     "reaches_experts",

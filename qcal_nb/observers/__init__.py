@@ -24,14 +24,17 @@ from .minmax import MemorylessMinMaxObserver, MinMaxObserver, StaticMinMaxObserv
 from .mse import FourOverSixObserver, MSEObserver, MemorylessMSEObserver, NVFP4ExpandedMSEObserver
 from .imatrix import IMatrixMSEObserver, NVFP4ExpandedIMatrixObserver
 from .histogram import EntropyObserver, HistogramMSEObserver, HistogramObserver, PercentileObserver
+from .fisher import CLIPS, FisherMSEObserver, clip_costs, clipped_end
 
 __all__ = [
     "ACTIVATIONS",
     "Answers",
     "BASE_NAMES",
+    "CLIPS",
     "Counts",
     "DEFAULT_ARGS",
     "EntropyObserver",
+    "FisherMSEObserver",
     "FourOverSixObserver",
     "HistogramMSEObserver",
     "HistogramObserver",
@@ -56,6 +59,8 @@ __all__ = [
     "carry_into",
     "check_args",
     "check_base_name",
+    "clip_costs",
+    "clipped_end",
     "current_feed",
     "feed_owner",
     "feeding",

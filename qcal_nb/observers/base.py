@@ -356,6 +356,7 @@ class Observer(Fusable, Registry, ABC):
     # each is shown all of them; ValueError if one makes no sense
     checks: ClassVar[tuple[Callable[[dict[str, Any]], None], ...]] = ()
     needs_data: ClassVar[bool] = False       # whether it needs calibration data even for a weight
+    needs_gradients: ClassVar[bool] = False  # whether it weighs what it sees with gradients, which a forward has not
     slow_to_conclude: ClassVar[bool] = False    # whether its range takes so long that a page must not wait for it
 
     # What only this class can say of itself; a subclass that means the same says it again.

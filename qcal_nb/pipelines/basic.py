@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from ..calibration import claim, exclusive, guarded, observers_in, together
-from ..lifecycle import Event, EventType, QuantizationModifier, State, check_on_uncalibrated, recoverable
+from ..lifecycle import Event, EventType, QuantizationModifier, State, check_on_uncalibrated
+from ..lifecycle import observers_with_gradients, recoverable
 from ..modeling import blocks_of
 from ..observers import owned_by
 from .batch import NO_DATA, as_batches, first_made
@@ -45,11 +46,18 @@ def _first_batches(
 
 # %% ../../nbs/pipelines/basic.ipynb #b073666e
 def _check_modifier(modifier: Any) -> None:
-    if isinstance(modifier, QuantizationModifier): return
-    raise TypeError(
-        f"modifier must be a QuantizationModifier, got {type(modifier).__name__}; "
-        "e.g. QuantizationModifier(scheme='FP8', ignore=['lm_head'])"
-    )
+    "TypeError or ValueError unless it is a modifier whose observers need no more than forward passes."
+    if not isinstance(modifier, QuantizationModifier):
+        raise TypeError(
+            f"modifier must be a QuantizationModifier, got {type(modifier).__name__}; "
+            "e.g. QuantizationModifier(scheme='FP8', ignore=['lm_head'])"
+        )
+    for name in observers_with_gradients(modifier.resolved_config):
+        raise ValueError(
+            f"{name} needs gradients, and calibrate() runs forward alone: calibrate with "
+            "qcal_nb.session.Session(model, data, recipe=modifier), whose feed_all(gradients=True) has them, or give "
+            "it a record that has them: Session(model, record=record, recipe=modifier)"
+        )
 
 
 def _check_choices_of_modifier(nonfinite: str | None, on_uncalibrated: str | None) -> None:

@@ -21,15 +21,16 @@ from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import FuncFormatter
 
 from ..analysis import check_record, compare_observers, convergence, enough_in_words, layer_of, percent_of
-from ..analysis import readers_in_words, readers_of, result_of
+from ..analysis import marked, readers_in_words, readers_of
 from ..lifecycle import extreme_scales, made_for_zeros
 from ..observers import ObserverSpec, label_of, specs_from_config
 from .model import NOTE_BOX, bar_width, choose_base, in_model_order, legend
 from .style import BASE_COLORS, CLIPPED, NAMED, bars, base_color, column_edges, dark, dots, headline
 from .style import label_depth, light, log_values, new_axes, packed, say_nothing, shades, short_name
-from ..records import CalibrationRecord, ObserverResult, check_observers
+from ..records import CalibrationRecord, ObserverResult, check_observers, result_of
 
 # %% ../../nbs/plots/choices.ipynb #ae4d0ca2
 class _Comparison(NamedTuple):
@@ -37,8 +38,9 @@ class _Comparison(NamedTuple):
 
     tensors: pd.DataFrame    # the first row of each column
     observers: list[str]
-    sqnr: np.ndarray         # in dB, nan where it is not known
-    best: np.ndarray         # is this the best observer of its column?
+    sqnr: np.ndarray         # in dB, or by forecast: -log10 of nats; nan where it is not known
+    best: np.ndarray         # is this the one to point at in its column?
+    by: str                  # "kl" or "sqnr_db"
 
 
 def _matrix(table: pd.DataFrame) -> _Comparison:
@@ -46,9 +48,14 @@ def _matrix(table: pd.DataFrame) -> _Comparison:
     observers = list(dict.fromkeys(table.observer))
     at = pd.Index(observers).get_indexer(table.observer), _keys(tensors).get_indexer(_keys(table))
     shape = len(observers), len(tensors)
-    sqnr = _filled(np.full(shape, np.nan), at, table.sqnr_db)
-    best = _filled(np.zeros(shape, bool), at, table.best)
-    return _Comparison(tensors, observers, sqnr, best)
+    by = "kl" if table.kl.notna().any() else "sqnr_db"
+    figures = -np.log10(table.kl.clip(lower=_LEAST_KL)) if by == "kl" else table.sqnr_db
+    sqnr = _filled(np.full(shape, np.nan), at, figures)
+    best = _filled(np.zeros(shape, bool), at, marked(table))
+    return _Comparison(tensors, observers, sqnr, best, by)
+
+
+_LEAST_KL = 1e-12   # nats; less is drawn as this
 
 
 def _filled(matrix: np.ndarray, at: tuple[np.ndarray, np.ndarray], values: pd.Series) -> np.ndarray:
@@ -72,20 +79,27 @@ def _hatch(ax: Axes, missing: np.ndarray) -> None:
             ax.add_patch(Rectangle((first - 0.5, y - 0.5), end - first, 1, **style))
 
 
-def _write_cells(ax: Axes, sqnr: np.ndarray, best: np.ndarray, middle: float) -> None:
-    "SQNR in each cell, where there is room; the best of a column in a frame."
+def _write_cells(ax: Axes, sqnr: np.ndarray, best: np.ndarray, middle: float, by: str) -> None:
+    "The figure in each cell, where there is room; the best of a column in a frame."
     digits = int(sqnr.shape[1] <= 30)
     style = dict(ha="center", va="center", fontsize=7 - 0.8 * digits, zorder=4)
     for (y, x), db in np.ndenumerate(sqnr):
         if np.isnan(db): continue
         weight = "bold" if best[y, x] and not digits else "normal"
         color = "white" if db > middle else "black"
-        ax.text(x, y, _cell_text(db, digits), color=color, weight=weight, **style)
+        ax.text(x, y, _cell_text(db, digits, by), color=color, weight=weight, **style)
         if best[y, x]:
             _frame_cell(ax, x, y)
 
 
-def _cell_text(db: float, digits: int) -> str: return f"{db:.{digits}f}" if np.isfinite(db) else "∞"
+def _cell_text(figure: float, digits: int, by: str) -> str:
+    if by == "kl": return _nats(figure)
+    return f"{figure:.{digits}f}" if np.isfinite(figure) else "∞"
+
+
+def _nats(figure: float, _: Any = None) -> str:
+    "10 to the minus this, in few letters: `3e-4`."
+    return f"{10**-figure:.0e}".replace("e-0", "e-").replace("e+00", "")
 
 
 def _frame_cell(ax: Axes, x: int, y: int) -> None:
@@ -102,21 +116,28 @@ def _reasons(table: pd.DataFrame) -> list[Patch]:
     return [Patch(fc="white", ec="0.6", hatch="////", label=f"unknown: {reason}") for reason in short[:3]]
 
 
-_BEST = "least error; of figures too close to tell apart, the recipe's own observer or the upper one"
+_BEST = {
+    "kl": "costs the model least by forecast; the recipe's own unless another is surely cheaper",
+    "sqnr_db": "highest SQNR, the noise of this tensor alone; it does not tell what the model loses",
+}
 
 
 def _marks(found: _Comparison) -> list[Patch | Line2D]:
     "What marks the best of a column, for the legend; none if there are too many columns, or nothing is known."
     tensors = len(found.tensors)
     if tensors > _DOTTED or not found.best.any(): return []
-    if tensors <= NAMED: return [Patch(fc="white", ec="black", lw=1.2, label=f"framed: {_BEST}")]
-    return [Line2D([], [], ls="", marker="o", ms=4, color="white", mec="black", label=f"dot: {_BEST}")]
+    words = _BEST[found.by]
+    if tensors <= NAMED: return [Patch(fc="white", ec="black", lw=1.2, label=f"framed: {words}")]
+    return [Line2D([], [], ls="", marker="o", ms=4, color="white", mec="black", label=f"dot: {words}")]
 
 
-def _row_name(name: str, sqnr: np.ndarray, best: np.ndarray) -> str:
-    "An observer, and for how many tensors it is the best; or that nothing is known of it."
+_FIRST = {"kl": "best", "sqnr_db": "highest"}
+
+
+def _row_name(name: str, sqnr: np.ndarray, best: np.ndarray, by: str) -> str:
+    "An observer, and for how many tensors it comes first; or that nothing is known of it."
     if not np.isfinite(sqnr).any(): return f"{name}\nunknown"
-    return f"{name}\nbest for {best.sum():,} of {len(best):,}"
+    return f"{name}\n{_FIRST[by]} for {best.sum():,} of {len(best):,}"
 
 # %% ../../nbs/plots/choices.ipynb #7c2f4e05
 def _sqnr_limits(sqnr: np.ndarray) -> tuple[float, float]:
@@ -137,14 +158,15 @@ def _sqnr_field(ax: Axes, sqnr: np.ndarray, low: float, high: float, color: str)
     return mesh
 
 
-def _draw_sqnr(ax: Axes, sqnr: np.ndarray, best: np.ndarray, color: str) -> QuadMesh:
+def _draw_figures(ax: Axes, found: _Comparison, color: str) -> QuadMesh:
     "The field of colours, its marks and hatches."
+    sqnr, best = found.sqnr, found.best
     low, high = _sqnr_limits(sqnr)
     tensors = sqnr.shape[1]
     mesh = _sqnr_field(ax, sqnr, low, high, color)
     _hatch(ax, np.isnan(sqnr))
     if tensors <= NAMED:
-        _write_cells(ax, sqnr, best, (low + high) / 2)
+        _write_cells(ax, sqnr, best, (low + high) / 2, found.by)
     if tensors <= _DOTTED:
         y, x = np.nonzero(best)
         marker = "" if tensors <= NAMED else "o"
@@ -160,8 +182,9 @@ def plot_observers(
     ax: Axes | None = None,                     # Where to draw; a new figure if None
     progress: bool = True,                      # Show a bar if the comparison takes more than a second
 ) -> Axes:
-    """SQNR of every tensor (across, in model order) with every observer (down): the darker, the better; the best
-    framed. Returns the axes. An interrupt ends it and leaves the record as it is."""
+    """Forecast KL, or SQNR without gradients, of every tensor (across, in model order) with every observer (down): the
+    darker, the better; what is marked, the legend says. Returns the axes. An interrupt ends it and leaves the record as
+    it is."""
     whole = _compared(record, observers, args, progress)
     base_name = choose_base(list(whole.base_name), base_name)
     table = whole[whole.base_name == base_name]
@@ -170,7 +193,7 @@ def plot_observers(
     ax = ax or _comparison_axes(len(found.observers))
     if not len(table): return say_nothing(ax, "Nothing recorded yet: feed a batch")
     _draw_comparison(ax, found, base_color(base_name))
-    headline(ax, _observers_title(whole, base_name), len(found.tensors))
+    headline(ax, _observers_title(whole, base_name, found.by), len(found.tensors))
     if own:
         _explain(ax, [*_marks(found), *_reasons(table)])
     return ax
@@ -195,17 +218,25 @@ def _comparison_axes(observers: int) -> Axes:
 
 def _draw_comparison(ax: Axes, found: _Comparison, color: str) -> None:
     "The cells, the names of rows and columns, and the colorbar."
-    mesh = _draw_sqnr(ax, found.sqnr, found.best, color)
+    mesh = _draw_figures(ax, found, color)
     label_depth(ax, map(readers_in_words, readers_of(found.tensors)), found.tensors.layer)
-    rows = map(_row_name, found.observers, found.sqnr, found.best)
+    rows = (_row_name(*row, found.by) for row in zip(found.observers, found.sqnr, found.best))
     ax.set_yticks(range(len(found.observers)), rows, fontsize=8, parse_math=False)
     ax.set_ylim(len(found.observers) - 0.5, -0.5)
-    ax.figure.colorbar(mesh, ax=ax, pad=0.01, fraction=0.03, aspect=15).set_label("SQNR in dB", fontsize=8)
+    scale = FuncFormatter(_nats) if found.by == "kl" else None
+    bar = ax.figure.colorbar(mesh, ax=ax, pad=0.01, fraction=0.03, aspect=15, format=scale)
+    bar.set_label(_UNITS[found.by], fontsize=8)
 
 
-def _observers_title(table: pd.DataFrame, base_name: str) -> str:
-    args = _args_in_words(table, base_name)
-    return f"Which observer loses least at every {base_name}: the darker, the better{args}"
+_UNITS = {"kl": "forecast KL, nats", "sqnr_db": "SQNR in dB"}
+_QUESTIONS = {
+    "kl": "What would each observer cost the model, at every {}: the darker, the less",
+    "sqnr_db": "How much noise would each observer leave in every {}: the darker, the less",
+}
+
+
+def _observers_title(table: pd.DataFrame, base_name: str, by: str) -> str:
+    return _QUESTIONS[by].format(base_name) + _args_in_words(table, base_name)
 
 
 def _args_in_words(table: pd.DataFrame, base_name: str) -> str:

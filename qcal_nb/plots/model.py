@@ -17,12 +17,13 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from ..analysis import check_record, layer_of, ranges, readers_in_words, readers_of, result_of
+from ..analysis import check_record, layer_of, ranges, readers_in_words, readers_of
 from ..analysis import rows_of_module
 from ..observers import ObserverSpec
 from .style import SMOOTH, bars, base_color, column_edges, counts_between, headline, label_depth, light
 from .style import new_axes, packed, say_nothing, shades, symlog, symlog_edges, symlog_from
 from ..records import CalibrationRecord, ObserverResult, check_observers, observers_from_stats
+from ..records import result_of
 from ..stats import TensorStats
 
 # %% ../../nbs/plots/model.ipynb #1a2d5a27

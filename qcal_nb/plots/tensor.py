@@ -22,7 +22,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, StepPatch
 from matplotlib.transforms import Bbox, TransformedBbox
 
-from ..analysis import BY_HAND, CHANNEL_THRESHOLD, at_limit, best_of, check_record
+from ..analysis import BY_HAND, CHANNEL_THRESHOLD, at_limit, check_record, highest_sqnr
 from ..observers import ObserverSpec
 from .model import legend, results_for
 from .style import CLIPPED, SMOOTH, as_png, base_color, counts_between, dark, dots, drawable, headline
@@ -309,17 +309,17 @@ def _nonfinite_in_words(stats: TensorStats) -> str:
 
 
 def _draw_rows(ax: Axes, frame: Frame, stats: TensorStats, found: list[ObserverResult], grid: bool) -> None:
-    "A row for each result, the best in bold."
+    "A row for each result, that with the highest SQNR in bold."
     rows = [_row_of(c, stats) for c in found]
-    best = _best_row(rows, found)
+    best = _highest_row(rows, found)
     for i, (c, row, y) in enumerate(zip(found, rows, frame.heights(len(found)))):
-        text = f"{row.text} (best)" if i == best else row.text
+        text = f"{row.text} (highest SQNR)" if i == best else row.text
         _draw_row(ax, c, y, frame.room / len(found), text, i == best, grid)
 
 
-def _best_row(rows: list[_RowText], found: list[ObserverResult]) -> int | None:
+def _highest_row(rows: list[_RowText], found: list[ObserverResult]) -> int | None:
     if len(rows) < 2: return None
-    return best_of([row.sqnr_db for row in rows], [row.bound_db for row in rows], [c.observer for c in found])
+    return highest_sqnr([row.sqnr_db for row in rows], [row.bound_db for row in rows], [c.observer for c in found])
 
 # %% ../../nbs/plots/tensor.ipynb #1970c469
 def fixed_axes(

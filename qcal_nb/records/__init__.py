@@ -3,7 +3,9 @@
 from .calibration_record import About, CalibrationRecord, ResultKey, Key, forget_answers, record_equal
 from .calibration_record import unequal_parts
 from .collect import Collector
+from .conclude import input_costs, recorded_args, result_of, same_args, with_input_costs, without_observer
 from .gradient_collector import GradientCollector
+from .kept_forecasts import Forecasts, InputCosts, ModuleCost, NO_COST
 from .live_results import LiveResults
 from .results import (
     ObserverResult,
@@ -16,6 +18,8 @@ from .results import (
     results_together,
     statistics_from,
 )
+from .module_costs import RECORDED, RowBlock, costs_of, row_blocks, unit_costs, units_among, weight_cost
+from .module_costs import why_no_forecast
 from .observing import Attached, Memory
 from .run import (
     all_ranks,
@@ -41,22 +45,30 @@ __all__ = [
     "Attached",
     "CalibrationRecord",
     "Collector",
+    "Forecasts",
     "GradientCollector",
+    "InputCosts",
     "Key",
     "LiveResults",
     "Memory",
+    "ModuleCost",
     "NEVER_SEEN",
+    "NO_COST",
     "ObserverResult",
+    "RECORDED",
     "ResultKey",
+    "RowBlock",
     "all_ranks",
     "args_by_tensor",
     "attention_open",
     "check_base_names",
     "check_flag",
     "check_observers",
+    "costs_of",
     "counts_of",
     "follows_from_stats",
     "forget_answers",
+    "input_costs",
     "kept_of",
     "modules_to_record",
     "new_collector",
@@ -68,11 +80,21 @@ __all__ = [
     "recipe_to_record",
     "record",
     "record_equal",
+    "recorded_args",
     "result_from_stats",
+    "result_of",
     "results_together",
+    "row_blocks",
     "running_context",
+    "same_args",
     "selected",
     "statistics_from",
     "tensors_to_record",
     "unequal_parts",
+    "unit_costs",
+    "units_among",
+    "weight_cost",
+    "why_no_forecast",
+    "with_input_costs",
+    "without_observer",
 ]

@@ -28,8 +28,10 @@ from .results import ObserverResult, merge_results, merges, result_of_one_part
 from .files import check_form, read_tree, write_tree
 from .sound import each_once, must, none_below_zero
 from .gradient_tree import GRADIENTS_FORM, gradients_from_tree, gradients_to_tree, same_gradients
+from .kept_forecasts import FORECASTS_FORM, Forecasts, forecasts_from_tree, forecasts_to_tree
 from .tree import _FOUND, _STATS, _result_from_list, _result_to_list, _stats_from_tree, _stats_to_tree
-from ..stats import Gradients, PARTS, TensorStats, joined_gradients, level_of, same_stats
+from ..stats import Gradients, PARTS, TensorStats, WeightedInput, joined_gradients, level_of, same_stats
+from ..stats import weighted_input
 
 # %% ../../nbs/records/calibration_record.ipynb #ffd4ce89
 Spans = tuple[tuple[int, int], ...]  # ascending, [first, end) each
@@ -118,6 +120,11 @@ class _Answers:
         named = [(base, sorted(some, key=lambda m: order.get(m, len(order)))) for (base, _), some in groups.items()]
         return {(some[0], base): tuple(some) for base, some in named}
 
+    def weighted(self, module: str) -> WeightedInput | None:
+        "The input of a module as the model weighs it; None without gradients of all five parts."
+        if module not in self.gradients or min(self.labels) == 0 or (module, "input") not in self.tensors: return None
+        return weighted_input(self.gradients[module].histogram, self.labels, self.tensors[module, "input"])
+
     @property
     def has_text(self) -> bool:
         "Whether the record holds tokens of the calibration text."
@@ -183,6 +190,7 @@ class CalibrationRecord(_Answers):
     seconds: float = 0.0
     gradients: Mapping[str, Gradients] = field(default_factory=dict)    # module -> what forecasts need
     labels: tuple[int, ...] = (0,) * PARTS                              # drawn for gradients, of each part
+    forecasts: Forecasts = field(default_factory=Forecasts)             # what was forecast from gradients
 
     def seen(
         self, news: Mapping[Key, TensorStats], batches: Iterable[Batch], seconds: float = 0.0
@@ -196,16 +204,14 @@ class CalibrationRecord(_Answers):
             spans=joined_spans(self.spans, spans_of(batch.index for batch in batches)),
             level_tokens=tokens,
             seconds=self.seconds + seconds,
+            forecasts=Forecasts(),  # they were of less data
         )
 
     def with_gradients(self, news: Mapping[str, Gradients], labels: Iterable[int]) -> "CalibrationRecord":
         "The record that has also seen these gradients, of batches with so many labels in each part."
         together = joined_gradients(self.gradients, news)
-        return replace(self, gradients=together, labels=tuple(map(operator.add, self.labels, map(int, labels))))
-
-    def without_gradients(self) -> "CalibrationRecord":
-        "The record without what new forecasts need, a tenth as large."
-        return replace(self, gradients={}, labels=(0,) * PARTS)
+        labels = tuple(map(operator.add, self.labels, map(int, labels)))
+        return replace(self, gradients=together, labels=labels, forecasts=Forecasts())
 
     def __or__(self, other: "CalibrationRecord") -> "CalibrationRecord":
         "The record of both runs. ValueError if they are of two models or schemes, or share a batch."
@@ -407,6 +413,7 @@ def to_tree(record: CalibrationRecord) -> dict[str, Any]:
         # the names of the keys are part of the file format
         conclusions=_references(record.results, result_numbers),
         gradients=gradients_to_tree(record.gradients, record.labels),
+        forecasts=forecasts_to_tree(record.forecasts),
     )
 
 # %% ../../nbs/records/calibration_record.ipynb #9b8b9bb2
@@ -423,8 +430,9 @@ _FORM = dict(
     found=[_FOUND],
     conclusions=[(str, str, str, int)],
     gradients=GRADIENTS_FORM,
+    forecasts=FORECASTS_FORM,
 )
-_NO_GRADIENTS = gradients_to_tree({}, (0,) * PARTS)
+_OLDER = dict(gradients=gradients_to_tree({}, (0,) * PARTS), forecasts=forecasts_to_tree(Forecasts()))
 
 
 def _about_form(t: Mapping[str, Any]) -> dict[str, Any]:
@@ -460,7 +468,7 @@ def _results_from_tree(t: Mapping[str, Any]) -> dict[ResultKey, ObserverResult]:
 
 def from_tree(t: Mapping[str, Any]) -> CalibrationRecord:
     "The record of a tree. ValueError and similar errors if the tree is not one of a record."
-    t = {"gradients": _NO_GRADIENTS, **t}
+    t = _OLDER | t
     check_form(t, _FORM | {"about": _about_form(t)}, "the record")
     _check_run(t)
     tensors = _referred(t["tensors"], list(map(_stats_from_tree, t["stats"])), "there is the tensor")
@@ -470,4 +478,5 @@ def from_tree(t: Mapping[str, Any]) -> CalibrationRecord:
     record = CalibrationRecord(
         tensors, t["types"], _results_from_tree(t), about, spans, level_tokens, t["expert_tokens"], t["seconds"]
     )
-    return record.with_gradients(*gradients_from_tree(t["gradients"]))
+    whole = record.with_gradients(*gradients_from_tree(t["gradients"]))
+    return replace(whole, forecasts=forecasts_from_tree(t["forecasts"]))

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..observers import Counts, DEFAULT_ARGS, Observer, ObserverSpec, find_observer, fuse, kind_of, label_of
 from ..observers import new_observer, qparams_for
 from ..schemes import describe_args
-from ..stats import TensorStats, dense_counts, dtype_of, first_place
+from ..stats import TensorStats, WeightedInput, dense_counts, dtype_of, first_place
 
 # %% ../../nbs/records/results.ipynb #1d0722c0
 NEVER_SEEN = "nothing finite was seen"
@@ -88,7 +88,8 @@ def follows_from_stats(observer: Observer) -> bool:
 def observers_from_stats() -> list[str]:
     "The observers of which every record tells the result, for one scale per tensor, whatever was attached."
     known = Observer.observers().items()
-    return [name for name, one in known if "activation" in one.keeps_extremes_of or counts_values(one)]
+    kept = [name for name, one in known if "activation" in one.keeps_extremes_of or counts_values(one)]
+    return [name for name in kept if not find_observer(name).needs_gradients]
 
 
 # %% ../../nbs/records/results.ipynb #2e967f42
@@ -106,7 +107,11 @@ def statistics_from(stats: TensorStats, observer: Observer) -> dict[str, Tensor]
 
 # %% ../../nbs/records/results.ipynb #57a980fc
 def result_from_stats(
-    stats: TensorStats, base_name: str, asked: ObserverSpec, args: QuantizationArgs | None = None
+    stats: TensorStats,
+    base_name: str,
+    asked: ObserverSpec,
+    args: QuantizationArgs | None = None,
+    weighted: WeightedInput | None = None,  # What gradients say of it, for observers that need them
 ) -> ObserverResult:
     """What an observer finds from a tensor's statistics alone. Where that is not possible, there is a `reason` instead
     of a scale."""
@@ -121,6 +126,8 @@ def result_from_stats(
             setattr(observer, name, value)
         if counts_values(observer):
             observer.whole = stats.histogram  # not counted out and in again
+        if observer.needs_gradients:
+            observer.weighted = weighted
         return observer_result(observer, asked, {}, counts_of(stats))
     except (ValueError, RuntimeError) as why:
         return ObserverResult(label_of(asked), base_name, args, counts=counts_of(stats), reason=str(why))

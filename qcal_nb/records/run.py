@@ -42,6 +42,7 @@ from .calibration_record import About, CalibrationRecord
 from .collect import Collector, look_at_weights
 from .gradient_collector import GradientCollector, check_gradients
 from .live_results import results_now
+from .module_costs import with_own_costs
 from ..schemes import adjusted, preset
 from ..stats import TensorStats, check_policy
 from ..taps import STATES
@@ -411,7 +412,8 @@ def record(
             result = one_pass(model, seen, collector, begun, total, progress, attention, backwards)
             if result.batches and not result.tokens:
                 warn_once("mask leaves out every token: nothing was seen but weights")
-            return replace(result, results=results_now(collector, model, result.tensors))
+            found = replace(result, results=results_now(collector, model, result.tensors))
+            return with_own_costs(found, model, recipe) if gradients else found
 
 # %% ../../nbs/records/run.ipynb #0652a8b7
 def _gathered(data: bytes) -> list[Any]:

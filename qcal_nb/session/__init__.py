@@ -7,6 +7,7 @@ from .saved import Saved
 from .scales import module_statuses, scales_table
 from .session import Session
 from .state import FORMATS, SHOWN, WorkbenchState, args_for
+from .trial import Trial
 
 __all__ = [
     "FORMATS",
@@ -17,6 +18,7 @@ __all__ = [
     "Saved",
     "Session",
     "SessionError",
+    "Trial",
     "WorkbenchState",
     "Working",
     "args_for",

@@ -8,7 +8,7 @@ __all__ = ['STEPS', 'obstacle', 'require', 'usual_step', 'obstacle_to_best']
 # %% ../../nbs/session/legal.ipynb #fafe81fa
 from typing import Any
 
-from ..lifecycle import is_interrupted, lacking_data, phase_of, undo_log_of
+from ..lifecycle import is_interrupted, lacking_data, observers_with_gradients, phase_of, undo_log_of
 from ..records import CalibrationRecord
 from .progress import PHASES_IN_WORDS, SessionError
 
@@ -42,9 +42,18 @@ def _to_feed(session: Any) -> str | None:
     return None
 
 
+def _lacking_gradients(session: Any) -> str:
+    "Why observers that weigh with gradients cannot conclude; empty if they can."
+    named = observers_with_gradients(session.modifier.resolved_config)
+    record = session.record
+    if not named or record.gradients and min(record.labels): return ""
+    return f"{named[0]} needs gradients of at least five batches; feed them with gradients=True"
+
+
 def _to_end(session: Any) -> str | None:
     if session.phase not in ("started", "fed"):
         return "the calibration has ended already" if session.phase == "ended" else "start the calibration first"
+    if reason := _lacking_gradients(session): return reason
     if session.modifier.on_uncalibrated == "skip": return None    # what lacks data stays unquantized
     lacking = lacking_data(session.model, session.modifier.resolved_config)
     return f"{len(lacking)} scales need data first, {lacking[0]} among them; feed a batch" if lacking else None

@@ -14,12 +14,11 @@ from compressed_tensors.offload import get_execution_device
 from torch import Tensor
 from torch.nn import Module
 
-from ..analysis import same_args
 from ..calibration import observer_of
 from ..lifecycle import observed_names
 from ..observers import Counts, Observer, find_observer, observer_name
 from ..records import Attached, CalibrationRecord, Collector, Key, Memory, ObserverResult, ResultKey, counts_of
-from ..records import follows_from_stats, statistics_from
+from ..records import follows_from_stats, same_args, statistics_from
 from ..stats import TensorStats
 
 # %% ../../nbs/session/replay.ipynb #72765ae4

@@ -23,12 +23,13 @@ import pandas as pd
 from torch.nn import Module
 
 from ..calibration import claim, scheme_args
-from ..evaluate import compare_schemes, named_schemes, observers_to_compare, unfit_schemes
+from ..evaluate import Allocation, Divergence, allocate, compare_schemes, divergences, named_schemes
+from ..evaluate import observers_to_compare, unfit_schemes
 from ..lifecycle import Match, QuantizationModifier, State, at_work, changes, match_report, phase_of
 from ..lifecycle import reset_quantization, snapshot, step_edits, undo_log_of
-from ..modeling import states_of
+from ..modeling import check_causal, states_of
 from ..models import positions_of
-from ..observers import Observer
+from ..observers import Observer, ObserverSpec
 from ..pipelines import Batch, Fed, RepeatableBatches, as_batch, attention_used, batches, check_attention
 from ..pipelines import check_pipeline, expected_batches, no_more, passes, scales_of_segment
 from ..recipes import save_quantized
@@ -42,9 +43,11 @@ from .progress import PHASES_IN_WORDS, Past, Progress, SessionError
 from .provenance import data_code, model_code
 from .recorded import Recorded, as_record
 from .replay import StatisticsByObserver, Twin, collector_memory, hand_over, let_twins_look
+from .replay import observers_that_need_data
 from .replay import restore_statistics, statistics_by_observer, twins_of
 from .scales import module_statuses, options_code, scales_table
 from .script import production_of, script_of
+from .trial import LEAST_TEXTS, Trial, trial_of
 from ..warn import warn_once
 
 # %% ../../nbs/session/session.ipynb #833ed37b
@@ -136,6 +139,8 @@ class Session(Recorded):
         self.stream = _repeatable(data, tokenizer, **reading)
         self.made = _Made(data, record, reading, options.given, options.modifier)
         self.phase = "original"
+        self.before: Options | None = None      # what `undo_best` returns to
+        self.trial: Trial | None = None         # what the model said of the last `use_best`
         self.fed = 0            # batches
         self.memory = {}        # what the record's observers remember
         self.ledger = None      # the model's undo log after our last step; a different one means a change from outside
@@ -200,6 +205,38 @@ class Session(Recorded):
         if self.phase != "original":
             self.reset()
         super().take(recipe)
+
+    def use_best(
+        self, base_names: Iterable[str] = ("input", "weight"), *, production: bool = False, check: bool = True
+    ) -> dict[str, dict[str, ObserverSpec]]:
+        """Give each tensor the observer that is forecast to cost the model least, if it is surely cheaper than the
+        recipe's; from a record without gradients, that with the highest SQNR. The model goes back to the original, and
+        is asked: the change is kept only if it surely lowers the KL on `eval_data` (else on calibration text, and `trial`
+        says so). `production`: only observers that llm-compressor has. `check=False`: keep it unasked. Returns what was
+        kept, module -> base name -> observer; `undo_best` takes it back."""
+        return _use_best_checked(self, super().use_best, base_names, production, check)
+
+    def undo_best(self) -> None:
+        "The recipe as it was before the last `use_best` or `allocate`. SessionError if there was none."
+        if self.before is None: raise SessionError("cannot undo best: use_best() changed nothing")
+        options, self.before = self.before, None
+        self.take(options.modifier)
+        self.options = options
+        self.log("undo_best()", "configured")
+
+    def allocate(
+        self, budget: int | str, candidates: Mapping[str, Any] | None = None, keep: Iterable[str] = ()
+    ) -> Allocation:
+        """Go on with the recipe that is forecast to cost least within `budget` bytes of the checkpoint (or "5 GB"), as
+        `forecasts.allocate` says. The model goes back to the original. ValueError for a record without gradients or a
+        budget that is too small."""
+        if self.phase != "original":
+            self.reset()
+        found = allocate(self.record, self.model, budget, candidates, keep)
+        self.before = self.options
+        self.take(found.recipe)
+        self.log(_allocation_code(self, budget, candidates, keep), "configured")
+        return found
 
     def legal(self) -> dict[str, str | None]:
         "For every step: None if it can be taken now, else why not."
@@ -395,6 +432,9 @@ def _begin(session: Session) -> str:
 
 
 def _end_calibration(session: Session) -> str:
+    for (module, _), _, observer in observers_that_need_data(session.model):
+        if observer.needs_gradients:
+            observer.weighted = session.record.weighted(module)
     session.modifier.on_end(State(session.model))
     return "ended"
 
@@ -629,3 +669,67 @@ def _ticker(session: Session) -> Callable[[], None]:
         session.tell("compare")
     return tick
 
+
+# %% ../../nbs/session/session.ipynb #abc6322d
+def _divergences(session: Session, recipe: QuantizationModifier, evals: list) -> list[Divergence]:
+    "What a recipe costs the model on each batch; its scales come from the record, or from the data if they have to."
+    how = dict(recipe=recipe, attention=session.attention, pipeline=session.pipeline, propagate=session.propagate)
+    trying = Session(session.model, session.stream.all(), record=session.record, **how)
+    try:
+        trying.initialize()
+        trying.start()
+        if not trying.fed and trying.legal()["feed"] is None:
+            trying.feed_all()
+        trying.end()
+        return divergences(session.model, evals, _ticker(session), "use_best()")
+    finally:
+        if trying.phase != "original":
+            trying.reset()
+        session.ledger = undo_log_of(session.model)
+
+
+def _texts_to_try(session: Session) -> list:
+    "What `use_best` asks the model about. SessionError if the model or the texts cannot tell."
+    evals = session.stream.all() if session.eval_data is None else _evaluation_batches(session, session.eval_data)
+    try:
+        check_causal(session.model)
+    except TypeError as fault:
+        raise SessionError(f"cannot check what use_best() changes: {fault}; use_best(check=False) keeps it unasked") from None
+    if len(evals) >= LEAST_TEXTS: return evals
+    raise SessionError(
+        f"cannot check what use_best() changes on {len(evals)} batches: at least {LEAST_TEXTS} are needed. Make the "
+        "session with eval_data=[texts that are not in data], or use_best(check=False) to keep it unasked"
+    )
+
+
+def _use_best_checked(
+    session: Session, change: Callable[..., dict], base_names: Iterable[str], production: bool, check: bool
+) -> dict[str, dict[str, ObserverSpec]]:
+    evals = _texts_to_try(session) if check_flag("check", check) and not session.why_not("use_best") else []
+    before, code = session.options, session.code
+    choices = change(base_names, production=production)
+    if choices:
+        session.before = before
+    if not choices or not check: return choices
+    session.trial = None
+    try:
+        begin_work(session, "use_best", lambda: None, lambda: _try_out(session, before, evals))
+    finally:
+        if session.trial is None or not session.trial.helped:     # not better, or nobody knows
+            session.options, session.code, session.before = before, code, None
+        session.tell("configured")
+    return choices if session.options is not before else {}
+
+
+def _try_out(session: Session, before: Options, evals: list) -> None:
+    session.progress = Progress(total=2 * len(evals))
+    recipes = before.modifier, session.modifier
+    costs = [_divergences(session, recipe, evals) for recipe in recipes]
+    session.trial = trial_of(*costs, held_out=session.eval_data is not None)
+
+
+def _allocation_code(session: Session, budget: int | str, candidates: Any, keep: Iterable[str]) -> str:
+    "The line that repeats an allocation; the recipe itself where candidates cannot be written down."
+    if candidates is not None: return f"configure({options_code(session.options.given, session.modifier)})"
+    kept = f", keep={list(keep)!r}" if list(keep) else ""
+    return f"allocate({budget!r}{kept})"

@@ -1,6 +1,7 @@
 """What is counted of a tensor: histograms that add up, moments, extremes, and what a scale would cost."""
 
 from .compiled import bits_of, float_of, in_parts, shared_out
+from .costs import TOO_DAMAGED, WeightedInput, cost_in_words, surely_less, weighted_input
 from .draws import number_of, uniform_at
 from .gradients import (
     Gradients,
@@ -57,14 +58,17 @@ __all__ = [
     "PARTS",
     "Quality",
     "ROWS",
+    "TOO_DAMAGED",
     "TensorStats",
     "Timeline",
     "TokenSample",
+    "WeightedInput",
     "bits_of",
     "bucket_counts",
     "bucket_sums",
     "cells",
     "check_policy",
+    "cost_in_words",
     "count_buckets",
     "current_batch",
     "dense_counts",
@@ -89,5 +93,7 @@ __all__ = [
     "shared_out",
     "sqnr_db",
     "sum_of",
+    "surely_less",
     "uniform_at",
+    "weighted_input",
 ]

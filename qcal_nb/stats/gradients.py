@@ -50,6 +50,11 @@ class TokenSample:
         weights = self.weights[:ROWS]
         return weights.clamp(min=threshold) / weights
 
+    @property
+    def total_weight(self) -> float:
+        "Σ ‖h‖² ‖x‖² over all tokens, as the sample tells."
+        return float((self.stands_for * self.weights[:ROWS]).sum())
+
 
 def no_tokens(columns: int, dtype: torch.dtype) -> TokenSample:
     "The sample of no tokens."

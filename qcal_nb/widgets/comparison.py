@@ -22,13 +22,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from traitlets import Bool, TraitError
 
-from ..analysis import choose, mark_best, readers_in_words, without_observer
+from ..analysis import choose, mark_best, readers_in_words
 from ..evaluate import TABLE_ORDERS, TENSOR_COLUMNS, UNKNOWN, best_by_tensor, scheme_args_by_module
 from ..evaluate import rows_by_scheme, scheme_observers, sort_rows
 from ..observers import label_of, name_and_kwargs
 from ..plots import NAMED, new_axes, plot_observers, say_nothing, to_png
 from ..recipes import production_note
-from ..records import CalibrationRecord
+from ..records import CalibrationRecord, without_observer
 from ..schemes import describe_args
 from ..session import FORMATS, Session, WorkbenchState, weight_lookup
 from .comparison_html import config_of, counted_words, observers_html, tensors_html, unknown_html
@@ -73,10 +73,9 @@ def framed(png: bytes, ax: Axes, column: int | None) -> bytes:
 
 # %% ../../nbs/widgets/comparison.ipynb #731ff046
 CAUTION = (
-    "<i>Use best</i> changes the recipe wherever another observer loses less, and takes the model back to the "
-    "original; the record stays. SQNR judges each tensor alone, and outlier channels "
-    "can mislead it. Only the model can say what the model loses: compare the recipe before and after under "
-    "<i>Schemes side by side</i>."
+    "<i>Use best</i> takes the model back to the original, gives each tensor the observer that is forecast to cost the "
+    "model least (without gradients: that with the highest SQNR), and asks the model: the change is kept only if the KL "
+    "falls. The record stays."
 )
 
 
@@ -312,7 +311,8 @@ def _describe_heatmap(panel: "ObserverComparison") -> str:
     known = panel.rows[panel.rows.best != UNKNOWN]
     if not len(rows): return EMPTY[_why_empty(panel)]
     if not len(known): return f"Signal to noise of {len(rows)} {panel.state.base_name} tensors: unknown for all of them"
-    counts = ", ".join(f"{name} is best for {n}" for name, n in known.best.value_counts().items())
+    first = "is best for" if known.by.iloc[0] == "kl" else "has the highest SQNR for"
+    counts = ", ".join(f"{name} {first} {n}" for name, n in known.best.value_counts().items())
     worst = known.loc[known.best_db.idxmin()]
     hardest = f"{readers_in_words(worst.readers)} with {worst.best_db:.1f} dB at best"
     chosen = f"; {panel.state.selected} is selected" if _column_of(rows, panel.state.selected) is not None else ""

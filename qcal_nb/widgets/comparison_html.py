@@ -38,6 +38,9 @@ def counted_words(counts: Mapping[str, int]) -> str:
     )
 
 
+_FIRST = dict(kl="Costs the model least by forecast", sqnr_db="Highest SQNR, which does not tell what the model loses")
+
+
 def verdict_html(rows: pd.DataFrame, base_name: str, words: str) -> str:
     """The comparison in two sentences: which observers are best and how often, and what they gain over the scheme's
     own."""
@@ -46,7 +49,7 @@ def verdict_html(rows: pd.DataFrame, base_name: str, words: str) -> str:
     of_modules = f" of {modules:,} modules" if modules > len(rows) else ""
     text = f"{len(rows):,} {base_name} tensors{of_modules} as <b>{escape(words)}</b>. "
     if len(known):
-        text += f"Least noise: {counted_words(known.best.value_counts().to_dict())}. "
+        text += f"{_FIRST[known.by.iloc[0]]}: {counted_words(known.best.value_counts().to_dict())}. "
     if len(known) and len(known) < len(rows):
         text += f"Nothing is known about {len(rows) - len(known):,}. "
     return block(text + _gain_words(rows, known, base_name))
@@ -56,12 +59,24 @@ def _gain_words(rows: pd.DataFrame, known: pd.DataFrame, base_name: str) -> str:
     "What the scheme's own observers lose against the best, or why that cannot be said."
     gains = known[np.isfinite(known.gain_db.astype(float))]
     used = [name for name in dict.fromkeys(rows.scheme) if name]
+    if len(gains) and gains.by.iloc[0] == "kl": return _saving_words(gains)
     if len(gains): return _known_gain_words(gains)
     if used == [RUNNING]:
         return "The scheme computes these scales while the model runs, so no observer can be better or worse."
     if not len(known): return ""
     if used: return f"It was not recorded what the scheme's {escape(', '.join(used))} would have cost."
     return f"The scheme does not quantize these {base_name} tensors."
+
+
+def _saving_words(gains: pd.DataFrame) -> str:
+    "What the best observers save by forecast."
+    saves = gains.saves.clip(lower=0).sum()
+    if not saves: return "The scheme's own observers stay: no other one is surely cheaper."
+    most = gains.loc[gains.saves.idxmax()]
+    return (
+        f"They are forecast to save <b>{saves:.2g} nats</b> of {gains.scheme_kl.sum():.2g} that the scheme's inputs cost, "
+        f"most at {escape(readers_in_words(most.readers))} ({most.saves:.2g})."
+    )
 
 
 def _known_gain_words(gains: pd.DataFrame) -> str:
@@ -73,9 +88,8 @@ def _known_gain_words(gains: pd.DataFrame) -> str:
             f"(at {escape(readers_in_words(most.readers))}; "
             f"{(gains.gain_db >= WORTH).sum():,} tensors more than {WORTH} dB). 6 dB are one bit."
         )
-    if (gains.gain_db <= 0).all():
-        return f"The scheme already has the best observer everywhere ({scheme}): there is nothing to change."
-    return f"The scheme's {scheme} is within {WORTH} dB of the best everywhere: no change is worth it here."
+    if (gains.gain_db <= 0).all(): return f"The scheme's own observer has it everywhere ({scheme})."
+    return f"The scheme's {scheme} is within {WORTH} dB of it everywhere."
 
 # %% ../../nbs/widgets/comparison_html.ipynb #fcb37beb
 REMEDIES = (
@@ -94,11 +108,14 @@ def unknown_html(rows: pd.DataFrame) -> str:
 
 
 _TENSOR_HEADS = dict(
-    best="best observer",
+    best="observer",
     best_db="its SQNR (dB)",
     scheme="scheme's observer",
     scheme_db="its SQNR (dB) ",
     gain_db="gain (dB)",
+    best_kl="its cost (nats)",
+    scheme_kl="scheme's cost (nats)",
+    saves="saves (nats)",
 )
 
 
@@ -107,7 +124,8 @@ def _db(value: float) -> Any: return "∞" if value == math.inf else round(value
 
 def tensors_html(rows: pd.DataFrame, limit: int = 200) -> str:
     "The rows of `best_by_tensor` as a table; beyond `limit` rows it says how many are left out."
-    shown = rows.head(limit).drop(columns=["readers", "why"])
+    nats = [] if (rows.by == "kl").any() else ["best_kl", "scheme_kl", "saves"]
+    shown = rows.head(limit).drop(columns=["readers", "why", "by", *nats])
     shown["module"] = rows.readers.head(limit).map(readers_in_words)
     for name in ("best_db", "scheme_db", "gain_db"):
         shown[name] = [_db(v) for v in shown[name]]
@@ -133,7 +151,8 @@ def _observer_cells(row: Any) -> dict[str, Any]:
         "clipped": f"{row.clipped:.3%}",
         "MSE": f"{row.mse:.3g}",
         "levels used": int(row.levels_used),
-        "note": "best" if row.best else "",
+        "cost (nats)": "" if math.isnan(row.kl) else f"{row.kl:.2g}",
+        "note": "best" if row.best else "highest SQNR" if row.highest_sqnr else "",
     }
 
 
@@ -148,7 +167,7 @@ def observers_html(table: pd.DataFrame, module: str, scheme: str = "") -> str:
     for row in cells:
         if row["observer"] == scheme:
             row["note"] = ", ".join(filter(None, [row["note"], "the scheme's"]))
-    order = ["observer", "note", "SQNR (dB)", "range", "scale", "clipped", "MSE", "levels used"]
+    order = ["observer", "note", "cost (nats)", "SQNR (dB)", "range", "scale", "clipped", "MSE", "levels used"]
     shown = pd.DataFrame(cells, columns=[c for c in order if any(c in row for row in cells)])
     name = readers_in_words(readers_of(part).iloc[0])
     return block(f"<b>{escape(name)}</b>" + table_html(shown.astype(object).where(shown.notna(), None)))

@@ -23,12 +23,12 @@ from compressed_tensors.quantization import QuantizationArgs
 from matplotlib.axes import Axes
 from traitlets import TraitError
 
-from ..analysis import Answers, BY_HAND, best_of, outlier_ratio, place_in_words, recorded_args
+from ..analysis import Answers, BY_HAND, best_of, highest_sqnr, outlier_ratio, place_in_words
 from ..analysis import result_by_hand, usual_observers
 from ..observers import Observer, ObserverSpec, label_of, name_and_kwargs
 from ..plots import HAND, LiveHistogram, fixed_axes, plot_channels, plot_histogram, plot_scales, plot_timeline
 from ..plots import to_png
-from ..records import CalibrationRecord, Key, ObserverResult, observers_from_stats
+from ..records import CalibrationRecord, Key, ObserverResult, observers_from_stats, recorded_args
 from ..schemes import code_points, describe_args
 from ..session import FORMATS, SHOWN, Session, WorkbenchState
 from ..stats import TensorStats
@@ -58,15 +58,18 @@ SEARCHING = "being searched …"  # the reason of a result that is not there yet
 
 
 def readout(found: list[ObserverResult], costs: list[dict[str, Any]], own: str = "") -> list[dict[str, Any]]:
-    """A row per result, with its cost, and which is the best (`analysis.best_of`); `own` is the observer that the
-    recipe names."""
-    best = best_of(*([cost[name] for cost in costs] for name in ("sqnr_db", "bound_db", "observer")), own)
+    """A row per result, with its cost, which is best for the model (`analysis.best_of`) and which has the highest SQNR;
+    `own` is the observer that the recipe names."""
+    db, bounds, names, parts = ([cost[name] for cost in costs] for name in ("sqnr_db", "bound_db", "observer", "kl_parts"))
+    best = best_of(parts, names, own)
+    highest = highest_sqnr(db, bounds, names, own)
     return [
         {name: cost.get(name) for name in READOUT}
         | dict(
             scales=0 if c.scale is None else c.scale.numel(),
             levels=len(code_points(c.args)),
             best=i == best,
+            highest=i == highest,
             own=cost["observer"] == own,
         )
         for i, (c, cost) in enumerate(zip(found, costs))
@@ -111,10 +114,13 @@ def _sqnr_cell(sqnr_db: float, bound_db: float) -> str:
 def _name(row: dict[str, Any]) -> str:
     dot = f'<span class="dot" style="background: {HAND}"></span>' if row["observer"] == BY_HAND else ""
     limit = " <span class='faint'>(at the limit of its search)</span>"
-    tip = "the largest SQNR; if several cannot be told apart, the recipe’s, else the first"
+    tip = "costs the model least by forecast; the recipe’s own unless another is surely cheaper"
     best = f' <b title="{tip}">★ best</b>'
+    noise = "the noise of this tensor alone; if several cannot be told apart, the recipe’s, else the first"
+    highest = f' <span class="faint" title="{noise}">highest SQNR</span>'
     own = " <span class='faint'>(the recipe’s)</span>"
-    marks = [own] * bool(row["own"]) + [limit] * bool(row["at_limit"]) + [best] * bool(row["best"])
+    marks = [own] * bool(row["own"]) + [limit] * bool(row["at_limit"])
+    marks += [best] * bool(row["best"]) + [highest] * bool(row["highest"])
     return f"{dot}{escape(row['observer'])}{''.join(marks)}"
 
 # %% ../../nbs/widgets/inspector.ipynb #161be623
@@ -147,14 +153,14 @@ def verdict(table: list[dict[str, Any]], clip: float) -> str:
     at = f"By hand, {'the whole range' if clip == 1 else f'{100 * clip:.3g} % of the range'}"
     hand = known.pop(BY_HAND)
     if not known: return f"{at}: {hand['sqnr_db']:.1f} dB."
-    best = next((row for row in known.values() if row["best"]), max(known.values(), key=lambda row: row["sqnr_db"]))
+    best = next((row for row in known.values() if row["highest"]), max(known.values(), key=lambda row: row["sqnr_db"]))
     more = hand["sqnr_db"] - best["sqnr_db"]
     name = escape(best["observer"])
     sure = max(0.05, sum(row["bound_db"] for row in (hand, best) if row["bound_db"] and math.isfinite(row["bound_db"])))
     if abs(more) < sure:
-        return f"{at}: as good as {name}, the best observer. Move <i>Clip range</i> to look for a better one."
-    if more > 0: return f"{at}: <b>{more:.1f} dB better</b> than {name}, the best observer."
-    return f"{at}: {-more:.1f} dB worse than {name}, the best observer. Move <i>Clip range</i> to come closer."
+        return f"{at}: as little noise as {name}, the observer with the highest SQNR."
+    if more > 0: return f"{at}: <b>{more:.1f} dB more</b> than {name}, the observer with the highest SQNR."
+    return f"{at}: {-more:.1f} dB less than {name}, the observer with the highest SQNR."
 
 # %% ../../nbs/widgets/inspector.ipynb #39eedf30
 NOTHING_RECORDED = (
@@ -416,7 +422,7 @@ def _ask(panel: "HistogramInspector", key: Key, name: str, live: bool) -> Observ
     slow = _is_slow(name) and not panel.answers.knows(record, key, name, args)
     if not slow or not (live or _waiting(panel)): return panel.answers.conclusion(record, key, name, args)
     if not live:
-        panel._todo.append(lambda: panel.answers.row(panel.answers.conclusion(record, key, name, args), record[key]))
+        panel._todo.append(lambda: panel.answers.row(record, key, panel.answers.conclusion(record, key, name, args)))
     return ObserverResult(name, key[1], args or recorded_args(record, key), reason=SEARCHING)
 
 # %% ../../nbs/widgets/inspector.ipynb #f827dca7
@@ -458,7 +464,7 @@ def _show_histogram(panel: "HistogramInspector", key: Key, what: str) -> None:
     names = usual_observers(record, key[1])
     found = [_ask(panel, key, name, what == "batch") for name in names]
     found.append(result_by_hand(stats, key[1], state.args() or recorded_args(record, key), state.clip))
-    costs = [panel.answers.row(c, stats) for c in found]
+    costs = [panel.answers.row(record, key, c) for c in found]
     panel.rows = readout(found, costs, _own_observer(panel, key))
     panel.readout_box.value = readout_html(panel.rows)
     panel.verdict.value = block(verdict(panel.rows, state.clip))
@@ -481,7 +487,7 @@ def alt_text(heading: str, table: list[dict[str, Any]]) -> str:
         for r in table
         if math.isfinite(r["sqnr_db"])
     ]
-    best = "".join(f"; best is {row['observer']}" for row in table if row["best"])
+    best = "".join(f"; best for the model is {row['observer']}" for row in table if row["best"])
     return f"Histogram of {without_tags(heading)} SQNR: {'; '.join(rows) or 'not known'}{best}."
 
 

@@ -92,6 +92,8 @@ class Workbench(Panel):
     reset = forwarded("reset")
     configure = forwarded("configure")
     use_best = forwarded("use_best")
+    undo_best = forwarded("undo_best")
+    allocate = forwarded("allocate")
     compare_schemes = forwarded("compare_schemes")
     recipe = forwarded("recipe")
     scales = forwarded("scales")

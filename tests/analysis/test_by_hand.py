@@ -6,9 +6,9 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from helpers import make_batches, make_model
 
-from qcal_nb.analysis import BY_HAND, Answers, result_by_hand, result_of
+from qcal_nb.analysis import BY_HAND, Answers, result_by_hand
 from qcal_nb.analysis.observers import one_scale
-from qcal_nb.records import record, result_from_stats
+from qcal_nb.records import record, result_from_stats, result_of
 from qcal_nb.session import FORMATS, args_for
 from qcal_nb.stats import TensorStats, measure
 

@@ -8,7 +8,7 @@ import torch
 from helpers import differences, fingerprint, make_batches, make_model
 
 from qcal_nb.evaluate import compare_schemes, forecast, forecast_modules
-from qcal_nb.evaluate.forecasts import quantized, weight_results
+from qcal_nb.records.module_costs import quantized, weight_results
 from qcal_nb.evaluate.sensitivities import Probe
 from qcal_nb.lifecycle import LifecycleError, QuantizationModifier
 from qcal_nb.models import calibration_texts, heldout_texts, load_tiny_llama

@@ -203,7 +203,7 @@ def test_what_marks_the_best_is_said(count, mark):
     pair = dict(observer=["static_minmax", "percentile"], sqnr_db=[29.9, 30.0], best=[True, False], reason="", layer=0)
     table = pd.concat([pd.DataFrame(dict(module=name, base_name="input", **pair)) for name in names])
     said = [t.get_text() for legend in plots.plot_observers(table).figure.legends for t in legend.get_texts()]
-    assert [text.startswith(f"{mark}: least error; of figures too close") for text in said] == [True] * bool(mark)
+    assert [text.startswith(f"{mark}: highest SQNR, the noise of this tensor") for text in said] == [True] * bool(mark)
 
 
 def test_scales(run):

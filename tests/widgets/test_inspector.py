@@ -19,10 +19,9 @@ from qcal_nb.analysis import (
     per_reader,
     ranges,
     result_by_hand,
-    result_of,
 )
 from qcal_nb.records import CalibrationRecord
-from qcal_nb.records import result_from_stats
+from qcal_nb.records import result_from_stats, result_of
 from qcal_nb.widgets.inspector import SEARCHING, most_interesting
 from qcal_nb.widgets import HistogramInspector
 from qcal_nb.plots import LiveHistogram

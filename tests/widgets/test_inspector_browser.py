@@ -44,7 +44,8 @@ def by_hand(page):
 
 
 LOOK = """
-from qcal_nb.analysis import recorded_args, result_by_hand
+from qcal_nb.analysis import result_by_hand
+from qcal_nb.records import recorded_args
 from qcal_nb.plots.tensor import stored_values
 def _ends():
     "The smallest and the largest number that the scale by hand can store, from the record and the state alone."
