@@ -24,6 +24,7 @@ from .feed import Working
 from .legal import obstacle_to_best
 from .options import Options
 from .progress import Past, SessionError
+from .trial import Trial
 
 # %% ../../nbs/session/recorded.ipynb #c314c622
 def as_record(record: Any) -> CalibrationRecord:
@@ -82,12 +83,12 @@ def _best_choices(session: "Recorded", base_names: list[str], production: bool) 
     return _other_than_now(session, best)
 
 
-def _use_best(session: "Recorded", base_names: list[str], production: bool) -> Choices:
+def _use_best(session: "Recorded", base_names: list[str], production: bool, check: bool) -> Choices:
     _check_base_names(base_names)
     choices = _best_choices(session, base_names, production)
     if not choices: return {}
     session.take(_overridden(session, choices))
-    more = ", production=True" if production else ""
+    more = ", production=True" * production + ", check=False" * (session.model is not None and not check)
     session.log(f"use_best({base_names!r}{more})", "configured")
     return choices
 
@@ -115,6 +116,7 @@ class Recorded(Working):
     model: Module | None = None
     phase: str = "saved"
     compared: pd.DataFrame | None = None    # the last comparison of schemes
+    trial: Trial | None = None              # what the model said of the last `use_best`
 
     def __init__(self, options: Options, record: CalibrationRecord, owner: str = "") -> None:
         super().__init__(owner)
@@ -175,10 +177,12 @@ class Recorded(Working):
         if self.running: return f"{self.running} is running; stop it or wait for it"
         return obstacle_to_best(self.record)
 
-    def use_best(self, base_names: Iterable[str] = ("input", "weight"), *, production: bool = False) -> Choices:
+    def use_best(
+        self, base_names: Iterable[str] = ("input", "weight"), *, production: bool = False, check: bool = False
+    ) -> Choices:
         """Give each tensor the observer that is forecast to cost the model least, if it is surely cheaper than the
         recipe's; from a record without gradients, that with the highest SQNR. `production`: only observers that
-        llm-compressor has. Without its model nothing is checked. Returns what changed, module -> base name ->
+        llm-compressor has. Only a session with its model can `check` what it does to the model. Returns what changed, module -> base name ->
         observer; if no observer is better, nothing happens. SessionError if nothing is known."""
-        return _use_best(self, [base_names] if isinstance(base_names, str) else list(base_names), production)
+        return _use_best(self, [base_names] if isinstance(base_names, str) else list(base_names), production, check)
 

@@ -47,7 +47,7 @@ from .replay import observers_that_need_data
 from .replay import restore_statistics, statistics_by_observer, twins_of
 from .scales import module_statuses, options_code, scales_table
 from .script import production_of, script_of
-from .trial import LEAST_TEXTS, Trial, trial_of
+from .trial import LEAST_TEXTS, trial_of
 from ..warn import warn_once
 
 # %% ../../nbs/session/session.ipynb #833ed37b
@@ -140,7 +140,6 @@ class Session(Recorded):
         self.made = _Made(data, record, reading, options.given, options.modifier)
         self.phase = "original"
         self.before: Options | None = None      # what `undo_best` returns to
-        self.trial: Trial | None = None         # what the model said of the last `use_best`
         self.fed = 0            # batches
         self.memory = {}        # what the record's observers remember
         self.ledger = None      # the model's undo log after our last step; a different one means a change from outside
@@ -233,6 +232,7 @@ class Session(Recorded):
         if self.phase != "original":
             self.reset()
         found = allocate(self.record, self.model, budget, candidates, keep)
+        if found.recipe is None: raise ValueError(f"budget={budget!r} holds the whole model: nothing has to be quantized")
         self.before = self.options
         self.take(found.recipe)
         self.log(_allocation_code(self, budget, candidates, keep), "configured")
@@ -706,12 +706,12 @@ def _use_best_checked(
     session: Session, change: Callable[..., dict], base_names: Iterable[str], production: bool, check: bool
 ) -> dict[str, dict[str, ObserverSpec]]:
     evals = _texts_to_try(session) if check_flag("check", check) and not session.why_not("use_best") else []
+    session.trial = None
     before, code = session.options, session.code
-    choices = change(base_names, production=production)
+    choices = change(base_names, production=production, check=check)
     if choices:
         session.before = before
     if not choices or not check: return choices
-    session.trial = None
     try:
         begin_work(session, "use_best", lambda: None, lambda: _try_out(session, before, evals))
     finally:
@@ -724,8 +724,11 @@ def _use_best_checked(
 def _try_out(session: Session, before: Options, evals: list) -> None:
     session.progress = Progress(total=2 * len(evals))
     recipes = before.modifier, session.modifier
-    costs = [_divergences(session, recipe, evals) for recipe in recipes]
-    session.trial = trial_of(*costs, held_out=session.eval_data is not None)
+    try:
+        costs = [_divergences(session, recipe, evals) for recipe in recipes]
+        session.trial = trial_of(*costs, held_out=session.eval_data is not None)
+    except KeyboardInterrupt:
+        if not session.stopped: raise   # stopped: nobody knows whether it helps
 
 
 def _allocation_code(session: Session, budget: int | str, candidates: Any, keep: Iterable[str]) -> str:

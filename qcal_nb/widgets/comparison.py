@@ -30,7 +30,7 @@ from ..plots import NAMED, new_axes, plot_observers, say_nothing, to_png
 from ..recipes import production_note
 from ..records import CalibrationRecord, without_observer
 from ..schemes import describe_args
-from ..session import FORMATS, Session, WorkbenchState, weight_lookup
+from ..session import FORMATS, Session, Trial, WorkbenchState, weight_lookup
 from .comparison_html import config_of, counted_words, observers_html, tensors_html, unknown_html
 from .comparison_html import verdict_html
 from .html import block, empty_html, error_html, warning_html
@@ -79,20 +79,22 @@ CAUTION = (
 )
 
 
-def used_html(used: Mapping[str, Mapping[str, str]]) -> str:
-    "What `Session.use_best` changed ({module: {base name: observer}}) in words, and what comes next."
+def used_html(used: Mapping[str, Mapping[str, str]], trial: Trial | None = None) -> str:
+    """What `Session.use_best` changed ({module: {base name: observer}}) in words, what the model said, and what comes
+    next."""
+    said = "" if trial is None else f" {escape(str(trial))}."
     counts: dict[str, dict[str, int]] = {}
     for by_base in used.values():
         for base_name, observer in by_base.items():
             of_base = counts.setdefault(base_name, {})
             label = label_of(observer)
             of_base[label] = of_base.get(label, 0) + 1
-    nothing = "Nothing was changed: for no tensor is any observer known to be better than the recipe's."
-    if not counts: return block(f'<div class="warning" role="status">{nothing}</div>')
+    nothing = "for no tensor is any observer known to be better than the recipe's." if trial is None else said
+    if not counts: return block(f'<div class="warning" role="status">Nothing was changed: {nothing}</div>')
     parts = [f"{base_name} tensors: {counted_words(of_base)}" for base_name, of_base in counts.items()]
     note = production_note(name_and_kwargs(one)[0] for of_base in counts.values() for one in of_base)
     return block(
-        f'<div role="status">Written into the recipe, counted by modules: {"; ".join(parts)}. The model is original '
+        f'<div role="status">Written into the recipe, counted by modules: {"; ".join(parts)}.{said} The model is original '
         "again: "
         "<b>Initialize</b>, <b>Start</b> and <b>End</b> compute the new scales from the record.</div>"
     ) + (warning_html(note) if note else "")
@@ -391,7 +393,10 @@ def _make_use_best(panel: "ObserverComparison") -> w.VBox:
     panel.use.add_class("qcal-use-best")
     panel.use.on_click(lambda _: panel.use_best())
     caution = w.HTML(block(f'<span class="faint">{CAUTION}</span>'), layout=w.Layout(flex="1 1 0"))
-    return w.VBox([w.HBox([panel.use, panel.use_for, caution]), panel.used])
+    panel.check = w.Checkbox(value=True, description="ask the model first", indent=False,
+                             tooltip="Keep the change only if it surely lowers the KL on eval_data, or on the data")
+    panel.check.add_class("qcal-use-check")
+    return w.VBox([w.HBox([panel.use, panel.use_for, panel.check, caution]), panel.used])
 
 # %% ../../nbs/widgets/comparison.ipynb #618ea376
 def _heading(text: str) -> w.HTML: return w.HTML(block(f"<h4 style='margin: 10px 0 2px'>{text}</h4>"))
@@ -474,7 +479,8 @@ class _Deciding(Panel):
         "Write the best observer of every tensor into the recipe, and say what changed."
         self.problem.value = self.used.value = ""
         try:
-            self.used.value = used_html(self.session.use_best(base_names=list(self.use_for.value)))
+            used = self.session.use_best(list(self.use_for.value), check=self.check.value)
+            self.used.value = used_html(used, self.session.trial)
         except Exception as error:
             self.problem.value = error_html(error)
         self.refresh("use_best")
