@@ -104,7 +104,7 @@ def _why_unknown(c: ObserverResult) -> str:
 def kl_columns(costs: Tensor | None) -> Row:
     "What a scale is forecast to cost: `kl`, the mean of the parts that count, and `kl_parts`, all five."
     if costs is None: return dict(kl=math.nan, kl_parts=None)
-    return dict(kl=mean_of_parts(costs).item(), kl_parts=tuple(costs.tolist()))
+    return dict(kl=float(mean_of_parts(costs)), kl_parts=tuple(costs.tolist()))
 
 
 def result_row(conclusion: ObserverResult, stats: TensorStats, costs: Tensor | None = None) -> Row:
@@ -246,14 +246,16 @@ def _flags(table: pd.DataFrame, rows: Iterable[int | None]) -> np.ndarray:
     found[[row for row in rows if row is not None]] = True
     return found
 
+
+def _marks(table: pd.DataFrame, own: Mapping[Key, str]) -> dict[str, np.ndarray]:
+    rows = dict(best=_best_rows(table, own), highest_sqnr=_highest_rows(table, own))
+    return {name: _flags(table, some) for name, some in rows.items()}
+
 # %% ../../nbs/analysis/observers.ipynb #a526af29
 def mark_best(table: pd.DataFrame, own: Mapping[Key, str] | None = None) -> pd.DataFrame:
-    """The same comparison with `best` decided by `best_of` and `highest_sqnr` by that function, tensor by tensor. `own`:
-    (module, base name) -> the observer that needs no change."""
-    own = own or {}
-    best = _flags(table, _best_rows(table, own))
-    highest = _flags(table, _highest_rows(table, own))
-    marked = table.assign(best=best, highest_sqnr=highest)
+    """The same comparison with `best` decided by `best_of` and `highest_sqnr` by that function, tensor by tensor.
+    `own`: (module, base name) -> the observer that needs no change."""
+    marked = table.assign(**_marks(table, own or {}))
     marked.attrs = table.attrs
     return marked
 

@@ -242,7 +242,8 @@ def scheme_observers(args: Mapping[str, QuantizationArgs], base_name: str) -> di
 
 # %% ../../nbs/evaluate/best.ipynb #1f4f85d9
 TENSOR_COLUMNS = [
-    "module", "readers", "best", "best_db", "scheme", "scheme_db", "gain_db", "best_kl", "scheme_kl", "saves", "by", "why"
+    "module", "readers", "best", "best_db", "scheme", "scheme_db", "gain_db", "best_kl", "scheme_kl", "saves",
+    "by", "why"
 ]
 UNKNOWN = "unknown"
 RUNNING = "found while running"

@@ -38,14 +38,16 @@ def clip_costs(weighted: WeightedInput, args: QuantizationArgs, low: Tensor, hig
 def _check_place(base_name: str, args: QuantizationArgs) -> None:
     "ValueError unless it is the input of a module, with one scale."
     if base_name == "input" and args.strategy == "tensor": return
-    raise ValueError(f"fisher_mse chooses one scale for an input, from gradients; it was asked about {base_name!r} with "
-                     f"strategy {args.strategy!r}: use another observer there, such as minmax or mse")
+    raise ValueError(
+        f"fisher_mse chooses one scale for an input, from gradients; it was asked about {base_name!r} with strategy "
+        f"{args.strategy!r}: use another observer there, such as minmax or mse"
+    )
 
 
 @Observer.register("fisher_mse")
 class FisherMSEObserver(StaticMinMaxObserver):
-    """The share of the range, of 97, that costs the model least by gradients, on average over five parts of the data. Only of
-    inputs, with one scale per tensor, else ValueError. Extremes over ranks by MIN and MAX."""
+    """The share of the range, of 97, that costs the model least by gradients, on average over five parts of the data.
+    Only of inputs, with one scale per tensor, else ValueError. Extremes over ranks by MIN and MAX."""
 
     needs_gradients: ClassVar[bool] = True
     compared_for: ClassVar[tuple[str, ...]] = ("activation",)

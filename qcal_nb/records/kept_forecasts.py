@@ -87,6 +87,7 @@ def _input_from_list(found: list) -> InputCosts:
 def forecasts_from_tree(t: Mapping[str, Any]) -> Forecasts:
     "Undo `forecasts_to_tree`, of a tree that has the form. ValueError if the numbers cannot be true."
     costs = list(map(_input_from_list, t["costs"]))
-    must(all(0 <= i < len(costs) for i in t["inputs"].values()), f"of {len(costs)} costs were referred to:", t["inputs"])
+    known = all(0 <= i < len(costs) for i in t["inputs"].values())
+    must(known, f"of {len(costs)} costs were referred to:", t["inputs"])
     schemes = {label: _scheme_from_list(found) for label, found in t["schemes"].items()}
     return Forecasts(schemes, {name: costs[i] for name, i in t["inputs"].items()})

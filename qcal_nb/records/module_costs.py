@@ -65,11 +65,14 @@ def row_blocks(whole: RowBlock, args: QuantizationArgs) -> Iterator[RowBlock]:
         yield _rows_between(whole._replace(values=rows), start, start + step, height)
 
 # %% ../../nbs/records/module_costs.ipynb #74b8a1ca
+def _with_scales(value: Tensor, result: ObserverResult) -> RowBlock:
+    return RowBlock(value, result.scale.to(value.device), result.zero_point.to(value.device))
+
+
 def quantized(value: Tensor, result: ObserverResult) -> Tensor:
     "QDQ of a tensor with the scales of a result."
-    whole = RowBlock(value, result.scale.to(value.device), result.zero_point.to(value.device))
-    pieces = [fake_quantize(*block, result.args, global_scale=result.global_scale)
-              for block in row_blocks(whole, result.args)]
+    blocks = row_blocks(_with_scales(value, result), result.args)
+    pieces = [fake_quantize(*block, result.args, global_scale=result.global_scale) for block in blocks]
     return torch.cat(pieces).reshape(value.shape)
 
 
@@ -207,12 +210,15 @@ def _by_scheme(names: Iterable[str], chosen: Chosen) -> Iterable[dict[str, Modul
     return found.values()
 
 
+def _scheme_of(names: Iterable[str], chosen: Chosen) -> QuantizationScheme: return chosen[next(iter(names))][1]
+
+
 def costs_of(record: CalibrationRecord, model: Module, chosen: Chosen) -> dict[str, ModuleCost]:
     "What a recipe costs, by module. ValueError where it cannot be told."
     found = {}
     for names in units_among(model, chosen):
         for some in _by_scheme(names, chosen):
-            found |= unit_costs(record, some, chosen[next(iter(some))][1])
+            found.update(unit_costs(record, some, _scheme_of(some, chosen)))
     return found
 
 

@@ -364,6 +364,14 @@ def _opened(model: Module, recipe: QuantizationMixin, base_names: Iterable[str])
         yield
 
 
+def _concluded(
+    result: CalibrationRecord, collector: Collector, model: Module, recipe: QuantizationMixin
+) -> CalibrationRecord:
+    "The record with what its observers found, and with what its recipe costs if there are gradients."
+    found = replace(result, results=results_now(collector, model, result.tensors))
+    return with_own_costs(found, model, recipe) if found.gradients else found
+
+
 def _as_recorded(model: Module, inputs: Iterable[tuple[int, Any]], mask: Any) -> Iterator[Batch]:
     "Batches of numbered inputs, with a warning where padding counts."
     for batch in as_batches(model, inputs, mask):
@@ -412,8 +420,7 @@ def record(
             result = one_pass(model, seen, collector, begun, total, progress, attention, backwards)
             if result.batches and not result.tokens:
                 warn_once("mask leaves out every token: nothing was seen but weights")
-            found = replace(result, results=results_now(collector, model, result.tensors))
-            return with_own_costs(found, model, recipe) if gradients else found
+            return _concluded(result, collector, model, recipe)
 
 # %% ../../nbs/records/run.ipynb #0652a8b7
 def _gathered(data: bytes) -> list[Any]:

@@ -7,15 +7,15 @@ __all__ = ['Choices', 'as_record', 'args_by_recipe', 'has_forecasts', 'weight_lo
 
 # %% ../../nbs/session/recorded.ipynb #4ef51143
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import pandas as pd
 from torch.nn import Module
 
 from ..calibration import args_in
-from ..evaluate import DAMAGED, best_observers, compare_for_recipe, in_production, observers_to_compare
-from ..evaluate import schemes_of_record
+from ..evaluate import Allocation, DAMAGED, allocate, best_observers, compare_for_recipe, in_production
+from ..evaluate import observers_to_compare, schemes_of_record
 from ..lifecycle import ModuleChange, QuantizationModifier, schemes_by_module
 from ..observers import ObserverSpec, label_of, specs_from_args
 from ..recipes import override
@@ -24,6 +24,7 @@ from .feed import Working
 from .legal import obstacle_to_best
 from .options import Options
 from .progress import Past, SessionError
+from .scales import options_code
 from .trial import Trial
 
 # %% ../../nbs/session/recorded.ipynb #c314c622
@@ -87,7 +88,9 @@ def _use_best(session: "Recorded", base_names: list[str], production: bool, chec
     _check_base_names(base_names)
     choices = _best_choices(session, base_names, production)
     if not choices: return {}
+    before = session.options
     session.take(_overridden(session, choices))
+    session.before = before
     more = ", production=True" * production + ", check=False" * (session.model is not None and not check)
     session.log(f"use_best({base_names!r}{more})", "configured")
     return choices
@@ -109,6 +112,25 @@ def _overridden(session: "Recorded", choices: Choices) -> QuantizationModifier:
     return override(session.modifier, choices, session.model if choices.keys() <= names else None)
 
 
+# %% ../../nbs/session/recorded.ipynb #8cbed3c5
+def _allocation_code(session: "Recorded", budget: int | str, candidates: Any, keep: list[str]) -> str:
+    "The line that repeats an allocation; the recipe itself where candidates cannot be written down."
+    if candidates is not None: return f"configure({options_code(session.options.given, session.modifier)})"
+    return f"allocate({budget!r}, keep={keep!r})" if keep else f"allocate({budget!r})"
+
+
+def _allocate(session: "Recorded", budget: int | str, candidates: Any, keep: list[str]) -> Allocation:
+    if session.phase != "original":
+        session.reset()
+    found = allocate(session.record, session.model, budget, candidates, keep)
+    if found.recipe is None:
+        raise ValueError(f"budget={budget!r} holds the whole model: nothing has to be quantized")
+    before = session.options
+    session.take(found.recipe)
+    session.before = before
+    session.log(_allocation_code(session, budget, candidates, keep), "configured")
+    return found
+
 # %% ../../nbs/session/recorded.ipynb #a9f6adaa
 class Recorded(Working):
     "A recipe and a record: what can be asked, compared and chosen."
@@ -117,6 +139,7 @@ class Recorded(Working):
     phase: str = "saved"
     compared: pd.DataFrame | None = None    # the last comparison of schemes
     trial: Trial | None = None              # what the model said of the last `use_best`
+    before: Options | None = None           # what `undo_best` returns to
 
     def __init__(self, options: Options, record: CalibrationRecord, owner: str = "") -> None:
         super().__init__(owner)
@@ -182,7 +205,23 @@ class Recorded(Working):
     ) -> Choices:
         """Give each tensor the observer that is forecast to cost the model least, if it is surely cheaper than the
         recipe's; from a record without gradients, that with the highest SQNR. `production`: only observers that
-        llm-compressor has. Only a session with its model can `check` what it does to the model. Returns what changed, module -> base name ->
-        observer; if no observer is better, nothing happens. SessionError if nothing is known."""
+        llm-compressor has. Only a session with its model can `check` what it does to the model. Returns what changed,
+        module -> base name -> observer; if no observer is better, nothing happens. SessionError if nothing is known."""
         return _use_best(self, [base_names] if isinstance(base_names, str) else list(base_names), production, check)
+
+    def undo_best(self) -> None:
+        "The recipe as it was before the last `use_best` or `allocate`. SessionError if there was none."
+        if self.before is None: raise SessionError("cannot undo best: use_best() changed nothing")
+        options, self.before = self.before, None
+        self.take(options.modifier)
+        self.options = options
+        self.log("undo_best()", "configured")
+
+    def allocate(
+        self, budget: int | str, candidates: Mapping[str, Any] | None = None, keep: Iterable[str] = ()
+    ) -> Allocation:
+        """Go on with the recipe that is forecast to cost least within `budget` bytes of the checkpoint (or "5 GB"), as
+        `forecasts.allocate` says. The model goes back to the original. ValueError for a record without gradients or a
+        budget that is too small."""
+        return _allocate(self, budget, candidates, list(keep))
 

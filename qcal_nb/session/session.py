@@ -23,13 +23,13 @@ import pandas as pd
 from torch.nn import Module
 
 from ..calibration import claim, scheme_args
-from ..evaluate import Allocation, Divergence, allocate, compare_schemes, divergences, named_schemes
-from ..evaluate import observers_to_compare, unfit_schemes
+from ..evaluate import Divergence, compare_schemes, divergences, named_schemes, observers_to_compare
+from ..evaluate import unfit_schemes
 from ..lifecycle import Match, QuantizationModifier, State, at_work, changes, match_report, phase_of
 from ..lifecycle import reset_quantization, snapshot, step_edits, undo_log_of
 from ..modeling import check_causal, states_of
 from ..models import positions_of
-from ..observers import Observer, ObserverSpec
+from ..observers import Observer
 from ..pipelines import Batch, Fed, RepeatableBatches, as_batch, attention_used, batches, check_attention
 from ..pipelines import check_pipeline, expected_batches, no_more, passes, scales_of_segment
 from ..recipes import save_quantized
@@ -41,7 +41,7 @@ from .legal import STEPS, obstacle, require, usual_step
 from .options import Options
 from .progress import PHASES_IN_WORDS, Past, Progress, SessionError
 from .provenance import data_code, model_code
-from .recorded import Recorded, as_record
+from .recorded import Choices, Recorded, as_record
 from .replay import StatisticsByObserver, Twin, collector_memory, hand_over, let_twins_look
 from .replay import observers_that_need_data
 from .replay import restore_statistics, statistics_by_observer, twins_of
@@ -139,7 +139,6 @@ class Session(Recorded):
         self.stream = _repeatable(data, tokenizer, **reading)
         self.made = _Made(data, record, reading, options.given, options.modifier)
         self.phase = "original"
-        self.before: Options | None = None      # what `undo_best` returns to
         self.fed = 0            # batches
         self.memory = {}        # what the record's observers remember
         self.ledger = None      # the model's undo log after our last step; a different one means a change from outside
@@ -207,36 +206,10 @@ class Session(Recorded):
 
     def use_best(
         self, base_names: Iterable[str] = ("input", "weight"), *, production: bool = False, check: bool = True
-    ) -> dict[str, dict[str, ObserverSpec]]:
-        """Give each tensor the observer that is forecast to cost the model least, if it is surely cheaper than the
-        recipe's; from a record without gradients, that with the highest SQNR. The model goes back to the original, and
-        is asked: the change is kept only if it surely lowers the KL on `eval_data` (else on calibration text, and `trial`
-        says so). `production`: only observers that llm-compressor has. `check=False`: keep it unasked. Returns what was
-        kept, module -> base name -> observer; `undo_best` takes it back."""
+    ) -> Choices:
+        """As `Recorded.use_best`, and then the original model is asked: the change is kept only if it surely lowers the
+        KL on `eval_data`, else on calibration text, and `trial` says so. `check=False`: keep it unasked."""
         return _use_best_checked(self, super().use_best, base_names, production, check)
-
-    def undo_best(self) -> None:
-        "The recipe as it was before the last `use_best` or `allocate`. SessionError if there was none."
-        if self.before is None: raise SessionError("cannot undo best: use_best() changed nothing")
-        options, self.before = self.before, None
-        self.take(options.modifier)
-        self.options = options
-        self.log("undo_best()", "configured")
-
-    def allocate(
-        self, budget: int | str, candidates: Mapping[str, Any] | None = None, keep: Iterable[str] = ()
-    ) -> Allocation:
-        """Go on with the recipe that is forecast to cost least within `budget` bytes of the checkpoint (or "5 GB"), as
-        `forecasts.allocate` says. The model goes back to the original. ValueError for a record without gradients or a
-        budget that is too small."""
-        if self.phase != "original":
-            self.reset()
-        found = allocate(self.record, self.model, budget, candidates, keep)
-        if found.recipe is None: raise ValueError(f"budget={budget!r} holds the whole model: nothing has to be quantized")
-        self.before = self.options
-        self.take(found.recipe)
-        self.log(_allocation_code(self, budget, candidates, keep), "configured")
-        return found
 
     def legal(self) -> dict[str, str | None]:
         "For every step: None if it can be taken now, else why not."
@@ -694,7 +667,7 @@ def _texts_to_try(session: Session) -> list:
     try:
         check_causal(session.model)
     except TypeError as fault:
-        raise SessionError(f"cannot check what use_best() changes: {fault}; use_best(check=False) keeps it unasked") from None
+        raise SessionError(f"cannot check what use_best() changes: {fault}; check=False keeps it unasked") from None
     if len(evals) >= LEAST_TEXTS: return evals
     raise SessionError(
         f"cannot check what use_best() changes on {len(evals)} batches: at least {LEAST_TEXTS} are needed. Make the "
@@ -703,36 +676,31 @@ def _texts_to_try(session: Session) -> list:
 
 
 def _use_best_checked(
-    session: Session, change: Callable[..., dict], base_names: Iterable[str], production: bool, check: bool
-) -> dict[str, dict[str, ObserverSpec]]:
+    session: Session, change: Callable[..., Choices], base_names: Iterable[str], production: bool, check: bool
+) -> Choices:
     evals = _texts_to_try(session) if check_flag("check", check) and not session.why_not("use_best") else []
     session.trial = None
-    before, code = session.options, session.code
+    kept = dict(options=session.options, code=session.code, before=None)
     choices = change(base_names, production=production, check=check)
-    if choices:
-        session.before = before
     if not choices or not check: return choices
     try:
-        begin_work(session, "use_best", lambda: None, lambda: _try_out(session, before, evals))
+        begin_work(session, "use_best", lambda: None, lambda: _try_out(session, kept["options"], evals))
     finally:
-        if session.trial is None or not session.trial.helped:     # not better, or nobody knows
-            session.options, session.code, session.before = before, code, None
-        session.tell("configured")
-    return choices if session.options is not before else {}
+        _keep_if_it_helped(session, kept)
+    return choices if session.options is not kept["options"] else {}
+
+
+def _keep_if_it_helped(session: Session, kept: Mapping[str, Any]) -> None:
+    "Unless the model said that the new recipe is better, the session is as before."
+    if session.trial is None or not session.trial.helped:
+        session.__dict__.update(kept)
+    session.tell("configured")
 
 
 def _try_out(session: Session, before: Options, evals: list) -> None:
     session.progress = Progress(total=2 * len(evals))
-    recipes = before.modifier, session.modifier
     try:
-        costs = [_divergences(session, recipe, evals) for recipe in recipes]
+        costs = [_divergences(session, recipe, evals) for recipe in (before.modifier, session.modifier)]
         session.trial = trial_of(*costs, held_out=session.eval_data is not None)
     except KeyboardInterrupt:
         if not session.stopped: raise   # stopped: nobody knows whether it helps
-
-
-def _allocation_code(session: Session, budget: int | str, candidates: Any, keep: Iterable[str]) -> str:
-    "The line that repeats an allocation; the recipe itself where candidates cannot be written down."
-    if candidates is not None: return f"configure({options_code(session.options.given, session.modifier)})"
-    kept = f", keep={list(keep)!r}" if list(keep) else ""
-    return f"allocate({budget!r}{kept})"

@@ -49,7 +49,9 @@ def _interval(before: Sequence[Divergence], after: Sequence[Divergence]) -> tupl
     return tuple(np.quantile(means, [0.025, 0.975]).tolist())
 
 
+def _kl_of(texts: Sequence[Divergence]) -> float: return sum(texts, Divergence()).kl
+
+
 def trial_of(before: Sequence[Divergence], after: Sequence[Divergence], held_out: bool) -> Trial:
     "What two recipes cost, from the divergence of each text."
-    old, new = (sum(some, Divergence()).kl for some in (before, after))
-    return Trial(old, new, *_interval(before, after), len(before), held_out)
+    return Trial(_kl_of(before), _kl_of(after), *_interval(before, after), len(before), held_out)

@@ -74,8 +74,8 @@ def framed(png: bytes, ax: Axes, column: int | None) -> bytes:
 # %% ../../nbs/widgets/comparison.ipynb #731ff046
 CAUTION = (
     "<i>Use best</i> takes the model back to the original, gives each tensor the observer that is forecast to cost the "
-    "model least (without gradients: that with the highest SQNR), and asks the model: the change is kept only if the KL "
-    "falls. The record stays."
+    "model least (without gradients: that with the highest SQNR), and asks the model: the change is kept only if the "
+    "KL falls. The record stays."
 )
 
 
@@ -94,8 +94,8 @@ def used_html(used: Mapping[str, Mapping[str, str]], trial: Trial | None = None)
     parts = [f"{base_name} tensors: {counted_words(of_base)}" for base_name, of_base in counts.items()]
     note = production_note(name_and_kwargs(one)[0] for of_base in counts.values() for one in of_base)
     return block(
-        f'<div role="status">Written into the recipe, counted by modules: {"; ".join(parts)}.{said} The model is original '
-        "again: "
+        f'<div role="status">Written into the recipe, counted by modules: {"; ".join(parts)}.{said} '
+        "The model is original again: "
         "<b>Initialize</b>, <b>Start</b> and <b>End</b> compute the new scales from the record.</div>"
     ) + (warning_html(note) if note else "")
 

@@ -74,8 +74,8 @@ def _saving_words(gains: pd.DataFrame) -> str:
     if not saves: return "The scheme's own observers stay: no other one is surely cheaper."
     most = gains.loc[gains.saves.idxmax()]
     return (
-        f"They are forecast to save <b>{saves:.2g} nats</b> of {gains.scheme_kl.sum():.2g} that the scheme's inputs cost, "
-        f"most at {escape(readers_in_words(most.readers))} ({most.saves:.2g})."
+        f"They are forecast to save <b>{saves:.2g} nats</b> of the {gains.scheme_kl.sum():.2g} that the scheme's own "
+        f"cost, most at {escape(readers_in_words(most.readers))} ({most.saves:.2g})."
     )
 
 

@@ -60,9 +60,9 @@ SEARCHING = "being searched …"  # the reason of a result that is not there yet
 def readout(found: list[ObserverResult], costs: list[dict[str, Any]], own: str = "") -> list[dict[str, Any]]:
     """A row per result, with its cost, which is best for the model (`analysis.best_of`) and which has the highest SQNR;
     `own` is the observer that the recipe names."""
-    db, bounds, names, parts = ([cost[name] for cost in costs] for name in ("sqnr_db", "bound_db", "observer", "kl_parts"))
-    best = best_of(parts, names, own)
-    highest = highest_sqnr(db, bounds, names, own)
+    names = [cost["observer"] for cost in costs]
+    best = best_of([cost["kl_parts"] for cost in costs], names, own)
+    highest = highest_sqnr(*([cost[name] for cost in costs] for name in ("sqnr_db", "bound_db")), names, own)
     return [
         {name: cost.get(name) for name in READOUT}
         | dict(
