@@ -25,6 +25,7 @@ from .forecasts import STATES, STATE_WORDS, forecast, forecast_modules
 from .observers import compare_observers
 from .schemes import compare_schemes, evaluate, named_schemes, unfit_schemes
 from .sensitivities import sensitivity
+from .sparing import Spared, spare
 
 __all__ = [
     "Allocation",
@@ -33,6 +34,7 @@ __all__ = [
     "RUNNING",
     "STATES",
     "STATE_WORDS",
+    "Spared",
     "TABLE_ORDERS",
     "TENSOR_COLUMNS",
     "UNKNOWN",
@@ -62,5 +64,6 @@ __all__ = [
     "schemes_of_record",
     "sensitivity",
     "sort_rows",
+    "spare",
     "unfit_schemes",
 ]

@@ -1,12 +1,14 @@
 """What a scheme will cost a model's predictions, told from one recording with gradients."""
 
-from ..evaluate import Allocation, STATE_WORDS, allocate, forecast, forecast_modules, pareto
+from ..evaluate import Allocation, STATE_WORDS, Spared, allocate, forecast, forecast_modules, pareto, spare
 
 __all__ = [
     "Allocation",
     "STATE_WORDS",
+    "Spared",
     "allocate",
     "forecast",
     "forecast_modules",
     "pareto",
+    "spare",
 ]

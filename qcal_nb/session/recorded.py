@@ -15,7 +15,7 @@ from torch.nn import Module
 
 from ..calibration import args_in
 from ..evaluate import Allocation, DAMAGED, allocate, best_observers, compare_for_recipe, in_production
-from ..evaluate import observers_to_compare, schemes_of_record
+from ..evaluate import Spared, observers_to_compare, schemes_of_record, spare
 from ..lifecycle import ModuleChange, QuantizationModifier, schemes_by_module
 from ..observers import ObserverSpec, label_of, specs_from_args
 from ..recipes import override
@@ -88,11 +88,8 @@ def _use_best(session: "Recorded", base_names: list[str], production: bool, chec
     _check_base_names(base_names)
     choices = _best_choices(session, base_names, production)
     if not choices: return {}
-    before = session.options
-    session.take(_overridden(session, choices))
-    session.before = before
     more = ", production=True" * production + ", check=False" * (session.model is not None and not check)
-    session.log(f"use_best({base_names!r}{more})", "configured")
+    _go_on_with(session, _overridden(session, choices), lambda: f"use_best({base_names!r}{more})")
     return choices
 
 
@@ -119,16 +116,32 @@ def _allocation_code(session: "Recorded", budget: int | str, candidates: Any, ke
     return f"allocate({budget!r}, keep={keep!r})" if keep else f"allocate({budget!r})"
 
 
-def _allocate(session: "Recorded", budget: int | str, candidates: Any, keep: list[str]) -> Allocation:
+def _go_on_with(session: "Recorded", recipe: QuantizationModifier, line: Callable[[], str]) -> None:
+    "Take a recipe that `undo_best` takes back; `line` is what was called, as Python."
+    before = session.options
+    session.take(recipe)
+    session.before = before
+    session.log(line(), "configured")
+
+
+def _to_original(session: "Recorded") -> None:
     if session.phase != "original":
         session.reset()
+
+
+def _allocate(session: "Recorded", budget: int | str, candidates: Any, keep: list[str]) -> Allocation:
+    _to_original(session)
     found = allocate(session.record, session.model, budget, candidates, keep)
     if found.recipe is None:
         raise ValueError(f"budget={budget!r} holds the whole model: nothing has to be quantized")
-    before = session.options
-    session.take(found.recipe)
-    session.before = before
-    session.log(_allocation_code(session, budget, candidates, keep), "configured")
+    _go_on_with(session, found.recipe, lambda: _allocation_code(session, budget, candidates, keep))
+    return found
+
+
+def _spare(session: "Recorded", target: float) -> Spared:
+    _to_original(session)
+    found = spare(session.record, session.model, session.modifier, target)
+    _go_on_with(session, found.recipe, lambda: f"spare({target!r})")
     return found
 
 # %% ../../nbs/session/recorded.ipynb #a9f6adaa
@@ -224,4 +237,9 @@ class Recorded(Working):
         `forecasts.allocate` says. The model goes back to the original. ValueError for a record without gradients or a
         budget that is too small."""
         return _allocate(self, budget, candidates, list(keep))
+
+    def spare(self, target: float = 0.1) -> Spared:
+        """Go on with the recipe without the modules that are forecast to cost most, until the rest is below `target`
+        nats per token, as `forecasts.spare` says. The model goes back to the original."""
+        return _spare(self, target)
 

@@ -86,5 +86,5 @@ class Saved(Recorded):
 
     def _refuse(self, *_: Any, **__: Any) -> None: raise SessionError(_NO_MODEL)
 
-    initialize = start = feed = feed_all = end = back = reset = configure = save_checkpoint = allocate = _refuse
+    initialize = start = feed = feed_all = end = back = reset = configure = save_checkpoint = allocate = spare = _refuse
 

@@ -94,6 +94,7 @@ class Workbench(Panel):
     use_best = forwarded("use_best")
     undo_best = forwarded("undo_best")
     allocate = forwarded("allocate")
+    spare = forwarded("spare")
     compare_schemes = forwarded("compare_schemes")
     recipe = forwarded("recipe")
     scales = forwarded("scales")

@@ -190,3 +190,15 @@ def test_a_budget_becomes_the_recipe_and_is_taken_back():
     assert session.modifier.resolved_config == QuantizationModifier(**INT8).resolved_config
     bare = calibrated(batches=6, gradients=False)
     with pytest.raises(ValueError, match="the record has no gradients"): bare.allocate(whole)
+
+
+def test_the_most_expensive_modules_are_spared_and_taken_back(real):
+    found = real.spare(0.004)
+    assert found.kl < 0.004 and 0 < len(found.modules) < 6 and set(found.modules) <= set(real.ignore)
+    assert real.code[-1] == "spare(0.004)" and real.phase == "original"
+    end_again(real)
+    assert not hasattr(real.model.get_submodule(found.modules[0]), "quantization_scheme")
+    real.reset()
+    real.undo_best()
+    assert real.modifier.resolved_config == QuantizationModifier(**INT8).resolved_config
+    with pytest.raises(ValueError, match="target='much' must be a number above 0"): real.spare("much")
