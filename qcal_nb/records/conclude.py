@@ -6,8 +6,8 @@
 __all__ = ['without_observer', 'same_args', 'recorded_args', 'result_of', 'input_costs', 'with_input_costs', 'without_gradients']
 
 # %% ../../nbs/records/conclude.ipynb #aae22e19
-from collections.abc import Iterable
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs
@@ -75,12 +75,21 @@ def _known_observers(record: CalibrationRecord) -> list[str]:
     return list(dict.fromkeys([*observers_from_stats(), "fisher_mse", *record.observers]))
 
 
-def _costs_of_input(record: CalibrationRecord, module: str, results: Iterable[ObserverResult]) -> InputCosts:
+class _Concluded(NamedTuple):
+    "What is kept of an input: the results of observers that need gradients, and the costs of all."
+
+    results: list[ObserverResult]
+    costs: InputCosts
+
+
+def _conclude_input(record: CalibrationRecord, module: str) -> _Concluded:
     key = module, "input"
-    found = {result.observer: input_costs(record, key, result) for result in results}
+    found = [result_of(record, key, name) for name in _known_observers(record)]
+    costs = {result.observer: input_costs(record, key, result) for result in found}
+    known = {label: cost for label, cost in costs.items() if cost is not None}
     args = recorded_args(record, key)
-    known = {label: costs for label, costs in found.items() if costs is not None}
-    return InputCosts(args, known, _clips_of(record, module, args))
+    kept = InputCosts(args, known, _clips_of(record, module, args))
+    return _Concluded([one for one in found if _needs_gradients(one.observer)], kept)
 
 
 def _has_static_input(record: CalibrationRecord, module: str) -> bool:
@@ -89,18 +98,26 @@ def _has_static_input(record: CalibrationRecord, module: str) -> bool:
     return args.strategy == "tensor" and not args.dynamic
 
 
+def _concluded_inputs(record: CalibrationRecord) -> dict[str, _Concluded]:
+    "What is kept of the input of each module; modules that read one tensor in one format share it."
+    done: dict[tuple[TensorStats, str], _Concluded] = {}
+    found = {}
+    for module in filter(lambda module: _has_static_input(record, module), record.gradients):
+        key = module, "input"
+        question = record.tensors[key], recorded_args(record, key).model_dump_json()
+        if question not in done:
+            done[question] = _conclude_input(record, module)
+        found[module] = done[question]
+    return found
+
+
 def with_input_costs(record: CalibrationRecord) -> CalibrationRecord:
     "The record that keeps what its observers and the clips of its inputs cost. Without gradients the same record."
-    costs: dict[TensorStats, InputCosts] = {}
-    inputs, results = {}, dict(record.results)
-    for module in filter(lambda module: _has_static_input(record, module), record.gradients):
-        key, stats = (module, "input"), record.tensors[module, "input"]
-        found = [result_of(record, key, name) for name in _known_observers(record)]
-        if stats not in costs:
-            costs[stats] = _costs_of_input(record, module, found)
-        inputs[module] = costs[stats]
-        results |= {(*key, one.observer): one for one in found if _needs_gradients(one.observer)}
-    return replace(record, results=results, forecasts=Forecasts(record.forecasts.schemes, inputs))
+    found = _concluded_inputs(record)
+    new = {(module, "input", one.observer): one for module, kept in found.items() for one in kept.results}
+    costs = {module: kept.costs for module, kept in found.items()}
+    forecasts = Forecasts(record.forecasts.schemes, costs)
+    return replace(record, results={**record.results, **new}, forecasts=forecasts)
 
 
 def without_gradients(record: CalibrationRecord) -> CalibrationRecord:
