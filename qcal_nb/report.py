@@ -24,7 +24,7 @@ from compressed_tensors.quantization import QuantizationScheme
 from matplotlib.axes import Axes
 from tqdm import tqdm
 
-from .recipes import write_text
+from .recipes import writable_file, write_text
 from .analysis import Finding, RecordTables, check_record, enough_in_words, extremes, findings_from
 from .analysis import outlier_channels, readers_in_words, tables_of
 from .plots import clips_of, observer_to_draw, plot_channels, plot_convergence, plot_density, plot_histogram
@@ -430,6 +430,7 @@ def to_html(
     """Write one self-contained HTML page about a record: what was run, what is suspicious, pictures, tables.
     Returns its path. After an interrupt there is no new page, and one that stood there is as it was."""
     check_record(record)
+    path = writable_file(path)      # before the pictures, which take long
     title = title or f"Calibration of {record.model or 'a model'}"
     page = page_html(title, _page_body(record, title, progress))
     return write_text(path, page)

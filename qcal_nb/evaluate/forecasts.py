@@ -22,7 +22,7 @@ from torch.nn import Module
 from ..analysis import Row, check_record, layer_of
 from .divergence import check_original
 from .schemes import named_schemes, unfit_schemes
-from .sensitivities import unit_name
+from .suspects import unit_name
 from ..lifecycle import QuantizationModifier, at_work, experts_apart, reaches_experts, schemes_by_module
 from ..recipes import bytes_with
 from ..records import CalibrationRecord, ModuleCost, NO_COST, costs_of, units_among, why_no_forecast

@@ -596,6 +596,9 @@ def _place(row: Any) -> str:
     return layer + short_name(row.module)
 
 # %% ../../nbs/plots/choices.ipynb #7c2f4e08
+_UNKNOWN = "0.92"   # the grey behind what was not measured
+
+
 def _draw_alone(ax: Axes, only: np.ndarray, what: str) -> None:
     "The dots, each on a stem: only this module is quantized."
     x = np.arange(len(only))
@@ -611,14 +614,30 @@ def _draw_left_out(ax: Axes, without: np.ndarray, what: str) -> None:
     style |= dict(mfc="white", mec=CLIPPED, mew=1.3)
     dots(ax, np.arange(len(without)), without, "without", label=f"all but this one quantized: {what} saved", **style)
 
+
+def _runs(chosen: np.ndarray) -> list[tuple[int, int]]:
+    "(first, last) of each run of neighbours that are chosen."
+    steps = np.flatnonzero(np.diff(np.concatenate([[False], chosen, [False]]).astype(int)))
+    return [(int(first), int(last) - 1) for first, last in steps.reshape(-1, 2)]
+
+
+def _draw_unknown(ax: Axes, table: pd.DataFrame, unknown: np.ndarray, measure: str) -> None:
+    "Grey behind what was not measured; and what that costs at most, which is known of KL alone."
+    for first, last in _runs(unknown):
+        ax.axvspan(first - 0.5, last + 0.5, color=_UNKNOWN, lw=0, zorder=-1)
+    if measure != "kl" or "kl_at_most" not in table or not unknown.any(): return
+    bound = np.where(unknown, table.kl_at_most.to_numpy(float), np.nan)
+    style = dict(ls="", marker="v", ms=2.5 if len(table) > 100 else 5, color="0.45", zorder=2)
+    dots(ax, np.arange(len(table)), bound, "at_most", label="at most this, as observed of groups", **style)
+
 # %% ../../nbs/plots/choices.ipynb #5f413d8d
 def plot_sensitivity(
     table: pd.DataFrame,        # What `evaluate.sensitivity` gave: a row per module
     measure: str = "kl",        # "kl" (divergence from the original model), or "loss"
     ax: Axes | None = None,     # Where to draw; a new figure if None
 ) -> Axes:
-    """What quantizing each module alone costs, and what leaving it out gains, over the depth of the model. Returns
-    the axes."""
+    """What quantizing each module alone costs, and what leaving it out gains, over the depth of the model; grey where
+    it was not measured. Returns the axes."""
     if not isinstance(table, pd.DataFrame):
         raise TypeError(f"table must be what evaluate.sensitivity returned, got {type(table).__name__}")
     only, without = _damage(table, measure)
@@ -626,11 +645,12 @@ def plot_sensitivity(
     ax = ax or new_axes()
     if not len(table): return say_nothing(ax, "No module was measured yet")
     what = "KL" if measure == "kl" else measure
+    _draw_unknown(ax, table, np.isnan(only), measure)
     _draw_damage(ax, only, without, what)
     label_depth(ax, table.module, table.layer)
-    legend(ax, _damage_handles(ax, without), own)
+    legend(ax, _damage_handles(ax, np.isnan(only)), own)
     suffering = f"Which modules suffer most from being quantized{_whole_damage(table, measure, what)}"
-    headline(ax, f"{suffering}\nmost: {_worst(table, only)}", len(table))
+    headline(ax, f"{suffering}\nmost: {_worst(table, only)}\n{_how_many(table, only, measure)}", len(table))
     return ax
 
 
@@ -643,13 +663,24 @@ def _draw_damage(ax: Axes, only: np.ndarray, without: np.ndarray, what: str) -> 
     ax.margins(y=0.12)
 
 
-def _damage_handles(ax: Axes, without: np.ndarray) -> list:
-    "Dots, and diamonds if any could be drawn."
+def _damage_handles(ax: Axes, unknown: np.ndarray) -> list:
+    "Of dots, diamonds and triangles those of which any could be drawn; and the grey."
     handles, _ = ax.get_legend_handles_labels()
-    return handles if np.isfinite(without).any() else handles[:1]
+    shown = [handle for handle in handles if np.isfinite(np.asarray(handle.get_ydata(), float)).any()]
+    return [*shown, Patch(color=_UNKNOWN, label="not measured")] if unknown.any() else shown
 
 
 def _whole_damage(table: pd.DataFrame, measure: str, what: str) -> str:
     before, after = _whole_model(table, measure)
     if not np.isfinite(after - before): return ""
     return f" ({what}; all quantized: +{after - before:.3g})"
+
+
+def _how_many(table: pd.DataFrame, only: np.ndarray, measure: str) -> str:
+    "How many of how many are known, and what the others cost at most, all together."
+    count = int(np.isfinite(only).sum())
+    others = len(table) - count
+    known = f"measured {count:,} of {len(table):,} modules"
+    together = table.attrs.get("kl_unknown", math.nan)
+    if not others or measure != "kl" or not np.isfinite(together): return known
+    return f"{known}; the other {others:,} together at most +{together:.3g}, as observed"

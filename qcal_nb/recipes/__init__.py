@@ -2,7 +2,7 @@
 
 from .checkpoint import check_savable, packed_tensors, save_quantized, stored_bytes, stored_modules, to_config
 from .config import from_config, override, recipe_of
-from .files import check_file, free_folder, json_of, write_text, write_whole
+from .files import check_file, free_folder, json_of, writable_file, write_text, write_whole
 from .plain import args_to_dict, scheme_to_dict
 from .sizes import bytes_with, module_bytes
 from .yaml import from_yaml, observers_of, production_note, to_yaml
@@ -28,6 +28,7 @@ __all__ = [
     "stored_modules",
     "to_config",
     "to_yaml",
+    "writable_file",
     "write_text",
     "write_whole",
 ]

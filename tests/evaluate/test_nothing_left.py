@@ -43,9 +43,13 @@ def test_an_interrupt_gives_the_rows_so_far(llama, data, evals):
     assert CALLS["compare_schemes"](llama, data, evals).equals(whole.iloc[:2])
     counter.handle.remove()
     table = sensitivity(llama, data, "FP8", eval_data=evals, **QUIET)
-    # calibrate, the original's logits, nothing, everything, one row, and a bit
-    counter = Counting(llama, 2 + 3 + 3 + 3 + 2 * 3 + 2)
-    assert sensitivity(llama, data, "FP8", eval_data=evals, **QUIET).equals(table.iloc[:1])
+    # calibrate, the original's logits, nothing, everything, seven kinds, two blocks, one module, and a bit
+    counter = Counting(llama, 2 + 3 + 3 + 3 + 7 * 3 + 2 * 3 + 2 * 3 + 2)
+    part = sensitivity(llama, data, "FP8", eval_data=evals, **QUIET)
+    known = part.kl_only.notna()
+    assert part.module.equals(table.module) and part.module[known].tolist() == part.attrs["order"][:1]
+    numbers = ["loss_only", "kl_only", "loss_without", "kl_without"]
+    assert part[known][numbers].equals(table[known][numbers]) and part[~known][numbers].isna().all(axis=None)
 
 
 def test_what_prepared_the_model_stays(data, evals):

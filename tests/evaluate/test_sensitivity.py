@@ -18,6 +18,8 @@ from qcal_nb.lifecycle import QuantizationModifier
 from qcal_nb.evaluate.sensitivities import SENSITIVITY_COLUMNS
 from tests.evaluate.samples import NVFP4A16, QUIET, W4, Counting
 
+# of two blocks with seven modules each: kinds, blocks, modules (with and without), and rests
+STATES = 7 + 2 + 2 * 14 + 2
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -33,15 +35,16 @@ def test_rows_are_those_of_models_quantized_so(llama, data, evals):
         kind = "only" if only else "without"
         assert (direct.loss[1], direct.kl[1]) == (row[f"loss_{kind}"], row[f"kl_{kind}"])
     all_of_them = compare_schemes(llama, None, W4, eval_data=evals, **QUIET)
-    assert table.attrs == dict(
-        loss_original=all_of_them.loss[0], loss_quantized=all_of_them.loss[1], kl_quantized=all_of_them.kl[1]
-    )
+    told = dict(loss_original=all_of_them.loss[0], loss_quantized=all_of_them.loss[1], kl_quantized=all_of_them.kl[1])
+    assert {name: table.attrs[name] for name in told} == told
     assert names == [n for n, m in llama.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
 
 
 def test_fused_groups_are_switched_together(llama, evals):
     table = sensitivity(llama, None, NVFP4A16, eval_data=evals, **QUIET)
     assert table.modules.map(len).tolist() == [3, 1, 2, 1] * 2 and table.layer.tolist() == [0] * 4 + [1] * 4
+    kinds = [row["name"] for row in table.attrs["groups"] if row["level"] == "kind"]
+    assert kinds == ["q_proj+k_proj+v_proj", "o_proj", "gate_proj+up_proj", "down_proj"]
     assert table.module[0] == "model.layers.0.self_attn.q_proj+k_proj+v_proj"
     modifier = QuantizationModifier(scheme=NVFP4A16, targets=list(table.modules[0]))
     direct = compare_schemes(llama, None, {"qkv": modifier}, eval_data=evals, **QUIET)
@@ -52,7 +55,7 @@ def test_logits_that_are_not_kept_give_the_same(llama, evals, monkeypatch):
     kept = sensitivity(llama, None, W4, eval_data=evals, **QUIET)
     monkeypatch.setattr("qcal_nb.evaluate.sensitivities.KEPT_BYTES", 0)
     counter = Counting(llama)
-    assert sensitivity(llama, None, W4, eval_data=evals, **QUIET).equals(kept) and counter.n == 2 * 3 * (2 + 2 * 14)
+    assert sensitivity(llama, None, W4, eval_data=evals, **QUIET).equals(kept) and counter.n == 2 * 3 * (2 + STATES)
 
 
 def test_experts_have_rows(data, evals):
@@ -86,13 +89,13 @@ def test_killed_and_gone_on(llama, data, evals, tmp_path):
     child.send_signal(signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL
     done = path.read_bytes().count(b"\n") - 2
-    assert 3 <= done < 14
+    assert 3 <= done < 7
     whole = sensitivity(llama, data, "FP8", eval_data=evals, **QUIET)
     counter = Counting(llama)
     resumed = sensitivity(llama, data, "FP8", eval_data=evals, path=path, **QUIET)
     assert resumed.attrs == whole.attrs
     pd.testing.assert_frame_equal(resumed, whole, check_exact=True)
-    assert counter.n == 2 + 3 + 2 * 3 * (14 - done)  # calibration, the original's logits, and what was missing
+    assert counter.n == 2 + 3 + 3 * (STATES - done)  # calibration, the original's logits, and what was missing
     before = counter.n
     pd.testing.assert_frame_equal(
         sensitivity(llama, data, "FP8", eval_data=evals, path=path, **QUIET), whole, check_exact=True
@@ -145,9 +148,11 @@ DAMAGE = {
     "bytes": (lambda lines: [b"\xff\xfe\x00\n"], "holds no table of sensitivity"),
     "json": (lambda lines: ['{"a": 1}\n'], "holds no table of sensitivity"),
     "list": (lambda lines: ["[1]\n"], "holds no table of sensitivity"),
-    "newer": (lambda lines: [lines[0].replace('"version": 1', '"version": 2', 1)], "has version 2"),
+    "newer": (lambda lines: [lines[0].replace('"version": 2', '"version": 3', 1)], "has version 3"),
     "torn line": (lambda lines: [*lines[:3], lines[3][:20] + "\n", *lines[4:]], "line 4 is no JSON object"),
-    "row of other modules": (lambda lines: [*lines[:3], lines[3].replace("layers.0", "layers.7")], "line 4 holds"),
+    "row of other modules": (lambda lines: [*lines[:12], lines[12].replace("layers.0", "layers.7")], "line 13 holds"),
+    "group of other modules": (lambda lines: [*lines[:3], lines[3].replace("layers.0", "layers.7")], "line 4 holds"),
+    "group of another sort": (lambda lines: [*lines[:3], lines[3].replace('"kind"', '"mind"')], "line 4 holds"),
     "row without a number": (
         lambda lines: [*lines[:3], json.dumps(json.loads(lines[3]) | {"kl_only": "x"}) + "\n"], "line 4 holds"
     ),

@@ -256,6 +256,27 @@ def test_sensitivity(run, measure, base, worst):
     assert [y for _, y in got["without"]] == (table.attrs[worst] - table[f"{measure}_without"]).tolist()
 
 
+@pytest.mark.parametrize("measure", ["kl", "loss"])
+@pytest.mark.parametrize("known", [0, 5, 14])
+def test_what_was_not_measured_is_not_zero(run, measure, known):
+    table = sensitivities(list(run.types)[:14])
+    unknown = np.arange(14) >= known
+    table.loc[unknown, ["loss_only", "loss_without", "kl_only", "kl_without"]] = np.nan
+    table["kl_at_most"] = np.where(unknown, 0.25, np.nan)
+    table.attrs["kl_unknown"] = 0.125
+    ax = plots.plot_sensitivity(table, measure)
+    got, title = drawn(ax), ax.get_title()
+    assert [y is None for _, y in got["only"]] == [y is None for _, y in got["without"]] == unknown.tolist()
+    bounds = [y for _, y in got.get("at_most", []) if y is not None]
+    assert bounds == [0.25] * (14 - known if measure == "kl" else 0)
+    words = [text.get_text() for text in ax.figure.legends[0].texts]
+    assert ("not measured" in words) == unknown.any() and f"measured {known} of 14 modules" in title
+    assert ("at most +0.125, as observed" in title) == (measure == "kl" and known < 14)
+    grey = [p for p in ax.patches if p.get_width() == 14 - known]
+    assert len(grey) == bool(unknown.any())
+    to_png(ax)
+
+
 # --- many, few, none ---
 
 def thousand():

@@ -177,3 +177,10 @@ def test_a_thousand_tensors_have_no_more_pictures(tmp_path):
     found = read(path)
     assert len(found.tables["ranges"]) == 1001 and len(found.tables["observers"]) == 4001
     assert sum(t == "img" for t, _ in found.tags) <= 5 + 3 * CLOSE_UPS and path.stat().st_size < 8e6
+
+
+def test_a_place_where_no_page_can_be_is_refused_before_anything_is_drawn(run, tmp_path, monkeypatch):
+    def draw(*_): raise AssertionError("drawn in vain")
+    monkeypatch.setattr("qcal_nb.report._page_body", draw)
+    with pytest.raises(IsADirectoryError, match="is a folder; a file is to be written"): to_html(run, tmp_path)
+    with pytest.raises(FileNotFoundError, match="there is no folder"): to_html(run, tmp_path/"no"/"page.html")
