@@ -69,8 +69,8 @@ class Spared:
 
     def __repr__(self) -> str:
         before = self.table.iloc[0]
-        return (f"Spared({len(self.modules)} modules: forecast {before.kl:.2g} to {self.kl:.2g} nats ({state_of(self.kl)}), "
-                f"{before.bytes:,} to {self.bytes:,} bytes)")
+        costs = f"forecast {before.kl:.2g} to {self.kl:.2g} nats ({state_of(self.kl)})"
+        return f"Spared({len(self.modules)} modules: {costs}, {before.bytes:,} to {self.bytes:,} bytes)"
 
 
 def _without(modifier: QuantizationModifier, modules: list[str]) -> QuantizationModifier:
@@ -79,7 +79,7 @@ def _without(modifier: QuantizationModifier, modules: list[str]) -> Quantization
 
 def _check_target(target: Any) -> None:
     if isinstance(target, bool) or not isinstance(target, (int, float)) or not target > 0:
-        raise ValueError(f"target={target!r} must be a number above 0, the forecast KL to stay below, in nats per token")
+        raise ValueError(f"target={target!r} must be a number above 0, the KL to stay below, in nats per token")
 
 
 @torch.no_grad()
