@@ -143,7 +143,8 @@ def _observer_cells(row: Any) -> dict[str, Any]:
     many = row.scale_max > row.scale_min
     scale = f"{row.scale:.4g}" + (f" ({row.scale_min:.3g} … {row.scale_max:.3g})" if many else "")
     bound = f" ± {row.bound_db:.2f}" if row.bound_db == row.bound_db and math.isfinite(row.sqnr_db) else ""
-    return {
+    cost = {} if math.isnan(row.kl) else {"cost (nats)": f"{row.kl:.2g}"}
+    return cost | {
         "observer": row.observer,
         "SQNR (dB)": ("∞" if row.sqnr_db == math.inf else f"{row.sqnr_db:.2f}") + bound,
         "range": f"{row.min:.4g} … {row.max:.4g}",
@@ -151,7 +152,6 @@ def _observer_cells(row: Any) -> dict[str, Any]:
         "clipped": f"{row.clipped:.3%}",
         "MSE": f"{row.mse:.3g}",
         "levels used": int(row.levels_used),
-        "cost (nats)": "" if math.isnan(row.kl) else f"{row.kl:.2g}",
         "note": "best" if row.best else "highest SQNR" if row.highest_sqnr else "",
     }
 

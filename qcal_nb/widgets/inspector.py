@@ -31,7 +31,7 @@ from ..plots import to_png
 from ..records import CalibrationRecord, Key, ObserverResult, observers_from_stats, recorded_args
 from ..schemes import code_points, describe_args
 from ..session import FORMATS, SHOWN, Session, WorkbenchState
-from ..stats import TensorStats
+from ..stats import TensorStats, cost_in_words
 from .html import block, error_html, warning_html
 from .panel import Panel, Picture, static_picture
 
@@ -50,7 +50,9 @@ READOUT = [
     "levels_used",
     "levels",
     "at_limit",
+    "kl",
     "best",
+    "highest",
     "own",
     "reason",
 ]
@@ -84,6 +86,7 @@ _HEAD = {
     "MSE": "mean squared error, in the tensor's units squared",
     "SQNR": "signal over quantization noise: larger is better; 6 dB are one bit",
     "levels used": "how many of the codes occur at all",
+    "cost": "what the model is forecast to lose by this scale, nats per token; needs gradients",
 }
 
 
@@ -93,7 +96,7 @@ def _cells(values: dict[str, Any]) -> list[str]:
     scale = f"{row.scale:.4g}"
     if row.scales > 1:
         scale = f"{row.scales:,} scales, {row.scale_min:.3g} … {row.scale_max:.3g}; the largest is drawn"
-    if not math.isfinite(row.mse): return [scale, f"{row.zero_point:.0f}" if row.scales == 1 else "", "", "", "", ""]
+    if not math.isfinite(row.mse): return [scale, f"{row.zero_point:.0f}" if row.scales == 1 else "", *[""] * 5]
     return [
         scale,
         f"{row.zero_point:.0f}",
@@ -101,6 +104,7 @@ def _cells(values: dict[str, Any]) -> list[str]:
         f"{row.mse:.3g}",
         _sqnr_cell(row.sqnr_db, row.bound_db),
         f"{row.levels_used:.0f} of {row.levels}",
+        "" if math.isnan(row.kl) else cost_in_words(row.kl),
     ]
 
 
@@ -131,7 +135,7 @@ def readout_html(table: list[dict[str, Any]]) -> str:
     reasons = {}
     for row in table:
         if row["reason"] == SEARCHING:
-            rows += f'<tr><th scope="row">{_name(row)}</th><td colspan="6" class="faint">{SEARCHING}</td></tr>'
+            rows += f'<tr><th scope="row">{_name(row)}</th><td colspan="7" class="faint">{SEARCHING}</td></tr>'
         elif row["scales"]:
             rows += (
                 f'<tr><th scope="row">{_name(row)}</th>'

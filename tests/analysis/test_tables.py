@@ -162,9 +162,9 @@ def test_rows_that_cannot_be_say_why():
     assert weights.loc[["percentile"]].reason.str.contains("keeps one histogram per tensor").all()
     assert weights.sqnr_db.isna().all()
     inputs = table[table.base_name == "input"]
-    assert (inputs.reason == "").all() and inputs.groupby("module").best.sum().eq(1).all()
+    assert (inputs.reason == "").all() and inputs.groupby("module").highest_sqnr.sum().eq(1).all()
     top = inputs.groupby("module")[["sqnr_db", "bound_db"]].transform("max")  # all have much the same bound
-    assert (inputs[inputs.best].sqnr_db + 2 * top.bound_db >= top.sqnr_db)[inputs.best].all()
+    assert (inputs[inputs.highest_sqnr].sqnr_db + 2 * top.bound_db >= top.sqnr_db)[inputs.highest_sqnr].all()
     other = compare_observers(run, ["mse", "minmax"], FORMATS["int4"])
     # a weight's first look by minmax follows from the record
     assert other.reason.str.contains("attach it when recording").sum() == len(other) - 14

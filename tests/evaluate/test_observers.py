@@ -57,7 +57,7 @@ def test_rows_and_columns(llama, data):
     names = ["static_minmax", ("percentile", {"percentile": 99.0}), "mse"]
     table = compare_observers(llama, data, names, base_names=["input", "weight", "output"], **QUIET)
     assert list(table.columns) == OBSERVER_COLUMNS and len(table) == 14 * 3 * 3 and table.attrs["batches"] == 2
-    best = table[table.best]
+    best = table[table.highest_sqnr]
     where = ["module", "base_name"]
     assert len(best) == 14 * 3
     assert best.set_index(where).sqnr_db.sort_index().equals(table.groupby(where).sqnr_db.max().sort_index())

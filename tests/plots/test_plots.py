@@ -1,5 +1,6 @@
 """Pictures against what they show: every number that is drawn is the number of the table or record, and nothing of
 pyplot is touched."""
+import math
 import re
 
 import matplotlib
@@ -186,7 +187,7 @@ def test_observers(run, args):
         assert np.allclose(np.array(got["sqnr_db"], dtype=float), wanted.to_numpy(float), atol=1e-3, equal_nan=True)
         names, modules = list(wanted.columns), list(wanted.index)
         assert {(modules[int(x)], names[int(y)]) for x, y in got["best"]} == set(
-            zip(rows[rows.best].module, rows[rows.best].observer)
+            zip(rows[rows.highest_sqnr].module, rows[rows.highest_sqnr].observer)
         )
 
 
@@ -200,7 +201,8 @@ def test_an_unknown_cell_says_why(run):
 def test_what_marks_the_best_is_said(count, mark):
     "A tie may stand on the smaller figure. With very many tensors nothing is marked."
     names = [f"layers.{i}.q" for i in range(count)]
-    pair = dict(observer=["static_minmax", "percentile"], sqnr_db=[29.9, 30.0], best=[True, False], reason="", layer=0)
+    pair = dict(observer=["static_minmax", "percentile"], sqnr_db=[29.9, 30.0], highest_sqnr=[True, False], reason="",
+                layer=0, kl=math.nan, best=False)
     table = pd.concat([pd.DataFrame(dict(module=name, base_name="input", **pair)) for name in names])
     said = [t.get_text() for legend in plots.plot_observers(table).figure.legends for t in legend.get_texts()]
     assert [text.startswith(f"{mark}: highest SQNR, the noise of this tensor") for text in said] == [True] * bool(mark)

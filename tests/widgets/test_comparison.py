@@ -118,8 +118,8 @@ def test_what_is_shown_is_what_analysis_says(session):
         [[x if x is not None else float("nan") for x in column[:4]] for column in drawn(panel)["sqnr_db"]]
     )
     assert torch.allclose(seen, torch.tensor(sqnr[observers_from_stats()].to_numpy(float)).float(), atol=1e-3)
-    assert panel.rows.best_db.tolist() == truth[truth.best].sqnr_db.tolist()
-    assert panel.rows.best.tolist() == truth[truth.best].observer.tolist()
+    assert panel.rows.best_db.tolist() == truth[truth.highest_sqnr].sqnr_db.tolist()
+    assert panel.rows.best.tolist() == truth[truth.highest_sqnr].observer.tolist()
     assert "8 input tensors of 14 modules as <b>fp8, symmetric, one scale per tensor</b>" in panel.verdict.value
     assert set(panel.rows.scheme) == {"static_minmax"} and (panel.rows.gain_db >= 0).all()
     panel.close()
@@ -139,7 +139,7 @@ def test_select_by_mouse_list_and_python_and_hover(session):
     click(panel, 7)
     assert panel.state.selected == DOWN == panel.select.value and drawn(panel)["selected"] == [7]
     assert f"{DOWN} is selected" in panel.picture.alt
-    assert panel.observers.value.count("<tr>") - 1 >= 4 and "best" in panel.observers.value
+    assert panel.observers.value.count("<tr>") - 1 >= 4 and "highest SQNR" in panel.observers.value
     assert "±" in panel.observers.value
     panel.select.value = GATE
     assert panel.state.selected == GATE and drawn(panel)["selected"] == [6]
@@ -236,7 +236,7 @@ def test_scales_by_channel_are_measured_where_the_weights_are():
     session = feed(Session(make_model("llama_gqa"), make_batches(2), scheme="INT8_STATIC"))
     panel = ready(session, WorkbenchState(base_name="weight"))
     table = session.comparison(["weight"])
-    best = table[table.best].set_index("module")
+    best = table[table.highest_sqnr].set_index("module")
     for column, wanted in dict(best=best.observer, best_db=best.sqnr_db).items():
         assert panel.rows[column].tolist() == wanted[panel.rows.module].tolist()
     panel.close()

@@ -111,7 +111,8 @@ def test_readout_and_picture_are_what_the_analysis_says(run, key, show, base_nam
     db, bound = table.sqnr_db.astype(float), table.bound_db.astype(float).fillna(0)
     alike, own = db + bound >= db.max() - bound[db.idxmax()], "static_minmax"  # that of inputs in the session's FP8
     best = own if base_name == "input" and alike[own] else db.idxmax()
-    assert table.best.idxmax() == best and panel.readout_box.value.count("★ best") == 1
+    assert table.highest.idxmax() == best and panel.readout_box.value.count(">highest SQNR<") == 1
+    assert not table.best.any() and "★ best" not in panel.readout_box.value     # without gradients none is
     stats, hand = run[key[0], base_name], result_by_hand(run[key[0], base_name], base_name, panel.state.args(), 0.3)
     assert table.sqnr_db[BY_HAND] == quality_of(stats, hand.args, hand.scale, hand.zero_point).sqnr_db
     got = picture(panel)

@@ -17,7 +17,7 @@ def test_use_best_says_what_it_changed_and_what_comes_next(session):
     assert best
     assert panel.use_for.value == ("input",) and not panel.use.disabled
     panel.use.click()
-    assert session.phase == "original" and session.code[-1] == "use_best(['input'])"
+    assert session.phase == "original" and session.code[-1] == "use_best(['input'], check=False)"
     assert "Initialize" in panel.used.value
     for name, n in best.items(): assert f"<b>{name}</b> for {n}" in panel.used.value
     for step in ("initialize", "start", "end"): getattr(session, step)()
@@ -29,7 +29,7 @@ def test_use_best_says_what_it_changed_and_what_comes_next(session):
     assert "The scheme's own observer has it everywhere" in panel.verdict.value
     panel.use_for.value = ("input", "weight")
     panel.use.click()
-    assert session.code[-1] == "use_best(['input', 'weight'])" and "weight tensors: " in panel.used.value
+    assert session.code[-1] == "use_best(['input', 'weight'], check=False)" and "weight tensors: " in panel.used.value
     assert "Nothing was changed" in used_html({})
     panel.close()
 

@@ -326,6 +326,7 @@ def test_best_observers_by_buttons_need_no_second_feed(wb):
     press(wb, "initialize", "start", "feed_all", "end")
     wb.turn_to("Compare")
     wb.comparison.wait()
+    wb.comparison.check.value = False
     wb.comparison.use.click()
     assert wb.session.phase == "original" and "Start uses them" in wb.stepper.note.value
     press(wb, "initialize", "start")
