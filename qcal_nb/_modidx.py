@@ -53,6 +53,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'qcal_nb.analysis.costs._total_in_words': ( 'analysis/costs.html#_total_in_words',
                                                                                     'qcal_nb/analysis/costs.py'),
                                         'qcal_nb.analysis.costs._use_fp8': ('analysis/costs.html#_use_fp8', 'qcal_nb/analysis/costs.py'),
+                                        'qcal_nb.analysis.costs._weight_costs': ( 'analysis/costs.html#_weight_costs',
+                                                                                  'qcal_nb/analysis/costs.py'),
                                         'qcal_nb.analysis.costs.clipped_findings': ( 'analysis/costs.html#clipped_findings',
                                                                                      'qcal_nb/analysis/costs.py'),
                                         'qcal_nb.analysis.costs.cost_findings': ( 'analysis/costs.html#cost_findings',

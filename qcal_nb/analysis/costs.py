@@ -20,7 +20,7 @@ from torch import Tensor
 from .finding import Cost, Finding, Remedy, count_of, in_nats, keys_of, names_in_words
 from .finding import ranked, spared, tensors_in_words, total_cost
 from .recipe import UnderRecipe
-from ..records import CalibrationRecord, Key, input_costs, quantized_rows, result_of
+from ..records import CalibrationRecord, Key, RECORDED, input_costs, quantized_rows, result_of
 from ..stats import Gradients, PARTS, TOO_DAMAGED, cost_in_words, mean_of_parts, surely_less
 
 # %% ../../nbs/analysis/costs.ipynb #ad276b6f
@@ -65,10 +65,17 @@ def _ignored(record: CalibrationRecord) -> list[str]:
     return ["lm_head"] if config is None else list(config.get("ignore") or ())
 
 
+def _weight_costs(under: UnderRecipe, modules: Iterable[str]) -> float:
+    "What the weights of some modules cost, as far as it was forecast for the recipe of the record."
+    known = under.record.forecasts.schemes.get(RECORDED, {}) if under.is_own else {}
+    return sum(mean_of_parts(known[module].weights).item() for module in modules if module in known)
+
+
 def _spare(under: UnderRecipe, keys: list[Key]) -> Remedy:
-    modules = chain.from_iterable(under.record.readers.get(key, key[:1]) for key in keys)
-    code = spared(modules, _ignored(under.record))
-    return Remedy("spare these modules (leave them unquantized)", under.cost(keys).kl, code)
+    modules = list(chain.from_iterable(under.record.readers.get(key, key[:1]) for key in keys))
+    inputs = under.cost(keys).kl
+    saves = None if inputs is None else inputs + _weight_costs(under, modules)
+    return Remedy("spare these modules (leave them unquantized)", saves, spared(modules, _ignored(under.record)))
 
 
 def _use_fp8(under: UnderRecipe, keys: list[Key]) -> Remedy:

@@ -129,6 +129,7 @@ class UnderRecipe:
     record: CalibrationRecord
     comparison: pd.DataFrame
     args: RecipeArgs
+    is_own: bool = True     # whether that is the recipe of the record, and no other format that was asked about
 
     @cached_property
     def rows(self) -> pd.DataFrame: return own_rows(self.record, self.comparison, self.args)

@@ -55,7 +55,7 @@ def under_recipe(record: CalibrationRecord, tables: RecordTables) -> UnderRecipe
     "How the tensors of a record fare under its recipe, or as if all had the format that the tables were asked for."
     asked = tables.args
     args = recipe_args(record) if asked is None else dict.fromkeys(record.tensors, asked)
-    return UnderRecipe(record, tables.observers, args)
+    return UnderRecipe(record, tables.observers, args, asked is None)
 
 
 # %% ../../nbs/analysis/summary.ipynb #b2152708
@@ -290,9 +290,11 @@ def _where(under: UnderRecipe, rows: pd.DataFrame, base: str) -> str:
 
 def _base_findings(under: UnderRecipe, rows: pd.DataFrame, base: str) -> Findings:
     "About the observers of one base name: by forecast where that is known, else by noise."
-    best = rows[rows.best]
+    massive = [key in under.massive for key in keys_of(rows)]     # of which a forecast cannot tell what clips do
+    best = rows[rows.best & ~np.array(massive, bool)]
     if len(best):
-        yield _forecast_finding(best, _where(under, best, base))
+        left_out = " without massive activations" * any(massive)
+        yield _forecast_finding(best, _where(under, best, base) + left_out)
     quietest = rows[rows.highest_sqnr & rows.kl.isna() & np.isfinite(rows.sqnr_db)]
     if len(quietest):
         yield _noise_finding(quietest, _where(under, quietest, base))

@@ -7,7 +7,7 @@ import torch
 from helpers import make_batches, make_model
 from pydoc_data.topics import topics
 
-from qcal_nb.analysis import findings, outlier_ratio
+from qcal_nb.analysis import compare_observers, findings, outlier_ratio
 from qcal_nb.analysis.finding import in_figures
 from qcal_nb.analysis.positions import LEAST_ROW, TIMES, first_position, loud_token, massive_activations
 from qcal_nb.lifecycle import QuantizationModifier
@@ -228,6 +228,22 @@ def test_left_padding_blames_no_token_by_itself(tiny):
     with Planted(model, PLANTED, first_seen):
         run = record(model, [dict(batch, input_ids=ids)], tokenizer=tokenizer, mask=mask, **OPTIONS)
     assert "padded on the left" in said(run, "Tokens").words
+
+
+def test_no_forecast_says_what_clips_do_to_massive_activations(tiny):
+    "A sink whose own scale is forecast to cost a little, and that another observer would clip."
+    model, tokenizer = tiny
+    options = dict(tokenizer=tokenizer, max_length=64, gradients=True, **OPTIONS)
+    with Planted(model, PLANTED, lambda x, ids: sink(x, ids, 60.0)):
+        run = record(model, calibration_texts()[:10], **options)
+    found = said(run, "Massive")
+    rows = compare_observers(run).query(f"module == {PLANTED!r} and base_name == 'input'").set_index("observer").kl
+    assert found.kl == pytest.approx(rows["minmax"])
+    assert f"{in_figures(rows['minmax'], 2)} nats forecast" in found.tensors[0]
+    assert [one.words.split()[0] for one in found.remedies][0] == "spare" and found.remedies[0].saves >= found.kl
+    assert rows.min() < rows["minmax"] and not any("observer" in one.words for one in found.remedies)
+    assert "at the 15 inputs of 27 modules" in said(run, "Forecast cost to the model").words
+    assert "without massive activations" in said(run, "Forecast cost to the model").words
 
 
 # --- a token ---
