@@ -137,6 +137,7 @@ nav a { color: inherit; margin-right: 1rem; } p { margin: .2rem 0 .6rem; color: 
 .notes li { margin: .3rem 0; } .notes strong { color: var(--warn); }
 .fine { border-left: 4px solid var(--line); padding: .4rem 1rem; }
 .list { max-height: 10rem; overflow: auto; margin: 0; padding-left: 1.2rem; font-size: 13px; }
+.advice { margin: .2rem 0 .5rem; padding-left: 1.2rem; font-size: 13px; overflow-wrap: anywhere; }
 figure { margin: 1rem 0 1.6rem; } figcaption { color: var(--dim); }
 img { max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
 .scroll { max-height: 28rem; overflow: auto; border: 1px solid var(--line); border-radius: 4px; }
@@ -206,15 +207,23 @@ def _listed(tensors: tuple[str, ...]) -> list[str]:
     return [*names, f"and {more:,} more"] if more > 0 else names
 
 
+def _advice_html(found: Finding) -> str:
+    "What it costs and what can be changed, a line each."
+    lines = "".join(f"<li>{escape(line)}</li>" for line in found.advice)
+    return f'<ul class="advice">{lines}</ul>' if lines else ""
+
+
 def _finding_html(found: Finding) -> str:
     words = escape(found.words)
     if found.warning:
         words = f"<strong>{words}</strong>"
     names = _listed(found.tensors)
-    if not names: return f"<li>{words}</li>"
+    advice = _advice_html(found)
+    if not names: return f"<li>{words}{advice}</li>"
     is_open = " open" if found.warning or len(names) <= 5 else ""
     listed = "".join(f"<li>{name}</li>" for name in names)
-    return f'<li><details{is_open}><summary>{words}</summary><ul class="list">{listed}</ul></details></li>'
+    details = f'<details{is_open}><summary>{words}</summary><ul class="list">{listed}</ul></details>'
+    return f"<li>{details}{advice}</li>"
 
 
 NOTHING_WRONG = (

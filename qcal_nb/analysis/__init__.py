@@ -1,6 +1,7 @@
 """Questions to a record alone: tables, and what they say in sentences."""
 
 from .difference import diff
+from .finding import Cost, Finding, Remedy
 from .observers import (
     Answers,
     BY_HAND,
@@ -19,8 +20,10 @@ from .observers import (
     scale_columns,
     usual_observers,
 )
+from .recipe import RecipeArgs, UnderRecipe, equivalent_observer, is_static, own_rows, recipe_args
+from .recipe import schemes_of_record
 from .settling import convergence, enough_in_words, history, percent_of
-from .summary import Finding, RecordTables, findings, findings_from, tables_of
+from .summary import RecordTables, findings, findings_from, tables_of
 from .tables import (
     CHANNEL_THRESHOLD,
     ORDERS,
@@ -47,12 +50,16 @@ __all__ = [
     "Answers",
     "BY_HAND",
     "CHANNEL_THRESHOLD",
+    "Cost",
     "Finding",
     "ORDERS",
     "ObserversByBase",
+    "RecipeArgs",
     "RecordTables",
+    "Remedy",
     "Row",
     "UNKNOWN_COST",
+    "UnderRecipe",
     "at_limit",
     "best_of",
     "check_record",
@@ -63,12 +70,14 @@ __all__ = [
     "coverage",
     "diff",
     "enough_in_words",
+    "equivalent_observer",
     "extremes",
     "findings",
     "findings_from",
     "highest_sqnr",
     "history",
     "id_columns",
+    "is_static",
     "kl_columns",
     "layer_of",
     "mark_best",
@@ -77,16 +86,19 @@ __all__ = [
     "observers_table",
     "outlier_channels",
     "outlier_ratio",
+    "own_rows",
     "per_reader",
     "percent_of",
     "place_in_words",
     "ranges",
     "readers_in_words",
     "readers_of",
+    "recipe_args",
     "result_by_hand",
     "result_row",
     "rows_of_module",
     "scale_columns",
+    "schemes_of_record",
     "tables_of",
     "usual_observers",
 ]

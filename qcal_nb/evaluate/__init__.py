@@ -16,7 +16,6 @@ from .best import (
     rows_by_scheme,
     scheme_args_by_module,
     scheme_observers,
-    schemes_of_record,
     sort_rows,
 )
 from .budget import Allocation, allocate, allocation_within, bytes_in, frontier_of, model_choices, pareto
@@ -61,7 +60,6 @@ __all__ = [
     "rows_by_scheme",
     "scheme_args_by_module",
     "scheme_observers",
-    "schemes_of_record",
     "sensitivity",
     "sort_rows",
     "spare",

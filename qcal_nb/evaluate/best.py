@@ -4,27 +4,25 @@
 
 # %% auto #0
 __all__ = ['ArgsOf', 'BestObservers', 'TENSORS_AT_ONCE', 'Tick', 'TENSOR_COLUMNS', 'UNKNOWN', 'RUNNING', 'ZEROS', 'DAMAGED',
-           'TABLE_ORDERS', 'observers_to_compare', 'in_production', 'schemes_of_record', 'compare_for_recipe',
-           'best_observers', 'no_tick', 'compare_in_pieces', 'scheme_args_by_module', 'equivalent_observer',
-           'scheme_observers', 'rows_by_scheme', 'best_by_tensor', 'sort_rows']
+           'TABLE_ORDERS', 'observers_to_compare', 'in_production', 'compare_for_recipe', 'best_observers', 'no_tick',
+           'compare_in_pieces', 'scheme_args_by_module', 'scheme_observers', 'rows_by_scheme', 'best_by_tensor',
+           'sort_rows']
 
 # %% ../../nbs/evaluate/best.ipynb #cf90b61c
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
 from typing import NamedTuple
 
 import pandas as pd
-from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 
-from ..analysis import ObserversByBase, compare_observers, mark_best, marked, per_reader, readers_of
-from ..analysis import usual_observers
+from ..analysis import ObserversByBase, compare_observers, equivalent_observer, mark_best, marked, per_reader
+from ..analysis import readers_of, schemes_of_record, usual_observers
 from ..calibration import args_in
 from .observers import WeightOf, weights_compared
 from ..lifecycle import QuantizationMixin
-from ..modeling import Targets
 from ..observers import Observer, ObserverSpec, find_observer, kind_of, label_of, name_and_kwargs, specs_from_args
 from ..observers import specs_from_config
 from ..records import CalibrationRecord, Key, recorded_args
@@ -66,34 +64,6 @@ def in_production(asked: ObserversByBase) -> dict[str, list[ObserverSpec]]:
     def known(one: ObserverSpec) -> bool: return find_observer(name_and_kwargs(one)[0]).in_llm_compressor
     return {base: list(filter(known, some)) for base, some in asked.items()}
 
-
-# %% ../../nbs/evaluate/best.ipynb #1f9bdc05
-def _narrowness(target: str, module: str, type_name: str) -> int:
-    "How narrowly a target means a module: 3 by name, 2 by pattern, 1 by class, 0 not at all."
-    if target == module: return 3
-    if target.startswith("re:"): return 2 * bool(re.match(target.removeprefix("re:"), module))
-    return int(target == type_name)
-
-
-def _narrowest(targets: Iterable[str], module: str, type_name: str) -> str | None:
-    "The target that means a module most narrowly; None if none does."
-    def narrowness(target: str) -> int: return _narrowness(target, module, type_name)
-    return max(filter(narrowness, targets), key=narrowness, default=None)
-
-
-def schemes_of_record(record: CalibrationRecord, config: QuantizationConfig) -> dict[str, QuantizationScheme]:
-    """Module -> scheme, by names and classes alone, for a record whose modules are not at hand; as
-    compressed-tensors decides, the narrowest target."""
-    by_target = {target: scheme for scheme in config.config_groups.values() for target in scheme.targets}
-    targets = Targets(by_target, record.types)
-    ignored = Targets(config.ignore or (), record.types)
-    found = {}
-    for module, type_name in record.types.items():
-        if _narrowest(ignored.near(module, type_name), module, type_name): continue
-        target = _narrowest(targets.near(module, type_name), module, type_name)
-        if target:
-            found[module] = by_target[target]
-    return found
 
 # %% ../../nbs/evaluate/best.ipynb #2d2a9fa5
 ArgsOf = Callable[[str, str], QuantizationArgs | None]  # of a module and base name
@@ -226,12 +196,6 @@ def scheme_args_by_module(
     schemes = schemes_of_record(record, config)
     found = {module: args_in(scheme, base_name) for module, scheme in schemes.items()}
     return {module: args for module, args in found.items() if args is not None}
-
-
-def equivalent_observer(observer: str, base_name: str) -> str:
-    """The observer of a comparison that concludes the same: a weight is seen once and whole, so all observers that
-    take its smallest and largest value agree."""
-    return "static_minmax" if base_name == "weight" and observer in ("memoryless_minmax", "minmax") else observer
 
 
 def scheme_observers(args: Mapping[str, QuantizationArgs], base_name: str) -> dict[Key, str]:

@@ -18,8 +18,8 @@ from .results import (
     results_together,
     statistics_from,
 )
-from .module_costs import RECORDED, RowBlock, costs_of, row_blocks, unit_costs, units_among, weight_cost
-from .module_costs import why_no_forecast
+from .module_costs import RECORDED, RowBlock, costs_of, quantized_rows, row_blocks, unit_costs, units_among
+from .module_costs import weight_cost, why_no_forecast
 from .observing import Attached, Memory
 from .run import (
     all_ranks,
@@ -77,6 +77,7 @@ __all__ = [
     "observer_result",
     "observers_from_stats",
     "one_pass",
+    "quantized_rows",
     "recipe_to_record",
     "record",
     "record_equal",

@@ -14,8 +14,9 @@ import pandas as pd
 from torch.nn import Module
 
 from ..calibration import args_in
+from ..analysis import schemes_of_record
 from ..evaluate import Allocation, DAMAGED, allocate, best_observers, compare_for_recipe, in_production
-from ..evaluate import Spared, observers_to_compare, schemes_of_record, spare
+from ..evaluate import Spared, observers_to_compare, spare
 from ..lifecycle import ModuleChange, QuantizationModifier, schemes_by_module
 from ..observers import ObserverSpec, label_of, specs_from_args
 from ..recipes import override

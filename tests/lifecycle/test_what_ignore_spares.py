@@ -8,7 +8,7 @@ import torch
 from helpers import differences, fingerprint, make_batches, make_model
 
 from qcal_nb.analysis import choose, ranges
-from qcal_nb.evaluate.best import schemes_of_record
+from qcal_nb.analysis import schemes_of_record
 from qcal_nb.lifecycle import QuantizationModifier, match_report, schemes_by_module
 from qcal_nb.modeling import check_quick, targets
 from qcal_nb.pipelines import calibrate
