@@ -3439,6 +3439,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'qcal_nb/records/kept_forecasts.py'),
                                                 'qcal_nb.records.kept_forecasts.ModuleCost.total': ( 'records/kept_forecasts.html#modulecost.total',
                                                                                                      'qcal_nb/records/kept_forecasts.py'),
+                                                'qcal_nb.records.kept_forecasts._clip_costs': ( 'records/kept_forecasts.html#_clip_costs',
+                                                                                                'qcal_nb/records/kept_forecasts.py'),
                                                 'qcal_nb.records.kept_forecasts._costs': ( 'records/kept_forecasts.html#_costs',
                                                                                            'qcal_nb/records/kept_forecasts.py'),
                                                 'qcal_nb.records.kept_forecasts._input_from_list': ( 'records/kept_forecasts.html#_input_from_list',

@@ -54,9 +54,8 @@ def observers_to_compare(modifier: QuantizationMixin, gradients: bool = False) -
     """By base name (`""`: any other): the observers that a recipe asks for first, then those that say they are compared
     for such tensors; none twice. `gradients`: also those that need them."""
     config = modifier.resolved_config
-    by_column = _weights_by_column(config)
-    own = specs_from_config(config)
-    return {base: _own_and_compared(specs, _compared(base, by_column, gradients)) for base, specs in own.items()}
+    def compared(base: str) -> list[str]: return _compared(base, _weights_by_column(config), gradients)
+    return {base: _own_and_compared(own, compared(base)) for base, own in specs_from_config(config).items()}
 
 
 def in_production(asked: ObserversByBase) -> dict[str, list[ObserverSpec]]:

@@ -77,11 +77,14 @@ def _scheme_from_list(found: list) -> dict[str, ModuleCost]:
     return {name: ModuleCost(*(_costs(part, PARTS) for part in parts)) for name, *parts in found}
 
 
+def _clip_costs(tensor: Tensor) -> Tensor: return _costs(tensor, len(CLIPS), PARTS)
+
+
 def _input_from_list(found: list) -> InputCosts:
     args, observers, clips = found
     each_once((label for label, _ in observers), "there is the cost of")
     by_label = {label: _costs(cost, PARTS) for label, cost in observers}
-    return InputCosts(QuantizationArgs.model_validate_json(args), by_label, _costs(clips, len(CLIPS), PARTS))
+    return InputCosts(QuantizationArgs.model_validate_json(args), by_label, _clip_costs(clips))
 
 
 def forecasts_from_tree(t: Mapping[str, Any]) -> Forecasts:
