@@ -118,8 +118,8 @@ def test_pictures_and_findings_count_tensors(run):
 def test_each_tensor_is_searched_once_and_each_table_made_once(run, monkeypatch, tmp_path):
     fresh = CalibrationRecord.load(run.save(tmp_path / "a"))
     asked = []
-    original = comparing.result_from_stats
-    monkeypatch.setattr(comparing, "result_from_stats", lambda *a: asked.append(a) or original(*a))
+    original = comparing.result_of
+    monkeypatch.setattr(comparing, "result_of", lambda *a: asked.append(a) or original(*a))
     first = compare_observers(fresh, ["entropy"])
     assert len(asked) == 8 + 14
     first["sqnr_db"] = 0.0  # one's own copy
