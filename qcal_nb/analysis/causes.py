@@ -12,11 +12,11 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from compressed_tensors.quantization import QuantizationArgs
 
-from .costs import input_remedies
+from .costs import judged_finding
 from .finding import Finding, count_of, folded_names, in_figures, tensor_in_words
-from .positions import FirstPosition, Massive, loud_token
+from .positions import FirstPosition, Massive, inputs_of, loud_token
 from .recipe import UnderRecipe
-from ..records import Key
+from ..records import CalibrationRecord, Key
 from ..stats import cost_in_words
 
 # %% ../../nbs/analysis/causes.ipynb #cf1f7dca
@@ -31,21 +31,25 @@ NOT_NOISE = (
 )
 
 
-def _tokens_there(found: Iterable[FirstPosition]) -> str:
+_Seen = Collection[FirstPosition]
+
+
+def _tokens_there(found: _Seen) -> str:
     "Which tokens stood there, as far as it is known."
     tokens = list(dict.fromkeys(token for one in found for token in one.tokens))
     if not tokens: return ""
-    if len(tokens) > 1: return f", under {len(tokens):,} different tokens"
+    if tokens[1:]: return f", under {len(tokens):,} different tokens"
     return f", always under the token {tokens[0]!r}, so that token and position cannot be told apart here"
 
 
-def _times_in_words(found: Iterable[FirstPosition]) -> str:
+def _times_in_words(found: _Seen) -> str:
     "How far beyond the bulk the largest values reach, from the least to the most."
-    least, *_, most = sorted(2 * [one.times for one in found])
-    return in_figures(least) if least == most else f"{in_figures(least)} to {in_figures(most)}"
+    times = [one.times for one in found]
+    ends = map(in_figures, (min(times), max(times)))
+    return " to ".join(dict.fromkeys(ends))
 
 
-def _seen_in_words(found: Collection[FirstPosition]) -> str:
+def _seen_in_words(found: _Seen) -> str:
     return (
         f"most of the largest values stand at position 0 in one channel{_tokens_there(found)}, and the largest is "
         f"{_times_in_words(found)} times the bulk (the 99.9th percentile)."
@@ -66,9 +70,14 @@ def _effect_on_levels(args: QuantizationArgs) -> str:
     return f"A scale that reaches them leaves at most {part} of its levels to 99.9 % of the values."
 
 
+def _args_of(under: UnderRecipe, keys: Iterable[Key]) -> list[QuantizationArgs]:
+    "What a recipe has for those of these tensors that it quantizes."
+    return [args for key in keys if (args := under.args.get(key)) is not None]
+
+
 def _consequence(under: UnderRecipe, keys: Iterable[Key]) -> str:
     "What massive activations do to the scales that a recipe has for these inputs."
-    args = [one for key in keys if (one := under.args.get(key)) is not None]
+    args = _args_of(under, keys)
     if not args: return "The recipe leaves these inputs unquantized."
     if all(map(_has_own_scales, args)):
         return "The recipe gives every token a scale of its own, so that they change no other token's scale."
@@ -86,21 +95,36 @@ def _costliest_first(under: UnderRecipe, found: Massive) -> Massive:
     return {key: found[key] for key in under.costliest_first(farthest)}
 
 
+def _names_of(under: UnderRecipe, keys: Iterable[Key]) -> dict[Key, str]:
+    return {key: tensor_in_words(under.record.readers[key]) for key in keys}
+
+
+def _modules_in_words(under: UnderRecipe, names: Mapping[Key, str]) -> str:
+    "Tensors by name in the order of the model, all of them."
+    return ", ".join(folded_names(names[key] for key in under.record.readers if key in names))
+
+
+def _inputs_in_words(under: UnderRecipe) -> str: return count_of(len(inputs_of(under.record)), "input")
+
+
+# %% ../../nbs/analysis/causes.ipynb #79abbf8a
+def _massive_words(under: UnderRecipe, found: Massive, names: Mapping[Key, str]) -> str:
+    some = f"{len(found):,} of {_inputs_in_words(under)}"
+    seen = _seen_in_words(found.values())
+    modules = _modules_in_words(under, names)
+    return (
+        f"Massive activations of the first position in {some}: {seen} They are in {modules}. {WHY_MASSIVE} "
+        f"{NOT_NOISE} {_consequence(under, found)}"
+    )
+
+
 def massive_findings(under: UnderRecipe) -> Iterator[Finding]:
     "One finding about all inputs with massive activations of the first position."
-    record = under.record
     found = _costliest_first(under, under.massive)
     if not found: return
-    inputs = count_of(sum(base == "input" for _, base in record.readers), "input")
-    names = {key: tensor_in_words(record.readers[key]) for key in found}
-    modules = ", ".join(folded_names(names[key] for key in record.readers if key in names))
-    words = (
-        f"Massive activations of the first position in {len(found):,} of {inputs}: {_seen_in_words(found.values())} "
-        f"They are in {modules}. {WHY_MASSIVE} {NOT_NOISE} {_consequence(under, found)}"
-    )
-    tensors = tuple(f"{names[key]} (input): {one}{_cost_of(under, key)}" for key, one in found.items())
-    remedies = input_remedies(under, found)
-    yield Finding(words, tensors, False, tuple(found), *under.cost(found), remedies)
+    names = _names_of(under, found)
+    lines = [f"{name} (input): {found[key]}{_cost_of(under, key)}" for key, name in names.items()]
+    yield judged_finding(under, _massive_words(under, found, names), found, lines)
 
 # %% ../../nbs/analysis/causes.ipynb #9bd0905d
 def _token_words(tokens: Mapping[Key, str], inputs: str) -> str:
@@ -115,13 +139,20 @@ def _token_words(tokens: Mapping[Key, str], inputs: str) -> str:
     )
 
 
+def _loud_tokens(record: CalibrationRecord) -> dict[Key, str]:
+    "The inputs whose outliers a token makes, each with the token."
+    return {key: token for key in inputs_of(record) if (token := loud_token(record[key])) is not None}
+
+
+def _token_line(under: UnderRecipe, key: Key, token: str) -> str:
+    name = tensor_in_words(under.record.readers[key])
+    return f"{name} (input): {token!r}, {in_figures(under.record[key].absmax, 4)}"
+
+
 def token_findings(under: UnderRecipe) -> Iterator[Finding]:
     "One finding about all inputs whose outliers a token makes, wherever it stands."
-    record = under.record
-    inputs = [key for key in record.readers if key[1] == "input"]
-    tokens = {key: token for key in inputs if (token := loud_token(record[key])) is not None}
+    tokens = _loud_tokens(under.record)
     if not tokens: return
-    names = [f"{tensor_in_words(record.readers[key])} (input): {token!r}, {in_figures(record[key].absmax, 4)}"
-             for key, token in tokens.items()]
-    words = _token_words(tokens, count_of(len(inputs), "input"))
-    yield Finding(words, tuple(names), False, tuple(tokens), *under.cost(tokens), input_remedies(under, tokens))
+    lines = [_token_line(under, *item) for item in tokens.items()]
+    yield judged_finding(under, _token_words(tokens, _inputs_in_words(under)), tokens, lines)
+

@@ -9,7 +9,7 @@ __all__ = ['Findings', 'SCALES', 'FEW_TOKENS', 'TEXT_WARNING', 'LOW_SQNR_DB', 'R
 
 # %% ../../nbs/analysis/summary.ipynb #0d6c06ed
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -92,7 +92,7 @@ def _scale_findings(covered: pd.DataFrame) -> Findings:
 FEW_TOKENS = 100    # that chose an expert: below it at least one in a hundred later ones exceeds all of them
 
 
-def _inside(record: CalibrationRecord, experts: Iterator[str]) -> tuple[Key, ...]:
+def _inside(record: CalibrationRecord, experts: Iterable[str]) -> tuple[Key, ...]:
     "The inputs of the modules in some experts."
     parents = set(experts)
     return tuple(key for key in record.readers if key[1] == "input" and key[0].rpartition(".")[0] in parents)
@@ -225,19 +225,26 @@ def _dead_channels(record: CalibrationRecord) -> dict[Key, np.ndarray]:
     return {key: silent for key, silent in dead.items() if silent.any()}
 
 
+def _dead_words(dead: Collection[np.ndarray]) -> str:
+    channels = count_of(sum(int(silent.sum()) for silent in dead), "channel")
+    return (
+        f"Dead channels: {channels} in {count_of(len(dead), 'activation')} had the value 0 for every token. They did "
+        "nothing on this data; on other data they may."
+    )
+
+
+def _dead_line(record: CalibrationRecord, key: Key, dead: np.ndarray) -> str:
+    name = tensor_in_words(record.readers[key])
+    return f"{name} ({key[1]}): {dead.sum():,} of {len(dead):,} channels"
+
+
 def dead_findings(record: CalibrationRecord) -> Findings:
     "Which activations have channels that were always 0. Those with values that are not finite are left out."
     dead = _dead_channels(record)
     if not dead: return
-    worst = sorted(dead, key=lambda key: -dead[key].mean())
-    names = [f"{tensor_in_words(record.readers[key])} ({key[1]}): {dead[key].sum():,} of {len(dead[key]):,} channels"
-             for key in worst]
-    channels = count_of(sum(int(silent.sum()) for silent in dead.values()), "channel")
-    words = (
-        f"Dead channels: {channels} in {count_of(len(dead), 'activation')} had the value 0 for every token. They did "
-        "nothing on this data; on other data they may."
-    )
-    yield Finding(words, tuple(names), False, tuple(worst))
+    worst = sorted(dead, key=lambda key: dead[key].mean(), reverse=True)
+    names = tuple(_dead_line(record, key, dead[key]) for key in worst)
+    yield Finding(_dead_words(dead.values()), names, False, tuple(worst))
 
 
 def outlier_findings(under: UnderRecipe, table: pd.DataFrame) -> Findings:
@@ -288,14 +295,24 @@ def _where(under: UnderRecipe, rows: pd.DataFrame, base: str) -> str:
     return f"at the {tensors_in_words(rows, base)} ({form})"
 
 
+def _is_massive(under: UnderRecipe, rows: pd.DataFrame) -> np.ndarray:
+    "Which rows are about massive activations, of which a forecast cannot tell what clips do."
+    return np.array([key in under.massive for key in keys_of(rows)], bool)
+
+
+def _quietest(rows: pd.DataFrame) -> pd.DataFrame:
+    "The rows with the highest SQNR of a tensor, where nothing is known of its cost."
+    unjudged = rows[rows.kl.isna() & np.isfinite(rows.sqnr_db)]
+    return unjudged[unjudged.highest_sqnr]
+
+
 def _base_findings(under: UnderRecipe, rows: pd.DataFrame, base: str) -> Findings:
     "About the observers of one base name: by forecast where that is known, else by noise."
-    massive = [key in under.massive for key in keys_of(rows)]     # of which a forecast cannot tell what clips do
-    best = rows[rows.best & ~np.array(massive, bool)]
+    best = rows[rows.best & ~_is_massive(under, rows)]
     if len(best):
-        left_out = " without massive activations" * any(massive)
+        left_out = " without massive activations" * bool(_is_massive(under, rows).any())
         yield _forecast_finding(best, _where(under, best, base) + left_out)
-    quietest = rows[rows.highest_sqnr & rows.kl.isna() & np.isfinite(rows.sqnr_db)]
+    quietest = _quietest(rows)
     if len(quietest):
         yield _noise_finding(quietest, _where(under, quietest, base))
 
