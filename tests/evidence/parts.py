@@ -139,7 +139,7 @@ def modules(subject: Subject, rows: Part) -> None:
 
 # --- budgets ---
 
-SHARES = (0.1, 0.3, 0.6, 1.0)   # of the way from W4A16 everywhere to W8A16 everywhere, in bytes
+SHARES = (0.1, 0.3, 0.6, 0.9)   # of the way from W4A16 everywhere to W8A16 everywhere, in bytes
 UNIFORM = ("W4A16", "W8A16")
 
 
@@ -217,10 +217,15 @@ class Budgets:
 WAYS = ("forecast", "error", "measured")
 
 
+def chosen_ways(subject: Subject) -> dict[str, tuple[str, float]]:
+    "Name of a row -> how it is chosen, and the share of the way that its budget is."
+    ways = WAYS if subject.every == 1 else WAYS[:2]     # of a large model, not every unit is measured alone
+    return {f"{share:.0%} {way}": (way, share) for share in SHARES for way in ways}
+
+
 @part("budget", "Recipes for so many bytes, chosen by forecast and otherwise, beside uniform schemes.")
 def budget(subject: Subject, rows: Part) -> None:
-    ways = WAYS if subject.every == 1 else WAYS[:2]
-    names = {f"{share:.0%} {way}": (way, share) for share in SHARES for way in ways}
+    names = chosen_ways(subject)
     missing = rows.missing([*UNIFORM, *names])
     if not missing: return
     found = Budgets(subject)
@@ -287,10 +292,16 @@ def advised(subject: Subject) -> Iterator[tuple[str, Callable[[], QuantizationMo
     yield "W8A8 for the first position's", lambda: mixed(known, "W8A8")
 
 
+Makes = dict[str, Callable[[], QuantizationModifier]]
+
+
+def everything(subject: Subject) -> Makes: return dict(other_observers(subject)) | dict(advised(subject))
+
+
 @part("advice", "INT8_STATIC, and what might be done about it; all on the same texts.")
 def advice(subject: Subject, rows: Part) -> None:
     good = dict(advised(subject))
-    todo = dict(other_observers(subject)) | good
+    todo = everything(subject)
     for name in rows.missing(todo):
         made = todo[name]()
         judged(subject, rows, name, made, advised=name in good, spared=len(made.ignore) - 1)

@@ -32,8 +32,8 @@ class Results:
     """Rows by (model, part, name), in a file. A row that is added replaces its earlier self and is written at once,
     with the date, the machine, and how busy that was (load average of a minute)."""
 
-    def __init__(self, path: Path = FILE) -> None:
-        self.path = path
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path or FILE
         self.outdated: set[Key] = set()     # in the file, but to be found again
         self.kept: dict[tuple[str, str], list[float]] = {}  # by model and recipe, what outdated rows have measured
 
