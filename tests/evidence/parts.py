@@ -17,11 +17,12 @@ from qcal_nb.calibration import args_in
 from qcal_nb.evaluate import allocation_within, forecast, forecast_modules, model_choices, named_schemes
 from qcal_nb.evaluate.budget import Choices, recipe_for, solve
 from qcal_nb.evaluate.divergence import logits_of, undisturbed
-from qcal_nb.evaluate.forecasts import quantized, weight_results
 from qcal_nb.lifecycle import QuantizationModifier
 from qcal_nb.recipes import override
-from qcal_nb.records import CalibrationRecord
+from qcal_nb.records import CalibrationRecord, observers_from_stats
+from qcal_nb.records.module_costs import quantized, weight_results
 from qcal_nb.schemes import has_groups, preset
+from qcal_nb.session import Session
 
 from .results import Part, Results
 from .subjects import Subject, recipe
@@ -267,11 +268,18 @@ def best_by_sqnr(subject: Subject) -> QuantizationModifier:
     "The scheme with the observer of the highest SQNR for each input, of those that follow from the record."
     plain = recipe(scheme=STATIC)
     args = args_in(preset(STATIC), "input")
-    table = compare_observers(subject.record, args=args, progress=False)
+    table = compare_observers(subject.record, ["minmax", *observers_from_stats()], args=args, progress=False)
     table = table[(table.base_name == "input") & table.sqnr_db.notna()]
     best = table.loc[table.groupby("module").sqnr_db.idxmax()]
     chosen = {name: dict(input=row.observer) for row in best.itertuples() for name in row.readers}
     return override(plain, chosen, subject.model)
+
+
+def best_by_forecast(subject: Subject, spare: Iterable[str] = (), **options: Any) -> QuantizationModifier:
+    "The scheme with the observer that is forecast to cost least for each input, unasked, as a session finds it."
+    session = Session(subject.model, subject.feeds, record=subject.record, scheme=STATIC, ignore=["lm_head", *spare])
+    session.use_best("input", check=False, **options)
+    return session.recipe()
 
 
 def other_observers(subject: Subject) -> Iterator[tuple[str, Callable[[], QuantizationModifier]]]:
@@ -280,12 +288,16 @@ def other_observers(subject: Subject) -> Iterator[tuple[str, Callable[[], Quanti
     for name in ("static_minmax", "percentile", "entropy", "mse"):
         yield f"inputs by {name}", lambda name=name: recipe(scheme=STATIC, input_observer=name)
     yield "inputs by the highest SQNR", lambda: best_by_sqnr(subject)
+    yield "inputs by fisher_mse", lambda: recipe(scheme=STATIC, input_observer="fisher_mse")
 
 
 def advised(subject: Subject) -> Iterator[tuple[str, Callable[[], QuantizationModifier]]]:
     "What forecast and findings advise."
     for n in (1, 5, 10):
         yield f"spare the worst {n} by forecast", lambda n=n: spared(worst_units(subject, n))
+    yield "use best", lambda: best_by_forecast(subject)
+    yield "use best, of llm-compressor's observers", lambda: best_by_forecast(subject, production=True)
+    yield "use best and spare the worst 10", lambda: best_by_forecast(subject, spare=worst_units(subject, 10))
     known = subject.first_position
     yield "spare the first position's", lambda: spared(known)
     yield "FP8 for the first position's", lambda: mixed(known, "FP8")

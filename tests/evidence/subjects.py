@@ -12,10 +12,11 @@ from torch.nn import Module
 
 from qcal_nb.evaluate import named_schemes
 from qcal_nb.evaluate.divergence import QuantizationSwitches, divergence_of, eval_batches, logits_of, undisturbed
-from qcal_nb.lifecycle import QuantizationModifier, borrowed
+from qcal_nb.lifecycle import QuantizationModifier, borrowed, observers_with_gradients
 from qcal_nb.models import calibration_texts, heldout_texts, load_smollm2, load_tiny_llama, require_smollm2
 from qcal_nb.pipelines import calibrate
 from qcal_nb.records import CalibrationRecord, record
+from qcal_nb.session import Session
 
 LENGTH = 256                # tokens of every text: a forecast is of texts as long as those that are measured
 RECORDED, MEASURED = 10, 8  # texts
@@ -113,8 +114,7 @@ class Subject:
         KL of each held-out text, in nats per token, with these modules quantized or with all of them."""
         modifier, = named_schemes([scheme]).values()
         originals = self.originals
-        with borrowed(self.model, "evidence"):
-            calibrate(self.model, self.feeds if modifier.requires_calibration_data else None, modifier, progress=False)
+        with self._calibrated(modifier):
             board = QuantizationSwitches(self.model)
 
             def measure(names: Iterable[str] | None = None) -> list[float]:
@@ -123,6 +123,20 @@ class Subject:
                              for batch, original in zip(self.held_out, originals)]
                 return sum(found, [])
             yield measure
+
+    @contextmanager
+    def _calibrated(self, modifier: QuantizationModifier) -> Iterator[None]:
+        "Inside the block the model has the scales of a recipe: of the texts, or of the record if that needs gradients."
+        if observers_with_gradients(modifier.resolved_config):
+            session = Session(self.model, self.feeds, record=self.record, recipe=modifier)
+            for step in (session.initialize, session.start, session.end): step()
+            try: yield
+            finally: session.reset()
+        else:
+            with borrowed(self.model, "evidence"):
+                feeds = self.feeds if modifier.requires_calibration_data else None
+                calibrate(self.model, feeds, modifier, progress=False)
+                yield
 
     def kls(self, scheme: Any) -> list[float]:
         "The KL of each held-out text under a scheme."

@@ -116,7 +116,7 @@ def gains(results: Results, model: str) -> pd.DataFrame:
 
 
 def advice(results: Results, model: str) -> pd.DataFrame:
-    """A row for each thing that might be done: forecast and measured KL; the difference to the scheme as it is with the
+    """A row for each thing that might be done, the worst first: forecast and measured KL; the difference to the scheme as it is with the
     standard error of the differences, text by text; how many times less it costs, and whether that is sure."""
     rows = results.of(model, "advice")
     plain = np.array(rows[PLAIN]["kls"])
@@ -129,7 +129,7 @@ def advice(results: Results, model: str) -> pd.DataFrame:
             change_error=off, times_less=plain.mean() / mean_of(row), verdict=verdict(by, off), spared=row["spared"],
             advised=row["advised"],
         )
-    return pd.DataFrame(found).T.infer_objects()
+    return pd.DataFrame(found).T.infer_objects().sort_values("measured", ascending=False)
 
 
 def verdict(change: float, error: float) -> str:

@@ -114,7 +114,8 @@ def test_gains(planted): assert tables.gains(planted, "m").error[0.1] == pytest.
 
 def test_advice_is_judged_text_by_text(planted):
     table = tables.advice(planted, "m")
-    assert list(table.verdict) == ["no difference", "better", "worse", "no difference"]
+    assert list(table.index[:1]) == ["bad"] and dict(table.verdict) == {
+        "as it is": "no difference", "good": "better", "bad": "worse", "even": "no difference"}
     assert table.change["good"] == pytest.approx(-1) and table.change_error["good"] == pytest.approx(0.1)
     assert table.times_less["good"] == pytest.approx(3) and table.times_less["as it is"] == 1
 
