@@ -116,8 +116,9 @@ def gains(results: Results, model: str) -> pd.DataFrame:
 
 
 def advice(results: Results, model: str) -> pd.DataFrame:
-    """A row for each thing that might be done, the worst first: forecast and measured KL; the difference to the scheme as it is with the
-    standard error of the differences, text by text; how many times less it costs, and whether that is sure."""
+    """A row for each thing that might be done, the worst first: forecast and measured KL; the difference to the scheme
+    as it is with the standard error of the differences, text by text; how many times less it costs, and whether that
+    is sure."""
     rows = results.of(model, "advice")
     plain = np.array(rows[PLAIN]["kls"])
     found: dict[str, Row] = {}
