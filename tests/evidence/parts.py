@@ -276,10 +276,19 @@ def best_by_sqnr(subject: Subject) -> QuantizationModifier:
 
 
 def best_by_forecast(subject: Subject, spare: Iterable[str] = (), **options: Any) -> QuantizationModifier:
-    "The scheme with the observer that is forecast to cost least for each input, unasked, as a session finds it."
+    """The scheme with the observer that is forecast to cost least for each input, as a session keeps it when it has
+    asked the model on the texts of the record."""
     session = Session(subject.model, subject.feeds, record=subject.record, scheme=STATIC, ignore=["lm_head", *spare])
-    session.use_best("input", check=False, **options)
+    session.use_best("input", **options)
     return session.recipe()
+
+
+def best_but_for(subject: Subject, names: Iterable[str]) -> QuantizationModifier:
+    "The same unasked, but for some modules, which keep the scheme's observer."
+    session = Session(subject.model, subject.feeds, record=subject.record, scheme=STATIC)
+    chosen = session.use_best("input", check=False)
+    left = {name: observer for name, observer in chosen.items() if name not in names}
+    return override(recipe(scheme=STATIC), left, subject.model)
 
 
 def other_observers(subject: Subject) -> Iterator[tuple[str, Callable[[], QuantizationModifier]]]:
@@ -289,6 +298,8 @@ def other_observers(subject: Subject) -> Iterator[tuple[str, Callable[[], Quanti
         yield f"inputs by {name}", lambda name=name: recipe(scheme=STATIC, input_observer=name)
     yield "inputs by the highest SQNR", lambda: best_by_sqnr(subject)
     yield "inputs by fisher_mse", lambda: recipe(scheme=STATIC, input_observer="fisher_mse")
+    yield "use best, unasked", lambda: best_by_forecast(subject, check=False)
+    yield "use best, unasked, not for the first position's", lambda: best_but_for(subject, subject.first_position)
 
 
 def advised(subject: Subject) -> Iterator[tuple[str, Callable[[], QuantizationModifier]]]:
