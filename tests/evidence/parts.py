@@ -283,6 +283,11 @@ def best_by_forecast(subject: Subject, spare: Iterable[str] = (), **options: Any
     return session.recipe()
 
 
+def clipped(subject: Subject, names: Iterable[str]) -> QuantizationModifier:
+    "The scheme with `percentile` for the inputs of these modules."
+    return override(recipe(scheme=STATIC), {name: dict(input="percentile") for name in names}, subject.model)
+
+
 def best_but_for(subject: Subject, names: Iterable[str]) -> QuantizationModifier:
     "The same unasked, but for some modules, which keep the scheme's observer."
     session = Session(subject.model, subject.feeds, record=subject.record, scheme=STATIC)
@@ -298,6 +303,7 @@ def other_observers(subject: Subject) -> Iterator[tuple[str, Callable[[], Quanti
         yield f"inputs by {name}", lambda name=name: recipe(scheme=STATIC, input_observer=name)
     yield "inputs by the highest SQNR", lambda: best_by_sqnr(subject)
     yield "inputs by fisher_mse", lambda: recipe(scheme=STATIC, input_observer="fisher_mse")
+    yield "percentile for the first position's", lambda: clipped(subject, subject.first_position)
     yield "use best, unasked", lambda: best_by_forecast(subject, check=False)
     yield "use best, unasked, not for the first position's", lambda: best_but_for(subject, subject.first_position)
 

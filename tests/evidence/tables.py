@@ -92,6 +92,25 @@ def ranks(results: Results, model: str) -> pd.DataFrame:
     return pd.DataFrame(found).T.astype({"modules": int, "texts": int})
 
 
+def by_kind(results: Results, model: str) -> pd.DataFrame:
+    "A row for each kind of module, a column a scheme: the sum of its forecasts over that of the KLs measured alone."
+    rows = results.of(model, "modules").values()
+    table = pd.DataFrame([dict(scheme=row["scheme"], kind=row["module"].rpartition(".")[2], forecast=row["forecast"],
+                               measured=mean_of(row)) for row in rows])
+    sums = table.groupby(["kind", "scheme"]).sum()
+    return (sums.forecast / sums.measured).unstack()
+
+
+def alone_and_together(results: Results, model: str) -> pd.DataFrame:
+    """A row a scheme, of a model whose modules were all measured alone: the sum of their KLs, the KL of all together,
+    and the first over the second."""
+    rows = results.of(model, "modules").values()
+    table = pd.DataFrame([dict(scheme=row["scheme"], sum_alone=mean_of(row)) for row in rows])
+    found = table.groupby("scheme", sort=False).sum()
+    found["together"] = [mean_of(results.of(model, "schemes")[name]) for name in found.index]
+    return found.assign(ratio=found.sum_alone / found.together)
+
+
 # --- budgets ---
 
 
@@ -109,7 +128,7 @@ def gains(results: Results, model: str) -> pd.DataFrame:
     "A row a budget, a column a way to choose: the measured KL over that of the choice by forecast."
     table = budgets(results, model).dropna(subset="share")
     wide = table.pivot(index="share", columns="chosen_by", values="measured")
-    return wide.div(wide.forecast, axis=0).drop(columns="forecast")
+    return wide.div(wide.forecast, axis=0).drop(columns="forecast").add_prefix("by ")
 
 
 # --- advice ---

@@ -109,7 +109,16 @@ def test_ranks(planted):
     assert tables.rank_correlation([1, 2, 3, 3], [4, 3, 2, 2]) == pytest.approx(-1)
 
 
-def test_gains(planted): assert tables.gains(planted, "m").error[0.1] == pytest.approx(2.5)
+def test_kinds(planted):
+    assert tables.by_kind(planted, "m").A.to_dict() == pytest.approx(dict(p=1 / 2, q=2 / 2.5, r=3 / 4.5))
+
+
+def test_sums_alone(planted):
+    found = tables.alone_and_together(planted, "m").loc["A"]
+    assert found.sum_alone == pytest.approx(9) and found.ratio == pytest.approx(9 / 0.04)
+
+
+def test_gains(planted): assert tables.gains(planted, "m")["by error"][0.1] == pytest.approx(2.5)
 
 
 def test_advice_is_judged_text_by_text(planted):
