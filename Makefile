@@ -9,7 +9,7 @@ RUN    := PATH="$(BIN):$$PATH" HF_HUB_OFFLINE=1
 NB     ?= nbs
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test real test-next test-fast export drift notebooks outputs clean-notebooks lint pytest parity interrupts readme docs screenshots latency bench model clean distclean
+.PHONY: help setup lab test real test-next test-fast export drift notebooks outputs clean-notebooks lint pytest parity interrupts readme docs screenshots latency bench evidence model clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -130,6 +130,9 @@ latency: $(STAMP) ## how fast the workbench answers in Chromium, on the embedded
 
 bench: $(REAL) ## speed, memory and growth beside llm-compressor, about half an hour, for nbs/benchmarks.ipynb; some rows: ROWS='imatrix smollm2'
 	@PYTHONPATH=tests $(RUN) python -m benchmarks $(ROWS)
+
+evidence: $(REAL) ## what is missing of forecasts beside what was measured, for nbs/forecast_evidence.ipynb; all of it, some hours: ARGS=--again
+	@PYTHONPATH=tests $(RUN) python -W ignore -m evidence $(ARGS)
 
 model: $(STAMP) ## train the embedded model again (minutes to an hour)
 	@mkdir -p build
