@@ -15,7 +15,8 @@ import torch
 from torch.nn import Module
 
 from ..analysis import Row
-from .forecasts import Forecast, Units, check_forecast, experts_open, forecast_of, forecast_units, state_of
+from .forecasts import Forecast, Units, check_forecast, experts_open, forecast_of, forecast_units
+from .forecasts import state_of
 from .schemes import named_schemes, unfit_schemes
 from ..lifecycle import QuantizationModifier
 from ..recipes import bytes_with

@@ -207,8 +207,7 @@ class Session(Recorded):
     def use_best(
         self, base_names: Iterable[str] = ("input", "weight"), *, production: bool = False, check: bool = True
     ) -> Choices:
-        """As `Recorded.use_best`, and then the original model is asked: the change is kept only if it surely lowers the
-        KL on `eval_data`, else on calibration text, and `trial` says so. `check=False`: keep it unasked."""
+        "As `Recorded.use_best`; then the model is asked (`trial`), and what does not help is taken back, if `check`."
         return _use_best_checked(self, super().use_best, base_names, production, check)
 
     def legal(self) -> dict[str, str | None]:
