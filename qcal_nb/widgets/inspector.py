@@ -492,6 +492,7 @@ def alt_text(heading: str, table: list[dict[str, Any]]) -> str:
         if math.isfinite(r["sqnr_db"])
     ]
     best = "".join(f"; best for the model is {row['observer']}" for row in table if row["best"])
+    best += "".join(f"; highest SQNR: {row['observer']}" for row in table if row["highest"])
     return f"Histogram of {without_tags(heading)} SQNR: {'; '.join(rows) or 'not known'}{best}."
 
 

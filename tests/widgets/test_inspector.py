@@ -330,7 +330,7 @@ def test_names_are_escaped_and_alt_text_is_words(show):
     panel = show(odd(**{"<img src=x>": torch.randn(8, 8)}))
     assert "<img" not in panel.heading.value.replace("&lt;img", "")
     alt = panel.pictures["Histogram"].alt
-    assert alt.startswith("Histogram of ") and "best is" in alt and "</" not in alt
+    assert alt.startswith("Histogram of ") and "highest SQNR: " in alt and "</" not in alt
 
 
 def test_every_control_has_a_label_and_a_sentence(run, show):
