@@ -1,4 +1,5 @@
 """What is measured. Each part adds rows to the file, those that are not there yet."""
+import ast
 import hashlib
 import math
 import time
@@ -12,12 +13,12 @@ import torch
 from torch.nn import Module
 
 from benchmarks.measuring import Work, alternate, cpu_seconds
-from qcal_nb.analysis import compare_observers
+from qcal_nb.analysis import Finding, compare_observers, findings
 from qcal_nb.calibration import args_in
 from qcal_nb.evaluate import allocation_within, forecast, forecast_modules, model_choices, named_schemes
 from qcal_nb.evaluate.budget import Choices, recipe_for, solve
 from qcal_nb.evaluate.divergence import logits_of, undisturbed
-from qcal_nb.lifecycle import QuantizationModifier
+from qcal_nb.lifecycle import QuantizationModifier, schemes_by_module
 from qcal_nb.recipes import override
 from qcal_nb.records import CalibrationRecord, observers_from_stats
 from qcal_nb.records.module_costs import quantized, weight_results
@@ -25,7 +26,7 @@ from qcal_nb.schemes import has_groups, preset
 from qcal_nb.session import Session
 
 from .results import Part, Results
-from .subjects import Subject, recipe
+from .subjects import STATIC, Subject, recipe
 from .tables import PLAIN
 
 
@@ -243,7 +244,27 @@ def budget(subject: Subject, rows: Part) -> None:
 
 # --- advice ---
 
-STATIC = "INT8_STATIC"
+def remedied(subject: Subject) -> list[Finding]:
+    "The findings of the record that say what can be done, in their order."
+    return [finding for finding in findings(subject.record, progress=False) if finding.remedies]
+
+
+ORDINALS = ("first", "second")
+
+
+def named_by(subject: Subject, ordinal: str) -> list[str]:
+    "The modules that one of these findings is about, in model order."
+    record = subject.record
+    keys = remedied(subject)[ORDINALS.index(ordinal)].keys
+    named = {name for key in keys for name in record.readers.get(key, key[:1])}
+    return [name for name in record.types if name in named]
+
+
+def as_said(subject: Subject, ordinal: str) -> QuantizationModifier:
+    "The scheme with what a finding says to write: the modules to leave unquantized."
+    remedies = remedied(subject)[ORDINALS.index(ordinal)].remedies
+    code = next(remedy.code for remedy in remedies if remedy.code.startswith("ignore="))
+    return recipe(scheme=STATIC, ignore=ast.literal_eval(code.removeprefix("ignore=")))
 
 
 def spared(names: Iterable[str]) -> QuantizationModifier:
@@ -303,9 +324,9 @@ def other_observers(subject: Subject) -> Iterator[tuple[str, Callable[[], Quanti
         yield f"inputs by {name}", lambda name=name: recipe(scheme=STATIC, input_observer=name)
     yield "inputs by the highest SQNR", lambda: best_by_sqnr(subject)
     yield "inputs by fisher_mse", lambda: recipe(scheme=STATIC, input_observer="fisher_mse")
-    yield "percentile for the first position's", lambda: clipped(subject, subject.first_position)
+    yield "percentile for the first finding's", lambda: clipped(subject, named_by(subject, "first"))
     yield "use best, unasked", lambda: best_by_forecast(subject, check=False)
-    yield "use best, unasked, not for the first position's", lambda: best_but_for(subject, subject.first_position)
+    yield "use best, unasked, not for the first finding's", lambda: best_but_for(subject, named_by(subject, "first"))
 
 
 def advised(subject: Subject) -> Iterator[tuple[str, Callable[[], QuantizationModifier]]]:
@@ -315,10 +336,11 @@ def advised(subject: Subject) -> Iterator[tuple[str, Callable[[], QuantizationMo
     yield "use best", lambda: best_by_forecast(subject)
     yield "use best, of llm-compressor's observers", lambda: best_by_forecast(subject, production=True)
     yield "use best and spare the worst 10", lambda: best_by_forecast(subject, spare=worst_units(subject, 10))
-    known = subject.first_position
-    yield "spare the first position's", lambda: spared(known)
-    yield "FP8 for the first position's", lambda: mixed(known, "FP8")
-    yield "W8A8 for the first position's", lambda: mixed(known, "W8A8")
+    for ordinal in ORDINALS[:subject.findings]:
+        yield f"spare the {ordinal} finding's", lambda ordinal=ordinal: as_said(subject, ordinal)
+        for other in ("FP8", "W8A8"):
+            name = f"{other} for the {ordinal} finding's"
+            yield name, lambda ordinal=ordinal, other=other: mixed(named_by(subject, ordinal), other)
 
 
 Makes = dict[str, Callable[[], QuantizationModifier]]
@@ -327,13 +349,19 @@ Makes = dict[str, Callable[[], QuantizationModifier]]
 def everything(subject: Subject) -> Makes: return dict(other_observers(subject)) | dict(advised(subject))
 
 
+def count_spared(subject: Subject, made: QuantizationModifier) -> int:
+    "How many modules a recipe leaves unquantized, beside the head."
+    with_all, left = (schemes_by_module(subject.model, one.resolved_config) for one in (recipe(scheme=STATIC), made))
+    return len(with_all) - len(left)
+
+
 @part("advice", "INT8_STATIC, and what might be done about it; all on the same texts.")
 def advice(subject: Subject, rows: Part) -> None:
     good = dict(advised(subject))
     todo = everything(subject)
     for name in rows.missing(todo):
         made = todo[name]()
-        judged(subject, rows, name, made, advised=name in good, spared=len(made.ignore) - 1)
+        judged(subject, rows, name, made, advised=name in good, spared=count_spared(subject, made))
 
 
 # --- what counts besides ---

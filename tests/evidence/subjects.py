@@ -22,6 +22,7 @@ LENGTH = 256                # tokens of every text: a forecast is of texts as lo
 RECORDED, MEASURED = 10, 8  # texts
 AT_ONCE = 4                 # texts in a batch that is measured: the weights are quantized once for all of them
 SEED = 0
+STATIC = "INT8_STATIC"      # the scheme that the advice is about
 
 
 def spread_out(found: Sequence[Any], n: int, first: int = 0) -> list[Any]:
@@ -51,7 +52,7 @@ class Subject:
     name: str
     load: Callable[[torch.dtype], tuple[Module, Any]]
     group_size: int         # of schemes that have groups of integers
-    first_position: tuple[str, ...]     # Linears whose input has its extremes at the first position
+    findings: int           # how many of its findings have remedies
     every: int = 1          # of its Linears, one in so many is measured alone; all of them otherwise
     length: int = LENGTH
     recorded: int = RECORDED
@@ -87,14 +88,14 @@ class Subject:
         with undisturbed(self.model, "evidence"): return [logits_of(self.model, batch) for batch in self.held_out]
 
     @cached_property
-    def record(self) -> CalibrationRecord: return self.recording(self.model)
+    def record(self) -> CalibrationRecord: return self.recording(self.model, scheme=STATIC)
 
     def recording(self, model: Module, **options: Any) -> CalibrationRecord:
         return record(model, self.feeds, **dict(gradients=True, progress=False) | options)
 
     def of_texts(self, first: int) -> CalibrationRecord:
         "A recording of other texts."
-        return record(self.model, self.calibration(first), gradients=True, progress=False)
+        return record(self.model, self.calibration(first), scheme=STATIC, gradients=True, progress=False)
 
     def cut_to(self, length: int) -> "Subject":
         "The same model on shorter texts: as many tokens, in more texts."
@@ -148,15 +149,8 @@ def recipe(**options: Any) -> QuantizationModifier:
     return QuantizationModifier(**dict(ignore=["lm_head"]) | options)
 
 
-SINKS = (1, 2, 8, 9, 11, 27, 28)    # layers of SmolLM2
-
-
-def down_projs(layers: Iterable[int]) -> tuple[str, ...]:
-    return tuple(f"model.layers.{layer}.mlp.down_proj" for layer in layers)
-
-
 SUBJECTS = {subject.name: subject for subject in (
-    Subject("embedded", load_tiny_llama, 128, down_projs(range(4))),
-    Subject("SmolLM2", lambda dtype: load_smollm2(dtype, weights="dithered"), 64, down_projs(SINKS), 5,
+    Subject("embedded", load_tiny_llama, 128, findings=1),
+    Subject("SmolLM2", lambda dtype: load_smollm2(dtype, weights="dithered"), 64, findings=2, every=5,
             require=require_smollm2),
 )}

@@ -212,6 +212,13 @@ def test_kl_is_that_of_compare_schemes(tiny, scheme):
     assert 0 < np.mean(one) < table.kl[1] and differences(before, fingerprint(tiny.model)) == []
 
 
+def test_findings_are_followed_to_the_letter(tiny):
+    assert len(parts.remedied(tiny)) >= 1
+    named = parts.named_by(tiny, "first")
+    assert parts.count_spared(tiny, parts.as_said(tiny, "first")) == len(named) > 0
+    assert parts.count_spared(tiny, parts.mixed(named, "FP8")) == 0
+
+
 def test_recipes_of_the_advice(tiny):
     worst = parts.worst_units(tiny, 2)
     assert parts.by_forecast(tiny, "INT8_STATIC").index[0] in worst and len(worst) >= 2
