@@ -1,5 +1,6 @@
 """Names of the package: a page a module, comments of parameters as their descriptions, links from the API to the
 chapters and from words in prose to the API."""
+import builtins
 import importlib
 import inspect
 import pkgutil
@@ -13,6 +14,7 @@ import toc
 import qcal_nb
 from docutils import nodes
 from fastcore.docments import docments
+from sphinx.addnodes import pending_xref
 from sphinx.util.nodes import make_refnode
 
 # Doors, written by hand: they hand on what their modules define.
@@ -144,6 +146,13 @@ def chapter_of(domain: str, info: dict) -> str | None:
     return f"../{doc}.html#def-{info['fullname'].split('.')[0]}" if doc else None
 
 
+def plain_types(app, doctree: nodes.document) -> None:
+    "Types of Python in a signature are nothing of ours: `bytes` is not `Allocation.bytes`."
+    for ref in list(doctree.findall(pending_xref)):
+        if ref.get("reftype") == "class" and ref["reftarget"] in vars(builtins):
+            ref.replace_self(nodes.Text(ref["reftarget"]))
+
+
 # --- words in prose ---
 
 @cache
@@ -191,4 +200,5 @@ def link_words(app, doctree: nodes.document, docname: str) -> None:
 def setup(app) -> None:
     app.connect("builder-inited", lambda app: compiled_as_functions())
     app.connect("autodoc-process-docstring", docstring)
+    app.connect("doctree-read", plain_types)
     app.connect("doctree-resolved", link_words)

@@ -230,6 +230,13 @@ def test_api_and_chapters_lead_to_each_other(site):
 
 
 @pytest.mark.slow
+def test_a_type_of_python_is_no_property_of_ours(site):
+    for page in set((site / "api").glob("qcal_nb.*.html")) - set((site / "api").glob("qcal_nb.evaluate.*")):
+        ours = [link for link in look(page).links if link.endswith((".Allocation.bytes", ".Spared.bytes"))]
+        assert ours == [], page.name
+
+
+@pytest.mark.slow
 def test_comments_describe_parameters(site):
     text = " ".join(text_of(site / "api" / "qcal_nb.models.outliers.html").split())
     assert "Parameters:" in text
