@@ -12,18 +12,19 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 from compressed_tensors.quantization import QuantizationScheme
-from torch.nn import Module
+from torch.nn import Linear, Module
 
 from ..analysis import Row
 from .divergence import as_modifier
-from .forecasts import Units, check_forecast, check_same_weights, experts_open, forecast_units
+from .forecasts import Units, check_forecast, check_same_weights, experts_open, served_together
 from .forecasts import state_of
 from ..lifecycle import QuantizationModifier, check_schemes
 from ..modeling import Targets
@@ -151,48 +152,71 @@ class Choices:
         return float(self.cost[rows, choice].sum()), self.rest + int(self.size[rows, choice].sum())
 
 
-def _does_fit(model: Module, names: tuple[str, ...], scheme: QuantizationScheme | None) -> bool:
+def _does_fit(model: Module, modules: Mapping[str, Module], scheme: QuantizationScheme | None) -> bool:
     if scheme is None: return True
     try:
-        check_schemes(model, {name: (model.get_submodule(name), scheme) for name in names})
+        check_schemes(model, {name: (module, scheme) for name, module in modules.items()})
     except ValueError:
         return False
     return True
 
 
 def _cost_of(
-    record: CalibrationRecord, modules: Mapping[str, Module], scheme: QuantizationScheme | None
+    record: CalibrationRecord, fused: Iterable[Mapping[str, Module]], scheme: QuantizationScheme | None
 ) -> float:
     if scheme is None: return 0.0
-    return sum(mean_of_parts(cost.total).item() for cost in unit_costs(record, modules, scheme).values())
+    costs = (unit_costs(record, modules, scheme).values() for modules in fused)
+    return sum(mean_of_parts(cost.total).item() for cost in chain.from_iterable(costs))
 
 
-def _kept_apart(names: Iterable[str], model: Module, keep: Iterable[str]) -> list[str]:
-    "The modules that may be quantized."
-    names = list(names)
-    kept = Targets([keep] if isinstance(keep, str) else keep, names)
-    return [name for name in names if not kept.matching(name, model.get_submodule(name))]
+class _Unit(NamedTuple):
+    "What has one scheme: groups of layers that are fused, by name."
+
+    fused: list[dict[str, Module]]
+
+    @property
+    def modules(self) -> dict[str, Module]: return {name: m for layers in self.fused for name, m in layers.items()}
+
+    @property
+    def columns(self) -> int: return math.gcd(*(module.weight.shape[1] for module in self.modules.values()))
+
+
+def _every_unit(record: CalibrationRecord, model: Module) -> dict[str, _Unit]:
+    "The units of the recorded Linears, by name."
+    modules = dict(model.named_modules())
+    linears = [name for name in record.types if isinstance(modules.get(name), Linear)]
+    served = served_together(model, linears)
+    return {unit: _Unit([{name: modules[name] for name in names} for names in fused]) for unit, fused in served.items()}
+
+
+def _units_to_choose(record: CalibrationRecord, model: Module, keep: Iterable[str]) -> dict[str, _Unit]:
+    "The units that may be quantized: those with gradients. If one module is kept, so is its unit."
+    kept = Targets([keep] if isinstance(keep, str) else keep, list(record.gradients))
+    def is_kept(unit: _Unit) -> bool: return any(kept.matching(name, m) for name, m in unit.modules.items())
+    units = _every_unit(record, model).items()
+    return {name: unit for name, unit in units if unit.modules.keys() & record.gradients.keys() and not is_kept(unit)}
 
 
 def choices_of(
     record: CalibrationRecord, model: Module, candidates: _Candidates, keep: Iterable[str] = ()
 ) -> Choices:
     "What every unit of a model may be, and what it costs. ValueError if no candidate fits a unit."
-    units = forecast_units(model, _kept_apart(record.gradients, model, keep))
-    check_same_weights(record, {name: model.get_submodule(name) for names in units.values() for name in names})
+    units = _units_to_choose(record, model, keep)
+    for unit in units.values():
+        check_same_weights(record, unit.modules)
     cost, size, schemes = [], [], []
-    for unit, names in units.items():
-        modules = {name: model.get_submodule(name) for name in names}
-        columns = next(iter(modules.values())).weight.shape[1]
-        offered = [candidates.of(label, columns) for label in candidates.labels]
-        fits = [fit and _does_fit(model, names, scheme) for fit, scheme in offered]
-        if not any(fits): raise ValueError(f"candidates: none of {candidates.labels} fits {unit}, {columns} columns")
+    for name, unit in units.items():
+        offered = [candidates.of(label, unit.columns) for label in candidates.labels]
+        fits = [fit and _does_fit(model, unit.modules, scheme) for fit, scheme in offered]
+        if not any(fits):
+            raise ValueError(f"candidates: none of {candidates.labels} fits {name}, {unit.columns} columns")
         schemes.append([scheme for _, scheme in offered])
-        cost.append([_cost_of(record, modules, s) if fit else np.inf for fit, s in zip(fits, schemes[-1])])
-        size.append([_unit_bytes(modules, s) if fit else 0 for fit, s in zip(fits, schemes[-1])])
+        cost.append([_cost_of(record, unit.fused, s) if fit else np.inf for fit, s in zip(fits, schemes[-1])])
+        size.append([_unit_bytes(unit.modules, s) if fit else 0 for fit, s in zip(fits, schemes[-1])])
     table = np.array(size, float)
-    plain = sum(_unit_bytes({name: model.get_submodule(name) for name in names}, None) for names in units.values())
-    return Choices(units, candidates.labels, schemes, np.array(cost), table, bytes_with(model, {}) - plain)
+    rest = bytes_with(model, {}) - sum(_unit_bytes(unit.modules, None) for unit in units.values())
+    names = {name: tuple(unit.modules) for name, unit in units.items()}
+    return Choices(names, candidates.labels, schemes, np.array(cost), table, rest)
 
 
 def _unit_bytes(modules: Mapping[str, Module], scheme: QuantizationScheme | None) -> int:
@@ -231,7 +255,7 @@ def recipe_for(choices: Choices, choice: Iterable[int]) -> QuantizationModifier 
 ALLOCATION_COLUMNS = ["unit", "modules", "scheme", "bytes", "kl", "next_scheme", "next_bytes", "next_saves"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Allocation:
     "A scheme for every unit, within a budget."
 
@@ -240,6 +264,10 @@ class Allocation:
     kl: float                               # forecast, nats per token
     bytes: int                              # of the checkpoint's tensors
     state: str                              # how far the forecast can be believed
+
+    def __repr__(self) -> str:
+        mix = ", ".join(f"{scheme} {count}" for scheme, count in self.table.scheme.value_counts().items())
+        return f"Allocation({self.bytes:,} bytes, forecast {self.kl:.2g} nats ({self.state}): units {mix})"
 
 
 def _next_row(choices: Choices, unit: int, chosen: int) -> Row:
@@ -295,7 +323,7 @@ def allocate(
     model: Module,  # The model of the record, unquantized
     budget: int | float | str,  # Bytes of the checkpoint's tensors, or such as "120 MB" or "5 GiB"
     candidates: Candidates | None = None,  # Label -> scheme; None: W4A16, W8A16 and unquantized
-    keep: Iterable[str] = (),  # Modules to leave unquantized, as in `ignore`
+    keep: Iterable[str] = (),  # Modules to leave unquantized, with their units; as in `ignore`
 ) -> Allocation:
     """The recipe with the least forecast KL for so many bytes. ValueError if not even the smallest mixture fits, which
     it names."""
@@ -337,7 +365,7 @@ def pareto(
     record: CalibrationRecord,  # Made with gradients=True
     model: Module,  # The model of the record, unquantized
     candidates: Candidates | None = None,  # Label -> scheme; None: W4A16, W8A16 and unquantized
-    keep: Iterable[str] = (),  # Modules to leave unquantized, as in `ignore`
+    keep: Iterable[str] = (),  # Modules to leave unquantized, with their units; as in `ignore`
 ) -> pd.DataFrame:
     """A row per budget from the smallest mixture to the largest, and one per uniform scheme: bytes, forecast KL, its
     state, the mixture in words and its recipe. KL falls with bytes along the mixtures."""

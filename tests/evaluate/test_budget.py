@@ -151,3 +151,27 @@ def test_refusals(tiny):
     two = QuantizationModifier(config_groups=dict(a=preset("W4A16", ["re:.*q_proj"]), b=preset("FP8", ["re:.*o_proj"])))
     with pytest.raises(ValueError, match="a candidate is one scheme"): allocate(made, model, "3 MB", {"two": two})
     with pytest.raises(ValueError, match="the record has no gradients"): pareto(made.without_gradients(), model)
+
+
+def test_all_experts_of_a_layer_have_one_scheme():
+    "vLLM runs them in one kernel, and asks the first for the scheme of all."
+    model = make_model("mixtral")
+    made = record(model, make_batches(5), gradients=True, **QUIET)
+    sizes = pareto(made, model).bytes
+    for budget in np.linspace(sizes.min(), sizes.max(), 5)[:-1]:
+        found = allocate(made, model, float(budget))
+        experts = found.table[found.table.unit.str.endswith("experts")]
+        assert list(experts.unit) == [f"model.layers.{n}.mlp.experts" for n in range(len(experts))] and len(experts)
+        assert all(len(names) == 3 * model.config.num_local_experts for names in experts.modules)
+        assert stored_bytes(calibrate(make_model("mixtral"), None, found.recipe, progress=False)) == found.bytes
+    kept = allocate(made, model, float(sizes.max()), keep=["re:.*layers.0.mlp.experts.1.down_proj"])
+    assert "model.layers.0.mlp.experts" not in set(kept.table.unit) >= {"model.layers.1.mlp.experts"}
+
+
+def test_an_expert_without_tokens_has_the_scheme_of_the_others():
+    model = make_model("mixtral")
+    made = record(model, [torch.full((1, 2), 7)] * 5, gradients=True, **QUIET)
+    unseen = [name for name, tokens in made.expert_tokens.items() if not tokens]
+    assert unseen
+    table = allocate(made, model, float(pareto(made, model).bytes.min())).table.set_index("unit")
+    for name in unseen: assert f"{name}.up_proj" in table.modules[name.rpartition(".")[0]]
