@@ -20,6 +20,7 @@ from .observers import (
     scale_columns,
     usual_observers,
 )
+from .positions import massive_activations
 from .recipe import RecipeArgs, UnderRecipe, equivalent_observer, is_static, own_rows, recipe_args
 from .recipe import schemes_of_record
 from .settling import convergence, enough_in_words, history, percent_of
@@ -82,6 +83,7 @@ __all__ = [
     "layer_of",
     "mark_best",
     "marked",
+    "massive_activations",
     "model_table",
     "observers_table",
     "outlier_channels",

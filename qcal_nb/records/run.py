@@ -277,6 +277,7 @@ def one_pass(
     done = result, collector.observers.memory
     collector.earlier = result.tensors
     then = no_more if gradients is None else gradients.then
+    stream = stream if gradients is None else gradients.fitting(model, stream)
     steps = shown(passes(model, stream, collector.owner, total=total, then=then), "recording", total, progress)
     try:
         with collector.attached(), running_context(model, attention, gradients), _tokens_from_zero(model):

@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple
 import pandas as pd
 from torch.nn import Module
 
+from ..analysis import massive_activations
 from ..calibration import claim, scheme_args
 from ..evaluate import Divergence, compare_schemes, divergences, named_schemes, observers_to_compare
 from ..evaluate import unfit_schemes
@@ -41,7 +42,7 @@ from .legal import STEPS, obstacle, require, usual_step
 from .options import Options
 from .progress import PHASES_IN_WORDS, Past, Progress, SessionError
 from .provenance import data_code, model_code
-from .recorded import Choices, Recorded, as_record
+from .recorded import Choices, Recorded, as_record, overridden
 from .replay import StatisticsByObserver, Twin, collector_memory, hand_over, let_twins_look
 from .replay import observers_that_need_data
 from .replay import restore_statistics, statistics_by_observer, twins_of
@@ -526,9 +527,10 @@ def _feed_batches(
     session: Session, n: int | None, collector: Collector, backwards: GradientCollector | None
 ) -> None:
     done = Progress(total=session.progress.total)
+    stream = _next_batches(session, n)
     steps = passes(
         session.model,
-        _next_batches(session, n),
+        stream if backwards is None else backwards.fitting(session.model, stream),
         collector.owner,
         pipeline=session.pipeline,
         propagate=session.propagate,
@@ -673,6 +675,19 @@ def _texts_to_try(session: Session) -> list:
         "session with eval_data=[texts that are not in data], or use_best(check=False) to keep it unasked"
     )
 
+# %% ../../nbs/session/session.ipynb #986f3828
+def _unjudged(session: Session) -> set[str]:
+    "The modules whose input has massive activations at the first position: no forecast can judge a scale that clips them."
+    readers = session.record.readers
+    return {name for key in massive_activations(session.record) for name in readers.get(key, key[:1])}
+
+
+def _without_inputs(choices: Choices, names: set[str]) -> Choices:
+    "The choices without those for the inputs of some modules."
+    def left(name: str, base: str) -> bool: return base != "input" or name not in names
+    found = {name: {b: one for b, one in by_base.items() if left(name, b)} for name, by_base in choices.items()}
+    return {name: by_base for name, by_base in found.items() if by_base}
+
 
 def _use_best_checked(
     session: Session, change: Callable[..., Choices], base_names: Iterable[str], production: bool, check: bool
@@ -682,11 +697,12 @@ def _use_best_checked(
     kept = dict(options=session.options, code=session.code, before=None)
     choices = change(base_names, production=production, check=check)
     if not choices or not check: return choices
+    tried = _Tried(session, kept["options"], choices, evals)
     try:
-        begin_work(session, "use_best", lambda: None, lambda: _try_out(session, kept["options"], evals))
+        begin_work(session, "use_best", lambda: None, tried.run)
     finally:
         _keep_if_it_helped(session, kept)
-    return choices if session.options is not kept["options"] else {}
+    return tried.choices if session.options is not kept["options"] else {}
 
 
 def _keep_if_it_helped(session: Session, kept: Mapping[str, Any]) -> None:
@@ -696,10 +712,41 @@ def _keep_if_it_helped(session: Session, kept: Mapping[str, Any]) -> None:
     session.tell("configured")
 
 
-def _try_out(session: Session, before: Options, evals: list) -> None:
-    session.progress = Progress(total=2 * len(evals))
-    try:
-        costs = [_divergences(session, recipe, evals) for recipe in (before.modifier, session.modifier)]
-        session.trial = trial_of(*costs, held_out=session.eval_data is not None)
-    except KeyboardInterrupt:
-        if not session.stopped: raise   # stopped: nobody knows whether it helps
+@dataclass
+class _Tried:
+    "What `use_best` asks the model."
+
+    session: Session
+    before: Options
+    choices: Choices
+    evals: list
+    left: int = 0
+
+    def run(self) -> None:
+        "All choices; and if they do not help, those that a forecast can judge."
+        session = self.session
+        session.progress = Progress(total=2 * len(self.evals))
+        try:
+            old = _divergences(session, self.before.modifier, self.evals)
+            self._ask(old)
+            if not session.trial.helped and self._narrowed():
+                session.progress = replace(session.progress, total=3 * len(self.evals))
+                self._ask(old)
+        except KeyboardInterrupt:
+            if not session.stopped: raise   # stopped: nobody knows whether it helps
+
+    def _ask(self, old: list[Divergence]) -> None:
+        session = self.session
+        new = _divergences(session, session.modifier, self.evals)
+        session.trial = trial_of(old, new, session.eval_data is not None, self.left)
+
+    def _narrowed(self) -> bool:
+        "Leave massive activations alone. Is anything left to change, and anything left alone?"
+        names = _unjudged(self.session)
+        fewer = _without_inputs(self.choices, names)
+        if not fewer or fewer == self.choices: return False
+        self.left = sum("input" in self.choices.get(name, {}) for name in names)
+        self.choices = fewer
+        self.session.options = self.before
+        self.session.take(overridden(self.session, fewer))
+        return True

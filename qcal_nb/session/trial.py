@@ -28,6 +28,7 @@ class Trial:
     high: float
     texts: int          # batches that were compared
     held_out: bool      # whether they are other texts than those of the recording
+    left: int = 0       # tensors that were left as they are, after a trial with them had not helped
 
     @property
     def helped(self) -> bool: return self.high < 0
@@ -37,7 +38,8 @@ class Trial:
         change = f"difference {self.low:+.2g} to {self.high:+.2g}"
         flatters = "" if self.held_out else "; texts that were calibrated on flatter, pass eval_data for others"
         verdict = "kept" if self.helped else "not surely better, so it was taken back"
-        return f"KL {self.before:.3g} before, {self.after:.3g} after on {on} ({change}): {verdict}{flatters}"
+        left = f", without {self.left} inputs whose massive activations no forecast can judge" if self.left else ""
+        return f"KL {self.before:.3g} before, {self.after:.3g} after on {on} ({change}){left}: {verdict}{flatters}"
 
 
 def _interval(before: Sequence[Divergence], after: Sequence[Divergence]) -> tuple[float, float]:
@@ -52,6 +54,6 @@ def _interval(before: Sequence[Divergence], after: Sequence[Divergence]) -> tupl
 def _kl_of(texts: Sequence[Divergence]) -> float: return sum(texts, Divergence()).kl
 
 
-def trial_of(before: Sequence[Divergence], after: Sequence[Divergence], held_out: bool) -> Trial:
+def trial_of(before: Sequence[Divergence], after: Sequence[Divergence], held_out: bool, left: int = 0) -> Trial:
     "What two recipes cost, from the divergence of each text."
-    return Trial(_kl_of(before), _kl_of(after), *_interval(before, after), len(before), held_out)
+    return Trial(_kl_of(before), _kl_of(after), *_interval(before, after), len(before), held_out, left)

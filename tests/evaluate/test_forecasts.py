@@ -90,8 +90,8 @@ def test_weights_are_quantized_as_calibrate_does_it():
 
 
 def test_a_planted_sink_token_keeps_the_bar():
-    """A first token whose embedding is ten times the others'; a hundred times would leave no model to speak of. With ten
-    texts the forecast of W8A8 alone moves between 0.72 and 0.97 of what is measured, by the labels that are drawn."""
+    """A first token whose embedding is ten times the others'; a hundred times would leave no model to speak of. With
+    ten texts the forecast of W8A8 moves between 0.72 and 0.97 of what is measured, by the labels that are drawn."""
     model, tokenizer = load_tiny_llama()
     data = of_length(tokenizer, calibration_texts(), 20)
     held_out = of_length(tokenizer, heldout_texts(), 8)

@@ -17,10 +17,10 @@ from qcal_nb.lifecycle import LifecycleError, QuantizationModifier
 from qcal_nb.models import load_tiny_llama
 from qcal_nb.pipelines import as_batch, backward_context, calibrate, calibration_context, feed
 from qcal_nb.pipelines.gradient_pass import backward, labelled
-from qcal_nb.records import CalibrationRecord, record, record_equal, unequal_parts
+from qcal_nb.records import CalibrationRecord, gradient_collector, record, record_equal, unequal_parts
 from qcal_nb.records.calibration_record import FORMAT, to_tree
 from qcal_nb.records.files import write_tree
-from qcal_nb.records.gradient_collector import GradientCollector
+from qcal_nb.records.gradient_collector import GradientCollector, expected_bytes, free_bytes
 from qcal_nb.stats import PARTS, ROWS, uniform_at
 from qcal_nb.taps import watch_gradients
 from tests.records.samples import QUIET
@@ -203,6 +203,30 @@ def test_what_has_no_gradients_is_refused_before_anything_runs():
     before = fingerprint(away)
     with pytest.raises(ValueError, match="this model is offloaded"): record(away, data, gradients=True, **QUIET)
     assert differences(before, fingerprint(away)) == []
+
+
+def test_what_memory_does_not_hold_is_refused_before_it_runs(monkeypatch):
+    model, data = make_model("llama_gqa"), make_batches(5)
+    monkeypatch.setattr(gradient_collector, "free_bytes", lambda device: 1_000_000)
+    before, runs = fingerprint(model), []
+    handle = model.register_forward_pre_hook(lambda *_: runs.append(1))
+    with pytest.raises(ValueError, match=r"of 2 x 16 tokens takes about \d MB beside the model, and 1 MB are free"):
+        record(model, data, gradients=True, **QUIET)
+    handle.remove()
+    assert not runs and differences(before, fingerprint(model)) == []
+    assert record(model, data, **QUIET).batches == 5
+
+
+def test_longer_batches_take_more_memory():
+    model = make_model("llama_gqa")
+    def bytes_of(rows, length):
+        batch = as_batch(dict(input_ids=torch.zeros(rows, length, dtype=torch.int64)), 0)
+        return expected_bytes(model, linears(model), batch)
+    with backward_context(model):
+        eager = [bytes_of(*shape) for shape in ((1, 8), (2, 8), (1, 16), (1, 4096))]
+    assert eager[1] - eager[0] < eager[2] - eager[0] and eager[3] > 4096 * 4096 * 4
+    with backward_context(model, attention="model"): assert bytes_of(1, 4096) < eager[3] / 4
+    assert 10**6 < free_bytes(torch.device("cpu")) < 10**13
 
 
 def test_gradients_are_part_of_the_signature():

@@ -3,12 +3,14 @@ import pytest
 import torch
 from helpers import differences, fingerprint, make_batches, make_model
 
+from qcal_nb.evaluate import divergences
 from qcal_nb.lifecycle import QuantizationModifier
 from qcal_nb.models import calibration_texts, heldout_texts, load_tiny_llama
 from qcal_nb.pipelines import calibrate
 from qcal_nb.recipes import to_yaml
 from qcal_nb.records import record, result_of
 from qcal_nb.session import Saved, Session, SessionError, recorded
+from qcal_nb.session import session as session_module
 from tests.records.samples import QUIET
 
 INT8 = dict(scheme="INT8_STATIC", ignore=["lm_head"])
@@ -31,6 +33,15 @@ def choose_for_all(monkeypatch, session, observer):
     "From now on one observer counts as the best of every input."
     inputs = {module: {"input": observer} for module, base in session.record.tensors if base == "input"}
     monkeypatch.setattr(recorded, "best_observers", lambda table, asked: inputs)
+
+
+def clip(monkeypatch, names):
+    "From now on the inputs of some modules count as best with two values of five clipped, and as massive ones."
+    best = recorded.best_observers
+    fewer = ("percentile", {"percentile": 60.0})
+    monkeypatch.setattr(recorded, "best_observers", lambda *asked: best(*asked) | {n: {"input": fewer} for n in names})
+    massive = dict.fromkeys((name, "input") for name in names)
+    monkeypatch.setattr(session_module, "massive_activations", lambda record: massive)
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +124,30 @@ def test_only_observers_of_production_if_asked(real):
     assert {choice["input"] for choice in chosen.values()} <= {"minmax", "static_minmax", "mse"} and real.trial.helped
     assert "llm-compressor has no observer" not in to_yaml(real.recipe())
     real.undo_best()
+
+
+def test_massive_activations_do_not_spoil_the_rest(monkeypatch, real):
+    "With the clipped inputs it is no help; without them it is kept, and the trial says so."
+    clipped = [f"model.layers.{n}.mlp.down_proj" for n in (0, 2)]
+    clip(monkeypatch, clipped)
+    chosen = real.use_best("input")
+    assert chosen and not chosen.keys() & set(clipped) and real.trial.helped and real.trial.left == 2
+    assert "without 2 inputs whose massive activations no forecast can judge: kept" in str(real.trial)
+    own = real.own_observers()
+    assert {own[name, "input"] for name in clipped} == {"minmax"}
+    assert own["model.layers.1.mlp.down_proj", "input"] != "minmax"
+    assert real.code[-1] == "use_best(['input'])" and real.phase == "original"
+    real.undo_best()
+
+
+def test_if_nothing_else_is_left_the_model_is_asked_once(monkeypatch, real):
+    names = [name for name, base in real.record.tensors if base == "input"]
+    clip(monkeypatch, names)
+    asked = []
+    monkeypatch.setattr(session_module, "divergences", lambda *args: asked.append(1) or divergences(*args))
+    recipe, code = to_yaml(real.recipe()), real.code
+    assert real.use_best("input") == {} and len(asked) == 2 and real.trial.left == 0 and not real.trial.helped
+    assert to_yaml(real.recipe()) == recipe and real.code == code
 
 
 def test_what_does_not_help_is_taken_back(monkeypatch):

@@ -5,7 +5,7 @@ from helpers import differences, fingerprint, make_batches, make_model
 from qcal_nb.evaluate import forecast
 from qcal_nb.lifecycle import QuantizationModifier, reset_quantization
 from qcal_nb.pipelines import calibrate
-from qcal_nb.records import record
+from qcal_nb.records import gradient_collector, record
 from qcal_nb.records.gradient_tree import same_gradients
 from qcal_nb.session import Session, SessionError
 from tests.records.samples import QUIET
@@ -36,6 +36,17 @@ def test_scales_are_as_without_gradients():
     scales = {k: v for k, v in plain.state_dict().items() if k.endswith("scale")}
     mine = session.model.state_dict()
     assert scales and all((mine[name] == value).all() for name, value in scales.items())
+
+
+def test_a_batch_that_memory_does_not_hold_leaves_what_was_fed(monkeypatch):
+    session = fed(3)
+    before = fingerprint(session.model)
+    monkeypatch.setattr(gradient_collector, "free_bytes", lambda device: 1_000)
+    with pytest.raises(ValueError, match="MB are free; use a smaller batch_size or max_length"):
+        session.feed(gradients=True)
+    assert session.fed == session.record.batches == 3 and differences(before, fingerprint(session.model)) == []
+    session.feed()
+    assert session.fed == 4
 
 
 def test_a_step_back_takes_them_back_and_snapshots_share_them():
