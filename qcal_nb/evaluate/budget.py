@@ -168,7 +168,7 @@ def _cost_of(
     costs = (unit_costs(record, modules, scheme).values() for modules in fused)
     return sum(mean_of_parts(cost.total).item() for cost in chain.from_iterable(costs))
 
-
+# %% ../../nbs/evaluate/budget.ipynb #b30dd0a7
 class _Unit(NamedTuple):
     "What has one scheme: groups of layers that are fused, by name."
 

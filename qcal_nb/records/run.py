@@ -40,7 +40,7 @@ from ..pipelines import check_attention, check_mask, expected_batches, mask_in_w
 from ..pipelines import not_empty, numbered, passes, reads_two_sequences, shown, warn_of_padding
 from .calibration_record import About, CalibrationRecord
 from .collect import Collector, look_at_weights
-from .gradient_collector import GradientCollector, check_gradients
+from .gradient_collector import GradientCollector, check_gradients, fitting
 from .live_results import results_now
 from .module_costs import with_own_costs
 from ..schemes import adjusted, preset
@@ -277,7 +277,7 @@ def one_pass(
     done = result, collector.observers.memory
     collector.earlier = result.tensors
     then = no_more if gradients is None else gradients.then
-    stream = stream if gradients is None else gradients.fitting(model, stream)
+    stream = stream if gradients is None else fitting(model, gradients.modules, stream)
     steps = shown(passes(model, stream, collector.owner, total=total, then=then), "recording", total, progress)
     try:
         with collector.attached(), running_context(model, attention, gradients), _tokens_from_zero(model):

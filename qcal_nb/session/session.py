@@ -22,7 +22,6 @@ from typing import Any, Literal, NamedTuple
 import pandas as pd
 from torch.nn import Module
 
-from ..analysis import massive_activations
 from ..calibration import claim, scheme_args
 from ..evaluate import Divergence, compare_schemes, divergences, named_schemes, observers_to_compare
 from ..evaluate import unfit_schemes
@@ -35,20 +34,20 @@ from ..pipelines import Batch, Fed, RepeatableBatches, as_batch, attention_used,
 from ..pipelines import check_pipeline, expected_batches, no_more, passes, scales_of_segment
 from ..recipes import save_quantized
 from ..records import About, CalibrationRecord, Collector, GradientCollector, LiveResults, check_flag
-from ..records import forget_answers, new_collector, new_gradients, new_record, running_context
+from ..records import fitting, forget_answers, new_collector, new_gradients, new_record, running_context
 from ..schemes import adjusted
 from .feed import begin_work, run_in_background
 from .legal import STEPS, obstacle, require, usual_step
 from .options import Options
 from .progress import PHASES_IN_WORDS, Past, Progress, SessionError
 from .provenance import data_code, model_code
-from .recorded import Choices, Recorded, as_record, overridden
+from .recorded import Recorded, as_record
 from .replay import StatisticsByObserver, Twin, collector_memory, hand_over, let_twins_look
 from .replay import observers_that_need_data
 from .replay import restore_statistics, statistics_by_observer, twins_of
 from .scales import module_statuses, options_code, scales_table
 from .script import production_of, script_of
-from .trial import LEAST_TEXTS, trial_of
+from .trial import Choices, LEAST_TEXTS, trial_of, without_massive
 from ..warn import warn_once
 
 # %% ../../nbs/session/session.ipynb #833ed37b
@@ -530,7 +529,7 @@ def _feed_batches(
     stream = _next_batches(session, n)
     steps = passes(
         session.model,
-        stream if backwards is None else backwards.fitting(session.model, stream),
+        stream if backwards is None else fitting(session.model, backwards.modules, stream),
         collector.owner,
         pipeline=session.pipeline,
         propagate=session.propagate,
@@ -676,19 +675,6 @@ def _texts_to_try(session: Session) -> list:
     )
 
 # %% ../../nbs/session/session.ipynb #986f3828
-def _unjudged(session: Session) -> set[str]:
-    "The modules whose input has massive activations at the first position: no forecast can judge a scale that clips them."
-    readers = session.record.readers
-    return {name for key in massive_activations(session.record) for name in readers.get(key, key[:1])}
-
-
-def _without_inputs(choices: Choices, names: set[str]) -> Choices:
-    "The choices without those for the inputs of some modules."
-    def left(name: str, base: str) -> bool: return base != "input" or name not in names
-    found = {name: {b: one for b, one in by_base.items() if left(name, b)} for name, by_base in choices.items()}
-    return {name: by_base for name, by_base in found.items() if by_base}
-
-
 def _use_best_checked(
     session: Session, change: Callable[..., Choices], base_names: Iterable[str], production: bool, check: bool
 ) -> Choices:
@@ -742,11 +728,10 @@ class _Tried:
 
     def _narrowed(self) -> bool:
         "Leave massive activations alone. Is anything left to change, and anything left alone?"
-        names = _unjudged(self.session)
-        fewer = _without_inputs(self.choices, names)
+        fewer = without_massive(self.choices, self.session.record)
         if not fewer or fewer == self.choices: return False
-        self.left = sum("input" in self.choices.get(name, {}) for name in names)
+        self.left = sum(map(len, self.choices.values())) - sum(map(len, fewer.values()))
         self.choices = fewer
         self.session.options = self.before
-        self.session.take(overridden(self.session, fewer))
+        self.session.take(self.session.with_observers(fewer))
         return True

@@ -11,6 +11,7 @@ from qcal_nb.recipes import to_yaml
 from qcal_nb.records import record, result_of
 from qcal_nb.session import Saved, Session, SessionError, recorded
 from qcal_nb.session import session as session_module
+from qcal_nb.session import trial
 from tests.records.samples import QUIET
 
 INT8 = dict(scheme="INT8_STATIC", ignore=["lm_head"])
@@ -41,7 +42,7 @@ def clip(monkeypatch, names):
     fewer = ("percentile", {"percentile": 60.0})
     monkeypatch.setattr(recorded, "best_observers", lambda *asked: best(*asked) | {n: {"input": fewer} for n in names})
     massive = dict.fromkeys((name, "input") for name in names)
-    monkeypatch.setattr(session_module, "massive_activations", lambda record: massive)
+    monkeypatch.setattr(trial, "massive_activations", lambda record: massive)
 
 
 @pytest.fixture(scope="module")
