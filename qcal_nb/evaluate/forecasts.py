@@ -176,6 +176,11 @@ def _size(model: Module, modifier: QuantizationModifier, schemes: Mapping[str, Q
             return None
 
 
+def _tokens_per_text(record: CalibrationRecord) -> float:
+    "How long the texts of a record are: every token but the last of a text got a label."
+    return record.tokens / max(1, record.tokens - sum(record.labels))
+
+
 def _remember(record: CalibrationRecord, label: str, found: Forecast) -> None:
     "Leave a forecast in the record, for those who have no model."
     if not found.why:
@@ -210,7 +215,7 @@ def forecast(
     table = pd.DataFrame(rows, columns=FORECAST_COLUMNS).astype({"weight_bytes": "Int64"})
     texts = ["state", "worst", "why"]
     table = table.astype(dict.fromkeys(texts, object)).fillna(dict.fromkeys(texts, ""))
-    table.attrs |= dict(batches=record.batches, labels=sum(record.labels))
+    table.attrs |= dict(batches=record.batches, labels=sum(record.labels), tokens_per_text=_tokens_per_text(record))
     return table
 
 # %% ../../nbs/evaluate/forecasts.ipynb #6d14e9a2

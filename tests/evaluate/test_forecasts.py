@@ -1,4 +1,5 @@
 """Forecasts beside what was measured, on the embedded model; and what cannot be forecast, in words."""
+import warnings
 from copy import deepcopy
 
 import numpy as np
@@ -55,6 +56,19 @@ def test_every_scheme_is_forecast_within_the_bar(tiny):
         assert 0.80 < row.kl / measured.kl[name] < 1.15, (name, row.kl, measured.kl[name])
         assert row.weights + row.inputs == pytest.approx(row.kl)
         assert row.weight_bytes == measured.weight_bytes[name]
+
+
+@pytest.mark.parametrize("length, is_said", [(64, True), (200, False), (LENGTH, False)])
+def test_texts_of_another_length_are_said(tiny, length, is_said):
+    model, data, held_out, made = tiny
+    said = forecast(made, model, ["W8A16"])
+    assert said.attrs["tokens_per_text"] == LENGTH
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        short = [ids[:, :length] for ids in held_out[:2]]
+        compare_schemes(model, None, ["W8A16"], eval_data=short, forecast=said, **QUIET)
+    words = [str(one.message) for one in caught if "the forecast was made from" in str(one.message)]
+    assert len(words) == is_said and all("texts of about 256 tokens, eval_data has about 64:" in one for one in words)
 
 
 @pytest.mark.parametrize("scheme", ["W4A16", "INT8_STATIC"])
