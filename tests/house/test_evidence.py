@@ -8,6 +8,7 @@ from datetime import date
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from evidence import __main__ as command
 from evidence import parts, subjects, tables
@@ -268,3 +269,26 @@ def test_command_in_words(capsys, monkeypatch):
     real = replace(SUBJECTS["SmolLM2"], require=missing)
     monkeypatch.setattr(command, "SUBJECTS", dict(SmolLM2=real))
     with pytest.raises(ModuleNotFoundError, match="pip install it"): command.main([])
+
+
+# --- bars that were set beforehand ---
+
+
+def test_the_bars_of_advice_hold_on_the_embedded_model():
+    rows = STORED.of("embedded", "advice")
+    kl = {name: np.mean(row["kls"]) for name, row in rows.items()}
+    known = [name for name, row in rows.items() if "forecast" in row]
+    order = pd.DataFrame(dict(said=[rows[name]["forecast"] for name in known], was=[kl[name] for name in known]))
+    assert len(known) >= 13 and order.said.rank().corr(order.was.rank()) >= 0.90
+    assert kl["inputs by fisher_mse"] <= 0.7 * kl["inputs by the highest SQNR"]
+    assert kl["use best"] <= 0.7 * kl["as it is"]
+
+
+@pytest.mark.parametrize("model", list(SUBJECTS))
+def test_no_stored_advice_made_it_worse(model):
+    rows = STORED.of(model, "advice")
+    before = np.array(rows[tables.PLAIN]["kls"])
+    for name, row in rows.items():
+        if not row["advised"]: continue
+        change = np.array(row["kls"]) - before
+        assert change.mean() <= 2 * change.std(ddof=1) / len(change) ** 0.5, name
