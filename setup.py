@@ -22,6 +22,6 @@ setup(
     extras_require={key.removesuffix("_requirements"): lines(key) for key in meta if key.endswith("_requirements")},
     entry_points={"nbdev": lines("nbdev_index"), "console_scripts": lines("console_scripts")},
     packages=find_packages(include=[meta["lib_path"], meta["lib_path"]+".*"]),
-    package_data={meta["lib_path"]: ["py.typed", "data/**"]},
+    package_data={meta["lib_path"]: ["py.typed", "data/**", "view/js/*.js"]},
     zip_safe=False,
 )

@@ -46,7 +46,8 @@ def modules(root: Path) -> dict[str, list[Path]]:
 
 def kept_by_hand(path: Path) -> bool:
     "Files under qcal_nb/ (`path` is relative to it) that no notebook writes."
-    return path.name in ("__init__.py", "py.typed") or path.parts[0] == "data"
+    kept = path.parts[0] == "data" or path.parts[:2] == ("view", "js")
+    return kept or path.name in ("__init__.py", "py.typed")
 
 def compared(package: Path) -> dict[str, bytes]:
     "Relative path → content of every file that an export could have written, or ought to have."
