@@ -32,7 +32,8 @@ def test_observers():
 
 MUTATIONS = {
     "4 places for 16": ("const POINTS = 16", "const POINTS = 4"),
-    "no rounding to the dtype before the code": ("const scaled = forth(x / scale)", "const scaled = x / scale"),
+    "no rounding to the dtype before the code": ("const scaled = forth(values[k] / scale)",
+                                                 "const scaled = values[k] / scale"),
     "no rounding to the dtype after the code": ("back(back(back(point) - zero) * scale)", "(point - zero) * scale"),
     "half is rounded up": ("return x + BIG - BIG", "return Math.floor(x + 0.5)"),
     "the width of a range is not rounded": ("round(round(to - from) / span)", "round((to - from) / span)"),

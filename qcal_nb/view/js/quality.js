@@ -4,37 +4,42 @@ import { ROUND, wider } from "./rounding.js";
 
 const SLACK = 1 + 1e-6; // a value at the limit is not clipped
 
-// One value through the format and back, and the code point between.
-function quantizer(tensor, format, { scale, zero }) {
-  const places = tensor.exact ? tensor.dtype : "float32";
-  const forth = ROUND[wider(places, tensor.dtype)];
+// Every place through the format and back: the code points, and the values that these stand for.
+function quantized(tensor, format, { scale, zero }) {
+  const { values } = placesOf(tensor);
+  const forth = ROUND[wider(tensor.exact ? tensor.dtype : "float32", tensor.dtype)];
   const back = ROUND[tensor.dtype];
   const { low, high, round } = format;
-  const code = (x) => {
-    const scaled = forth(x / scale);
+  const points = new Float64Array(values.length);
+  const after = new Float64Array(values.length);
+  for (let k = 0; k < values.length; k++) {
+    const scaled = forth(values[k] / scale);
     const moved = zero ? forth(scaled + zero) : scaled;
-    return round(moved < low ? low : moved > high ? high : moved);
-  };
-  return { code, value: (point) => back(back(back(point) - zero) * scale) };
+    const point = round(moved < low ? low : moved > high ? high : moved);
+    points[k] = point;
+    after[k] = back(back(back(point) - zero) * scale);
+  }
+  return { points, after };
 }
 
-// The squared errors at the places of one bucket, from number `first` on.
-function errorsIn(values, first, per, { code, value }, seen) {
-  const found = { mean: 0, spread: 0, least: Infinity, most: 0 };
+// The squared errors at the places of one bucket, from number `first` on, into `found`.
+function errorsIn(values, after, first, per, found) {
   let sum = 0;
   let fourth = 0;
+  let least = Infinity;
+  let most = 0;
   for (let k = first; k < first + per; k++) {
-    const point = code(values[k]);
-    const error = Math.abs(value(point) - values[k]);
-    sum += error * error;
-    fourth += error ** 4;
-    found.least = Math.min(found.least, error);
-    found.most = Math.max(found.most, error);
-    seen?.(point, values[k]);
+    const error = Math.abs(after[k] - values[k]);
+    const square = error * error;
+    sum += square;
+    fourth += square * square;
+    if (error < least) least = error;
+    if (error > most) most = error;
   }
   found.mean = sum / per;
-  found.spread = Math.sqrt(Math.max(fourth / per - found.mean ** 2, 0));
-  return found;
+  found.spread = Math.sqrt(Math.max(fourth / per - found.mean * found.mean, 0));
+  found.least = least;
+  found.most = most;
 }
 
 function isAlone(codes, i) {
@@ -57,17 +62,17 @@ function boundInDecibels(noise, off) {
   return off < noise ? 10 * Math.log10(1 / (1 - off / noise)) : Infinity;
 }
 
-// Σ (QDQ(x) - x)² over all values, and how far off that sum can be. `seen`: called with every place and its bucket.
-function noiseOf(tensor, format, scaled, seen) {
+// Σ (QDQ(x) - x)² over all values, and how far off that sum can be.
+function noiseOf(tensor, after) {
   const { values, per } = placesOf(tensor);
   const { codes, counts } = tensor;
-  const how = quantizer(tensor, format, scaled);
   const cells = tensor.exact ? null : cellsOf(tensor);
+  const errors = { mean: 0, spread: 0, least: 0, most: 0 };
   let noise = 0;
   let off = 0;
   let evens = 0;
   for (let i = 0; i < codes.length; i++) {
-    const errors = errorsIn(values, i * per, per, how, seen && ((point, x) => seen(point, x, counts[i] / per)));
+    errorsIn(values, after, i * per, per, errors);
     noise += counts[i] * errors.mean;
     if (tensor.exact) continue;
     if (isAlone(codes, i)) off += counts[i] * worst(errors, (cells.high[i] - cells.low[i]) / (2 * per));
@@ -78,7 +83,22 @@ function noiseOf(tensor, format, scaled, seen) {
 
 // SQNR in dB alone, for curves.
 export function sqnrOf(tensor, format, scaled) {
-  return decibels(signalOf(tensor), noiseOf(tensor, format, scaled).noise);
+  return decibels(signalOf(tensor), noiseOf(tensor, quantized(tensor, format, scaled).after).noise);
+}
+
+// How many values are rounded to each code point, and how many are clipped.
+function countsOf(tensor, format, { scale, zero }, points) {
+  const { values, per } = placesOf(tensor);
+  const masses = new Float64Array(format.points.length);
+  const [under, over] = format.limits.map((limit) => limit * SLACK);
+  let clipped = 0;
+  for (let k = 0; k < values.length; k++) {
+    const share = tensor.counts[Math.floor(k / per)] / per;
+    const units = values[k] / scale + zero;
+    masses[format.place(points[k])] += share;
+    if (units < under || units > over) clipped += share;
+  }
+  return { masses, clipped };
 }
 
 function entropyInBits(masses) {
@@ -89,14 +109,9 @@ function entropyInBits(masses) {
 }
 
 export function qualityOf(tensor, format, scaled) {
-  const masses = new Float64Array(format.points.length);
-  const [under, over] = format.limits.map((limit) => limit * SLACK);
-  let clipped = 0;
-  const { noise, off } = noiseOf(tensor, format, scaled, (point, x, share) => {
-    masses[format.place(point)] += share;
-    const units = x / scaled.scale + scaled.zero;
-    if (units < under || units > over) clipped += share;
-  });
+  const { points, after } = quantized(tensor, format, scaled);
+  const { noise, off } = noiseOf(tensor, after);
+  const { masses, clipped } = countsOf(tensor, format, scaled, points);
   return {
     clipped: clipped / tensor.count,
     mse: noise / tensor.count,
