@@ -124,8 +124,8 @@ def _another_observer(under: UnderRecipe, keys: Iterable[Key]) -> list[Remedy]:
     if not cheaper: return []
     names = Counter(observer for observer, _ in cheaper).most_common()
     words = ", ".join(f"{name} at {n:,}" for name, n in names)
-    known = not under.cost(keys).too_damaged
-    return [Remedy(f"take another observer ({words})", sum(gain for _, gain in cheaper) if known else None)]
+    saves = None if under.cost(keys).too_damaged else sum(gain for _, gain in cheaper)
+    return [Remedy(f"take another observer ({words})", saves, fitted=True)]
 
 # %% ../../nbs/analysis/costs.ipynb #2d2b4431
 def _static_types(under: UnderRecipe, keys: Iterable[Key]) -> list[str]:

@@ -59,9 +59,11 @@ class Remedy:
     words: str
     saves: float | None = None  # nats a token, forecast; None: not estimated
     code: str = ""              # what to write in Python, such as an argument of the recipe
+    fitted: bool = False        # whether it was chosen by what it saves on these very texts: others save less
 
     def __str__(self) -> str:
-        saving = "; what that saves is not estimated" if self.saves is None else f", which saves {in_nats(self.saves)}"
+        most = "up to " * self.fitted
+        saving = "; what that saves is not estimated" if self.saves is None else f", which saves {most}{in_nats(self.saves)}"
         return self.words + saving + f": {self.code}" * bool(self.code)
 
 

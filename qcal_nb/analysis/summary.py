@@ -265,15 +265,17 @@ def _formats_by_base(costs: pd.DataFrame) -> dict[str, str]:
 
 
 def _winners(best: pd.DataFrame) -> str:
-    return ", ".join(f"{name} at {n:,}" for name, n in Counter(best.observer).most_common())
+    "Which observers, and for how many tensors: `mse for 10 of 16, minmax for 6`."
+    (first, most), *others = Counter(best.observer).most_common()
+    return ", ".join([f"{first} for {most:,} of {len(best):,}", *(f"{name} for {n:,}" for name, n in others)])
 
 
 def _noise_finding(best: pd.DataFrame, where: str) -> Finding:
     "How often each observer leaves least noise, and the tensors for which even that is much."
     low = best[best.sqnr_db < LOW_SQNR_DB].sort_values("sqnr_db", kind="stable")
     words = (
-        f"Rounding noise of each tensor alone (SQNR) {where}: least with {_winners(best)}. This says nothing about the "
-        "model."
+        f"The observer with the least rounding noise of each tensor alone (SQNR) {where}: {_winners(best)}. This says "
+        "nothing about the model."
     )
     if len(low):
         words += f" With all observers {len(low):,} stay below {LOW_SQNR_DB:g} dB (noise a tenth of the signal)."
@@ -283,7 +285,7 @@ def _noise_finding(best: pd.DataFrame, where: str) -> Finding:
 
 def _forecast_finding(best: pd.DataFrame, where: str) -> Finding:
     "How often each observer costs the model least, by forecast."
-    return Finding(f"Forecast cost to the model {where}: least with {_winners(best)}.", (), False, keys_of(best))
+    return Finding(f"The observer with the least forecast cost to the model {where}: {_winners(best)}.", (), False, keys_of(best))
 
 
 # %% ../../nbs/analysis/summary.ipynb #6b5e693f

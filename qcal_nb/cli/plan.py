@@ -81,9 +81,7 @@ def _write(folder: Path, found: Any, frontier: Any, record: Any) -> None:
 
 def plan_summary(found: Any, frontier: Any, folder: Path) -> str:
     "What was found in a few lines."
-    from qcal_nb.forecasts import STATE_WORDS
-    lines = [f"{found.bytes:,} bytes, forecast {found.kl:.4g} nats of KL per token "
-             f"({found.state}: {STATE_WORDS[found.state]})"]
+    lines = [f"{found.bytes:,} bytes, {found.forecast}"]
     for scheme, some in found.table.groupby("scheme", sort=False):
         counted = f"{len(some)} of {len(found.table)} units, {some.bytes.sum():,} bytes"
         lines.append(f"- {scheme}: {counted}, {some.kl.sum():.3g} nats")

@@ -25,9 +25,9 @@ from torch.nn import Linear, Module
 from ..analysis import Row
 from .divergence import as_modifier
 from .forecasts import Units, check_forecast, check_same_weights, experts_open, served_together
-from .forecasts import state_of
+from .forecasts import STATE_WORDS, is_routed, state_of
+from .suspects import asked_modules
 from ..lifecycle import QuantizationModifier, check_schemes
-from ..modeling import Targets
 from ..recipes import bytes_with, module_bytes
 from ..records import CalibrationRecord, unit_costs
 from ..schemes import adjusted_preset
@@ -145,6 +145,7 @@ class Choices:
     cost: np.ndarray        # (units, labels), nats; infinite where a candidate does not fit
     size: np.ndarray        # (units, labels), bytes
     rest: int               # bytes of everything else
+    routed: bool = False    # whether tokens choose experts
 
     def total(self, choice: np.ndarray) -> tuple[float, int]:
         "KL and bytes of a choice."
@@ -191,10 +192,12 @@ def _every_unit(record: CalibrationRecord, model: Module) -> dict[str, _Unit]:
 
 def _units_to_choose(record: CalibrationRecord, model: Module, keep: Iterable[str]) -> dict[str, _Unit]:
     "The units that may be quantized: those with gradients. If one module is kept, so is its unit."
-    kept = Targets([keep] if isinstance(keep, str) else keep, list(record.gradients))
-    def is_kept(unit: _Unit) -> bool: return any(kept.matching(name, m) for name, m in unit.modules.items())
-    units = _every_unit(record, model).items()
-    return {name: unit for name, unit in units if unit.modules.keys() & record.gradients.keys() and not is_kept(unit)}
+    found = {name: one for name, one in _every_unit(record, model).items()
+             if one.modules.keys() & record.gradients.keys()}
+    linears = {name: module for one in found.values() for name, module in one.modules.items()}
+    keep = [keep] if isinstance(keep, str) else list(keep)
+    kept = set(asked_modules(keep, linears, "keep", "recorded")) if keep else set()
+    return {name: one for name, one in found.items() if not kept & one.modules.keys()}
 
 
 def choices_of(
@@ -216,7 +219,7 @@ def choices_of(
     table = np.array(size, float)
     rest = bytes_with(model, {}) - sum(_unit_bytes(unit.modules, None) for unit in units.values())
     names = {name: tuple(unit.modules) for name, unit in units.items()}
-    return Choices(names, candidates.labels, schemes, np.array(cost), table, rest)
+    return Choices(names, candidates.labels, schemes, np.array(cost), table, rest, is_routed(record))
 
 
 def _unit_bytes(modules: Mapping[str, Module], scheme: QuantizationScheme | None) -> int:
@@ -267,7 +270,13 @@ class Allocation:
 
     def __repr__(self) -> str:
         mix = ", ".join(f"{scheme} {count}" for scheme, count in self.table.scheme.value_counts().items())
-        return f"Allocation({self.bytes:,} bytes, forecast {self.kl:.2g} nats ({self.state}): units {mix})"
+        return f"Allocation({self.bytes:,} bytes, {self.forecast}: units {mix})"
+
+    @property
+    def forecast(self) -> str:
+        "What it costs, in words, and how far they can be believed."
+        if self.recipe is None: return "nothing is quantized"
+        return f"forecast {self.kl:.3g} nats ({self.state}: {STATE_WORDS[self.state]})"
 
 
 def _next_row(choices: Choices, unit: int, chosen: int) -> Row:
@@ -288,7 +297,7 @@ def _allocation(choices: Choices, choice: np.ndarray) -> Allocation:
         rows.append(row | dict(kl=float(choices.cost[i, chosen])) | _next_row(choices, i, chosen))
     kl, size = choices.total(choice)
     return Allocation(recipe_for(choices, choice), pd.DataFrame(rows, columns=ALLOCATION_COLUMNS), kl, size,
-                      state_of(kl))
+                      state_of(kl, choices.routed))
 
 
 def _smallest(choices: Choices) -> int:
@@ -356,7 +365,7 @@ def frontier_of(choices: Choices) -> pd.DataFrame:
     rows = []
     for choice in every:
         kl, size = choices.total(choice)
-        rows.append(dict(bytes=size, kl=kl, state=state_of(kl), mix=_mix(choices, choice),
+        rows.append(dict(bytes=size, kl=kl, state=state_of(kl, choices.routed), mix=_mix(choices, choice),
                          recipe=recipe_for(choices, choice)))
     return pd.DataFrame(rows, columns=PARETO_COLUMNS).sort_values(["bytes", "kl"], ignore_index=True)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Units', 'LEAST_BATCHES', 'STATES', 'STATE_WORDS', 'FORECAST_COLUMNS', 'MODULE_FORECAST_COLUMNS', 'served_together',
            'forecast_units', 'check_forecast', 'check_same_weights', 'Forecast', 'forecast_of', 'experts_open',
-           'state_of', 'spread_of', 'forecast', 'forecast_modules']
+           'is_routed', 'state_of', 'spread_of', 'forecast', 'forecast_modules']
 
 # %% ../../nbs/evaluate/forecasts.ipynb #b5a330de
 import re
@@ -25,7 +25,8 @@ from ..analysis import Row, check_record, layer_of
 from .divergence import check_original
 from .schemes import named_schemes, unfit_schemes
 from .suspects import unit_name
-from ..lifecycle import QuantizationModifier, at_work, experts_apart, reaches_experts, schemes_by_module
+from ..lifecycle import QuantizationModifier, at_work, check_schemes, experts_apart, reaches_experts
+from ..lifecycle import schemes_by_module
 from ..recipes import bytes_with
 from ..records import CalibrationRecord, ModuleCost, NO_COST, costs_of, units_among, why_no_forecast
 from ..stats import mean_of_parts, measure, middle_parts, same_stats
@@ -65,8 +66,8 @@ def check_forecast(record: CalibrationRecord, model: Module, purpose: str = "for
     if not record.gradients:
         raise ValueError("the record has no gradients: make one with record(model, data, gradients=True)")
     if min(record.labels) == 0:
-        raise ValueError(f"the record has gradients of too few batches: labels in its five parts are {record.labels}; "
-                         f"at least {LEAST_BATCHES} batches are needed")
+        raise ValueError(f"the record has gradients of too few batches: at least {LEAST_BATCHES} batches with tokens to "
+                         "predict are needed, whose indices leave five different remainders when divided by 5")
 
 
 def check_same_weights(record: CalibrationRecord, modules: Mapping[str, Module]) -> None:
@@ -85,6 +86,15 @@ class Forecast(NamedTuple):
     why: str = ""
 
 
+def _why_unfit(model: Module, chosen: Mapping[str, tuple[Module, QuantizationScheme]]) -> str:
+    "Why modules cannot have their schemes, such as experts that are open now; empty if they can."
+    try:
+        check_schemes(model, chosen)
+    except ValueError as fault:
+        return str(fault)
+    return ""
+
+
 def forecast_of(
     record: CalibrationRecord, model: Module, modifier: QuantizationModifier, checked: set[str]
 ) -> Forecast:
@@ -94,7 +104,7 @@ def forecast_of(
     with experts_open(model, modifier):
         chosen = schemes_by_module(model, config)
         schemes = {name: scheme for name, (_, scheme) in chosen.items()}
-        why = why_no_forecast(record, chosen)
+        why = why_no_forecast(record, chosen) or _why_unfit(model, chosen)
         if why: return Forecast(schemes, {}, why)
         check_same_weights(record, {name: module for name, (module, _) in chosen.items() if name not in checked})
         checked.update(chosen)
@@ -117,12 +127,19 @@ STATE_WORDS = {
     "estimate": "measured was 1 to 1.9 times this",
     "floor": "measured was up to 2.4 times this",
     "broken": "too damaged for a number; the order of modules holds",
+    "routed": "tokens that now choose other experts are not counted; measured was up to 18 times this",
 }
 
 
-def state_of(kl: float) -> str:
-    "How far a forecast can be believed: `estimate`, `floor` or `broken`."
-    return next(state for state, limit in STATES.items() if kl < limit)
+def is_routed(record: CalibrationRecord) -> bool:
+    "Whether tokens choose experts, so that an error may send them to others."
+    return bool(record.expert_tokens)
+
+
+def state_of(kl: float, routed: bool = False) -> str:
+    "How far a forecast can be believed: `estimate`, `floor` or `broken`; `routed` where tokens choose experts."
+    found = next(state for state, limit in STATES.items() if kl < limit)
+    return "routed" if routed and found != "broken" else found
 
 
 def spread_of(total: Tensor, kl: float) -> float:
@@ -158,13 +175,14 @@ class _Summed:
     def parts(self) -> Tensor: return sum((cost.total for cost in self.costs.values()), NO_COST.total)
 
 # %% ../../nbs/evaluate/forecasts.ipynb #6b34ad16
-def _scheme_row(label: str, found: Forecast, size: int | None) -> Row:
+def _scheme_row(label: str, found: Forecast, size: int | None, routed: bool) -> Row:
     row = dict(scheme=label, weight_bytes=size, why=found.why)
     if found.why: return row
     summed = _Summed(found.costs)
     kl, weights, inputs = summed.whole()
     worst = max(found.costs, key=lambda name: summed.of(name)[0], default="")
-    row |= dict(kl=kl, weights=weights, inputs=inputs, state=state_of(kl), spread=spread_of(summed.parts(), kl))
+    row |= dict(kl=kl, weights=weights, inputs=inputs, state=state_of(kl, routed))
+    row |= dict(spread=spread_of(summed.parts(), kl))
     return row | dict(worst=worst, worst_kl=summed.of(worst)[0] if worst else 0.0)
 
 
@@ -196,7 +214,8 @@ def _rows(
         why = unfit.get(label)
         found = Forecast({}, {}, why) if why else forecast_of(record, model, modifier, checked)
         _remember(record, label, found)
-        yield _scheme_row(label, found, _size(model, modifier, found.schemes) if not found.why else None)
+        size = None if found.why else _size(model, modifier, found.schemes)
+        yield _scheme_row(label, found, size, is_routed(record))
 
 
 @torch.no_grad()
@@ -258,5 +277,5 @@ def forecast_modules(
     order = {name: i for i, name in enumerate(record.types)}
     table = pd.DataFrame(rows, columns=MODULE_FORECAST_COLUMNS).astype({"layer": "Int64"})
     table = table.sort_values("module", key=lambda names: names.map(order), kind="stable").reset_index(drop=True)
-    table.attrs |= dict(scheme=label, kl=whole, state=state_of(whole))
+    table.attrs |= dict(scheme=label, kl=whole, state=state_of(whole, is_routed(record)))
     return table

@@ -24,11 +24,12 @@ from torch.nn import Module
 from ..analysis import Row, UNKNOWN_COST, at_limit, id_columns, kl_columns, observers_table, scale_columns
 from .divergence import check_original
 from ..lifecycle import at_work, experts_apart, reaches_experts
-from ..observers import ObserverSpec, current_feed, label_of
+from ..observers import ObserverSpec, current_feed, find_observer, label_of, name_and_kwargs, new_observer
 from ..pipelines import as_batches, batches, check_mask, running_batch
 from ..records import CalibrationRecord, Collector, Key, NEVER_SEEN, ObserverResult, ResultKey, attention_open
-from ..records import check_base_names, check_observers, kept_of, modules_to_record, one_pass, recipe_to_record
-from ..records import RowBlock, record, result_of, row_blocks, selected, tensors_to_record, weight_cost
+from ..records import check_base_names, check_observers, counts_of, kept_of, modules_to_record, observer_result
+from ..records import one_pass, recipe_to_record, RowBlock, record, result_of, row_blocks, selected
+from ..records import tensors_to_record, weight_cost
 from ..schemes import code_points
 from ..stats import Quality, effective_bits, outer_limits, sqnr_db
 
@@ -218,10 +219,29 @@ def _observer_row(
     return id_columns(record, key[:2]) | scales | cost | kl_columns(costs) | about
 
 
+def _looks_alone(one: ObserverSpec, args: QuantizationArgs) -> bool:
+    "Whether an observer finds a weight's scales from that weight alone: without data, without a shared global scale."
+    return args.strategy != "tensor_group" and not find_observer(name_and_kwargs(one)[0]).needs_data
+
+
+def _weight_result(
+    record: CalibrationRecord, key: Key, one: ObserverSpec, args: QuantizationArgs, weight: Tensor | None
+) -> ObserverResult:
+    "What an observer finds for a weight: as recorded; else it looks at the weight, which is at hand."
+    found = result_of(record, key, one, args)
+    if not found.reason or weight is None or not _looks_alone(one, args): return found
+    try:
+        observer = new_observer(one, "weight", args)
+    except ValueError:
+        return found    # it has no such scales
+    observer(weight.detach())
+    return observer_result(observer, one, {}, counts_of(record.tensors[key]))
+
+
 def _weight_row(
     record: CalibrationRecord, key: Key, one: ObserverSpec, args: QuantizationArgs, weight: Tensor | None
 ) -> Row:
-    c = result_of(record, key, one, args)
+    c = _weight_result(record, key, one, args, weight)
     if c.reason or weight is None: return _observer_row(record, (*key, label_of(one)), c, None)
     known = key[0] in record.gradients and min(record.labels)
     costs = weight_cost(record, key[0], weight.detach(), c) if known else None

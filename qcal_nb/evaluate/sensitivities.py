@@ -33,7 +33,7 @@ from ..lifecycle import QuantizationModifier, at_work, borrowed, experts_apart, 
 from ..modeling import check_causal, fused_layers
 from ..pipelines import calibrate
 from ..recipes import writable_file, write_whole
-from ..schemes import adjusted
+from ..schemes import adjusted, is_preset
 
 # %% ../../nbs/evaluate/sensitivities.ipynb #b29536f1
 def _shares(module: Module | None) -> bool:
@@ -426,11 +426,20 @@ def _quantized_modules(model: Module, modifier: QuantizationModifier) -> dict[st
             return {name: module for name, (module, _) in schemes_by_module(model, config).items()}
 
 
+def _check_scheme(job: _SensitivityRun, forecast: Any) -> None:
+    "ValueError for a forecast of another preset."
+    said = getattr(forecast, "attrs", {}).get("scheme", "")
+    if is_preset(said) and is_preset(job.label) and said != job.label:
+        raise ValueError(f"forecast is that of {said}, but the scheme is {job.label}: make it with "
+                         f"forecast_modules(record, model, {job.label!r})")
+
+
 def _asked(job: _SensitivityRun, modules: Any, forecast: Any) -> dict[str, Any]:
     "The modules to measure and their forecast, each None if it was not given."
     if modules is None and forecast is None: return dict(wanted=None, forecast=None)
     quantized = _quantized_modules(job.model, job.modifier)
     wanted = list(quantized) if modules is None else asked_modules(modules, quantized)
+    _check_scheme(job, forecast)
     return dict(wanted=wanted, forecast=None if forecast is None else forecast_by_module(forecast, wanted))
 
 
@@ -521,7 +530,7 @@ def sensitivity(
     tick: Callable[[pd.DataFrame], Any] | None = None,  # Gets the table after each row; may raise KeyboardInterrupt
 ) -> pd.DataFrame:
     """A row per quantized module (or modules that share a global scale), in model order: loss and KL, nats per token,
-    with only it quantized and with all but it; NaN, and a bound `kl_at_most`, if an interrupt or `budget_s` came
+    with only it quantized and with all but it; NaN, and an estimate of the most, `kl_at_most`, if an interrupt or `budget_s` came
     first. `attrs`: of the whole model, and `measured`, `of`, `unknown`, `groups`. Leaves the model as it was."""
     stops = _checked_stops(budget_s, tick, progress)
     options = dict(tokenizer=tokenizer, batch_size=batch_size, max_length=max_length, eval_max_length=eval_max_length)

@@ -6,8 +6,9 @@
 __all__ = ['SPARED_COLUMNS', 'Spared', 'spare']
 
 # %% ../../nbs/evaluate/sparing.ipynb #db4593d1
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import pandas as pd
@@ -16,7 +17,7 @@ from torch.nn import Module
 
 from ..analysis import Row
 from .forecasts import Forecast, Units, check_forecast, experts_open, forecast_of, forecast_units
-from .forecasts import state_of
+from .forecasts import STATE_WORDS, is_routed, state_of
 from .schemes import named_schemes, unfit_schemes
 from ..lifecycle import QuantizationModifier
 from ..recipes import bytes_with
@@ -38,18 +39,22 @@ def _bytes_without(model: Module, found: Forecast, spared: set[str]) -> int:
     return bytes_with(model, {name: scheme for name, scheme in found.schemes.items() if name not in spared})
 
 
+def _what_is_left(saves: Iterable[float]) -> list[float]:
+    "The cost of all, of all but the first, and so on to that of none."
+    return list(accumulate(reversed(list(saves)), initial=0.0))[::-1]
+
+
 def _spared_rows(model: Module, found: Forecast, target: float) -> Iterator[Row]:
     "Nothing spared, and then one unit more in each row, until the target is met."
     units = forecast_units(model, found.costs)
     saves = _saved_by_unit(units, found)
-    left = sum(saves.values())
+    left = _what_is_left(saves.values())
     spared: set[str] = set()
-    yield dict(unit="", modules=(), saves=0.0, kl=left, bytes=_bytes_without(model, found, spared))
-    for unit, saved in saves.items():
-        if left < target: return
+    yield dict(unit="", modules=(), saves=0.0, kl=left[0], bytes=_bytes_without(model, found, spared))
+    for unit, saved, before, after in zip(saves, saves.values(), left, left[1:]):
+        if before < target: return
         spared.update(units[unit])
-        left = max(0.0, left - saved)
-        yield dict(unit=unit, modules=units[unit], saves=saved, kl=left, bytes=_bytes_without(model, found, spared))
+        yield dict(unit=unit, modules=units[unit], saves=saved, kl=after, bytes=_bytes_without(model, found, spared))
 
 # %% ../../nbs/evaluate/sparing.ipynb #a5eb657a
 @dataclass(frozen=True, eq=False, repr=False)
@@ -58,6 +63,7 @@ class Spared:
 
     recipe: QuantizationModifier
     table: pd.DataFrame     # a row per spared unit, after one in which nothing is spared
+    state: str              # how far the forecast of the rest can be believed
 
     @property
     def modules(self) -> list[str]: return [name for names in self.table.modules for name in names]
@@ -70,7 +76,8 @@ class Spared:
 
     def __repr__(self) -> str:
         before = self.table.iloc[0]
-        costs = f"forecast {before.kl:.2g} to {self.kl:.2g} nats ({state_of(self.kl)})"
+        if not self.kl: return f"Spared({len(self.modules)} modules: nothing is left quantized)"
+        costs = f"forecast {before.kl:.2g} to {self.kl:.2g} nats ({self.state}: {STATE_WORDS[self.state]})"
         return f"Spared({len(self.modules)} modules: {costs}, {before.bytes:,} to {self.bytes:,} bytes)"
 
 
@@ -103,4 +110,4 @@ def spare(
     with experts_open(model, modifier):
         table = pd.DataFrame(_spared_rows(model, found, target), columns=SPARED_COLUMNS)
     modules = [name for names in table.modules for name in names]
-    return Spared(_without(modifier, modules), table)
+    return Spared(_without(modifier, modules), table, state_of(float(table.kl.iloc[-1]), is_routed(record)))

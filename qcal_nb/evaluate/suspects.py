@@ -49,7 +49,10 @@ def block_name(unit: Unit) -> str:
 # %% ../../nbs/evaluate/suspects.ipynb #cc372f86
 def _entries(modules: Any) -> list[str]:
     "What was given as `modules`, as a list of strings."
-    found = [modules] if isinstance(modules, str) else list(modules)
+    if isinstance(modules, str): return [modules]
+    if not isinstance(modules, Iterable):
+        raise TypeError(f"modules must be names and patterns (re:...), got a {type(modules).__name__}")
+    found = list(modules)
     wrong = [entry for entry in found if not isinstance(entry, str)]
     if wrong: raise TypeError(f"modules must hold names and patterns (re:...), got a {type(wrong[0]).__name__}")
     if not found: raise ValueError("modules is empty; name some, or pass None to measure all")
@@ -83,9 +86,11 @@ def _hint(entry: str, names: list[str]) -> str:
     return f"they are called {', '.join(kinds[:12])}{', ...' * (len(kinds) > 12)}"
 
 
-def asked_modules(modules: Any, quantized: Mapping[str, Module]) -> list[str]:
+def asked_modules(
+    modules: Any, quantized: Mapping[str, Module], argument: str = "modules", what: str = "quantized"
+) -> list[str]:
     """The names of the quantized modules that names or patterns (`re:...`) match, in model order. ValueError that
-    names an entry that matches none."""
+    names an entry that matches none; `argument` and `what` are its words for what was given and for the modules."""
     wanted = [_check_expression(name) for entry in _entries(modules) for name in _expanded(entry)]
     targets = Targets(wanted, quantized)
     hits = {name: targets.matching(name, module) for name, module in quantized.items()}
@@ -93,7 +98,7 @@ def asked_modules(modules: Any, quantized: Mapping[str, Module]) -> list[str]:
     for entry in wanted:
         if entry not in matched:
             hint = _hint(entry, list(quantized))
-            raise ValueError(f"modules: {entry!r} matches none of the {len(hits)} quantized modules; {hint}")
+            raise ValueError(f"{argument}: {entry!r} matches none of the {len(hits)} {what} modules; {hint}")
     return [name for name, found in hits.items() if found]
 
 # %% ../../nbs/evaluate/suspects.ipynb #5b931f6a

@@ -41,12 +41,16 @@ class InputCosts:
     clips: Tensor                       # float64 (97, 5)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Forecasts:
     "What was forecast: of modules by scheme, and of inputs by module. Readers of one tensor share its costs."
 
     schemes: Mapping[str, Mapping[str, ModuleCost]] = field(default_factory=dict)
     inputs: Mapping[str, InputCosts] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        schemes = ", ".join(f"{label}: {len(costs)} modules" for label, costs in self.schemes.items())
+        return f"Forecasts({schemes or 'of no scheme'}; observers and clips of {len(self.inputs)} inputs)"
 
 # %% ../../nbs/records/kept_forecasts.ipynb #f7b34965
 def forecasts_to_tree(forecasts: Forecasts) -> dict[str, Any]:

@@ -373,6 +373,15 @@ def _concluded(
     return with_own_costs(found, model, recipe) if found.gradients else found
 
 
+def _warn_of_nothing(result: CalibrationRecord, gradients: GradientCollector | None) -> None:
+    "Warnings where what was asked for was not seen; `gradients`: of a whole record, not of a part."
+    if result.batches and not result.tokens:
+        warn_once("mask leaves out every token: nothing was seen but weights")
+    if gradients is not None and min(result.labels) == 0:
+        warn_once("gradients=True: a forecast needs at least 5 batches with tokens to predict, and this record has "
+                  "fewer; record more, or merge it with others")
+
+
 def _as_recorded(model: Module, inputs: Iterable[tuple[int, Any]], mask: Any) -> Iterator[Batch]:
     "Batches of numbered inputs, with a warning where padding counts."
     for batch in as_batches(model, inputs, mask):
@@ -419,8 +428,7 @@ def record(
             seen = _as_recorded(model, inputs, request.mask)
             total = expected_batches(data, batch_size)
             result = one_pass(model, seen, collector, begun, total, progress, attention, backwards)
-            if result.batches and not result.tokens:
-                warn_once("mask leaves out every token: nothing was seen but weights")
+            _warn_of_nothing(result, backwards if batch_indices is None else None)
             return _concluded(result, collector, model, recipe)
 
 # %% ../../nbs/records/run.ipynb #0652a8b7

@@ -67,8 +67,8 @@ def _check_base_names(base_names: list[str]) -> None:
 
 
 _NOTHING_KNOWN = (
-    "nothing is known of any tensor from the record (a histogram of a whole tensor tells only about one scale per "
-    "tensor); evaluate.compare_observers measures any granularity"
+    "nothing is known of any tensor from the record: a histogram of a whole tensor tells only about one scale per "
+    "tensor. Feed this session, which attaches the observers to compare; or see evaluate.compare_observers"
 )
 
 
@@ -220,7 +220,7 @@ class Recorded(Working):
 
     def undo_best(self) -> None:
         "The recipe as it was before the last `use_best`, `allocate` or `spare`. SessionError if there was none."
-        if self.before is None: raise SessionError("cannot undo best: use_best() changed nothing")
+        if self.before is None: raise SessionError("cannot undo best: there is no use_best(), allocate() or spare() to take back")
         options, self.before = self.before, None
         self.take(options.modifier)
         self.options = options

@@ -41,7 +41,8 @@ class Trial:
         change = f"difference {self.low:+.2g} to {self.high:+.2g}"
         flatters = "" if self.held_out else "; texts that were calibrated on flatter, pass eval_data for others"
         verdict = "kept" if self.helped else "not surely better, so it was taken back"
-        left = f", without {self.left} inputs whose massive activations no forecast can judge" if self.left else ""
+        inputs = "an input" if self.left == 1 else f"{self.left} inputs"
+        left = f", without {inputs} whose massive activations no forecast can judge" if self.left else ""
         return f"KL {self.before:.3g} before, {self.after:.3g} after on {on} ({change}){left}: {verdict}{flatters}"
 
 

@@ -242,8 +242,8 @@ def test_no_forecast_says_what_clips_do_to_massive_activations(tiny):
     assert f"{in_figures(rows['minmax'], 2)} nats forecast" in found.tensors[0]
     assert [one.words.split()[0] for one in found.remedies][0] == "spare" and found.remedies[0].saves >= found.kl
     assert rows.min() < rows["minmax"] and not any("observer" in one.words for one in found.remedies)
-    assert "at the 15 inputs of 27 modules" in said(run, "Forecast cost to the model").words
-    assert "without massive activations" in said(run, "Forecast cost to the model").words
+    assert "at the 15 inputs of 27 modules" in said(run, "The observer with the least forecast cost").words
+    assert "without massive activations" in said(run, "The observer with the least forecast cost").words
 
 
 # --- a token ---

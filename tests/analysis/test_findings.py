@@ -210,8 +210,8 @@ def test_remedies_are_ranked_by_what_they_save(static):
     assert spare.saves == pytest.approx(0.05) and other.saves == pytest.approx(0.05 - 0.008)
     assert "histogram_mse at 2" in other.words and [one.saves for one in rest] == [None, None]
     assert cost.keys == ((DOWN(1), "input"), (DOWN(0), "input"))        # the costliest first
-    winner = next(f for f in found if f.words.startswith("Forecast cost to the model at the 16 inputs"))
-    assert "static_minmax at 14, histogram_mse at 2" in winner.words
+    winner = next(f for f in found if "least forecast cost to the model at the 16 inputs" in f.words)
+    assert "static_minmax for 14 of 16, histogram_mse for 2" in winner.words
     assert not [f for f in found if "(SQNR) at the 16" in f.words]
 
 
@@ -292,7 +292,7 @@ def test_the_observers_finding_is_the_comparison(tiny):
     table = compare_observers(run, args=four).query("base_name == 'input'")
     counts = table[table.highest_sqnr].observer.value_counts()
     found = said(run, "at the 16 inputs of 28 modules (int4", args=four)
-    assert all(f"{name} at {n}" in found.words for name, n in counts.items()) and "below 20 dB" in found.words
+    assert all(f"{name} for {n}" in found.words for name, n in counts.items()) and "below 20 dB" in found.words
     assert "says nothing about the model" in found.words
     limited = compare_observers(run, args=four).at_limit.sum()
     assert f"for {limited} tensor" in said(run, "ended at the smallest range", args=four).words

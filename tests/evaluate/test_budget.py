@@ -175,3 +175,14 @@ def test_an_expert_without_tokens_has_the_scheme_of_the_others():
     assert unseen
     table = allocate(made, model, float(pareto(made, model).bytes.min())).table.set_index("unit")
     for name in unseen: assert f"{name}.up_proj" in table.modules[name.rpartition(".")[0]]
+
+
+@pytest.mark.parametrize("keep, words", [
+    (["nonsense"], "keep: 'nonsense' matches none of the 28 recorded modules"),
+    ("model.layers.0", r"'re:model\.layers\.0\..*' matches the 7 in it"),
+])
+def test_a_kept_module_that_is_none(tiny, keep, words):
+    model, _, _, made = tiny
+    before = fingerprint(model)
+    with pytest.raises(ValueError) as found: allocate(made, model, "2.7 MB", keep=keep)
+    assert words in str(found.value) and differences(before, fingerprint(model)) == []

@@ -9,6 +9,7 @@ import torch
 from helpers import differences, fingerprint, make_batches, make_model
 
 from qcal_nb.evaluate import compare_schemes, forecast, forecast_modules
+from qcal_nb.forecasts import STATE_WORDS, allocate, spare
 from qcal_nb.records.module_costs import quantized, weight_results
 from qcal_nb.evaluate.sensitivities import Probe
 from qcal_nb.lifecycle import LifecycleError, QuantizationModifier
@@ -172,3 +173,48 @@ def test_refusals(tiny):
         forecast(made, other, ["FP8"])
     calibrate(other, None, QuantizationModifier(scheme="FP8_DYNAMIC", ignore=["lm_head"]), progress=False)
     with pytest.raises(LifecycleError, match="needs the unquantized model"): forecast(made, other, ["FP8"])
+
+
+def moe():
+    "A mixture of experts whose inner width no group of 128 divides."
+    model = make_model("mixtral")
+    return model, record(model, make_batches(5), gradients=True, **QUIET)
+
+
+def test_where_tokens_choose_experts_a_forecast_is_no_estimate():
+    model, made = moe()
+    table = forecast(made, model, ["FP8_DYNAMIC", "W8A8"])
+    assert set(table.state) == {"routed"} and "choose other experts" in STATE_WORDS["routed"]
+    assert forecast_modules(made, model, "W8A8").attrs["state"] == "routed"
+    assert spare(made, model, "W8A8", 1e-9).state == "routed"
+    assert "tokens that now choose other experts are not counted" in repr(allocate(made, model, "1 GB", {"a": "W8A8"}))
+
+
+def test_a_scheme_that_does_not_fit_experts_is_said_beside_those_that_do():
+    model, made = moe()
+    before = fingerprint(model)
+    table = forecast(made, model, ["W4A16", "W8A8"]).set_index("scheme")
+    assert "group_size" in table.why["W4A16"] and np.isnan(table.kl["W4A16"]) and table.kl["W8A8"] > 0
+    with pytest.raises(ValueError, match="W4A16"): forecast_modules(made, model, "W4A16")
+    with pytest.raises(ValueError, match="W4A16"): spare(made, model, "W4A16")
+    assert differences(before, fingerprint(model)) == []
+
+
+def test_nothing_is_left_where_everything_is_spared(tiny):
+    model, _, _, made = tiny
+    found = spare(made, model, "W8A8", 1e-12)
+    assert len(found.modules) == 28 and found.kl == 0.0
+    assert repr(found) == "Spared(28 modules: nothing is left quantized)"
+
+
+def test_too_few_batches_are_said_when_they_are_recorded():
+    with pytest.warns(UserWarning, match="a forecast needs at least 5 batches"):
+        record(make_model("llama_gqa"), make_batches(3), gradients=True, **QUIET)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        record(make_model("llama_gqa"), make_batches(5), gradients=True, **QUIET)
+
+
+def test_forecasts_of_a_record_are_a_line(tiny):
+    made = tiny[3]
+    assert repr(made.forecasts).startswith("Forecasts(recorded: 28 modules") and "tensor" not in repr(made.forecasts)

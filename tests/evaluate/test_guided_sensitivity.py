@@ -134,6 +134,15 @@ def test_another_table_is_no_forecast(llama, evals, told, change, error, words):
     assert counter.n == 0 and phase_of(llama) == "original"
 
 
+def test_a_forecast_of_another_preset_is_refused(llama, evals):
+    other = forecast_modules(record(llama, make_batches(5), gradients=True, **QUIET), llama, "W8A8")
+    with pytest.raises(ValueError, match="forecast is that of W8A8, but the scheme is FP8_DYNAMIC: make it with forec"):
+        sensitivity(llama, None, "FP8_DYNAMIC", eval_data=evals, forecast=other, **QUIET)
+    with pytest.raises(TypeError, match="modules must be names and patterns .*, got a int"):
+        sensitivity(llama, None, "W8A8", eval_data=evals, modules=3, **QUIET)
+    assert phase_of(llama) == "original"
+
+
 def test_a_forecast_need_only_know_what_is_measured(llama, evals, told):
     down = told[told.module.str.contains("down_proj")]
     table = sensitivity(llama, None, W4, eval_data=evals, forecast=down, modules="re:.*down_proj", **QUIET)

@@ -1,4 +1,5 @@
 """*Use best* by forecast: what it chooses, what the model says of it, and how it is taken back."""
+import pandas as pd
 import pytest
 import torch
 from helpers import differences, fingerprint, make_batches, make_model
@@ -125,6 +126,23 @@ def test_only_observers_of_production_if_asked(real):
     assert {choice["input"] for choice in chosen.values()} <= {"minmax", "static_minmax", "mse"} and real.trial.helped
     assert "llm-compressor has no observer" not in to_yaml(real.recipe())
     real.undo_best()
+
+
+@pytest.mark.parametrize("scheme", ["W8A8", "FP8_DYNAMIC", "INT8_STATIC"])
+def test_a_record_without_the_sessions_observers_is_enough(scheme):
+    "Weights are at hand: observers that were not attached look at them now, and find what attached ones find."
+    made = record(make_model("llama_gqa"), make_batches(6), gradients=True, **QUIET)
+    recipe = QuantizationModifier(scheme=scheme, ignore=["lm_head"])
+    plain = Session(make_model("llama_gqa"), make_batches(6), recipe=recipe, record=made)
+    fed = Session(make_model("llama_gqa"), make_batches(6), recipe=recipe)
+    for step in ("initialize", "start"): getattr(fed, step)()
+    fed.feed_all(gradients=True)
+    columns = ["module", "observer", "scale", "sqnr_db", "kl"]
+    one, other = (session.comparison(["weight"])[columns].set_index(["module", "observer"]) for session in (plain, fed))
+    assert one.sqnr_db.notna().sum() >= 2 * 14      # those that have a scale for each channel
+    assert one.sqnr_db.xs("imatrix_mse", level="observer").isna().all()     # it needs data
+    alone = one.drop("imatrix_mse", level="observer")
+    pd.testing.assert_frame_equal(alone, other.loc[alone.index], check_exact=False, rtol=1e-9)
 
 
 def test_massive_activations_do_not_spoil_the_rest(monkeypatch, real):
