@@ -62,9 +62,12 @@ class Remedy:
     fitted: bool = False        # whether it was chosen by what it saves on these very texts: others save less
 
     def __str__(self) -> str:
-        most = "up to " * self.fitted
-        saving = "; what that saves is not estimated" if self.saves is None else f", which saves {most}{in_nats(self.saves)}"
-        return self.words + saving + f": {self.code}" * bool(self.code)
+        return self.words + self._saving + f": {self.code}" * bool(self.code)
+
+    @property
+    def _saving(self) -> str:
+        if self.saves is None: return "; what that saves is not estimated"
+        return f", which saves {'up to ' * self.fitted}{in_nats(self.saves)}"
 
 
 def _rank(remedy: Remedy) -> float: return math.inf if remedy.saves is None else -remedy.saves

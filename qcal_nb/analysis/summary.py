@@ -285,7 +285,8 @@ def _noise_finding(best: pd.DataFrame, where: str) -> Finding:
 
 def _forecast_finding(best: pd.DataFrame, where: str) -> Finding:
     "How often each observer costs the model least, by forecast."
-    return Finding(f"The observer with the least forecast cost to the model {where}: {_winners(best)}.", (), False, keys_of(best))
+    words = f"The observer with the least forecast cost to the model {where}: {_winners(best)}."
+    return Finding(words, (), False, keys_of(best))
 
 
 # %% ../../nbs/analysis/summary.ipynb #6b5e693f

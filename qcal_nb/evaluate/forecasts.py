@@ -66,8 +66,8 @@ def check_forecast(record: CalibrationRecord, model: Module, purpose: str = "for
     if not record.gradients:
         raise ValueError("the record has no gradients: make one with record(model, data, gradients=True)")
     if min(record.labels) == 0:
-        raise ValueError(f"the record has gradients of too few batches: at least {LEAST_BATCHES} batches with tokens to "
-                         "predict are needed, whose indices leave five different remainders when divided by 5")
+        raise ValueError(f"the record has gradients of too few batches: at least {LEAST_BATCHES} batches with tokens "
+                         "to predict are needed, whose indices leave five different remainders when divided by 5")
 
 
 def check_same_weights(record: CalibrationRecord, modules: Mapping[str, Module]) -> None:

@@ -218,7 +218,7 @@ def _observer_row(
     about = dict(observer=c.observer, at_limit=at_limit(c, record.tensors[key[:2]]), reason=reason)
     return id_columns(record, key[:2]) | scales | cost | kl_columns(costs) | about
 
-
+# %% ../../nbs/evaluate/observers.ipynb #7d8dd9b8
 def _looks_alone(one: ObserverSpec, args: QuantizationArgs) -> bool:
     "Whether an observer finds a weight's scales from that weight alone: without data, without a shared global scale."
     return args.strategy != "tensor_group" and not find_observer(name_and_kwargs(one)[0]).needs_data
@@ -260,7 +260,7 @@ def weights_compared(
     rows = [_weight_row(record, (name, "weight"), one, args, weight_of(name)) for name in names for one in asked]
     return observers_table(rows, record, {"weight": args})
 
-
+# %% ../../nbs/evaluate/observers.ipynb #4bb00831
 def _measured_table(run: CalibrationRecord, tallies: Tallies, observers: Iterable[ObserverSpec]) -> pd.DataFrame:
     labels = dict.fromkeys(map(label_of, observers))
     keys = [(*key, label) for key in run.tensors for label in labels]

@@ -481,7 +481,6 @@ def compare_schemes(
     _check_comparable(model, tokenizer, prompt, forecast)
     options = dict(tokenizer=tokenizer, batch_size=batch_size, max_length=max_length, eval_max_length=eval_max_length)
     def line() -> str | None: return None if prompt is None else continuation(model, tokenizer, prompt)
-    modifiers = named_schemes(schemes, group_size)
-    job = _prepared_comparison(model, data, modifiers, eval_data, line, **options)
+    job = _prepared_comparison(model, data, named_schemes(schemes, group_size), eval_data, line, **options)
     _warn_of_length(forecast, job.evals)
     return _with_forecast(_schemes_table(_rows_with_bar(job, progress, tick), prompt is not None), forecast)

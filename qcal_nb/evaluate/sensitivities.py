@@ -530,8 +530,8 @@ def sensitivity(
     tick: Callable[[pd.DataFrame], Any] | None = None,  # Gets the table after each row; may raise KeyboardInterrupt
 ) -> pd.DataFrame:
     """A row per quantized module (or modules that share a global scale), in model order: loss and KL, nats per token,
-    with only it quantized and with all but it; NaN, and an estimate of the most, `kl_at_most`, if an interrupt or `budget_s` came
-    first. `attrs`: of the whole model, and `measured`, `of`, `unknown`, `groups`. Leaves the model as it was."""
+    with only it quantized and with all but it; NaN, and in `kl_at_most` an estimate, where `budget_s` or an interrupt
+    came first. `attrs`: of the whole model, and `measured`, `of`, `unknown`, `groups`. Leaves the model as it was."""
     stops = _checked_stops(budget_s, tick, progress)
     options = dict(tokenizer=tokenizer, batch_size=batch_size, max_length=max_length, eval_max_length=eval_max_length)
     job = _prepared_sensitivity(model, data, adjusted(scheme, group_size=group_size), eval_data, path, **options)

@@ -4,7 +4,7 @@ from .calibration_record import About, CalibrationRecord, ResultKey, Key, forget
 from .calibration_record import unequal_parts
 from .collect import Collector
 from .conclude import input_costs, recorded_args, result_of, same_args, with_input_costs, without_observer
-from .gradient_collector import GradientCollector, fitting
+from .gradient_collector import GradientCollector
 from .kept_forecasts import Forecasts, InputCosts, ModuleCost, NO_COST
 from .live_results import LiveResults
 from .results import (
@@ -66,7 +66,6 @@ __all__ = [
     "check_observers",
     "costs_of",
     "counts_of",
-    "fitting",
     "follows_from_stats",
     "forget_answers",
     "input_costs",

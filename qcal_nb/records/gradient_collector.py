@@ -109,6 +109,11 @@ def _places(x: Tensor, batch: Batch) -> Tensor:
     row = number // max(length, 1)
     return torch.stack([torch.full_like(number, batch.index), row, number - row * length], 1)
 
+
+def _complete(call: Mapping[str, tuple[Gradients, _Reading]]) -> dict[str, Gradients]:
+    "What was seen in a call of each module, with the histograms that all readers told."
+    return {name: replace(found, histogram=reading.histogram) for name, (found, reading) in call.items()}
+
 # %% ../../nbs/records/gradient_collector.ipynb #9802949e
 class GradientCollector:
     """Collects the gradients of modules. Run a batch inside `backward_context` and `attached`, give `then` what the
@@ -165,6 +170,10 @@ class GradientCollector:
     def _in_model_order(self, found: Mapping[str, Gradients]) -> dict[str, Gradients]:
         return {name: found[name] for name in self.modules if name in found}
 
+    def fitting(self, model: Module, batches: Iterable[Batch]) -> Iterator[Batch]:
+        "As the function `fitting`."
+        return fitting(model, self.modules, batches)
+
     @contextmanager
     def attached(self) -> Iterator["GradientCollector"]:
         "Inside the block backward passes show gradients."
@@ -173,8 +182,3 @@ class GradientCollector:
             for name, module in self.modules.items():
                 end.enter_context(watch_gradients(module, partial(self.see, name)))
             yield self
-
-
-def _complete(call: Mapping[str, tuple[Gradients, _Reading]]) -> dict[str, Gradients]:
-    "What was seen in a call of each module, with the histograms that all readers told."
-    return {name: replace(found, histogram=reading.histogram) for name, (found, reading) in call.items()}

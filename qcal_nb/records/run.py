@@ -40,7 +40,7 @@ from ..pipelines import check_attention, check_mask, expected_batches, mask_in_w
 from ..pipelines import not_empty, numbered, passes, reads_two_sequences, shown, warn_of_padding
 from .calibration_record import About, CalibrationRecord
 from .collect import Collector, look_at_weights
-from .gradient_collector import GradientCollector, check_gradients, fitting
+from .gradient_collector import GradientCollector, check_gradients
 from .live_results import results_now
 from .module_costs import with_own_costs
 from ..schemes import adjusted, preset
@@ -276,8 +276,7 @@ def one_pass(
     # record and memory change at once: whenever an interrupt comes, both are of the same batches
     done = result, collector.observers.memory
     collector.earlier = result.tensors
-    then = no_more if gradients is None else gradients.then
-    stream = stream if gradients is None else fitting(model, gradients.modules, stream)
+    then, stream = (no_more, stream) if gradients is None else (gradients.then, gradients.fitting(model, stream))
     steps = shown(passes(model, stream, collector.owner, total=total, then=then), "recording", total, progress)
     try:
         with collector.attached(), running_context(model, attention, gradients), _tokens_from_zero(model):
@@ -356,7 +355,7 @@ def new_gradients(
     check_gradients(model, modules)
     return GradientCollector(modules)
 
-
+# %% ../../nbs/records/run.ipynb #cc03e1cd
 @contextmanager
 def _opened(model: Module, recipe: QuantizationMixin, base_names: Iterable[str]) -> Iterator[None]:
     "Inside the block everything that is asked for can be looked at; afterwards the model is as before."

@@ -220,7 +220,8 @@ class Recorded(Working):
 
     def undo_best(self) -> None:
         "The recipe as it was before the last `use_best`, `allocate` or `spare`. SessionError if there was none."
-        if self.before is None: raise SessionError("cannot undo best: there is no use_best(), allocate() or spare() to take back")
+        if self.before is None:
+            raise SessionError("cannot undo best: there is no use_best(), allocate() or spare() to take back")
         options, self.before = self.before, None
         self.take(options.modifier)
         self.options = options

@@ -34,7 +34,7 @@ from ..pipelines import Batch, Fed, RepeatableBatches, as_batch, attention_used,
 from ..pipelines import check_pipeline, expected_batches, no_more, passes, scales_of_segment
 from ..recipes import save_quantized
 from ..records import About, CalibrationRecord, Collector, GradientCollector, LiveResults, check_flag
-from ..records import fitting, forget_answers, new_collector, new_gradients, new_record, running_context
+from ..records import forget_answers, new_collector, new_gradients, new_record, running_context
 from ..schemes import adjusted
 from .feed import begin_work, run_in_background
 from .legal import STEPS, obstacle, require, usual_step
@@ -529,7 +529,7 @@ def _feed_batches(
     stream = _next_batches(session, n)
     steps = passes(
         session.model,
-        stream if backwards is None else fitting(session.model, backwards.modules, stream),
+        stream if backwards is None else backwards.fitting(session.model, stream),
         collector.owner,
         pipeline=session.pipeline,
         propagate=session.propagate,
