@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VERSION', 'varints', 'zigzag', 'histogram_bytes', 'finite', 'stats_head', 'observer_head', 'packed', 'compressed']
 
-# %% ../../nbs/view/packing.ipynb #df1adb0a
+# %% ../../nbs/view/packing.ipynb #6ddfcb11
 import json
 import math
 import zlib
@@ -13,13 +13,16 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+from compressed_tensors.quantization import QuantizationArgs
 
-from ..analysis import layer_of, outlier_ratio, place_in_words, readers_in_words
+from ..analysis import RecipeArgs, best_of, is_static, layer_of, outlier_ratio, place_in_words, readers_in_words
+from ..analysis import recipe_args
+from ..observers import label_of, specs_from_args
 from ..records import CalibrationRecord, Key, ObserverResult, recorded_args
 from ..schemes import format_name
 from ..stats import Histogram, TensorStats, dtype_of, mean_of_parts
 
-# %% ../../nbs/view/packing.ipynb #3ba13b4c
+# %% ../../nbs/view/packing.ipynb #1797055e
 _SEVEN = np.uint64(7)
 _MOST_BYTES = 10    # that a number of 64 bits can take
 
@@ -47,7 +50,7 @@ def zigzag(steps: np.ndarray) -> np.ndarray:
     "Whole numbers without their signs: 0, -1, 1, -2 … become 0, 1, 2, 3 …"
     return (steps << 1) ^ (steps >> 63)
 
-# %% ../../nbs/view/packing.ipynb #7c517331
+# %% ../../nbs/view/packing.ipynb #8b7f1003
 _BEFORE_ALL = -32641
 
 
@@ -56,7 +59,7 @@ def histogram_bytes(histogram: Histogram) -> bytes:
     gaps = np.diff(histogram.codes.astype(np.int64), prepend=_BEFORE_ALL) - 1
     return varints(gaps) + varints(zigzag(np.diff(histogram.counts, prepend=0)))
 
-# %% ../../nbs/view/packing.ipynb #c7acbe9f
+# %% ../../nbs/view/packing.ipynb #a38367b7
 def finite(x: float | None) -> float | None:
     "A number that JSON has; None for any other."
     return x if x is not None and math.isfinite(x) else None
@@ -80,7 +83,7 @@ def stats_head(stats: TensorStats, at: int) -> dict[str, Any]:
     return dict(dtype=_dtype_name(stats), exact=stats.histogram.exact, count=stats.count, **extremes, **others,
                 ratio=finite(outlier_ratio(stats)), band=_band(stats), buckets=len(stats.histogram.codes), at=at)
 
-# %% ../../nbs/view/packing.ipynb #38b0d3cd
+# %% ../../nbs/view/packing.ipynb #27bdd9a2
 def _in_units(found: ObserverResult) -> np.ndarray:
     "All scales in the tensor's own units, float64 (n,)."
     over = 1.0 if found.global_scale is None else found.global_scale.double()
@@ -101,7 +104,7 @@ def observer_head(found: ObserverResult, name: str) -> dict[str, Any]:
     if len(scales) == 1: return known | _one_scale(found)
     return known | dict(scale_min=float(scales.min()), scale_max=float(scales.max()))
 
-# %% ../../nbs/view/packing.ipynb #c1607438
+# %% ../../nbs/view/packing.ipynb #374d315c
 def _mean(costs: Any) -> float: return float(mean_of_parts(costs))
 
 
@@ -121,7 +124,16 @@ def _input_costs(record: CalibrationRecord, key: Key) -> dict[str, Any]:
     by_observer = {name: _mean(costs) for name, costs in kept.observers.items()}
     return dict(observer_kl=by_observer, clip_kl=[_mean(costs) for costs in kept.clips])
 
-# %% ../../nbs/view/packing.ipynb #fd1e8b3e
+
+def _best(record: CalibrationRecord, key: Key, own: str) -> dict[str, str]:
+    "Which observer of an input costs the model least; nothing where that is not known."
+    kept = record.forecasts.inputs.get(key[0]) if key[1] == "input" else None
+    if kept is None: return {}
+    names = list(kept.observers)
+    best = best_of([kept.observers[name].tolist() for name in names], names, own)
+    return {} if best is None else dict(best=names[best])
+
+# %% ../../nbs/view/packing.ipynb #fb84a39b
 VERSION = 1     # of the form; a page refuses one that it does not know
 
 
@@ -138,21 +150,28 @@ def _kind(names: tuple[str, ...]) -> str:
     return f"{parents[-2]}.{last}" if is_expert else last
 
 
-def _tensor_head(record: CalibrationRecord, key: Key, places: dict[str, int]) -> dict[str, Any]:
+def _own_observer(args: QuantizationArgs | None, base_name: str) -> str:
+    "The observer that a recipe names for a tensor with static scales; empty for others."
+    return label_of(next(specs_from_args(args, base_name))) if is_static(args) else ""
+
+
+def _tensor_head(record: CalibrationRecord, key: Key, places: dict[str, int], recipe: RecipeArgs) -> dict[str, Any]:
     names = record.readers[key]
     args = recorded_args(record, key)
     found = {name: record.results.get((*key, name)) for name in record.observers}
     observers = [observer_head(one, name) for name, one in found.items() if one is not None]
     about = dict(modules=[places[name] for name in names], base=key[1], layer=layer_of(key[0]),
                  expert=_expert_of(key[0]), kind=_kind(names))
-    costs = _recorded_cost(record, names, key[1]) | _input_costs(record, key)
-    return about | dict(format=format_name(args), symmetric=args.symmetric, observers=observers) | costs
+    own = _own_observer(recipe.get(key), key[1])
+    costs = _recorded_cost(record, names, key[1]) | _input_costs(record, key) | _best(record, key, own)
+    return about | dict(format=format_name(args), symmetric=args.symmetric, own=own, observers=observers) | costs
 
 
 def packed(record: CalibrationRecord) -> tuple[dict[str, Any], bytes]:
     "The head of a record, and the buckets of its tensors one after the other."
     modules = list(dict.fromkeys([*record.types, *(module for module, _ in record.tensors)]))
     places = {module: i for i, module in enumerate(modules)}
+    recipe = recipe_args(record)
     numbers: dict[int, int] = {}    # id of statistics -> their number
     stats, blocks, tensors, size = [], [], [], 0
     for key in sorted(record.readers, key=lambda key: places[key[0]]):
@@ -162,7 +181,7 @@ def packed(record: CalibrationRecord) -> tuple[dict[str, Any], bytes]:
             stats.append(stats_head(seen, size))
             blocks.append(histogram_bytes(seen.histogram))
             size += len(blocks[-1])
-        tensors.append(dict(_tensor_head(record, key, places), stats=numbers[id(seen)]))
+        tensors.append(dict(_tensor_head(record, key, places, recipe), stats=numbers[id(seen)]))
     about = dict(v=VERSION, model=record.about.model or "", batches=record.batches, tokens=record.tokens)
     return dict(about, modules=modules, stats=stats, tensors=tensors), b"".join(blocks)
 

@@ -48,9 +48,10 @@ export function recordOf(head, bytes) {
     if (!loaded.has(number)) loaded.set(number, { ...stats, ...bucketsAt(bytes, stats.at, stats.buckets) });
     return loaded.get(number);
   };
-  const tensors = head.tensors.map((tensor, index) => ({
-    ...head.stats[tensor.stats], ...tensor, index, path: head.modules[tensor.module], load: () => load(tensor.stats),
-  }));
+  const tensors = head.tensors.map((tensor, index) => {
+    const paths = tensor.modules.map((number) => head.modules[number]);
+    return { ...head.stats[tensor.stats], ...tensor, index, paths, path: paths[0], load: () => load(tensor.stats) };
+  });
   return { ...head, tensors };
 }
 
