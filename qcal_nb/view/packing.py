@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VERSION', 'varints', 'zigzag', 'histogram_bytes', 'finite', 'stats_head', 'observer_head', 'packed', 'compressed']
 
-# %% ../../nbs/view/packing.ipynb #6ddfcb11
+# %% ../../nbs/view/packing.ipynb #1aebfc14
 import json
 import math
 import zlib
@@ -22,7 +22,7 @@ from ..records import CalibrationRecord, Key, ObserverResult, recorded_args
 from ..schemes import format_name
 from ..stats import Histogram, TensorStats, dtype_of, mean_of_parts
 
-# %% ../../nbs/view/packing.ipynb #1797055e
+# %% ../../nbs/view/packing.ipynb #863464fc
 _SEVEN = np.uint64(7)
 _MOST_BYTES = 10    # that a number of 64 bits can take
 
@@ -50,7 +50,7 @@ def zigzag(steps: np.ndarray) -> np.ndarray:
     "Whole numbers without their signs: 0, -1, 1, -2 … become 0, 1, 2, 3 …"
     return (steps << 1) ^ (steps >> 63)
 
-# %% ../../nbs/view/packing.ipynb #8b7f1003
+# %% ../../nbs/view/packing.ipynb #e4a92601
 _BEFORE_ALL = -32641
 
 
@@ -59,7 +59,7 @@ def histogram_bytes(histogram: Histogram) -> bytes:
     gaps = np.diff(histogram.codes.astype(np.int64), prepend=_BEFORE_ALL) - 1
     return varints(gaps) + varints(zigzag(np.diff(histogram.counts, prepend=0)))
 
-# %% ../../nbs/view/packing.ipynb #a38367b7
+# %% ../../nbs/view/packing.ipynb #f2250119
 def finite(x: float | None) -> float | None:
     "A number that JSON has; None for any other."
     return x if x is not None and math.isfinite(x) else None
@@ -83,7 +83,7 @@ def stats_head(stats: TensorStats, at: int) -> dict[str, Any]:
     return dict(dtype=_dtype_name(stats), exact=stats.histogram.exact, count=stats.count, **extremes, **others,
                 ratio=finite(outlier_ratio(stats)), band=_band(stats), buckets=len(stats.histogram.codes), at=at)
 
-# %% ../../nbs/view/packing.ipynb #27bdd9a2
+# %% ../../nbs/view/packing.ipynb #7771a28f
 def _in_units(found: ObserverResult) -> np.ndarray:
     "All scales in the tensor's own units, float64 (n,)."
     over = 1.0 if found.global_scale is None else found.global_scale.double()
@@ -104,7 +104,7 @@ def observer_head(found: ObserverResult, name: str) -> dict[str, Any]:
     if len(scales) == 1: return known | _one_scale(found)
     return known | dict(scale_min=float(scales.min()), scale_max=float(scales.max()))
 
-# %% ../../nbs/view/packing.ipynb #374d315c
+# %% ../../nbs/view/packing.ipynb #8e78d75a
 def _mean(costs: Any) -> float: return float(mean_of_parts(costs))
 
 
@@ -133,7 +133,7 @@ def _best(record: CalibrationRecord, key: Key, own: str) -> dict[str, str]:
     best = best_of([kept.observers[name].tolist() for name in names], names, own)
     return {} if best is None else dict(best=names[best])
 
-# %% ../../nbs/view/packing.ipynb #fb84a39b
+# %% ../../nbs/view/packing.ipynb #ca5104d8
 VERSION = 1     # of the form; a page refuses one that it does not know
 
 

@@ -11,7 +11,7 @@ from qcal_nb.analysis import result_by_hand, result_row
 from qcal_nb.records import result_from_stats
 from qcal_nb.session import FORMATS, args_for
 from qcal_nb.stats import measure
-from qcal_nb.view import script
+from qcal_nb.view import arithmetic
 from qcal_nb.view.packing import histogram_bytes, stats_head
 
 OBSERVERS = ("static_minmax", "percentile", "entropy", "histogram_mse")
@@ -86,7 +86,7 @@ def node(code):
 
 
 def javascript_says(asked, text=None):
-    return json.loads(node(f"const INPUT = {json.dumps(asked)};\n{text or script()}\n{CHECK}"))
+    return json.loads(node(f"const INPUT = {json.dumps(asked)};\n{text or arithmetic()}\n{CHECK}"))
 
 
 def is_same(a, b): return a == b or (math.isnan(a) and math.isnan(b))

@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from qcal_nb.view.javascript import MODULES, script, source
+from qcal_nb.view.javascript import MODULES, PAGE, arithmetic, source
 from tests.view.cases import differences, javascript_says, seeded_cases
 
 pytestmark = pytest.mark.node
@@ -46,9 +46,9 @@ MUTATIONS = {
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_mutation_is_seen(name, by_hand):
     right, wrong = MUTATIONS[name]
-    assert script().count(right) == 1
+    assert arithmetic().count(right) == 1
     try:
-        found = javascript_says(by_hand[0], script().replace(right, wrong))
+        found = javascript_says(by_hand[0], arithmetic().replace(right, wrong))
     except AssertionError:
         return      # it does not even run to the end
     assert differences(*by_hand, found)
@@ -56,32 +56,36 @@ def test_a_mutation_is_seen(name, by_hand):
 
 # --- modules ---
 
+ALL = [*MODULES, *PAGE]
+
+
 def top_names(text): return re.findall(r"^(?:export )?(?:async )?(?:const|let|class|function\*?) ?(\w+)", text, re.M)
 
 
 def test_no_name_stands_at_the_top_of_two_modules():
-    names = [name for module in MODULES for name in top_names(source(module))]
+    names = [name for module in ALL for name in top_names(source(module))]
     assert len(names) > 60 and sorted(names) == sorted(set(names))
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", ALL)
 def test_a_module_needs_only_those_before_it(module):
     needed = re.findall(r'from "\./(\w+)\.js"', source(module))
-    assert all(MODULES.index(other) < MODULES.index(module) for other in needed)
+    assert all(ALL.index(other) < ALL.index(module) for other in needed)
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", ALL)
 def test_what_is_imported_is_exported_and_used(module):
     for names, other in re.findall(r'^import \{ ([^}]*) \} from "\./(\w+)\.js";', source(module), re.M):
         for name in names.split(", "):
-            assert re.search(rf"^export (?:async )?(?:const|function\*?) {name}\b", source(other), re.M), (other, name)
+            made = rf"^export (?:async )?(?:const|class|function\*?) {name}\b"
+            assert re.search(made, source(other), re.M), (other, name)
             assert len(re.findall(rf"\b{name}\b", source(module))) > 1, name
 
 
 LONGEST = 40
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", ALL)
 def test_functions_are_short_and_lines_narrow(module):
     lines = source(module).splitlines()
     assert max(map(len, lines)) <= 120
