@@ -756,6 +756,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'qcal_nb.cli.inputs.workbench_notebook': ( 'cli/inputs.html#workbench_notebook',
                                                                                'qcal_nb/cli/inputs.py')},
             'qcal_nb.cli.plan': { 'qcal_nb.cli.plan._budget': ('cli/plan.html#_budget', 'qcal_nb/cli/plan.py'),
+                                  'qcal_nb.cli.plan._keep': ('cli/plan.html#_keep', 'qcal_nb/cli/plan.py'),
                                   'qcal_nb.cli.plan._positive': ('cli/plan.html#_positive', 'qcal_nb/cli/plan.py'),
                                   'qcal_nb.cli.plan._recorded': ('cli/plan.html#_recorded', 'qcal_nb/cli/plan.py'),
                                   'qcal_nb.cli.plan._size': ('cli/plan.html#_size', 'qcal_nb/cli/plan.py'),

@@ -66,12 +66,18 @@ def _recorded(options: argparse.Namespace, texts: list[str]) -> tuple[Any, Any]:
     return record(model, texts, gradients=True, keep_text=False, **options), model
 
 
-def _write(folder: Path, found: Any, frontier: Any, record: Any) -> None:
-    "The four files; without a recipe if nothing has to be quantized."
+def _keep(record: Any, folder: Path) -> Path:
+    "Save the record at once: minutes are not lost, whatever comes."
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder/"record.safetensors"
+    record.save(path)
+    return path
+
+
+def _write(folder: Path, found: Any, frontier: Any) -> None:
+    "The files beside the record; without a recipe if nothing has to be quantized."
     from qcal_nb.plots import plot_pareto, to_png
     from qcal_nb.recipes import to_yaml, write_text, write_whole
-    folder.mkdir(parents=True, exist_ok=True)
-    record.save(folder/"record.safetensors")
     if found.recipe is not None:
         write_text(folder/"recipe.yaml", to_yaml(found.recipe))
     table = found.table.assign(modules=found.table.modules.map(" ".join))
@@ -109,8 +115,13 @@ def plan_command(options: argparse.Namespace) -> None:
     budget = _budget(options.budget)
     bytes_in(budget)    # before minutes are spent
     made, model = _recorded(options, texts)
-    choices = model_choices(made, model, None, options.keep, "plan")    # the costly part, once for both
-    found, frontier = allocation_within(choices, budget), frontier_of(choices)
-    _write(folder, found, frontier, made)
+    kept = _keep(made, folder)
+    try:
+        choices = model_choices(made, model, None, options.keep, "plan")    # the costly part, once for both
+        found, frontier = allocation_within(choices, budget), frontier_of(choices)
+    except ValueError as fault:
+        raise ValueError(f"{fault}. What was recorded is in {kept}: CalibrationRecord.load(…) and "
+                         "qcal_nb.forecasts.allocate take it from there") from fault
+    _write(folder, found, frontier)
     if not options.quiet:
         print(plan_summary(found, frontier, folder))

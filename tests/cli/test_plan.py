@@ -48,11 +48,23 @@ def test_a_plan_becomes_a_checkpoint_of_that_size(own, tmp_path):
     assert size <= stored < size + 30_000      # the header of the file
 
 
+@pytest.mark.parametrize("more, said", [
+    (["--budget", "1MB"], "the smallest mixture of"),
+    (["--budget", "3MB", "--keep", "nonsense"], "keep: 'nonsense' matches none of the 28 recorded modules"),
+])
+def test_what_was_recorded_is_kept_if_nothing_follows_from_it(more, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", "tiny", *more, "--out", "x", "--max-length", "16", "--quiet"]) == 1
+    words = capsys.readouterr().err
+    assert said in words and "What was recorded is in x/record.safetensors" in words
+    assert [path.name for path in (tmp_path/"x").iterdir()] == ["record.safetensors"]
+    assert CalibrationRecord.load(tmp_path/"x"/"record.safetensors").gradients
+
+
 @pytest.mark.parametrize("words, code, said", [
     (["tiny", "--budget", "lots", "--out", "x"], 2, "'lots' must be a size such as 120MB"),
     (["tiny", "--budget", "1MB", "--out", "x", "--limit", "3"], 1, "a forecast needs at least 5 texts"),
     (["no/such/model", "--data", __file__, "--budget", "1MB", "--out", "x"], 1, "no/such/model"),
-    (["tiny", "--budget", "1MB", "--out", "x", "--max-length", "16", "--quiet"], 1, "the smallest mixture of"),
 ])
 def test_what_is_wrong_is_said_and_leaves_nothing(words, code, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
