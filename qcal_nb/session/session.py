@@ -154,8 +154,8 @@ class Session(Recorded):
         _run_step(self, "start", _start if replay else _start_anew, "" if replay else "replay=False")
 
     def feed(self, n: int = 1, *, gradients: bool = False) -> None:
-        """Feed the next `n` batches. Stops early at the end of the data, at `stop()`, or at an interrupt.
-        `gradients`: also run each backward, for forecasts, which takes 3 to 5 times as long."""
+        """Feed the next `n` batches. Stops early at the end of the data, at `stop()`, or at an interrupt,
+        which is raised. `gradients`: also run each backward, for forecasts, which takes 3 to 5 times as long."""
         if isinstance(n, bool) or not isinstance(n, int) or n < 1:
             raise ValueError(f"n={n!r} must be an int of at least 1, the number of batches")
         _feed(self, _Feed(n, gradients))
