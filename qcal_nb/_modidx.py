@@ -4650,6 +4650,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'qcal_nb.view.packing._input_costs': ('view/packing.html#_input_costs', 'qcal_nb/view/packing.py'),
                                       'qcal_nb.view.packing._kind': ('view/packing.html#_kind', 'qcal_nb/view/packing.py'),
                                       'qcal_nb.view.packing._mean': ('view/packing.html#_mean', 'qcal_nb/view/packing.py'),
+                                      'qcal_nb.view.packing._numbers_in': ('view/packing.html#_numbers_in', 'qcal_nb/view/packing.py'),
                                       'qcal_nb.view.packing._one_scale': ('view/packing.html#_one_scale', 'qcal_nb/view/packing.py'),
                                       'qcal_nb.view.packing._own_observer': ('view/packing.html#_own_observer', 'qcal_nb/view/packing.py'),
                                       'qcal_nb.view.packing._recorded_cost': ( 'view/packing.html#_recorded_cost',

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VERSION', 'varints', 'zigzag', 'histogram_bytes', 'finite', 'stats_head', 'observer_head', 'packed', 'compressed']
 
-# %% ../../nbs/view/packing.ipynb #1aebfc14
+# %% ../../nbs/view/packing.ipynb #6766b424
 import json
 import math
 import zlib
@@ -22,7 +22,7 @@ from ..records import CalibrationRecord, Key, ObserverResult, recorded_args
 from ..schemes import format_name
 from ..stats import Histogram, TensorStats, dtype_of, mean_of_parts
 
-# %% ../../nbs/view/packing.ipynb #863464fc
+# %% ../../nbs/view/packing.ipynb #b138cca9
 _SEVEN = np.uint64(7)
 _MOST_BYTES = 10    # that a number of 64 bits can take
 
@@ -50,7 +50,7 @@ def zigzag(steps: np.ndarray) -> np.ndarray:
     "Whole numbers without their signs: 0, -1, 1, -2 … become 0, 1, 2, 3 …"
     return (steps << 1) ^ (steps >> 63)
 
-# %% ../../nbs/view/packing.ipynb #e4a92601
+# %% ../../nbs/view/packing.ipynb #e1c305f7
 _BEFORE_ALL = -32641
 
 
@@ -59,7 +59,7 @@ def histogram_bytes(histogram: Histogram) -> bytes:
     gaps = np.diff(histogram.codes.astype(np.int64), prepend=_BEFORE_ALL) - 1
     return varints(gaps) + varints(zigzag(np.diff(histogram.counts, prepend=0)))
 
-# %% ../../nbs/view/packing.ipynb #f2250119
+# %% ../../nbs/view/packing.ipynb #f6775943
 def finite(x: float | None) -> float | None:
     "A number that JSON has; None for any other."
     return x if x is not None and math.isfinite(x) else None
@@ -83,7 +83,7 @@ def stats_head(stats: TensorStats, at: int) -> dict[str, Any]:
     return dict(dtype=_dtype_name(stats), exact=stats.histogram.exact, count=stats.count, **extremes, **others,
                 ratio=finite(outlier_ratio(stats)), band=_band(stats), buckets=len(stats.histogram.codes), at=at)
 
-# %% ../../nbs/view/packing.ipynb #7771a28f
+# %% ../../nbs/view/packing.ipynb #f43550d1
 def _in_units(found: ObserverResult) -> np.ndarray:
     "All scales in the tensor's own units, float64 (n,)."
     over = 1.0 if found.global_scale is None else found.global_scale.double()
@@ -104,7 +104,7 @@ def observer_head(found: ObserverResult, name: str) -> dict[str, Any]:
     if len(scales) == 1: return known | _one_scale(found)
     return known | dict(scale_min=float(scales.min()), scale_max=float(scales.max()))
 
-# %% ../../nbs/view/packing.ipynb #8e78d75a
+# %% ../../nbs/view/packing.ipynb #a1db7440
 def _mean(costs: Any) -> float: return float(mean_of_parts(costs))
 
 
@@ -133,20 +133,24 @@ def _best(record: CalibrationRecord, key: Key, own: str) -> dict[str, str]:
     best = best_of([kept.observers[name].tolist() for name in names], names, own)
     return {} if best is None else dict(best=names[best])
 
-# %% ../../nbs/view/packing.ipynb #ca5104d8
+# %% ../../nbs/view/packing.ipynb #fb8c913b
 VERSION = 1     # of the form; a page refuses one that it does not know
 
 
-def _expert_of(module: str) -> int | None:
-    "The number of the expert that a module belongs to: the second number in its path."
-    numbers = [int(part) for part in module.split(".") if part.isdigit()]
-    return numbers[1] if len(numbers) > 1 else None
+def _numbers_in(module: str) -> list[int]: return [int(part) for part in module.split(".") if part.isdigit()]
+
+
+def _expert_of(names: tuple[str, ...]) -> int | None:
+    "The number of the expert that all these modules belong to, the second number in their paths; None for others."
+    found = {tuple(_numbers_in(name)[1:2]) for name in names}
+    return next(iter(found.pop()), None) if len(found) == 1 else None
 
 
 def _kind(names: tuple[str, ...]) -> str:
     "What tensors of one kind are called in every layer and of every expert: `q/k/v_proj`, `experts.down_proj`."
-    *parents, last = readers_in_words(names).split(", ")[0].split(".")
-    is_expert = _expert_of(names[0]) is not None and parents[-1].isdigit()
+    parent = names[0].rpartition(".")[0]
+    *parents, last = readers_in_words(tuple(name for name in names if name.rpartition(".")[0] == parent)).split(".")
+    is_expert = len(_numbers_in(names[0])) > 1 and parents[-1].isdigit()
     return f"{parents[-2]}.{last}" if is_expert else last
 
 
@@ -161,7 +165,7 @@ def _tensor_head(record: CalibrationRecord, key: Key, places: dict[str, int], re
     found = {name: record.results.get((*key, name)) for name in record.observers}
     observers = [observer_head(one, name) for name, one in found.items() if one is not None]
     about = dict(modules=[places[name] for name in names], base=key[1], layer=layer_of(key[0]),
-                 expert=_expert_of(key[0]), kind=_kind(names))
+                 expert=_expert_of(names), kind=_kind(names))
     own = _own_observer(recipe.get(key), key[1])
     costs = _recorded_cost(record, names, key[1]) | _input_costs(record, key) | _best(record, key, own)
     return about | dict(format=format_name(args), symmetric=args.symmetric, own=own, observers=observers) | costs

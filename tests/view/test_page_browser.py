@@ -130,6 +130,19 @@ def test_widths_and_themes(opened, made, width, scheme):
     assert page.locator(".row:visible").count() == 7
 
 
+def test_readers_share_a_cell_and_experts_a_column(opened, made):
+    page = opened(made, selected="model.layers.1.self_attn.k_proj")
+    assert page.locator("h3").nth(1).inner_text() == "layers.1.self_attn.q/k/v_proj · input"
+    assert ask(page, "page.current().path") == "model.layers.1.self_attn.q_proj"
+    mixture = record(make_model("mixtral"), make_batches(2), **QUIET)
+    page = opened(mixture)
+    cells = ask(page, "page.map.layout.cells.map(({tensor: {kind, expert}, wide}) => ({kind, expert, wide}))")
+    wide = {(cell["kind"], cell["expert"] is None): cell["wide"] for cell in cells}
+    downs = [cell["expert"] for cell in cells if cell["kind"] == "experts.down_proj"]
+    assert sorted(set(downs)) == [0, 1, 2, 3] and len(downs) == 8
+    assert wide["experts.down_proj", False] == pytest.approx(wide["o_proj", True] / 4)
+
+
 def test_nothing_recorded_and_damaged_tensors(opened):
     page = opened(CalibrationRecord())
     assert "Nothing recorded yet" in page.locator(".empty").inner_text()

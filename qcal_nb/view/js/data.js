@@ -36,6 +36,14 @@ export function bucketsAt(bytes, at, n) {
   return { codes, counts };
 }
 
+// What a tensor is called: by its module; of several readers by what they share, such as q/k/v_proj.
+function nameOf(paths, { kind, expert }) {
+  if (paths.length === 1) return paths[0];
+  const last = kind.slice(kind.lastIndexOf(".") + 1);
+  const parent = paths[0].slice(0, paths[0].lastIndexOf("."));
+  return `${expert === null ? parent.replace(/(\.experts)\.\d+$/, "$1.*") : parent}.${last}`;
+}
+
 // A record: its head, with tensors that load their buckets when these are first looked at. Tensors that share
 // values share them.
 export function recordOf(head, bytes) {
@@ -50,7 +58,8 @@ export function recordOf(head, bytes) {
   };
   const tensors = head.tensors.map((tensor, index) => {
     const paths = tensor.modules.map((number) => head.modules[number]);
-    return { ...head.stats[tensor.stats], ...tensor, index, paths, path: paths[0], load: () => load(tensor.stats) };
+    const named = { paths, path: paths[0], name: nameOf(paths, tensor) };
+    return { ...head.stats[tensor.stats], ...tensor, ...named, index, load: () => load(tensor.stats) };
   });
   return { ...head, tensors };
 }

@@ -225,9 +225,9 @@ export class ModelMap {
       element("span", { textContent: to }));
     const all = { type: "button", textContent: "Show all layers", onclick: () => this.pick(null) };
     this.hint.replaceChildren(this.brush ? element("button", all) : HINT);
-    const path = this.page.current()?.path;
+    const selected = this.page.current();
     this.canvas.setAttribute("aria-label", `${this.title.textContent}, by layer and kind, ${from} to ${to}. Arrow keys `
-      + `move; selected is ${path ? shortPath(path) : "none"}.`);
+      + `move; selected is ${selected ? shortPath(selected.name) : "none"}.`);
     this.listWorst(picked);
   }
 
@@ -254,12 +254,12 @@ export class ModelMap {
   fillButton(button, tensor, words) {
     button.dataset.path = tensor.path;
     button.setAttribute("aria-current", tensor === this.page.current());
-    const said = [shortPath(tensor.path), `±${inFigures(Math.max(-tensor.min, tensor.max), 2)}`, words];
+    const said = [shortPath(tensor.name), `±${inFigures(Math.max(-tensor.min, tensor.max), 2)}`, words];
     said.forEach((text, i) => { button.children[i].textContent = text; });
   }
 
   tip(tensor) {
-    if (!tensor.count) return `${shortPath(tensor.path)}\nno finite value seen`;
+    if (!tensor.count) return `${shortPath(tensor.name)}\nno finite value seen`;
     const others = tensor.nan || tensor.inf ? `\n${whole(tensor.nan)} NaN, ${whole(tensor.inf)} infinite` : "";
     const value = this.measure.value(tensor);
     const range = `${inFigures(tensor.min)} … ${inFigures(tensor.max)}, ${whole(tensor.count)} values`;
@@ -267,7 +267,7 @@ export class ModelMap {
     const noise = this.page.answers.result(tensor, this.measure.observer, this.page.state, false);
     const isOther = noise && this.measure.words !== inDecibels;
     const more = isOther ? `\n${inDecibels(noise.sqnr)} with ${this.measure.observer}` : "";
-    return `${shortPath(tensor.path)}\n${range}${said}${more}${others}`;
+    return `${shortPath(tensor.name)}\n${range}${said}${more}${others}`;
   }
 
   // --- pointer and keys ---

@@ -311,17 +311,17 @@ export class TensorPlot {
     this.says.textContent = sentence(this.tensor, state, this.result, this.table);
     this.figures.replaceChildren(...this.cells());
     const noise = this.table.filter((row) => row.result).map((row) => `${row.name} ${inDecibels(row.sqnr)}`).join("; ");
-    const what = `Histogram of the ${this.tensor.base} of ${shortPath(this.tensor.path)}`;
+    const what = `Histogram of the ${this.tensor.base} of ${shortPath(this.tensor.name)}`;
     this.canvas.setAttribute("aria-label", `${what}. ${noise}.`);
     this.listTensors();
   }
 
   listTensors() {
-    const paths = this.page.tensors().map((tensor) => tensor.path);
-    if (this.listed !== paths.join()) {
-      this.listed = paths.join();
-      const option = (path) => element("option", { value: path, textContent: shortPath(path) });
-      this.pick.replaceChildren(...paths.map(option));
+    const tensors = this.page.tensors();
+    if (this.listed !== tensors) {
+      this.listed = tensors;
+      const option = ({ path, name }) => element("option", { value: path, textContent: shortPath(name) });
+      this.pick.replaceChildren(...tensors.map(option));
     }
     this.pick.value = this.tensor.path;
   }

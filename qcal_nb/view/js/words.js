@@ -34,7 +34,7 @@ export function isJudged(kl) { return kl < TOO_DAMAGED; }
 // `model.layers.3.mlp.down_proj`, without what all names begin with.
 export function shortPath(path) { return path.replace(/^model\.(?=.)/, ""); }
 
-export function tensorWords(tensor) { return `${shortPath(tensor.path)} · ${tensor.base}`; }
+export function tensorWords(tensor) { return `${shortPath(tensor.name)} · ${tensor.base}`; }
 
 export function factsOf(tensor) {
   const range = `${inFigures(tensor.min, 4)} to ${inFigures(tensor.max, 4)}`;
