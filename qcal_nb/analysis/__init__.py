@@ -18,6 +18,7 @@ from .observers import (
     result_by_hand,
     result_row,
     scale_columns,
+    scale_in_units,
     usual_observers,
 )
 from .positions import massive_activations
@@ -100,6 +101,7 @@ __all__ = [
     "result_row",
     "rows_of_module",
     "scale_columns",
+    "scale_in_units",
     "schemes_of_record",
     "tables_of",
     "usual_observers",

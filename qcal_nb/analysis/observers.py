@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['OBSERVER_COLUMNS', 'ObserversByBase', 'UNKNOWN_COST', 'SHARED_OBSERVER_COLUMNS', 'BY_HAND', 'spread_columns',
-           'scale_columns', 'at_limit', 'kl_columns', 'result_row', 'Answers', 'usual_observers', 'highest_sqnr',
-           'best_of', 'mark_best', 'marked', 'observers_table', 'compare_observers', 'one_scale', 'check_clip',
-           'result_by_hand']
+           'scale_in_units', 'scale_columns', 'at_limit', 'kl_columns', 'result_row', 'Answers', 'usual_observers',
+           'highest_sqnr', 'best_of', 'mark_best', 'marked', 'observers_table', 'compare_observers', 'one_scale',
+           'check_clip', 'result_by_hand']
 
 # %% ../../nbs/analysis/observers.ipynb #2e07ade2
 import math
@@ -48,7 +48,7 @@ def spread_columns(values: Tensor | None, name: str) -> Row:
     return {name: wide.median().item(), f"{name}_min": wide.min().item(), f"{name}_max": wide.max().item()}
 
 
-def _scale_in_units(c: ObserverResult) -> Tensor | None:
+def scale_in_units(c: ObserverResult) -> Tensor | None:
     "The scale in the tensor's own units: that of a group under a global scale is divided by it."
     if c.scale is None or c.global_scale is None: return c.scale
     return c.scale.double() / c.global_scale.double()
@@ -62,7 +62,7 @@ def _end_columns(c: ObserverResult) -> Row:
 def scale_columns(c: ObserverResult, static: bool = True) -> Row:
     """The range and the scales of a conclusion. Unless `static`, scales are found while running and there are none
     to show."""
-    scale = _scale_in_units(c) if static else None
+    scale = scale_in_units(c) if static else None
     zero_point = c.zero_point if static else None
     return spread_columns(scale, "scale") | spread_columns(zero_point, "zero_point") | _end_columns(c)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VERSION', 'varints', 'zigzag', 'histogram_bytes', 'finite', 'stats_head', 'observer_head', 'packed', 'compressed']
 
-# %% ../../nbs/view/packing.ipynb #6766b424
+# %% ../../nbs/view/packing.ipynb #54950a6b
 import json
 import math
 import zlib
@@ -16,13 +16,13 @@ import numpy as np
 from compressed_tensors.quantization import QuantizationArgs
 
 from ..analysis import RecipeArgs, best_of, is_static, layer_of, outlier_ratio, place_in_words, readers_in_words
-from ..analysis import recipe_args
+from ..analysis import recipe_args, scale_in_units
 from ..observers import label_of, specs_from_args
-from ..records import CalibrationRecord, Key, ObserverResult, recorded_args
+from ..records import CalibrationRecord, Key, ObserverResult, RECORDED, recorded_args
 from ..schemes import format_name
 from ..stats import Histogram, TensorStats, dtype_of, mean_of_parts
 
-# %% ../../nbs/view/packing.ipynb #b138cca9
+# %% ../../nbs/view/packing.ipynb #24c567d6
 _SEVEN = np.uint64(7)
 _MOST_BYTES = 10    # that a number of 64 bits can take
 
@@ -50,7 +50,7 @@ def zigzag(steps: np.ndarray) -> np.ndarray:
     "Whole numbers without their signs: 0, -1, 1, -2 … become 0, 1, 2, 3 …"
     return (steps << 1) ^ (steps >> 63)
 
-# %% ../../nbs/view/packing.ipynb #e1c305f7
+# %% ../../nbs/view/packing.ipynb #dcffa8f0
 _BEFORE_ALL = -32641
 
 
@@ -59,7 +59,7 @@ def histogram_bytes(histogram: Histogram) -> bytes:
     gaps = np.diff(histogram.codes.astype(np.int64), prepend=_BEFORE_ALL) - 1
     return varints(gaps) + varints(zigzag(np.diff(histogram.counts, prepend=0)))
 
-# %% ../../nbs/view/packing.ipynb #f6775943
+# %% ../../nbs/view/packing.ipynb #8f588227
 def finite(x: float | None) -> float | None:
     "A number that JSON has; None for any other."
     return x if x is not None and math.isfinite(x) else None
@@ -83,13 +83,7 @@ def stats_head(stats: TensorStats, at: int) -> dict[str, Any]:
     return dict(dtype=_dtype_name(stats), exact=stats.histogram.exact, count=stats.count, **extremes, **others,
                 ratio=finite(outlier_ratio(stats)), band=_band(stats), buckets=len(stats.histogram.codes), at=at)
 
-# %% ../../nbs/view/packing.ipynb #f43550d1
-def _in_units(found: ObserverResult) -> np.ndarray:
-    "All scales in the tensor's own units, float64 (n,)."
-    over = 1.0 if found.global_scale is None else found.global_scale.double()
-    return (found.scale.double() / over).reshape(-1).cpu().numpy()
-
-
+# %% ../../nbs/view/packing.ipynb #c3a5317e
 def _one_scale(found: ObserverResult) -> dict[str, float]:
     return {} if found.low is None else dict(low=found.low.double().item(), high=found.high.double().item())
 
@@ -97,21 +91,21 @@ def _one_scale(found: ObserverResult) -> dict[str, float]:
 def observer_head(found: ObserverResult, name: str) -> dict[str, Any]:
     "What the head says of an observer's result; `reason` where there is no scale."
     if found.scale is None: return dict(name=name, reason=found.reason)
-    scales = _in_units(found)
+    scales = scale_in_units(found).double().reshape(-1).numpy()
     largest = int(scales.argmax())
     known = dict(name=name, scales=len(scales), scale=float(scales[largest]),
                  zero=int(found.zero_point.reshape(-1)[largest].item()))
     if len(scales) == 1: return known | _one_scale(found)
     return known | dict(scale_min=float(scales.min()), scale_max=float(scales.max()))
 
-# %% ../../nbs/view/packing.ipynb #a1db7440
+# %% ../../nbs/view/packing.ipynb #44d82861
 def _mean(costs: Any) -> float: return float(mean_of_parts(costs))
 
 
 def _recorded_cost(record: CalibrationRecord, names: Iterable[str], base_name: str) -> dict[str, float]:
     "What the recorded scheme costs in a tensor, over all its readers."
     part = dict(input="inputs", weight="weights").get(base_name)
-    costs = record.forecasts.schemes.get("recorded", {})
+    costs = record.forecasts.schemes.get(RECORDED, {})
     known = [getattr(costs[name], part) for name in names if part and name in costs]
     return dict(kl=_mean(sum(known))) if known else {}
 
@@ -133,7 +127,7 @@ def _best(record: CalibrationRecord, key: Key, own: str) -> dict[str, str]:
     best = best_of([kept.observers[name].tolist() for name in names], names, own)
     return {} if best is None else dict(best=names[best])
 
-# %% ../../nbs/view/packing.ipynb #fb8c913b
+# %% ../../nbs/view/packing.ipynb #1d44113a
 VERSION = 1     # of the form; a page refuses one that it does not know
 
 

@@ -3,6 +3,7 @@ import re
 
 import pytest
 
+from qcal_nb.stats import TOO_DAMAGED
 from qcal_nb.view.javascript import MODULES, PAGE, arithmetic, source
 from tests.view.cases import differences, javascript_says, seeded_cases
 
@@ -52,6 +53,10 @@ def test_a_mutation_is_seen(name, by_hand):
     except AssertionError:
         return      # it does not even run to the end
     assert differences(*by_hand, found)
+
+
+def test_what_is_too_damaged_is_so_in_both():
+    assert f"const TOO_DAMAGED = {TOO_DAMAGED};" in source("words")
 
 
 # --- modules ---

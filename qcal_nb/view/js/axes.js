@@ -1,5 +1,5 @@
 // From values to places on a picture, and back.
-import { absolute, countsBetween, quantile } from "./buckets.js";
+import { absolute, cellsOf, countsBelow, differences, quantile } from "./buckets.js";
 
 const SMOOTH = 1 / Math.LN10; // decades that the linear part takes
 
@@ -71,5 +71,6 @@ function logarithmicTicks(most, scale, low, high) {
 export function columnsOf(tensor, axis, wide) {
   const n = Math.max(1, Math.floor((axis.right - axis.left) / wide));
   const edges = Float64Array.from({ length: n + 1 }, (_, i) => axis.value(axis.left + i * wide));
-  return { edges, counts: countsBetween(tensor, edges), wide };
+  const { low, high } = cellsOf(tensor);
+  return { edges, counts: differences(countsBelow(low, high, tensor.counts, edges)), wide };
 }

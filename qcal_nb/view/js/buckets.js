@@ -29,15 +29,18 @@ function found(tensor, name, find) {
   return tensor.known.get(name);
 }
 
-// The ends of all buckets, and how many values lie before each.
+export function sumsBefore(values) {
+  const sums = new Float64Array(values.length + 1);
+  values.forEach((value, i) => { sums[i + 1] = sums[i] + value; });
+  return sums;
+}
+
+// The ends of all buckets.
 export function cellsOf(tensor) {
   return found(tensor, "cells", () => {
     const n = tensor.codes.length;
-    const cells = { low: new Float64Array(n), high: new Float64Array(n), before: new Float64Array(n + 1) };
-    for (let i = 0; i < n; i++) {
-      [cells.low[i], cells.high[i]] = ends(tensor.codes[i], tensor.exact);
-      cells.before[i + 1] = cells.before[i] + tensor.counts[i];
-    }
+    const cells = { low: new Float64Array(n), high: new Float64Array(n) };
+    for (let i = 0; i < n; i++) [cells.low[i], cells.high[i]] = ends(tensor.codes[i], tensor.exact);
     return cells;
   });
 }
@@ -106,15 +109,15 @@ export function absolute(tensor) {
   });
 }
 
-// How many values lie between edges that ascend; those of a bucket are spread evenly over it.
-export function countsBetween(tensor, edges) {
-  const { low, high, before } = cellsOf(tensor);
+// How many values lie below each of some edges that ascend; those of a bucket are spread evenly over it.
+export function countsBelow(lower, upper, counts, edges) {
+  const before = sumsBefore(counts);
   let i = 0;
-  const below = Float64Array.from(edges, (value) => {
-    while (i < low.length && high[i] <= value) i++;
-    if (i === low.length) return before[i];
-    const share = (value - low[i]) / (high[i] - low[i]);
-    return before[i] + tensor.counts[i] * Math.max(0, Math.min(1, share));
+  return Float64Array.from(edges, (edge) => {
+    while (i < counts.length && upper[i] <= edge) i++;
+    if (i === counts.length || edge <= lower[i]) return before[i];
+    return before[i] + (counts[i] / (upper[i] - lower[i])) * (edge - lower[i]);
   });
-  return below.slice(1).map((count, k) => count - below[k]);
 }
+
+export function differences(sums) { return sums.slice(1).map((sum, k) => sum - sums[k]); }

@@ -1,5 +1,5 @@
 // The range with the least Kullback-Leibler divergence between the clipped and the quantized distribution.
-import { absolute, ends } from "./buckets.js";
+import { absolute, countsBelow, differences, ends, sumsBefore } from "./buckets.js";
 import { extremes, within } from "./scales.js";
 
 const BINS = 2048;
@@ -37,25 +37,13 @@ function valuesOf(tensor, format) {
   return all;
 }
 
-function sumsBefore(values) {
-  const found = new Float64Array(values.length + 1);
-  values.forEach((value, i) => { found[i + 1] = found[i] + value; });
-  return found;
-}
-
 // Counts in equal bins from `from` to `to`; whatever lies beyond them is in the outermost.
 function binned({ lower, upper, counts }, n, from, to) {
   const edges = linspace(from, to, n);
-  const before = sumsBefore(counts);
-  let i = 0;
-  const below = Float64Array.from(edges, (edge) => {
-    while (i < counts.length && upper[i] <= edge) i++;
-    if (i === counts.length || edge <= lower[i]) return before[i];
-    return before[i] + (counts[i] / (upper[i] - lower[i])) * (edge - lower[i]);
-  });
+  const below = countsBelow(lower, upper, counts, edges);
   below[0] = 0;
-  below[n] = before[counts.length];
-  return { edges, counts: below.slice(1).map((sum, k) => sum - below[k]), beyond: [0, 0] };
+  below[n] = counts.reduce((sum, count) => sum + count, 0);
+  return { edges, counts: differences(below), beyond: [0, 0] };
 }
 
 function withMargins(values, n, from, to) {

@@ -1,7 +1,5 @@
 // What a format can store: int2 … int8, fp4, fp8.
-import { bitsOf, e2m1, e4m3, even } from "./rounding.js";
-
-const FP4_POINTS = [0, 0.5, 1, 1.5, 2, 3, 4, 6];
+import { FP4, bitsOf, e2m1, e4m3, even } from "./rounding.js";
 
 function fp8Points() {
   const found = [];
@@ -15,7 +13,7 @@ function withNegatives(points) {
 }
 
 function codePoints(isInt, bits) {
-  if (!isInt) return withNegatives(bits === 8 ? fp8Points() : FP4_POINTS);
+  if (!isInt) return withNegatives(bits === 8 ? fp8Points() : FP4);
   return Array.from({ length: 2 ** bits }, (_, i) => i - 2 ** (bits - 1));
 }
 

@@ -34,7 +34,7 @@ const OUTLIERS = {
 // have found no single scale: then the recipe's, or the whole range.
 function mapObserver(answers, state, tensors) {
   const asked = [state.observer, tensors.find((tensor) => tensor.own)?.own].filter((name) => name && name !== HAND);
-  const isKnown = (name) => tensors.some((tensor) => answers.result(tensor, name, state, false) !== null);
+  const isKnown = (name) => tensors.some((tensor) => answers.peek(tensor, name, state) !== null);
   return asked.find(isKnown) ?? "static_minmax";
 }
 
@@ -43,7 +43,7 @@ export function measureOf(answers, state) {
   const tensors = answers.shown(state.base_name);
   const observer = mapObserver(answers, state, tensors);
   const cost = (tensor) => answers.costOf(tensor, observer, state);
-  const noise = (tensor) => answers.result(tensor, observer, state, false)?.sqnr ?? NaN;
+  const noise = (tensor) => answers.peek(tensor, observer, state)?.sqnr ?? NaN;
   const outliers = (tensor) => tensor.ratio ?? NaN;
   if (state.color === "outliers") return { ...OUTLIERS, value: outliers, observer, isSlow: false };
   if (tensors.some((tensor) => Number.isFinite(cost(tensor)))) return { ...COST, value: cost, observer, isSlow: false };

@@ -4,6 +4,7 @@ import { Controls } from "./controls.js";
 import { element } from "./drawing.js";
 import { ModelMap } from "./map.js";
 import { measureOf } from "./measures.js";
+import { valuesOfCodes } from "./scales.js";
 import { STYLE, isDark, onTheme, paletteOf } from "./style.js";
 import { TensorPlot, isWaiting } from "./tensor.js";
 import { isJudged } from "./words.js";
@@ -95,8 +96,8 @@ export class Page {
   rangeEnds() {
     const result = this.result();
     if (!result) return null;
-    const { points } = this.answers.format(this.state);
-    return [points[0], points[points.length - 1]].map((point) => (point - result.zero) * result.scale);
+    const { low, high } = this.answers.format(this.state);
+    return valuesOfCodes([low, high], result);
   }
 
   // A row for each observer of the selected tensor, and one for the hand.
@@ -166,7 +167,7 @@ export class Page {
     if (!wasDone) return answers.growCurve(tensor, state, until) || true;
     const measure = measureOf(answers, state);
     if (!measure.isSlow) return false;
-    const isMissing = (one) => one.count && answers.result(one, measure.observer, state, false) === undefined;
+    const isMissing = (one) => one.count && answers.peek(one, measure.observer, state) === undefined;
     const missing = this.tensors().filter(isMissing);
     for (const one of missing) if (!answers.step(one, measure.observer, state, until)) return true;
     return missing.length > 0;

@@ -53,7 +53,7 @@ export function e4m3(x) {
   return fromBits((bits + 0x7ffff + ((bits >>> 20) & 1)) & 0xfff00000);
 }
 
-const FP4 = [0, 0.5, 1, 1.5, 2, 3, 4, 6];
+export const FP4 = [0, 0.5, 1, 1.5, 2, 3, 4, 6];
 const FP4_UP_TO = [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5]; // half way; which of the two takes it alternates
 
 // fp4: two bits of exponent, one of mantissa; |x| <= 6.

@@ -28,6 +28,9 @@ export function byHand(tensor, format, clip) {
   return { low, high, ...scaleOf(low, high, format, tensor.dtype) };
 }
 
+// Code points, or places beside them, as the values that they stand for.
+export function valuesOfCodes(codes, { scale, zero }) { return codes.map((code) => (code - zero) * scale); }
+
 // The extremes in the tensor's dtype.
 export function extremes(tensor) {
   const round = ROUND[tensor.dtype];

@@ -3,6 +3,7 @@
 import { HAND, LEAST, SLOW } from "./answers.js";
 import { columnsOf, valueAxis } from "./axes.js";
 import { box, cleared, crisp, dot, element, line, rounded, write, writeOver } from "./drawing.js";
+import { valuesOfCodes } from "./scales.js";
 import { factsOf, inDecibels, inFigures, inNats, inPercent, sentence, shortPath } from "./words.js";
 import { isJudged, tensorWords, warningOf, whole } from "./words.js";
 
@@ -88,7 +89,7 @@ export class TensorPlot {
   // Beyond these a value is clipped: half a step outside of the ends.
   limits() {
     if (!this.result) return [-Infinity, Infinity];
-    return this.format.limits.map((limit) => (limit - this.result.zero) * this.result.scale);
+    return valuesOfCodes(this.format.limits, this.result);
   }
 
   // --- lanes ---
@@ -176,8 +177,8 @@ export class TensorPlot {
     write(g, `${whole(points.length)} values that`, this.x0 - 8, this.codes + 5, colors.dim, "right");
     write(g, `${name} can store`, this.x0 - 8, this.codes + 18, colors.dim, "right");
     g.globalAlpha = points.length > 64 ? 0.55 : 0.9;
-    for (const point of points) {
-      const x = this.x((point - this.result.zero) * this.result.scale);
+    for (const value of valuesOfCodes(points, this.result)) {
+      const x = this.x(value);
       if (x >= this.x0 && x <= this.x1) box(g, x - 0.5, this.codes, 1, CODES - 8, this.tone);
     }
     g.globalAlpha = 1;
@@ -203,10 +204,11 @@ export class TensorPlot {
     button.style.top = `${y - 11}px`;
     button.setAttribute("aria-pressed", isOn);
     if (!row.result) return write(this.g, this.whyEmpty(row), this.x0, y, colors.faint);
-    const [low, high] = this.endsOf(row.result).map((end) => Math.max(this.x0, Math.min(this.x1, this.x(end))));
+    const ends = valuesOfCodes([this.format.low, this.format.high], row.result);
+    const [low, high] = ends.map((end) => Math.max(this.x0, Math.min(this.x1, this.x(end))));
     const thick = isOn ? 3 : 1.5;
     box(this.g, low, y - thick / 2, high - low, thick, color);
-    for (const end of [low, high]) box(this.g, end - 0.75, y - 5, 1.5, 10, color);
+    for (const x of [low, high]) box(this.g, x - 0.75, y - 5, 1.5, 10, color);
     const ink = isOn || row.isBest ? colors.ink : colors.dim;
     write(this.g, this.rowWords(row), this.x1 + 8, y, ink, "left", row.isBest ? "600" : "");
   }
@@ -233,11 +235,6 @@ export class TensorPlot {
   }
 
   choose(name) { this.page.set(name === HAND ? { observer: HAND, clip: this.share() } : { observer: name }); }
-
-  endsOf({ scale, zero }) {
-    const { points } = this.format;
-    return [points[0], points[points.length - 1]].map((point) => (point - zero) * scale);
-  }
 
   // --- the range, and its handles ---
 
